@@ -1,0 +1,62 @@
+"""What can go wrong, as one tree.
+
+    SecateurError                 base: every mistake a user can make and correct
+    ├── CaptureError              the model's graph cannot be read
+    ├── BudgetError               the budget is malformed or out of reach
+    ├── PlanError                 the plan does not fit the model, or is not a valid plan
+    ├── CutError                  the cut could not be carried out; the model is unchanged
+    ├── ScoreError                a score got tensors it cannot rank
+    ├── DataError                 a data set is missing, unreadable or of the wrong shape
+    ├── ModelError                unknown model, or weights that do not fit it
+    └── FileError                 a file is missing, truncated, hostile, or cannot be written
+
+A message says where, what was found, what was expected, and what to do. The command line prints the
+message alone and exits with code 2.
+"""
+
+from collections.abc import Iterable
+
+
+class SecateurError(Exception):
+    """Base of all errors that tell the user what to change."""
+
+
+class CaptureError(SecateurError):
+    """The model's graph cannot be read."""
+
+
+class BudgetError(SecateurError):
+    """The budget is malformed or out of reach."""
+
+
+class PlanError(SecateurError):
+    """The plan does not fit the model, or is not a valid plan."""
+
+
+class CutError(SecateurError):
+    """The cut could not be carried out; the model is unchanged."""
+
+
+class ScoreError(SecateurError):
+    """A score got tensors it cannot rank."""
+
+
+class DataError(SecateurError):
+    """A data set is missing, unreadable or of the wrong shape."""
+
+
+class ModelError(SecateurError):
+    """The model is unknown, or the weights do not fit it."""
+
+
+class FileError(SecateurError):
+    """A file is missing, truncated, hostile, or cannot be written."""
+
+
+def unknown(kind: str, name: str, choices: Iterable[str]) -> str:
+    """The message for a name that is not in a table: it lists the choices.
+
+    >>> unknown("score", "l3", ["l1", "l2"])
+    "unknown score 'l3'; choose one of: l1, l2"
+    """
+    return f"unknown {kind} {name!r}; choose one of: {', '.join(sorted(choices))}"
