@@ -1,0 +1,125 @@
+"""Read a model's graph once, without touching the model."""
+
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor, fx, nn
+from torch.utils import _pytree as pytree
+
+from secateur.errors import CaptureError
+
+Inputs: TypeAlias = Tensor | tuple[Any, ...] | list[Any] | Mapping[str, Any]
+"""Example inputs: one tensor, a tuple of positional arguments, or a mapping of keyword arguments."""
+
+BATCH = 2
+"""Images in the traced batch: at 1, a batch dimension looks like a broadcast one."""
+
+
+@dataclass(frozen=True)
+class Capture:
+    """The ATen graph of one forward pass, in which a convolution is still one node.
+
+    Attributes:
+        nodes: in order of execution, inputs and outputs included.
+        tensors: placeholder name -> name of the parameter or buffer it stands for.
+        batch: images in the traced batch; totals over the graph are divided by it.
+    """
+
+    nodes: tuple[fx.Node, ...]
+    tensors: dict[str, str]
+    batch: int
+
+
+def as_call(inputs: Inputs) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Example inputs as positional and keyword arguments of `forward`."""
+    if isinstance(inputs, Tensor):
+        return (inputs,), {}
+    if isinstance(inputs, Mapping):
+        return (), dict(inputs)
+    if isinstance(inputs, tuple | list):
+        return tuple(inputs), {}
+    raise CaptureError(
+        f"example inputs: got {type(inputs).__name__}; expected a tensor, a tuple of arguments or a dict of "
+        f"keyword arguments. Pass for example torch.randn(1, 3, 224, 224)."
+    )
+
+
+def with_batch(inputs: Inputs, batch: int) -> Inputs:
+    """The same inputs with `batch` images: the first image of every tensor, repeated."""
+
+    def repeat(x: Any) -> Any:
+        if isinstance(x, Tensor) and x.ndim > 1:
+            return x[:1].expand(batch, *x.shape[1:]).contiguous()
+        return x
+
+    return pytree.tree_map(repeat, inputs)  # type: ignore[no-any-return]
+
+
+def batch_of(inputs: Inputs) -> int:
+    """Images in the inputs: the first dimension of the first tensor that has more than one."""
+    for leaf in pytree.tree_leaves(as_call(inputs)):
+        if isinstance(leaf, Tensor) and leaf.ndim > 1:
+            return leaf.shape[0]
+    return 1
+
+
+def capture(model: nn.Module, inputs: Inputs, *, training: bool = False) -> Capture:
+    """Trace `model` on `inputs`; parameters, buffers, modes and hooks stay as they are.
+
+    Args:
+        model: any module that `torch.export` can read.
+        inputs: example inputs; only shapes, dtypes and devices matter.
+        training: trace the training-mode forward pass instead of the evaluation-mode one.
+    Raises:
+        CaptureError: the inputs do not fit the model, or `forward` depends on the data.
+    """
+    modes = {module: module.training for module in model.modules()}
+    model.train(training)
+    try:
+        return _export(model, inputs)
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
+
+
+def _export(model: nn.Module, inputs: Inputs) -> Capture:
+    failure: Exception | None = None
+    for candidate in (with_batch(inputs, BATCH), inputs):  # some models accept only the batch they were given
+        args, kwargs = as_call(candidate)
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # the exporter warns about its own internals
+                program = torch.export.export(model, args, kwargs, strict=False)
+        except Exception as error:
+            failure = failure or error
+            continue
+        signature = program.graph_signature
+        tensors = {**signature.inputs_to_parameters, **signature.inputs_to_buffers}
+        return Capture(tuple(program.graph.nodes), tensors, batch_of(candidate))
+    assert failure is not None
+    _check_runs(model.eval(), inputs)
+    raise CaptureError(
+        f"{type(model).__name__} runs, but its graph cannot be captured: {_first_line(failure)}. "
+        f"Control flow that depends on tensor values must be removed or replaced by torch.where."
+    ) from failure
+
+
+def _check_runs(model: nn.Module, inputs: Inputs) -> None:
+    args, kwargs = as_call(inputs)
+    try:
+        with torch.no_grad():
+            model(*args, **kwargs)
+    except Exception as error:
+        shapes = [tuple(x.shape) for x in pytree.tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
+        raise CaptureError(
+            f"{type(model).__name__} does not run on the example inputs of shape {shapes}: "
+            f"{_first_line(error)}. Pass inputs of the shape the model expects."
+        ) from error
+
+
+def _first_line(error: Exception) -> str:
+    text = str(error).strip() or type(error).__name__
+    return text.splitlines()[0].rstrip(".")[:300]

@@ -1,0 +1,315 @@
+"""The graph of a model as pruning sees it: groups of units, what is frozen and why, and what things cost."""
+
+import hashlib
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from secateur.errors import CaptureError
+from secateur.graph.capture import Inputs, capture
+from secateur.graph.labels import Atoms, Labels
+from secateur.graph.modules import pad_attributes
+from secateur.graph.propagate import propagate
+from secateur.graph.solve import Solution, solve
+
+
+@dataclass(frozen=True)
+class Member:
+    """The positions of one tensor dim that belong to the units of a group.
+
+    Attributes:
+        tensor: name of a parameter or buffer.
+        dim: the dim that shrinks.
+        role: "out" (makes the unit), "in" (reads it), "depthwise", "bias", "scale", "shift", "statistic", "other".
+        index: (units, positions), the positions along `dim` of each unit.
+    """
+
+    tensor: str
+    dim: int
+    role: str
+    index: Atoms
+
+    @property
+    def module(self) -> str:
+        return self.tensor.rpartition(".")[0]
+
+    def take(self, t: Tensor) -> Tensor:
+        """The group's part of a tensor of this shape, (units, rest)."""
+        index = torch.as_tensor(self.index, device=t.device)
+        return t.index_select(self.dim, index.flatten()).movedim(self.dim, 0).reshape(len(index), -1)
+
+    def fill_(self, t: Tensor, removed: Tensor, value: float) -> None:
+        """Set the positions of the removed units, (units,) bool, to a value."""
+        index = torch.as_tensor(self.index, device=t.device)[removed.to(t.device)].flatten()
+        t.index_fill_(self.dim, index, value)
+
+
+@dataclass(frozen=True)
+class Group:
+    """Units that can each be removed from every member at once.
+
+    Attributes:
+        name: the first layer that makes the units.
+        units: how many there are.
+        members: every tensor dim that shrinks with them.
+    """
+
+    name: str
+    units: int
+    members: tuple[Member, ...]
+
+
+@dataclass(frozen=True)
+class Frozen:
+    """Output channels of a layer that stay, and why."""
+
+    name: str
+    units: int
+    reason: str
+
+
+@dataclass(frozen=True)
+class Axis:
+    """Width of a dim: `base` positions that stay, plus some per kept unit of each group.
+
+    Attributes:
+        parts: (group number, positions per unit).
+    """
+
+    base: int
+    parts: tuple[tuple[int, int], ...] = ()
+
+
+@dataclass(frozen=True)
+class Product:
+    """A count that is a constant times the widths of some axes: the MACs of a layer, the size of a tensor."""
+
+    name: str
+    factor: int
+    axes: tuple[Axis, ...]
+
+
+@dataclass(frozen=True)
+class PadSite:
+    """A module that pads channels: its two attributes and the widths they must follow."""
+
+    module: str
+    attributes: tuple[str, str]
+    widths: tuple[Axis, Axis]
+
+
+@dataclass(frozen=True)
+class Graph:
+    """What may be cut together in one model, at the shapes it had when it was analysed.
+
+    Attributes:
+        groups: in the order of the forward pass.
+        frozen: layers with outputs that stay, and why.
+        params: one product per parameter: its number of elements.
+        macs: one product per contraction: its multiply-adds on one image.
+        pads: modules that pad channels with zeros.
+        unused: parameters that no forward pass reads; they are left alone.
+        fingerprint: identifies names, shapes and dtypes of the model's tensors.
+        inputs: the example inputs.
+    """
+
+    groups: tuple[Group, ...]
+    frozen: tuple[Frozen, ...]
+    params: tuple[Product, ...]
+    macs: tuple[Product, ...]
+    pads: tuple[PadSite, ...]
+    unused: tuple[str, ...]
+    fingerprint: str
+    inputs: Inputs
+
+    def __str__(self) -> str:
+        units = sum(group.units for group in self.groups)
+        lines = [f"{len(self.groups)} groups, {units} units"]
+        lines += [f"  {group.name}: {group.units} units, {len(group.members)} tensors" for group in self.groups]
+        lines += [f"  {item.name}: {item.units} channels stay ({item.reason})" for item in self.frozen]
+        return "\n".join(lines)
+
+
+def analyze(model: nn.Module, inputs: Inputs, *, freeze: Sequence[str] = ()) -> Graph:
+    """Find what may be cut together in a model.
+
+    The model is only read: modes, hooks, gradients and buffers stay as they are.
+
+    Args:
+        model: any module that `torch.export` can capture.
+        inputs: example inputs: a tensor, a tuple of arguments, or a dict of keyword arguments.
+        freeze: module names or shell patterns ("layer4.*"); no tensor inside them is changed.
+    Raises:
+        CaptureError: the graph cannot be read, or a `freeze` pattern names no module.
+    """
+    labels = Labels()
+    names = canonical_names(model)
+    captured = capture(model, inputs)
+    propagate(model, captured, labels, names)
+    counted = len(labels.contractions)
+    unused = unread(model, labels, names)
+    if unused:  # such as auxiliary heads, which only the training-mode forward pass runs
+        try:
+            propagate(model, capture(model, inputs, training=True), labels, names)
+            del labels.contractions[counted:]
+            unused = unread(model, labels, names)
+        except CaptureError:
+            pass  # what training would read is unknown, but so is it to the user: the names are reported
+    pin_modules(model, labels, names, freeze)
+    return build(model, inputs, labels, solve(labels), captured.batch, unused)
+
+
+def canonical_names(model: nn.Module) -> dict[str, str]:
+    """Name of every parameter and buffer -> the first name of the same tensor (tied weights have several)."""
+    first: dict[int, str] = {}
+    return {name: first.setdefault(id(tensor), name) for name, tensor in named_tensors(model)}
+
+
+def named_tensors(model: nn.Module) -> list[tuple[str, Tensor]]:
+    """Every parameter and buffer under every name it has."""
+    return [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
+
+
+def unread(model: nn.Module, labels: Labels, names: dict[str, str]) -> tuple[str, ...]:
+    """Parameters that no operator so far has asked labels for."""
+    seen = {name for name, _ in labels.tensors}
+    return tuple(name for name, p in model.named_parameters() if p.ndim and names[name] not in seen)
+
+
+def pin_modules(model: nn.Module, labels: Labels, names: dict[str, str], freeze: Sequence[str]) -> None:
+    modules = [name for name, _ in model.named_modules() if name]
+    for pattern in freeze:
+        matched = {name for name in modules if fnmatchcase(name, pattern)}
+        if not matched:
+            some = ", ".join(modules[:8])
+            raise CaptureError(f"freeze={pattern!r} matches no module; the model has {some}, …")
+        for (tensor, _), atoms in labels.tensors.items():
+            owners = {alias.rpartition(".")[0] for alias, name in names.items() if name == tensor}
+            if any(owner == name or owner.startswith(f"{name}.") for owner in owners for name in matched):
+                labels.module = tensor.rpartition(".")[0]
+                labels.pin(atoms, "frozen by the user")
+
+
+def fingerprint(model: nn.Module) -> str:
+    """Hash of the names, shapes and dtypes of a model's parameters and buffers."""
+    described = sorted(f"{name} {tuple(t.shape)} {t.dtype}" for name, t in named_tensors(model))
+    return hashlib.sha256("\n".join(described).encode()).hexdigest()[:16]
+
+
+def build(
+    model: nn.Module, inputs: Inputs, labels: Labels, solution: Solution, batch: int, unused: tuple[str, ...]
+) -> Graph:
+    """Collect units with the same members into groups, and express every width by them."""
+    arrays: list[Atoms] = []
+    number: dict[int, int] = {}
+
+    def axis_number(atoms: Atoms) -> int:
+        if id(atoms) not in number:
+            number[id(atoms)] = len(arrays)
+            arrays.append(atoms)
+        return number[id(atoms)]
+
+    tensor_axes = {key: axis_number(atoms) for key, atoms in labels.tensors.items()}
+    mac_axes = [[axis_number(atoms) for atoms in item.axes] for item in labels.contractions]
+    pad_axes = [(axis_number(pad.before), axis_number(pad.after)) for pad in labels.pads]
+
+    unit_sets = collect(arrays, solution)
+    keys = list(tensor_axes)
+    groups: list[Group] = []
+    axes = [Axis(len(atoms)) for atoms in arrays]
+    for unit_set in unit_sets:
+        members = tuple(
+            Member(*keys[axis], labels.roles[keys[axis]], index)
+            for axis, index in unit_set.items()
+            if axis < len(keys)
+        )
+        for axis, index in unit_set.items():
+            units, each = index.shape
+            axes[axis] = Axis(axes[axis].base - units * each, (*axes[axis].parts, (len(groups), each)))
+        makers = [member.module for member in members if member.role == "out"]
+        name = makers[0] if makers else members[0].module
+        copies = sum(group.name.partition("#")[0] == name for group in groups)
+        groups.append(Group(f"{name}#{copies + 1}" if copies else name, units, members))
+
+    params = []
+    for name, parameter in model.named_parameters():
+        shape = parameter.shape
+        cut = [tensor_axes[name, dim] for dim in range(len(shape)) if (name, dim) in tensor_axes]
+        fixed = [size for dim, size in enumerate(shape) if (name, dim) not in tensor_axes]
+        params.append(Product(name, int(np.prod(fixed)), tuple(axes[i] for i in cut)))
+    macs = []
+    for item, indices in zip(labels.contractions, mac_axes, strict=True):
+        full = int(np.prod([len(arrays[i]) for i in indices])) * batch
+        macs.append(Product(item.module, item.macs // full, tuple(axes[i] for i in indices)))
+    pads = []
+    for pad, (before, after) in zip(labels.pads, pad_axes, strict=True):
+        attributes = pad_attributes(model, pad.module)
+        assert attributes is not None
+        pads.append(PadSite(pad.module, attributes, (axes[before], axes[after])))
+    return Graph(
+        groups=tuple(groups),
+        frozen=frozen_layers(labels, solution, unit_sets, arrays),
+        params=tuple(params),
+        macs=tuple(macs),
+        pads=tuple(pads),
+        unused=unused,
+        fingerprint=fingerprint(model),
+        inputs=inputs,
+    )
+
+
+def collect(arrays: Sequence[Atoms], solution: Solution) -> list[dict[int, Atoms]]:
+    """Classes of atoms with the same members, as axis number -> (units, positions).
+
+    Two units belong to one group when they have equally many positions on the same axes; then every width
+    is a constant times the number of units kept. Groups of a single unit are left out: it can never go.
+    """
+    axis = np.repeat(np.arange(len(arrays)), [len(atoms) for atoms in arrays])
+    position = np.concatenate([np.arange(len(atoms)) for atoms in arrays] or [np.zeros(0, dtype=np.int64)])
+    unit = solution.root[np.concatenate([*arrays, np.zeros(0, dtype=np.int64)]).astype(np.int64)]
+    free = solution.removable[unit]
+    axis, position, unit = axis[free], position[free], unit[free]
+    order = np.lexsort((position, axis, unit))
+    axis, position, unit = axis[order], position[order], unit[order]
+    starts = np.flatnonzero(np.r_[True, unit[1:] != unit[:-1]]) if len(unit) else np.zeros(0, dtype=np.int64)
+    ends = np.r_[starts[1:], len(unit)]
+    alike: dict[bytes, list[int]] = {}
+    for number, (start, end) in enumerate(zip(starts.tolist(), ends.tolist(), strict=True)):
+        alike.setdefault(axis[start:end].tobytes(), []).append(number)
+    result = []
+    for numbers in alike.values():
+        if len(numbers) < 2:
+            continue
+        rows = position[starts[numbers][:, None] + np.arange(ends[numbers[0]] - starts[numbers[0]])]
+        columns = axis[starts[numbers[0]] : ends[numbers[0]]]
+        result.append({int(a): rows[:, columns == a] for a in np.unique(columns)})
+    return result
+
+
+def frozen_layers(
+    labels: Labels, solution: Solution, unit_sets: Iterable[dict[int, Atoms]], arrays: Sequence[Atoms]
+) -> tuple[Frozen, ...]:
+    """For every layer that makes channels: those in no group, counted by reason."""
+    grouped = np.zeros(labels.count, dtype=bool)
+    for unit_set in unit_sets:
+        for axis, index in unit_set.items():
+            grouped[arrays[axis][index]] = True
+    frozen = []
+    for (tensor, dim), role in labels.roles.items():
+        if role != "out":
+            continue
+        atoms = labels.tensors[tensor, dim]
+        counts: dict[str, int] = {}
+        for root in solution.root[atoms[~grouped[atoms]]].tolist():
+            if root in solution.reasons:
+                reason, module = solution.reasons[root]
+                reason += f" at {module}" if module and reason.startswith(("no rule", "s")) else ""
+            else:
+                reason = "all its channels are tied to one another"
+            counts[reason] = counts.get(reason, 0) + 1
+        frozen += [Frozen(tensor.rpartition(".")[0], units, reason) for reason, units in counts.items()]
+    return tuple(frozen)

@@ -1,0 +1,271 @@
+"""Label arrays: which positions of which tensors live and die together.
+
+Every tensor carries *factors*: small int64 arrays of its own rank whose dims are either full or 1
+("uniform along this dim"). The entries are *atoms*; an element is dead when the atom of any of its factors
+is dead. Atom 0 is pinned: it never dies. A shape operation is the same NumPy operation on the small arrays,
+and arithmetic only *ties* atoms of its operands. Nothing here knows an operator by name.
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import numpy.typing as npt
+
+Atoms = npt.NDArray[np.int64]
+PINNED = 0
+
+
+@dataclass(frozen=True)
+class Value:
+    """A tensor of the graph: its shape and factors; parameters and buffers also carry their name."""
+
+    shape: tuple[int, ...]
+    factors: tuple[Atoms, ...] = ()
+    tensor: str | None = None
+
+
+@dataclass(frozen=True)
+class Pin:
+    """Atoms that must stay, and why."""
+
+    atoms: Atoms
+    reason: str
+    module: str
+
+
+@dataclass(frozen=True)
+class Choice:
+    """Alternative ways to keep an operation valid; each is a set of ties, and one of them must hold."""
+
+    options: Mapping[str, tuple[Atoms, Atoms]]
+    module: str
+
+
+@dataclass(frozen=True)
+class Contraction:
+    """Multiply-adds of one operation: `macs` times the share of every axis that is kept."""
+
+    module: str
+    macs: int
+    axes: tuple[Atoms, ...]
+
+
+@dataclass(frozen=True)
+class Pad:
+    """Zeros put before and after the channels by a module whose attributes say how many."""
+
+    module: str
+    before: Atoms
+    after: Atoms
+
+
+@dataclass
+class Labels:
+    """All atoms of a model and what is known about them; rules add to it, the solver reads it.
+
+    Attributes:
+        tensors: (parameter or buffer name, dim) -> one atom per position.
+        roles: (name, dim) -> what the dim is for the operation that uses it; the first use decides.
+    """
+
+    tensors: dict[tuple[str, int], Atoms] = field(default_factory=dict)
+    roles: dict[tuple[str, int], str] = field(default_factory=dict)
+    ties: list[tuple[Atoms, Atoms]] = field(default_factory=list)
+    pins: list[Pin] = field(default_factory=list)
+    choices: list[Choice] = field(default_factory=list)
+    contractions: list[Contraction] = field(default_factory=list)
+    pads: list[Pad] = field(default_factory=list)
+    units: list[Atoms] = field(default_factory=list)
+    count: int = 1
+    module: str = ""
+
+    def fresh(self, count: int, *, unit: bool = False) -> Atoms:
+        """New atoms; `unit` marks those that may be removed (the outputs of a layer)."""
+        atoms = np.arange(self.count, self.count + count, dtype=np.int64)
+        self.count += count
+        if unit:
+            self.units.append(atoms)
+        return atoms
+
+    def tie(self, a: Atoms, b: Atoms) -> None:
+        """Atoms of `a` and `b`, broadcast against each other, die together."""
+        a, b = np.broadcast_arrays(a, b)
+        self.ties.append((a.ravel(), b.ravel()))
+
+    def pin(self, atoms: Atoms, reason: str) -> None:
+        """These atoms stay, for a reason that the report shows."""
+        self.pins.append(Pin(np.unique(atoms), reason, self.module))
+
+    def choose(self, options: Mapping[str, Sequence[tuple[Atoms, Atoms]]]) -> None:
+        """One of the options must hold; the solver takes the one that leaves most units."""
+        flat = {}
+        for name, ties in options.items():
+            pairs = [np.broadcast_arrays(a, b) for a, b in ties]
+            flat[name] = (
+                np.concatenate([a.ravel() for a, _ in pairs]),
+                np.concatenate([b.ravel() for _, b in pairs]),
+            )
+        self.choices.append(Choice(flat, self.module))
+
+    def value(self, shape: Iterable[int], factors: Iterable[Atoms] = ()) -> Value:
+        """A value with its factors reduced to the dims along which they vary.
+
+        A factor that varies along no dim would be lost from view (one channel taken out of many), so its
+        atom is pinned: dropping it instead would let a tensor be cut to nothing.
+        """
+        kept = []
+        for factor in map(compress, factors):
+            if factor.size > 1:
+                kept.append(factor)
+            elif factor.item() != PINNED:
+                self.pin(factor, "a single channel is used on its own")
+        return Value(tuple(shape), tuple(kept))
+
+    def tensor_axis(self, name: str, dim: int, size: int, role: str, *, unit: bool = False) -> Atoms:
+        """The atoms along one dim of a parameter or buffer, minted at first use."""
+        self.roles.setdefault((name, dim), role)
+        if (name, dim) not in self.tensors:
+            self.tensors[name, dim] = self.fresh(size, unit=unit)
+        return self.tensors[name, dim]
+
+    def axis(self, value: Value, dim: int, role: str = "other", *, unit: bool = False) -> Atoms:
+        """The atoms along one dim, (size,); all pinned where the value carries none.
+
+        Where a factor varies along other dims too (heads × width), those are tied first.
+        """
+        size = value.shape[dim]
+        if value.tensor is not None:
+            return self.tensor_axis(value.tensor, dim, size, role, unit=unit)
+        found: Atoms | None = None
+        for factor in value.factors:
+            if factor.shape[dim] == 1:
+                continue
+            rows = np.moveaxis(factor, dim, 0).reshape(size, -1)
+            if rows.shape[1] > 1:
+                self.tie(rows, rows[:, :1])
+            if found is None:
+                found = rows[:, 0]
+            else:
+                self.tie(found, rows[:, 0])
+        return np.zeros(size, dtype=np.int64) if found is None else found
+
+    def exposed(self, value: Value) -> Value:
+        """A parameter as an operand of general arithmetic: every dim gets atoms that can be tied."""
+        if value.tensor is None:
+            return value
+        rank = len(value.shape)
+        factors = [
+            along(self.tensor_axis(value.tensor, dim, size, "other"), dim, rank)
+            for dim, size in enumerate(value.shape)
+            if size > 1
+        ]
+        return Value(value.shape, tuple(factors))
+
+    def elementwise(self, operands: Sequence[Value], shape: Sequence[int]) -> Value:
+        """Arithmetic with broadcasting: labelled dims that meet are tied, and pinned where one has no label."""
+        aligned = [self._align(self.exposed(operand), len(shape)) for operand in operands]
+        return self.value(shape, self.unify(aligned))
+
+    def unify(self, operands: Sequence[Value], skip: int | None = None) -> list[Atoms]:
+        """Tie the factors of operands of one rank; factors along dim `skip` are left out."""
+        merged: list[Atoms] = []
+        for operand in operands:
+            for factor in operand.factors:
+                if skip is not None and factor.shape[skip] > 1:
+                    continue
+                for index, other in enumerate(merged):
+                    if overlap(factor, other):
+                        self.tie(factor, other)
+                        merged[index] = np.broadcast_arrays(factor, other)[0]
+                        break
+                else:
+                    merged.append(factor)
+        for factor in merged:
+            for operand in operands:
+                spans = any(f > 1 and s > 1 for f, s in zip(factor.shape, operand.shape, strict=True))
+                if spans and not any(overlap(factor, own) for own in operand.factors):
+                    self.pin(factor, "meets a tensor whose channels are fixed")
+        return merged
+
+    @staticmethod
+    def _align(value: Value, rank: int) -> Value:
+        lead = (1,) * (rank - len(value.shape))
+        return Value(lead + value.shape, tuple(f.reshape(lead + f.shape) for f in value.factors))
+
+
+def along(atoms: Atoms, dim: int, rank: int) -> Atoms:
+    """Atoms of one dim as a factor of a tensor of the given rank.
+
+    >>> along(np.array([1, 2, 3]), 1, 4).shape
+    (1, 3, 1, 1)
+    """
+    shape = [1] * rank
+    shape[dim] = atoms.size
+    return atoms.reshape(shape)
+
+
+def compress(factor: Atoms) -> Atoms:
+    """Drop the dims along which a factor does not vary.
+
+    >>> compress(np.array([[1, 1], [2, 2]])).shape
+    (2, 1)
+    """
+    for dim, size in enumerate(factor.shape):
+        if size > 1:
+            first = factor.take([0], axis=dim)
+            if (factor == first).all():
+                factor = first
+    return factor
+
+
+def overlap(a: Atoms, b: Atoms) -> bool:
+    """Whether two factors of one rank vary along a common dim."""
+    return any(m > 1 and n > 1 for m, n in zip(a.shape, b.shape, strict=True))
+
+
+def reshape(factor: Atoms, shape: Sequence[int], target: Sequence[int]) -> Atoms:
+    """The factor of a tensor of `shape` after `view(target)`.
+
+    Dims are matched in the smallest blocks of equal size; only blocks in which the factor varies are
+    written out, so batch and image dims stay at size 1.
+
+    >>> reshape(np.arange(4).reshape(1, 4, 1, 1), (8, 4, 7, 7), (8, 196)).shape
+    (1, 196)
+    >>> reshape(np.arange(4).reshape(1, 4, 1, 1), (8, 4, 7, 7), (8, 2, 2, 7, 7)).shape
+    (1, 2, 2, 1, 1)
+    """
+    full: list[int] = []
+    out: list[int] = []
+    for source, sink in blocks(shape, target):
+        if any(factor.shape[dim] > 1 for dim in source):
+            full += [shape[dim] for dim in source]
+            out += [target[dim] for dim in sink]
+        else:
+            full += [1] * len(source)
+            out += [1] * len(sink)
+    return np.broadcast_to(factor, full).reshape(out)
+
+
+def blocks(shape: Sequence[int], target: Sequence[int]) -> list[tuple[range, range]]:
+    """Split two shapes of equal size into the shortest runs of dims with equal products.
+
+    >>> blocks((8, 4, 7, 7), (8, 196))
+    [(range(0, 1), range(0, 1)), (range(1, 4), range(1, 2))]
+    """
+    result = []
+    i = j = 0
+    while i < len(shape) or j < len(target):
+        start = i, j
+        left = right = 1
+        if i < len(shape):
+            left, i = shape[i], i + 1
+        if j < len(target):
+            right, j = target[j], j + 1
+        while left != right:
+            if left < right:
+                left, i = left * shape[i], i + 1
+            else:
+                right, j = right * target[j], j + 1
+        result.append((range(start[0], i), range(start[1], j)))
+    return result

@@ -1,0 +1,76 @@
+"""Modules whose attributes mirror the sizes of their tensors.
+
+After a cut the user's own `forward` runs on the smaller tensors, so the numbers that stock layers keep about
+their shapes must follow. `mirrored` is the whole table; `register_pad` adds a class whose attributes are
+read by its `forward` to pad channels.
+"""
+
+from collections.abc import Mapping
+
+import numpy as np
+import numpy.typing as npt
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
+from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
+
+from secateur.errors import CutError
+
+Keep = npt.NDArray[np.bool_]
+
+_PADS: dict[type[nn.Module], tuple[str, str]] = {}
+
+
+def register_pad(cls: type[nn.Module], before: str, after: str) -> None:
+    """Say that `cls` pads channels with zeros, as many as its two integer attributes tell.
+
+    Without this, padded channels stay as they are. With it, the padded channels of a residual stream can be
+    removed like any others, and the attributes are set to what is left.
+    """
+    _PADS[cls] = (before, after)
+
+
+def pad_attributes(model: nn.Module, module: str) -> tuple[str, str] | None:
+    """The (before, after) attribute names of the module of this name, if its class was registered."""
+    try:
+        return _PADS.get(type(model.get_submodule(module)))
+    except AttributeError:  # a name of the exporter's own making
+        return None
+
+
+def mirrored(module: nn.Module, keep: Mapping[tuple[str, int], Keep]) -> dict[str, int]:
+    """New values of the attributes of a stock layer whose tensors are cut.
+
+    Args:
+        module: a layer with its tensors still whole.
+        keep: (own tensor name, dim) -> mask over the positions of that dim, for cut dims only.
+    Returns:
+        attribute name -> new value; empty for modules that keep no such numbers.
+    Raises:
+        CutError: the survivors of a grouped convolution are not equally many in every group.
+    """
+
+    def width(name: str, dim: int) -> int:
+        tensor: Tensor = getattr(module, name)
+        return int(keep[name, dim].sum()) if (name, dim) in keep else tensor.shape[dim]
+
+    if isinstance(module, _ConvTransposeNd):
+        return {"in_channels": width("weight", 0), "out_channels": width("weight", 1) * module.groups}
+    if isinstance(module, _ConvNd):
+        out = keep.get(("weight", 0), np.ones(module.out_channels, dtype=bool)).reshape(module.groups, -1).sum(1)
+        alive = out[out > 0]
+        if alive.size == 0 or (alive != alive[0]).any():
+            raise CutError(f"grouped convolution: its groups keep {out.tolist()} channels; they must keep equally many")
+        return {
+            "out_channels": int(out.sum()),
+            "in_channels": int(alive.size) * width("weight", 1),
+            "groups": int(alive.size),
+        }
+    if isinstance(module, nn.Linear):
+        return {"out_features": width("weight", 0), "in_features": width("weight", 1)}
+    if isinstance(module, _NormBase):
+        for name in ("weight", "running_mean"):
+            if isinstance(getattr(module, name, None), Tensor):
+                return {"num_features": width(name, 0)}
+    if isinstance(module, nn.PReLU):
+        return {"num_parameters": width("weight", 0)}
+    return {}
