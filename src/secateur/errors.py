@@ -6,8 +6,10 @@
     ├── PlanError                 the plan does not fit the model, or is not a valid plan
     ├── CutError                  the cut could not be carried out; the model is unchanged
     ├── ScoreError                a score got tensors it cannot rank
+    ├── TrainingError             the training settings are wrong, or the loss stopped being a finite number
     ├── DataError                 a data set is missing, unreadable or of the wrong shape
     ├── ModelError                unknown model, or weights that do not fit it
+    ├── ExportError               the model cannot be exported, or the exported file computes something else
     └── FileError                 a file is missing, truncated, hostile, or cannot be written
 
 A message says where, what was found, what was expected, and what to do. The command line prints the
@@ -41,12 +43,20 @@ class ScoreError(SecateurError):
     """A score got tensors it cannot rank."""
 
 
+class TrainingError(SecateurError):
+    """The training settings are wrong, or the loss stopped being a finite number."""
+
+
 class DataError(SecateurError):
     """A data set is missing, unreadable or of the wrong shape."""
 
 
 class ModelError(SecateurError):
     """The model is unknown, or the weights do not fit it."""
+
+
+class ExportError(SecateurError):
+    """The model cannot be exported, or what was exported computes something else; no file is left."""
 
 
 class FileError(SecateurError):

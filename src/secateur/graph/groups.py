@@ -113,7 +113,7 @@ class Graph:
         macs: one product per contraction: its multiply-adds on one image.
         pads: modules that pad channels with zeros.
         unused: parameters that no forward pass reads; they are left alone.
-        fingerprint: identifies names, shapes and dtypes of the model's tensors.
+        fingerprint: identifies the names and shapes of the model's tensors.
         inputs: the example inputs.
     """
 
@@ -195,8 +195,8 @@ def pin_modules(model: nn.Module, labels: Labels, names: dict[str, str], freeze:
 
 
 def fingerprint(model: nn.Module) -> str:
-    """Hash of the names, shapes and dtypes of a model's parameters and buffers."""
-    described = sorted(f"{name} {tuple(t.shape)} {t.dtype}" for name, t in named_tensors(model))
+    """Hash of the names and shapes of a model's parameters and buffers; precision and values do not count."""
+    described = sorted(f"{name} {tuple(t.shape)}" for name, t in named_tensors(model))
     return hashlib.sha256("\n".join(described).encode()).hexdigest()[:16]
 
 

@@ -56,7 +56,8 @@ def mirrored(module: nn.Module, keep: Mapping[tuple[str, int], Keep]) -> dict[st
     if isinstance(module, _ConvTransposeNd):
         return {"in_channels": width("weight", 0), "out_channels": width("weight", 1) * module.groups}
     if isinstance(module, _ConvNd):
-        out = keep.get(("weight", 0), np.ones(module.out_channels, dtype=bool)).reshape(module.groups, -1).sum(1)
+        whole = np.ones(module.weight.shape[0], dtype=bool)
+        out = keep.get(("weight", 0), whole).reshape(module.groups, -1).sum(1)
         alive = out[out > 0]
         if alive.size == 0 or (alive != alive[0]).any():
             raise CutError(f"grouped convolution: its groups keep {out.tolist()} channels; they must keep equally many")

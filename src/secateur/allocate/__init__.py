@@ -1,0 +1,5 @@
+"""How much to keep of each group, so that the budget is met from below."""
+
+from secateur.allocate.table import ALLOCATIONS, allocate
+
+__all__ = ["ALLOCATIONS", "allocate"]

@@ -1,0 +1,282 @@
+"""Writing a model for other runtimes: ONNX, or PyTorch's own exported program.
+
+Nothing is written before the exported form has been run beside the module, at several batch sizes, and
+has given the same outputs.
+"""
+
+import contextlib
+import copy
+import io
+import logging
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.export import Dim, ExportedProgram
+from torch.utils import _pytree as pytree
+
+from secateur.errors import ExportError, FileError
+from secateur.files import atomic_write
+from secateur.graph.capture import Inputs, as_call, batch_of
+
+Run = Callable[..., object]
+
+
+@dataclass(frozen=True)
+class ExportCheck:
+    """An exported file, and how far its outputs are from the module's.
+
+    Attributes:
+        path: the file.
+        file_bytes: its size.
+        batches: the batch sizes at which it was compared with the module.
+        max_abs_error: the largest difference of any output, over all of them.
+        max_rel_error: the same, divided by the largest output.
+        static_because: None if the file takes any batch size; else why it takes only `batches[0]`.
+    """
+
+    path: Path
+    file_bytes: int
+    batches: tuple[int, ...]
+    max_abs_error: float
+    max_rel_error: float
+    static_because: str | None
+
+    def to_json(self) -> dict[str, Any]:
+        """The fields by name, with the path's last part in place of the path."""
+        return {**self.__dict__, "path": self.path.name, "batches": list(self.batches)}
+
+
+def export_onnx(model: nn.Module, inputs: Inputs, path: str | Path, *, opset: int = 18) -> ExportCheck:
+    """Write `model` in evaluation mode as one ONNX file that takes any batch size.
+
+    The file's outputs are compared with the module's by onnxruntime on the CPU: at the batch of `inputs`,
+    at 1 and at one more. They may differ by the square root of the output dtype's precision (3e-4 in
+    float32), relative to the largest output. Should the batch size be fixed by the model's own code, the
+    file takes that one alone, and the result says why.
+
+    A copy of the module on the CPU is exported; the module's mode, hooks and parameters are not touched.
+
+    Args:
+        model: any module that `torch.export` can read.
+        inputs: example inputs; the first dimension of each tensor is the batch, if it is as long as that
+            of the first tensor.
+        path: the file to write; its folder must exist. ONNX limits a file to 2 GiB.
+        opset: version of the ONNX operators. 18 is what the exporter's own rules are written in; later
+            ones are converted from it.
+    Raises:
+        ExportError: the model cannot be exported, or onnxruntime computes something else; `path` is as it
+            was before.
+        FileError: the file cannot be written.
+    """
+
+    def encode(program: ExportedProgram, shapes: Any, outputs: int) -> tuple[bytes, Run]:
+        exported = torch.onnx.export(
+            program,
+            (),
+            dynamo=True,
+            verbose=True,
+            opset_version=opset,
+            dynamic_shapes=shapes,
+            output_names=["output"] if outputs == 1 else [f"output_{i}" for i in range(outputs)],
+        )
+        assert exported is not None
+        got = exported.model.opset_imports[""]
+        if got != opset:
+            raise ExportError(f"opset {opset} was asked for, and the exporter gave {got}; ask for {got}")
+        content: bytes = exported.model_proto.SerializeToString()
+        return content, OnnxRunner(content, torch.get_num_threads())
+
+    return _export(model, inputs, Path(path), encode)
+
+
+def export_program(model: nn.Module, inputs: Inputs, path: str | Path) -> ExportCheck:
+    """Write `model` in evaluation mode as an exported program (`.pt2`), to be read by `torch.export.load`.
+
+    The file is loaded again and compared with the module as in `export_onnx`, which says the rest.
+
+    Raises:
+        ExportError: the model cannot be exported, or the loaded program computes something else; `path`
+            is as it was before.
+        FileError: the file cannot be written.
+    """
+
+    def encode(program: ExportedProgram, shapes: Any, outputs: int) -> tuple[bytes, Run]:
+        buffer = io.BytesIO()
+        torch.export.save(program, buffer)
+        buffer.seek(0)
+        return buffer.getvalue(), torch.export.load(buffer).module()
+
+    return _export(model, inputs, Path(path), encode)
+
+
+class OnnxRunner:
+    """An ONNX model on the CPU, called with tensors like the module it was made from.
+
+    Attributes:
+        runtime: "onnxruntime".
+        threads: how many threads it uses.
+    """
+
+    runtime = "onnxruntime"
+
+    def __init__(self, source: str | bytes, threads: int) -> None:
+        import onnxruntime
+
+        self.threads = threads
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = threads
+        options.inter_op_num_threads = 1
+        options.log_severity_level = 4  # failures reach the caller as exceptions
+        # idle threads that spin would slow down whatever is timed in turn with this model
+        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+        self._session = onnxruntime.InferenceSession(source, options, providers=["CPUExecutionProvider"])
+        self._names = [entry.name for entry in self._session.get_inputs()]
+
+    def __call__(self, *args: Any, **kwargs: Any) -> list[Tensor]:
+        tensors = [leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+        feed = {name: x.detach().cpu().numpy() for name, x in zip(self._names, tensors, strict=True)}
+        return [torch.from_numpy(output) for output in self._session.run(None, feed)]
+
+
+def onnx_runner(path: str | Path, threads: int | None = None) -> OnnxRunner:
+    """The model in an ONNX file, ready to be called or timed.
+
+    Args:
+        path: the file.
+        threads: how many it may use; default: as many as PyTorch, so that their times can be compared.
+    Raises:
+        FileError: there is no such file, or it is not an ONNX model.
+    """
+    if not Path(path).is_file():
+        raise FileError(f"{path}: no such file. Check the path.")
+    try:
+        return OnnxRunner(str(path), threads or torch.get_num_threads())
+    except Exception as error:  # onnxruntime has a class of its own for each of its status codes
+        raise FileError(
+            f"{path}: not an ONNX model that onnxruntime can run: {_first_line(error)}."
+        ) from error
+
+
+def _export(
+    model: nn.Module,
+    inputs: Inputs,
+    path: Path,
+    encode: Callable[[ExportedProgram, Any, int], tuple[bytes, Run]],
+) -> ExportCheck:
+    try:
+        twin = copy.deepcopy(model).cpu().eval()
+        inputs = pytree.tree_map(lambda x: x.detach().cpu() if isinstance(x, Tensor) else x, inputs)
+        outputs = len(_outputs(twin, inputs))
+    except Exception as error:  # whatever the model's own code raises
+        raise ExportError(
+            f"{type(model).__name__} cannot be copied to the CPU and run there on the given inputs: "
+            f"{_first_line(error)}. Give inputs that fit its forward."
+        ) from error
+
+    given = batch_of(inputs)
+    static_because = None
+    for dynamic in (True, False):
+        batches = (given, *{1, given + 1} - {given}) if dynamic else (given,)
+        try:
+            with _quiet():
+                content, run = encode(*_program(twin, inputs, dynamic), outputs)
+            max_abs_error, max_rel_error = _compare(twin, run, inputs, batches)
+        except Exception as error:  # the exporters let through what each of their parts raises
+            if dynamic:
+                static_because = _first_line(error)
+                continue
+            raise ExportError(
+                f"{path.name}: {type(model).__name__} could not be exported: {_first_line(error)}. "
+                f"Nothing was written."
+            ) from error
+        break
+    atomic_write(path, content)
+    return ExportCheck(path, len(content), batches, max_abs_error, max_rel_error, static_because)
+
+
+def _program(model: nn.Module, inputs: Inputs, dynamic: bool) -> tuple[ExportedProgram, Any]:
+    batch = batch_of(inputs)
+    if dynamic:
+        inputs = _with_batch(inputs, max(batch, 2))  # a batch of 1 would be taken for a constant
+        batch = batch_of(inputs)
+    size = Dim("batch")
+    args, kwargs = as_call(inputs)
+    shapes = pytree.tree_map(
+        lambda x: {0: size} if dynamic and _has_batch(x, batch) else None, kwargs if kwargs else args
+    )
+    with torch.no_grad():
+        program = torch.export.export(model, args, kwargs, dynamic_shapes=shapes, strict=False)
+    return program, shapes
+
+
+def _compare(model: nn.Module, run: Run, inputs: Inputs, batches: tuple[int, ...]) -> tuple[float, float]:
+    worst_abs = worst_rel = 0.0
+    for batch in batches:
+        examples = _with_batch(inputs, batch)
+        expected, got = _outputs(model, examples), _outputs(run, examples)
+        if [x.shape for x in expected] != [x.shape for x in got]:
+            raise ExportError(
+                f"at batch {batch} its outputs have the shapes {[tuple(x.shape) for x in got]}, the module's "
+                f"{[tuple(x.shape) for x in expected]}"
+            )
+        for e, g in zip(expected, got, strict=True):
+            dtype = e.dtype if e.is_floating_point() else torch.float32
+            allowed = torch.finfo(dtype).eps ** 0.5
+            scale = e.double().abs().max().item()
+            abs_error = (e.double() - g.double()).abs().max().item()
+            rel_error = abs_error / scale if scale else abs_error
+            if not rel_error <= allowed:  # so that NaN fails too
+                raise ExportError(
+                    f"at batch {batch} its outputs differ from the module's by {rel_error:.1e} relative to "
+                    f"the largest; {allowed:.1e} is allowed"
+                )
+            worst_abs, worst_rel = max(worst_abs, abs_error), max(worst_rel, rel_error)
+    return worst_abs, worst_rel
+
+
+def _outputs(run: Run, inputs: Inputs) -> list[Tensor]:
+    args, kwargs = as_call(inputs)
+    with torch.no_grad():
+        return [leaf for leaf in pytree.tree_leaves(run(*args, **kwargs)) if isinstance(leaf, Tensor)]
+
+
+def _with_batch(inputs: Inputs, batch: int) -> Inputs:
+    """The inputs cut or repeated to `batch` images; repeated ones are rolled, so that no two are alike."""
+    given = batch_of(inputs)
+
+    def resize(x: Any) -> Any:
+        if batch == given or not _has_batch(x, given):
+            return x
+        return torch.stack([x[i % given].roll(i // given) for i in range(batch)])
+
+    return pytree.tree_map(resize, inputs)  # type: ignore[no-any-return]
+
+
+def _has_batch(x: Any, batch: int) -> bool:
+    return isinstance(x, Tensor) and x.ndim > 0 and x.shape[0] == batch
+
+
+def _first_line(error: Exception) -> str:
+    text = str(error).strip() or type(error).__name__
+    return text.splitlines()[0].rstrip(".")[:300]
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Keeps what the exporters say about their own insides from the user; the model's warnings pass."""
+    loggers = [logging.getLogger(name) for name in ("torch.onnx", "onnxscript", "onnx_ir")]
+    levels = [logger.level for logger in loggers]
+    try:
+        for logger in loggers:
+            logger.setLevel(logging.CRITICAL)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", module=r"(torch|onnx|onnxscript|onnx_ir|copyreg)(\.|$)")
+            yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)

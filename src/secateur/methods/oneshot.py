@@ -1,0 +1,118 @@
+"""Score, allocate, cut, verify: pruning a trained model in one step."""
+
+import copy
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from torch import Tensor, nn
+
+from secateur.allocate import allocate
+from secateur.cost import Budget, Cost
+from secateur.errors import CutError
+from secateur.graph import Graph, Inputs, analyze
+from secateur.plan import Plan
+from secateur.scores import score_groups
+from secateur.surgery import Verification, cut_, save, verify
+
+
+@dataclass(frozen=True)
+class Pruned:
+    """A pruned model and how it came about.
+
+    Attributes:
+        model: the user's class, smaller.
+        plan: what was removed.
+        graph: of the original.
+        scores: (units,) per group.
+        verification: that the cut model equals the masked original.
+        macs: before, after; for one image.
+        params: before, after.
+    """
+
+    model: nn.Module
+    plan: Plan
+    graph: Graph
+    scores: list[Tensor]
+    verification: Verification
+    macs: tuple[int, int]
+    params: tuple[int, int]
+
+    def save(self, path: str | Path) -> None:
+        """Write the model for `secateur.load`."""
+        save(self.model, path)
+
+    def __str__(self) -> str:
+        counts = [("MACs", *self.macs), ("parameters", *self.params)]
+        lines = [f"{name}: {before:,} -> {after:,} ({after / before:.1%} kept)" for name, before, after in counts]
+        return "\n".join([*lines, str(self.verification)])
+
+
+def oneshot(
+    model: nn.Module,
+    inputs: Inputs,
+    budget: Budget,
+    *,
+    score: str = "l2",
+    allocation: str = "global",
+    data: Iterable[tuple[Tensor, Tensor]] | None = None,
+    loss: Callable[[Tensor, Tensor], Tensor] = nn.functional.cross_entropy,
+    freeze: Sequence[str] = (),
+    min_keep: int = 1,
+    round_to: int = 1,
+    seed: int = 0,
+) -> Pruned:
+    """Prune a copy of a trained model to a budget, and prove that the cut is right.
+
+    Args:
+        model: any vision network; it is only read.
+        inputs: example inputs, such as torch.randn(1, 3, 224, 224).
+        budget: what the result may cost at most; it lands within one unit below.
+        score: a name in `secateur.scores.SCORES`.
+        allocation: a name in `secateur.allocate.ALLOCATIONS`.
+        data: (inputs, targets) batches, for scores that need gradients.
+        loss: of (outputs, targets), a mean over the batch.
+        freeze: module names or shell patterns that no cut may touch.
+        min_keep: units that every group keeps at least.
+        round_to: kept units per group are a multiple of this, or all of them.
+        seed: for random scores and verification.
+    Raises:
+        CaptureError, BudgetError, ScoreError: see `analyze`, `allocate`, `score_groups`.
+        CutError: the model's forward cannot run at other widths, or the result is not equal.
+    Source: the common recipe, for example Li et al. 2017, arXiv:1608.08710; fine-tuning is left to the caller.
+
+    >>> import torch
+    >>> model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 5, 3))
+    >>> pruned = oneshot(model, torch.randn(1, 3, 8, 8), Budget(macs=0.5))
+    >>> pruned.macs, pruned.model[0].out_channels
+    ((13536, 6768), 4)
+    """
+    graph = analyze(model, inputs, freeze=freeze)
+    scores = score_groups(model, graph, score, seed=seed, data=data, loss=loss)
+    cost = Cost(graph)
+    masks = allocate(scores, cost, budget, allocation, min_keep=min_keep, round_to=round_to)
+    origin = {
+        "method": "oneshot",
+        "score": score,
+        "allocation": allocation,
+        "budget": {name: value for name, value in asdict(budget).items() if value is not None},
+        "freeze": list(freeze),
+        "min_keep": min_keep,
+        "round_to": round_to,
+        "seed": seed,
+    }
+    plan = Plan.of(graph, masks, origin)
+    small = cut_(copy.deepcopy(model), graph, plan)
+    verification = verify(model, small, graph, plan, seed=seed)
+    if not verification.ok:
+        raise CutError(f"{type(model).__name__}: the cut model is {verification}. Please report this model.")
+    kept = plan.kept(graph)
+    return Pruned(
+        small,
+        plan,
+        graph,
+        scores,
+        verification,
+        macs=(cost.macs(), cost.macs(kept)),
+        params=(cost.params(), cost.params(kept)),
+    )

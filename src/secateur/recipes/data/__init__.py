@@ -1,0 +1,7 @@
+"""Image classification data: data sets in memory, and batches that any run can reproduce."""
+
+from secateur.recipes.data.batches import AUGMENTATIONS, Batches
+from secateur.recipes.data.dataset import Dataset, Normalisation, Split
+from secateur.recipes.data.load import list_data, load_data
+
+__all__ = ["AUGMENTATIONS", "Batches", "Dataset", "Normalisation", "Split", "list_data", "load_data"]

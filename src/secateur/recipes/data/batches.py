@@ -1,0 +1,155 @@
+"""Batches from memory: any run, on any number of ranks, sees the same images in the same order."""
+
+from collections.abc import Iterator
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from secateur.errors import DataError, unknown
+from secateur.recipes.data.dataset import Normalisation, Split
+
+AUGMENTATIONS = ("none", "shift", "shift+flip")
+
+
+class Batches:
+    """Normalised batches of a split, by epoch.
+
+    Global batch k of epoch e, augmentation included, is a pure function of (seed, e, k). Rank r takes its
+    contiguous part of it, so a run that is resumed, or continued on another number of ranks, sees what an
+    uninterrupted run would have seen. Iterating the object itself gives epoch 0.
+
+    Args:
+        split: the images; they stay where they are, each batch moves to `device` as uint8.
+        batch_size: images per global batch, a multiple of `world_size`.
+        normalisation: applied last.
+        augment: "none"; "shift" moves each image by up to an eighth of its side, zeros coming in, which for
+            32×32 images is the usual pad-by-4-and-crop; "shift+flip" also mirrors half of the images.
+        shuffle: draw a new order for each epoch; else the order of the split.
+        drop_last: leave out the last batch if it is smaller than `batch_size`.
+        seed: of order and augmentation, at least 0.
+        rank: which part of each global batch to yield; it may be empty if the last one is very small.
+        world_size: into how many parts global batches are divided.
+        device: where the batches are augmented and yielded.
+        channels_last: yield images in the channels-last memory format.
+    Raises:
+        DataError: unknown augmentation, sizes that do not fit, or not a single batch.
+
+    >>> split = Split(torch.zeros(10, 3, 8, 8, dtype=torch.uint8), torch.arange(10))
+    >>> batches = Batches(split, batch_size=4, normalisation=Normalisation((0.,) * 3, (1.,) * 3))
+    >>> [y.tolist() for x, y in batches]
+    [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9]]
+    """
+
+    def __init__(
+        self,
+        split: Split,
+        *,
+        batch_size: int,
+        normalisation: Normalisation,
+        augment: str = "none",
+        shuffle: bool = False,
+        drop_last: bool = False,
+        seed: int = 0,
+        rank: int = 0,
+        world_size: int = 1,
+        device: torch.device | str = "cpu",
+        channels_last: bool = False,
+    ) -> None:
+        if augment not in AUGMENTATIONS:
+            raise DataError(unknown("augmentation", augment, AUGMENTATIONS))
+        if batch_size < 1 or batch_size % world_size:
+            raise DataError(
+                f"batch_size {batch_size}: expected a positive multiple of the {world_size} ranks"
+            )
+        self.split = split
+        self.batch_size = batch_size
+        self.normalisation = normalisation
+        self.augment = augment
+        self.shuffle = shuffle
+        self.drop_last = drop_last
+        self.seed = seed
+        self.rank = rank
+        self.world_size = world_size
+        self.device = torch.device(device)
+        self.memory_format = torch.channels_last if channels_last else torch.contiguous_format
+        if len(self) == 0:
+            raise DataError(
+                f"batch_size {batch_size} is larger than the {len(split)} images. Choose a smaller one."
+            )
+
+    def __len__(self) -> int:
+        """Batches per epoch."""
+        return (
+            len(self.split) // self.batch_size if self.drop_last else -(-len(self.split) // self.batch_size)
+        )
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        return self.epoch(0)
+
+    def epoch(self, epoch: int, start_batch: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
+        """The batches of one epoch.
+
+        Args:
+            epoch: which one, from 0.
+            start_batch: batches that an interrupted run has already seen.
+        Returns:
+            An iterator of images (n, c, h, w), float32, and labels (n,), int64.
+        """
+        order = torch.arange(len(self.split))
+        if self.shuffle:
+            order = torch.from_numpy(_stream(self.seed, epoch, 0).permutation(len(self.split)))
+        for batch in range(start_batch, len(self)):
+            yield self._batch(order[batch * self.batch_size :][: self.batch_size], epoch, batch)
+
+    def _batch(self, indices: Tensor, epoch: int, batch: int) -> tuple[Tensor, Tensor]:
+        mine = torch.arange(len(indices)).tensor_split(self.world_size)[self.rank]
+        images = self.split.images[indices[mine]].to(self.device)
+        labels = self.split.labels[indices[mine]].to(self.device)
+        if self.augment != "none":
+            reach = (images.shape[2] // 8, images.shape[3] // 8)
+            down, right, mirror = _draw(_stream(self.seed, epoch, 1 + batch), len(indices), reach)
+            if self.augment == "shift":
+                mirror[:] = False
+            images = shift(images, down[mine], right[mine], mirror[mine])
+        return self.normalisation(images, self.memory_format), labels
+
+
+def shift(images: Tensor, down: Tensor, right: Tensor, mirror: Tensor) -> Tensor:
+    """Move each image by its own offsets, zeros coming in, and mirror some of the results left to right.
+
+    Args:
+        images: (n, c, h, w), any dtype.
+        down: (n,), int64: pixels; negative moves up.
+        right: (n,), int64: pixels; negative moves left.
+        mirror: (n,), bool.
+    Returns:
+        As `images`.
+
+    >>> one, left, same = torch.tensor([1]), torch.tensor([-1]), torch.tensor([False])
+    >>> shift(torch.tensor([[[[1, 2], [3, 4]]]]), one, left, same).tolist()
+    [[[[0, 0], [2, 0]]]]
+    """
+    n, c, h, w = images.shape
+    reach = int(torch.stack([down, right]).abs().max()) if n else 0
+    padded = F.pad(images, (reach, reach, reach, reach))
+    columns = torch.where(mirror[:, None], torch.arange(w).flip(0), torch.arange(w))
+    columns = (columns + (reach - right)[:, None]).to(images.device)  # n, w
+    rows = (torch.arange(h) + (reach - down)[:, None]).to(images.device)  # n, h
+    source = rows[:, :, None] * (w + 2 * reach) + columns[:, None, :]  # n, h, w
+    source = source.view(n, 1, h * w).expand(n, c, h * w)
+    return padded.flatten(2).gather(2, source).view(n, c, h, w)
+
+
+def _draw(stream: np.random.Generator, count: int, reach: tuple[int, int]) -> tuple[Tensor, Tensor, Tensor]:
+    """Offsets down and right (int64) and whether to mirror (bool), each (count,)."""
+    down = stream.integers(-reach[0], reach[0] + 1, count)
+    right = stream.integers(-reach[1], reach[1] + 1, count)
+    mirror = stream.integers(0, 2, count).astype(bool)
+    return torch.from_numpy(down), torch.from_numpy(right), torch.from_numpy(mirror)
+
+
+def _stream(seed: int, epoch: int, number: int) -> np.random.Generator:
+    """An independent random stream for each triple; number 0 orders the epoch, 1 + k augments batch k."""
+    return np.random.default_rng((seed, epoch, number))

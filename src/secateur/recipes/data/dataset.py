@@ -1,0 +1,178 @@
+"""A data set as plain tensors, and choosing part of it."""
+
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from secateur.errors import DataError
+
+
+@dataclass(frozen=True)
+class Normalisation:
+    """What turns stored pixels into the model's input: `(pixel * scale - mean) / std`, per channel.
+
+    Args:
+        mean: one number per channel, on the scaled pixels.
+        std: one number per channel, on the scaled pixels.
+        scale: 1/255 maps pixels to 0..1; 1 leaves them as they are.
+
+    >>> half = Normalisation((0.5,), (0.5,))
+    >>> half(torch.tensor([0, 255], dtype=torch.uint8).view(2, 1, 1, 1)).flatten()
+    tensor([-1.,  1.])
+    """
+
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    scale: float = 1 / 255
+
+    def __call__(
+        self, images: Tensor, memory_format: torch.memory_format = torch.contiguous_format
+    ) -> Tensor:
+        """Images (n, c, h, w) of any dtype, as float32 of the same shape and on the same device."""
+        std = torch.tensor(self.std).view(-1, 1, 1)
+        factor = (self.scale / std).to(images.device)
+        offset = (torch.tensor(self.mean).view(-1, 1, 1) / std).to(images.device)
+        return images.to(torch.float32, memory_format=memory_format).mul(factor).sub_(offset)
+
+
+@dataclass(frozen=True)
+class Split:
+    """Images with their classes.
+
+    Args:
+        images: (n, c, h, w), uint8.
+        labels: (n,), int64.
+    """
+
+    images: Tensor
+    labels: Tensor
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def take(self, indices: Tensor) -> "Split":
+        """The images at `indices` (m,), in that order."""
+        return Split(self.images[indices], self.labels[indices])
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """A data set in memory.
+
+    Args:
+        name: what it was loaded as.
+        train: images to learn from.
+        test: images to measure on.
+        classes: what each label means.
+        normalisation: how models expect the images.
+        augment: the augmentation that suits the training images, one of `AUGMENTATIONS`.
+    """
+
+    name: str
+    train: Split
+    test: Split
+    classes: tuple[str, ...]
+    normalisation: Normalisation
+    augment: str
+
+    def subset(
+        self, *, train_images: int | None = None, test_images: int | None = None, seed: int = 0
+    ) -> "Dataset":
+        """A smaller data set, as balanced over the classes as the images allow.
+
+        The same seed gives the same images, and a smaller subset is part of a larger one.
+
+        Args:
+            train_images: how many to keep; None keeps all, in their order.
+            test_images: how many to keep; None keeps all, in their order.
+            seed: which ones.
+        Raises:
+            DataError: fewer images exist, or the number is not positive.
+        """
+        return replace(
+            self,
+            train=_balanced_part(self.train, train_images, seed, f"{self.name}, training images"),
+            test=_balanced_part(self.test, test_images, seed, f"{self.name}, test images"),
+        )
+
+
+def _balanced_part(split: Split, count: int | None, seed: int, what: str) -> Split:
+    if count is None:
+        return split
+    if not 0 < count <= len(split):
+        raise DataError(f"{what}: cannot take {count} of {len(split)}. Choose between 1 and {len(split)}.")
+    return split.take(balanced_order(split.labels, seed)[:count])
+
+
+def balanced_order(labels: Tensor, seed: int) -> Tensor:
+    """Indices of all images, such that every beginning of the list is balanced over the classes.
+
+    Args:
+        labels: (n,), int64.
+        seed: which image of a class comes first.
+    Returns:
+        (n,), int64: the first images of each class in random order, then the second ones, and so on.
+
+    >>> labels = torch.tensor([0, 0, 0, 1, 1, 1])
+    >>> labels[balanced_order(labels, seed=0)].view(3, 2).sum(1)
+    tensor([1, 1, 1])
+    """
+    shuffled = np.random.default_rng(seed).permutation(len(labels))
+    by_class = labels.numpy()[shuffled]
+    turn = np.empty(len(labels), np.int64)
+    for label in np.unique(by_class):
+        members = by_class == label
+        turn[members] = np.arange(members.sum())
+    return torch.from_numpy(shuffled[np.argsort(turn, kind="stable")])
+
+
+def stratified_split(split: Split, test_share: float, seed: int) -> tuple[Split, Split]:
+    """Set a share of each class aside for testing.
+
+    Args:
+        split: images to divide.
+        test_share: of each class, rounded, but at least one image stays on either side if there are two.
+        seed: which ones.
+    Returns:
+        Training and test images, each in the order of `split`.
+    """
+    aside = torch.zeros(len(split), dtype=torch.bool)
+    order = balanced_order(split.labels, seed)
+    for label in range(int(split.labels.max()) + 1):
+        members = order[split.labels[order] == label]
+        count = max(0, min(max(1, round(test_share * len(members))), len(members) - 1))
+        aside[members[:count]] = True
+    return split.take((~aside).nonzero().flatten()), split.take(aside.nonzero().flatten())
+
+
+def checked(dataset: Dataset) -> Dataset:
+    """The data set itself, once images, labels, classes and normalisation fit together.
+
+    Raises:
+        DataError: they do not.
+    """
+    channels = {dataset.train.images.shape[1], dataset.test.images.shape[1]}
+    _require(len(channels) == 1, dataset, f"channels of training and test images: {channels}")
+    lengths = {len(dataset.normalisation.mean), len(dataset.normalisation.std)}
+    _require(lengths == channels, dataset, f"normalisation of {lengths} channels, images of {channels}")
+    for what, split in (("train", dataset.train), ("test", dataset.test)):
+        _require(len(split) > 0, dataset, f"{what}: no images")
+        _require(
+            len(split.images) == len(split),
+            dataset,
+            f"{what}: {len(split.images)} images, {len(split)} labels",
+        )
+        lowest, highest = int(split.labels.min()), int(split.labels.max())
+        _require(
+            0 <= lowest <= highest < len(dataset.classes),
+            dataset,
+            f"{what}: labels {lowest} to {highest}, expected 0 to {len(dataset.classes) - 1}",
+        )
+    return dataset
+
+
+def _require(fits: bool, dataset: Dataset, message: str) -> None:
+    if not fits:
+        raise DataError(f"data set {dataset.name!r}: {message}")

@@ -1,0 +1,407 @@
+"""The one training loop: from scratch, fine-tuning, distillation; on one process or several.
+
+`accelerate launch` decides where it runs; every process works on its part of each batch, and the result is
+that of one process. A run that is killed goes on from its last checkpoint as if nothing had happened.
+"""
+
+import contextlib
+import copy
+import re
+import time
+import zlib
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from secateur.errors import ModelError, TrainingError
+from secateur.recipes.checkpoint import Epoch, State
+from secateur.recipes.data import Batches, Dataset, Split
+from secateur.recipes.parallel import WholeBatchNorm, add_gradients, share_weights
+from secateur.recipes.train_config import TrainConfig, learning_rate
+from secateur.recipes.train_log import TrainLog
+
+__all__ = ["Epoch", "Evaluation", "FitResult", "TrainConfig", "evaluate", "fit", "learning_rate"]
+
+_LOOK_EVERY = 50  # steps between looks at the loss: each one waits for the device
+_TEST_BATCH = 500
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """How well a model does on a split.
+
+    Args:
+        accuracy: fraction classified correctly, 0..1.
+        loss: mean cross-entropy, in nats.
+    """
+
+    accuracy: float
+    loss: float
+
+
+@dataclass(frozen=True)
+class FitResult:
+    """What a training came to.
+
+    Args:
+        accuracy: fraction of the test images classified correctly at the end, 0..1.
+        seconds: time for all epochs, those before an interruption included.
+        history: every epoch.
+    """
+
+    accuracy: float
+    seconds: float
+    history: tuple[Epoch, ...]
+
+
+def evaluate(
+    model: nn.Module,
+    data: Dataset,
+    split: Literal["train", "test"] = "test",
+    *,
+    batch_size: int = _TEST_BATCH,
+    channels_last: bool = True,
+) -> Evaluation:
+    """Measure a model, in eval mode and float32, on the device it is on; its mode is restored.
+
+    Args:
+        model: images (n, c, h, w) to logits (n, classes).
+        data: what to measure on.
+        split: which part of it.
+        batch_size: images at a time.
+        channels_last: lay the images out as n h w c; the weights stay as they are.
+    Raises:
+        ModelError: the model does not return one logit per class.
+    """
+    part: Split = getattr(data, split)
+    device = next((tensor.device for tensor in model.state_dict().values()), torch.device("cpu"))
+    batches = Batches(
+        part,
+        batch_size=batch_size,
+        normalisation=data.normalisation,
+        device=device,
+        channels_last=channels_last,
+    )
+    with _modes_kept(model):
+        loss, correct, images = _measure(model.eval(), batches, len(data.classes)).tolist()
+    return Evaluation(accuracy=correct / images, loss=loss / images)
+
+
+def fit(
+    model: nn.Module,
+    data: Dataset,
+    config: TrainConfig,
+    folder: str | Path,
+    *,
+    teacher: nn.Module | None = None,
+    resume: bool = False,
+    phase: str = "train",
+    progress: bool = True,
+) -> FitResult:
+    """Train a model in place.
+
+    It ends in the modes and on the device it came with; what is frozen (`requires_grad` False) stays so. The
+    weights may be left in the channels-last layout, which changes no value.
+
+    In `folder` the phase leaves `metrics.jsonl`, one line per epoch beside those of other phases;
+    `<phase>.checkpoint.safetensors`; and TensorBoard scalars under `tensorboard/<phase>`. On the CPU a run
+    that was killed and resumed equals an uninterrupted one bit for bit, but for the times.
+
+    Args:
+        model: images (n, c, h, w) to logits (n, classes).
+        data: images to learn from and to test on.
+        config: how to train.
+        folder: where the files go; it is made if need be, and all processes must see it.
+        teacher: whose logits to approach, if `config.distill_weight` says so; not changed.
+        resume: go on from the phase's checkpoint, if there is one; a phase that is done is not repeated.
+            Otherwise the phase's earlier files in `folder` are replaced.
+        phase: names this training among others in the same folder.
+        progress: show a progress bar, if this is a terminal.
+    Raises:
+        TrainingError: the settings do not fit together, or the loss stopped being a finite number. The model
+            then holds useless weights, but the last checkpoint good ones.
+        ModelError: the model does not return one logit per class.
+        FileError: a file cannot be written, or the checkpoint is damaged or of another run.
+    """
+    from accelerate import Accelerator
+
+    accelerator = Accelerator()
+    _check_fit(config, teacher, phase, accelerator)
+    device, rank, world_size = accelerator.device, accelerator.process_index, accelerator.num_processes
+    share: dict[str, Any] = {
+        "normalisation": data.normalisation,
+        "rank": rank,
+        "world_size": world_size,
+        "device": device,
+        "channels_last": config.channels_last,
+    }
+    batches = Batches(
+        data.train,
+        batch_size=config.batch_size,
+        augment=data.augment,
+        shuffle=True,
+        seed=config.seed,
+        **share,
+    )
+    test_batches = Batches(data.test, batch_size=_TEST_BATCH * world_size, **share)
+    classes, steps = len(data.classes), config.epochs * len(batches)
+    checkpoint = Path(folder) / f"{phase}.checkpoint.safetensors"
+
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(_lent(model, device, config.channels_last))
+        if teacher is not None:
+            stack.enter_context(_lent(teacher, device, config.channels_last)).eval()
+        stack.enter_context(torch.random.fork_rng(devices=[device] if device.type == "cuda" else []))
+        if world_size > 1:
+            stack.enter_context(WholeBatchNorm())
+            share_weights(model)
+
+        average = copy.deepcopy(model) if config.ema is not None else None
+        optimizer = _optimizer(model, config)
+        state = State(model, optimizer, average, tally=torch.zeros(2, len(batches), device=device))
+        run = _description(model, data, config, phase)
+        if resume and checkpoint.exists():
+            state.load(checkpoint, run)
+            if rank > 0:
+                state.tally.zero_()  # the sum over all processes is with the first one
+        log = None
+        if rank == 0:
+            log = stack.enter_context(TrainLog(Path(folder), phase, state, config.epochs, progress))
+            if state.epoch == state.batch == 0:
+                state.save(
+                    checkpoint, run
+                )  # the initial weights, so that any later moment can be reached again
+
+        while state.epoch < config.epochs:
+            started = time.perf_counter() - state.seconds
+            model.train()
+            for x, y in batches.epoch(state.epoch, start_batch=state.batch):
+                step = state.epoch * len(batches) + state.batch
+                torch.manual_seed(zlib.crc32(f"{config.seed} {step} {rank}".encode()))
+                for group in optimizer.param_groups:
+                    group["lr"] = learning_rate(config, step, steps)
+
+                with torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bf16"):
+                    logits = _logits(model, x, classes)
+                    with torch.no_grad():
+                        target = _logits(teacher, x, classes) if teacher is not None else None
+                losses = _losses(logits, y, target, config)
+                optimizer.zero_grad()
+                images = min(config.batch_size, len(data.train) - state.batch * config.batch_size)
+                torch.autograd.backward(losses.sum() / images)
+                if world_size > 1:
+                    add_gradients(model.parameters())
+                if config.clip_norm is not None:
+                    nn.utils.clip_grad_norm_(model.parameters(), config.clip_norm)
+                optimizer.step()
+                if average is not None and config.ema is not None:
+                    _follow(average, model, min(config.ema, (1 + step) / (10 + step)))
+
+                correct = (logits.detach().argmax(1) == y).sum()
+                state.tally[:, state.batch] = torch.stack([losses.detach().sum(), correct])
+                state.batch += 1
+                saves = (step + 1) % config.checkpoint_every == 0
+                if saves or (step + 1) % _LOOK_EVERY == 0:
+                    _sum_up(state, config, accelerator)
+                if log:
+                    state.seconds = time.perf_counter() - started
+                    log.step()
+                    if saves:
+                        state.save(checkpoint, run)
+
+            loss, correct = (_sum_up(state, config, accelerator).double().sum(1) / len(data.train)).tolist()
+            trained = time.perf_counter() - started
+            tested_model = model if average is None else average
+            tested = _measure(tested_model.eval(), test_batches, classes)
+            _, right, total = accelerator.reduce(tested, "sum").tolist()
+            state.epoch, state.batch, state.seconds = state.epoch + 1, 0, 0.0
+            state.tally.zero_()
+            state.history.append(
+                Epoch(
+                    phase=phase,
+                    epoch=state.epoch,
+                    step=state.epoch * len(batches),
+                    loss=loss,
+                    train_accuracy=correct,
+                    accuracy=right / total,
+                    lr=optimizer.param_groups[0]["lr"],
+                    seconds=time.perf_counter() - started,
+                    images_per_second=len(data.train) / trained,
+                )
+            )
+            if log:
+                log.epoch(state.history)
+                if state.epoch == config.epochs:
+                    state.save(checkpoint, run)
+
+        if average is not None:
+            _follow(model, average, 0.0)
+    return FitResult(
+        accuracy=state.history[-1].accuracy,
+        seconds=sum(epoch.seconds for epoch in state.history),
+        history=tuple(state.history),
+    )
+
+
+def _check_fit(config: TrainConfig, teacher: nn.Module | None, phase: str, accelerator: Any) -> None:
+    if accelerator.num_processes > 1 and not accelerator.distributed_type.startswith("MULTI_"):
+        raise TrainingError(
+            f"fit: launched with {accelerator.distributed_type}; expected plain data parallelism, because "
+            f"each process must hold the whole model. Launch with `accelerate launch --multi_gpu` or `--cpu`."
+        )
+    if (teacher is not None) != (config.distill_weight > 0):
+        raise TrainingError(
+            f"fit: distill_weight is {config.distill_weight} with {'a' if teacher is not None else 'no'} "
+            f"teacher; pass a teacher and a weight above 0, or neither."
+        )
+    if not re.fullmatch(r"\w[\w.-]*", phase):
+        raise TrainingError(f"fit: phase is {phase!r}; expected letters, digits, '.', '_' and '-'.")
+
+
+def _description(model: nn.Module, data: Dataset, config: TrainConfig, phase: str) -> dict[str, Any]:
+    """What a run is, as JSON: only a run of the same description may go on from its checkpoint."""
+    parameters = dict(model.named_parameters())
+    return {
+        "phase": phase,
+        "config": asdict(config) | {"milestones": list(config.milestones)},
+        "data": {
+            "name": data.name,
+            "augment": data.augment,
+            "train_images": len(data.train),
+            "test_images": len(data.test),
+            "checksum": zlib.crc32(
+                data.train.labels.cpu().numpy().tobytes() + data.train.images[:100].cpu().numpy().tobytes()
+            ),
+        },
+        "model": {
+            name: f"{str(t.dtype).removeprefix('torch.')} {tuple(t.shape)}"
+            + (" frozen" if name in parameters and not parameters[name].requires_grad else "")
+            for name, t in model.state_dict().items()
+        },
+    }
+
+
+def _optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optimizer:
+    trainable = [p for p in model.parameters() if p.requires_grad]
+    if not trainable:
+        raise TrainingError("fit: all parameters are frozen; set requires_grad on those to train.")
+    decayed = [p for p in trainable if config.decay_all or p.ndim > 1]
+    free = [p for p in trainable if not (config.decay_all or p.ndim > 1)]
+    groups = [
+        {"params": parameters, "weight_decay": decay}
+        for parameters, decay in ((decayed, config.weight_decay), (free, 0.0))
+        if parameters
+    ]
+    if config.optimizer == "adamw":
+        return torch.optim.AdamW(groups, lr=config.lr)
+    return torch.optim.SGD(groups, lr=config.lr, momentum=config.momentum, nesterov=config.nesterov)
+
+
+def _logits(model: nn.Module, x: Tensor, classes: int) -> Tensor:
+    logits = model(x)
+    if not isinstance(logits, Tensor) or logits.shape != (len(x), classes):
+        found = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
+        raise ModelError(
+            f"{type(model).__name__}: returned {found} for images {tuple(x.shape)}; expected logits "
+            f"{(len(x), classes)}. Build the model for {classes} classes."
+        )
+    return logits.float()
+
+
+def _losses(logits: Tensor, y: Tensor, target: Tensor | None, config: TrainConfig) -> Tensor:
+    """The loss of each image: cross-entropy, or a blend of it with the distance to the teacher.
+
+        (1 − w) · CE(y, p) + w · T² · KL(softmax(target / T) ‖ softmax(logits / T))
+
+    Args:
+        logits: (n, classes).
+        y: (n,), int64.
+        target: the teacher's logits (n, classes), if there is one.
+        config: w is `distill_weight`, T is `distill_temperature`; CE has `label_smoothing`.
+    Returns:
+        (n,), float32.
+    Source: Hinton et al. 2015, arXiv:1503.02531, sec. 2.
+    """
+    losses = F.cross_entropy(logits, y, label_smoothing=config.label_smoothing, reduction="none")
+    if target is None:
+        return losses
+    t = config.distill_temperature
+    ours, theirs = F.log_softmax(logits / t, 1), F.log_softmax(target / t, 1)
+    distance = F.kl_div(ours, theirs, log_target=True, reduction="none").sum(1) * t**2
+    return torch.lerp(losses, distance, config.distill_weight)
+
+
+def _follow(average: nn.Module, model: nn.Module, decay: float) -> None:
+    """average ← decay · average + (1 − decay) · model, for weights and buffers; counts are copied."""
+    pairs = list(zip(average.state_dict().values(), model.state_dict().values(), strict=True))
+    floats = [(a, m) for a, m in pairs if a.is_floating_point()]
+    torch._foreach_lerp_([a for a, _ in floats], [m for _, m in floats], 1 - decay)
+    for a, m in pairs:
+        if not a.is_floating_point():
+            a.copy_(m)
+
+
+def _sum_up(state: State, config: TrainConfig, accelerator: Any) -> Tensor:
+    """Loss and number correct of the epoch's batches, over all processes: (2, batches), on the CPU.
+
+    The first process is left with the sum, the others with nothing, so that a checkpoint of the first one
+    is complete.
+
+    Raises:
+        TrainingError: a loss or a weight is not finite. All processes see the same sum, so all stop.
+    """
+    totals: Tensor = accelerator.reduce(state.tally, "sum")
+    state.tally.copy_(totals if accelerator.is_main_process else torch.zeros_like(totals))
+    finite = torch.stack([p.detach().isfinite().all() for p in state.model.parameters()]).all()
+    totals = totals.cpu()
+    bad = (~totals[0].isfinite()).nonzero().flatten().tolist()
+    if bad or not finite:
+        first = bad[0] + 1 if bad else state.batch
+        raise TrainingError(
+            f"epoch {state.epoch + 1}, batch {first} of {totals.shape[1]}: the "
+            f"{'loss' if bad else 'weights'} became infinite or not a number. Lower lr (now {config.lr}), set clip_norm, add warmup_epochs, "
+            f"or use precision 'no'. The last checkpoint is from before."
+        )
+    return totals
+
+
+@torch.no_grad()  # not inference_mode: a tensor that the model caches now must serve in training later
+def _measure(model: nn.Module, batches: Batches, classes: int) -> Tensor:
+    """Sums over this process's part: cross-entropy, number correct, number of images."""
+    sums = torch.zeros(3, device=batches.device)
+    for x, y in batches:
+        logits = _logits(model, x, classes)
+        loss = F.cross_entropy(logits, y, reduction="sum")
+        sums += torch.stack([loss, (logits.argmax(1) == y).sum(), torch.tensor(len(y), device=loss.device)])
+    return sums
+
+
+@contextlib.contextmanager
+def _modes_kept(model: nn.Module) -> Iterator[None]:
+    modes = {module: module.training for module in model.modules()}
+    try:
+        yield
+    finally:
+        for module, training in modes.items():
+            module.training = training
+
+
+@contextlib.contextmanager
+def _lent(model: nn.Module, device: torch.device, channels_last: bool) -> Iterator[nn.Module]:
+    """The model on another device; at the end back, in its modes and without gradients."""
+    home = _device_of(model)
+    with _modes_kept(model):
+        try:
+            model.to(device)
+            yield model.to(memory_format=torch.channels_last) if channels_last else model
+        finally:
+            model.to(home).zero_grad()
+
+
+def _device_of(model: nn.Module) -> torch.device:
+    return next((tensor.device for tensor in model.state_dict().values()), torch.device("cpu"))

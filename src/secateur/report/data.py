@@ -1,0 +1,232 @@
+"""What a report tells, as data; what is not known is None or empty."""
+
+import math
+import platform
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+import torch
+
+import secateur
+from secateur.cost.latency import Latency, device_name
+from secateur.errors import SecateurError
+
+PROVEN = 1e-9
+"""In float64, rounding alone stays far below this relative error, and a wrong cut far above."""
+
+
+@dataclass(frozen=True)
+class Width:
+    """Units of one layer's output, before and after the cut."""
+
+    layer: str
+    before: int
+    after: int
+
+    def to_json(self) -> dict[str, Any]:
+        """The fields by name."""
+        return dict(self.__dict__)
+
+
+@dataclass(frozen=True)
+class Group:
+    """One group's units: which were kept, and by which scores.
+
+    Attributes:
+        name: the group.
+        mask: one entry per unit; True = kept.
+        scores: one per unit, higher = keep; None if the method ranks no units.
+    """
+
+    name: str
+    mask: Sequence[bool]
+    scores: Sequence[float] | None = None
+
+    def __post_init__(self) -> None:
+        if self.scores is not None and len(self.scores) != len(self.mask):
+            raise SecateurError(
+                f"group {self.name!r}: {len(self.scores)} scores for {len(self.mask)} units. "
+                f"Give one for each."
+            )
+
+    @property
+    def units(self) -> int:
+        """How many units the group had."""
+        return len(self.mask)
+
+    @property
+    def kept(self) -> int:
+        """How many of them were kept."""
+        return sum(self.mask)
+
+    def to_json(self) -> dict[str, Any]:
+        """The fields by name, with the counts."""
+        scores = None if self.scores is None else [float(s) for s in self.scores]
+        mask = [bool(kept) for kept in self.mask]
+        return {"name": self.name, "units": self.units, "kept": self.kept, "mask": mask, "scores": scores}
+
+
+@dataclass(frozen=True)
+class FrozenGroup:
+    """What was not up for removal, why, and how much of the model it holds."""
+
+    name: str
+    reason: str
+    params: int
+    macs: int
+
+    def to_json(self) -> dict[str, Any]:
+        """The fields by name."""
+        return dict(self.__dict__)
+
+
+@dataclass(frozen=True)
+class LatencyPair:
+    """The same inputs timed on both models, best in turn: see `secateur.cost.latency.compare_latency`."""
+
+    before: Latency
+    after: Latency
+
+    @property
+    def speed_up(self) -> float:
+        """Median before over median after."""
+        return self.before.median_ms / self.after.median_ms
+
+    def to_json(self) -> dict[str, Any]:
+        """Both measurements, and the speed-up ×."""
+        before, after = self.before.to_json(), self.after.to_json()
+        return {"before": before, "after": after, "speed_up": self.speed_up}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Report:
+    """Everything the page and the JSON file say. Accuracies are fractions, 0..1.
+
+    Attributes:
+        model, dataset, method, seed, command: how the run was made; the command as it was typed.
+        budget: what was asked for, such as {"macs": 0.5}.
+        macs_before, macs_after, params_before, params_after: counted on the two models; MACs per image.
+        accuracy_before, accuracy_cut, accuracy_after: of the original, right after the cut, and in the end.
+        verify_max_abs_error: the largest difference between the outputs of the cut and the masked model,
+            in float64 if that was run, else in float32.
+        verify_rel_error_float32, verify_rel_error_float64: the same, relative to the largest output.
+        latency_pytorch, latency_onnxruntime: before and after, by the clock.
+        weights_bytes_before, weights_bytes_after, onnx_bytes_before, onnx_bytes_after: file sizes.
+        widths: every layer whose width could change, in order of execution.
+        groups: every group that was up for removal, in the same order.
+        frozen: what was not.
+        notes: whatever else the reader must know, one sentence each.
+        history: the lines of `metrics.jsonl`, one per epoch.
+        versions: see `current_versions`.
+    """
+
+    model: str
+    method: str
+    budget: Mapping[str, float]
+    seed: int
+    command: str
+    dataset: str | None = None
+    macs_before: int
+    macs_after: int
+    params_before: int
+    params_after: int
+    accuracy_before: float | None = None
+    accuracy_cut: float | None = None
+    accuracy_after: float | None = None
+    verify_max_abs_error: float | None = None
+    verify_rel_error_float32: float | None = None
+    verify_rel_error_float64: float | None = None
+    latency_pytorch: LatencyPair | None = None
+    latency_onnxruntime: LatencyPair | None = None
+    weights_bytes_before: int | None = None
+    weights_bytes_after: int | None = None
+    onnx_bytes_before: int | None = None
+    onnx_bytes_after: int | None = None
+    widths: Sequence[Width] = ()
+    groups: Sequence[Group] = ()
+    frozen: Sequence[FrozenGroup] = ()
+    notes: Sequence[str] = ()
+    history: Sequence[Mapping[str, Any]] = ()
+    versions: Mapping[str, str | int] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for name in ("accuracy_before", "accuracy_cut", "accuracy_after"):
+            accuracy = getattr(self, name)
+            if accuracy is not None and not 0 <= accuracy <= 1:
+                raise SecateurError(f"report: {name} is {accuracy}; expected a fraction between 0 and 1.")
+
+    @property
+    def is_proven(self) -> bool:
+        """Whether the cut and the masked model agree up to rounding, in float64."""
+        return self.verify_rel_error_float64 is not None and self.verify_rel_error_float64 <= PROVEN
+
+    @property
+    def finetune_epochs(self) -> int:
+        """Epochs of training after the cut."""
+        return sum(line.get("phase") == "finetune" for line in self.history)
+
+    @property
+    def subject(self) -> str:
+        """What was pruned."""
+        return f"{self.model} on {self.dataset}" if self.dataset else self.model
+
+    @property
+    def outcome(self) -> str:
+        """What came of it, in half a sentence."""
+        parts = [f"{100 * self.macs_after / self.macs_before:.1f} % of the MACs kept"]
+        if self.accuracy_before is not None and self.accuracy_after is not None:
+            accuracy = f"accuracy {100 * self.accuracy_before:.2f} % → {100 * self.accuracy_after:.2f} %"
+            if n := self.finetune_epochs:
+                accuracy += f" (after {n} {'epoch' if n == 1 else 'epochs'} of fine-tuning)"
+            parts.append(accuracy)
+        if self.verify_max_abs_error is None:
+            parts.append("not verified against the masked model")
+        elif self.is_proven:
+            parts.append(f"proven equal to the masked model (max error {self.verify_max_abs_error:.0e})")
+        else:
+            parts.append(f"within {self.verify_max_abs_error:.0e} of the masked model")
+        return ", ".join(parts)
+
+    @property
+    def headline(self) -> str:
+        """Both, as one sentence."""
+        return f"{self.subject}: {self.outcome}"
+
+    def to_json(self) -> dict[str, Any]:
+        """The fields by name, with `headline` and the medians `latency_ms_before`, `latency_ms_after`.
+
+        A number that is not finite, such as the loss of a run that diverged, becomes None.
+        """
+        latency = self.latency_pytorch
+        result: dict[str, Any] = {
+            "headline": self.headline,
+            **{f.name: getattr(self, f.name) for f in fields(self)},
+            "latency_ms_before": latency.before.median_ms if latency else None,
+            "latency_ms_after": latency.after.median_ms if latency else None,
+        }
+        return {key: _plain(value) for key, value in result.items()}
+
+
+def current_versions(device: torch.device | str = "cpu") -> dict[str, str | int]:
+    """The software and the machine that a run's numbers belong to."""
+    return {
+        "secateur": secateur.__version__,
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "device": device_name(device),
+        "threads": torch.get_num_threads(),
+    }
+
+
+def _plain(value: Any) -> Any:
+    if hasattr(value, "to_json"):
+        return _plain(value.to_json())
+    if isinstance(value, Mapping):
+        return {key: _plain(entry) for key, entry in value.items()}
+    if isinstance(value, Sequence) and not isinstance(value, str):
+        return [_plain(entry) for entry in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value

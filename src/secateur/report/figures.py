@@ -1,0 +1,243 @@
+"""The report's pictures, as the plain dictionaries that Plotly draws.
+
+Text and grid lines take their colours from the page's style sheet, so that they follow its light and dark
+themes; the colours here are readable on both.
+"""
+
+from collections.abc import Iterator, Mapping
+from typing import Any, TypeAlias
+
+import numpy as np
+
+from secateur.report.data import Group, Report
+
+Figure: TypeAlias = dict[str, Any]
+
+BEFORE, AFTER, REMOVED = "#9aa7b8", "#159a9c", "#e07a3f"
+_BINS = 60
+_LABEL = 26
+
+
+def figures(report: Report) -> dict[str, Figure]:
+    """The pictures for which there is data, by the id of the element that they are drawn in."""
+    drawn: dict[str, Figure] = {}
+    if report.widths:
+        drawn["plot-widths"] = widths(report)
+    if scored := [group for group in report.groups if group.scores is not None]:
+        drawn["plot-scores"] = scores(scored)
+    if report.history:
+        drawn["plot-accuracy"] = accuracy(report)
+        drawn["plot-loss"] = loss(report)
+    return drawn
+
+
+def widths(report: Report) -> Figure:
+    """One bar per layer: the width before, and in front of it the width after."""
+    x = list(range(1, len(report.widths) + 1))
+    hover = [
+        f"{_escape(w.layer)}<br>{w.before} → {w.after} units ({100 * w.after / w.before:.1f} % kept)"
+        for w in report.widths
+    ]
+    shared = {"type": "bar", "x": x, "hovertext": hover, "hoverinfo": "text"}
+    layout = _layout(300)
+    layout["barmode"] = "overlay"
+    layout["bargap"] = 0.15
+    layout["xaxis"] |= _whole("layer, from input to output", len(x)) | {"showgrid": False}
+    layout["yaxis"] |= {"title": {"text": "units"}, "rangemode": "tozero"}
+    return {
+        "data": [
+            {**shared, "name": "before", "y": [w.before for w in report.widths], "marker": {"color": BEFORE}},
+            {**shared, "name": "after", "y": [w.after for w in report.widths], "marker": {"color": AFTER}},
+        ],
+        "layout": layout,
+    }
+
+
+def scores(groups: list[Group]) -> Figure:
+    """Two strips per group: where its kept units' scores lie, and below it the removed ones'.
+
+    Each group's scores are spread from its lowest to its highest, and a darker cell holds more units; the
+    square root of the count keeps single units visible.
+    """
+    z: list[list[float | None]] = []
+    text: list[list[str]] = []
+    for group in groups:
+        for row, words in _strips(group):
+            z.append(row)
+            text.append(words)
+        z.append([None] * _BINS)  # a gap between this group and the next
+        text.append([""] * _BINS)
+
+    track = [[None if i % 3 == 2 else 0] for i in range(len(z))]
+    rows = list(range(len(z)))
+    layout = _layout(16 + 21 * len(groups))
+    layout["margin"] |= {"t": 8}
+    layout["xaxis"] |= {"range": [0, 1], "visible": False}
+    layout["yaxis"] |= {
+        "autorange": "reversed",
+        "tickvals": [3 * i + 0.5 for i in range(len(groups))],
+        "ticktext": [_escape(shorten(group.name)) for group in groups],
+        "tickfont": {"size": 11},
+        "showgrid": False,
+    }
+    faint = "rgba(128,128,128,0.13)"
+    heat = {"type": "heatmap", "y": rows, "showscale": False, "hoverongaps": False, "zmin": -1, "zmax": 1}
+    return {
+        "data": [
+            {**heat, "x": [0, 1], "z": track, "colorscale": [[0, faint], [1, faint]], "hoverinfo": "skip"},
+            {
+                **heat,
+                "x": [round(edge, 4) for edge in np.linspace(0, 1, _BINS + 1).tolist()],
+                "z": z,
+                "text": text,
+                "hovertemplate": "%{text}<extra></extra>",
+                "colorscale": [
+                    [0, REMOVED],
+                    [0.5, "rgba(224,122,63,0.1)"],
+                    [0.5, "rgba(21,154,156,0.1)"],
+                    [1, AFTER],
+                ],
+            },
+        ],
+        "layout": layout,
+    }
+
+
+def _strips(group: Group) -> Iterator[tuple[list[float | None], list[str]]]:
+    values = np.asarray(group.scores, dtype=np.float64)
+    kept = np.asarray(group.mask, dtype=bool)
+    finite = np.isfinite(values)
+    low, high = (values[finite].min(), values[finite].max()) if finite.any() else (0.0, 0.0)
+    position = (values - low) / (high - low) if high > low else np.full_like(values, 0.5)
+    counts = [np.histogram(position[finite & part], _BINS, (0, 1))[0] for part in (kept, ~kept)]
+    most = max(count.max() for count in counts) or 1
+    edges = low + (high - low) * np.linspace(0, 1, _BINS + 1)
+    name = _escape(group.name)
+    for count, sign, word in zip(counts, (1, -1), ("kept", "removed"), strict=True):
+        row = [sign * round(float((n / most) ** 0.5), 3) if n else None for n in count]
+        words = [
+            f"{name}<br>{n} {word}, score {edges[i]:.3g} … {edges[i + 1]:.3g}" if n else ""
+            for i, n in enumerate(count)
+        ]
+        yield row, words
+
+
+def accuracy(report: Report) -> Figure:
+    """Accuracy over the epochs, with the drop at the cut."""
+    layout = _curve_layout(report)
+    layout["yaxis"] |= {"ticksuffix": " %"}
+    data = [
+        _curve(report, "train_accuracy", "training images", BEFORE, scale=100),
+        _curve(report, "accuracy", "test images", AFTER, scale=100),
+    ]
+    x = next((i for i, line in enumerate(report.history) if line.get("phase") == "finetune"), None)
+    if report.accuracy_cut is not None and x is not None:
+        data.append(
+            {
+                "type": "scatter",
+                "mode": "markers",
+                "name": "right after the cut",
+                "x": [x + 0.5],
+                "y": [100 * report.accuracy_cut],
+                "marker": {"color": REMOVED, "size": 10, "symbol": "diamond"},
+            }
+        )
+    return {"data": data, "layout": layout}
+
+
+def loss(report: Report) -> Figure:
+    """Training loss over the epochs."""
+    return {
+        "data": [_curve(report, "loss", "training loss", AFTER)],
+        "layout": _curve_layout(report),
+    }
+
+
+def _curve(report: Report, key: str, name: str, color: str, scale: float = 1) -> Figure:
+    values = [line.get(key) for line in report.history]
+    return {
+        "type": "scatter",
+        "mode": "lines+markers" if len(values) <= 30 else "lines",
+        "name": name,
+        "x": list(range(1, len(values) + 1)),
+        "y": [scale * v if v is not None and np.isfinite(v) else None for v in values],
+        "hovertemplate": "epoch %{x}: %{y:.4~f}<extra></extra>",
+        "line": {"color": color, "width": 2},
+    }
+
+
+def _curve_layout(report: Report) -> Figure:
+    layout = _layout(300)
+    layout["xaxis"] |= _whole("epoch", len(report.history))
+    layout["shapes"], layout["annotations"] = [], []
+    for start, phase in _phases(report.history):
+        if start > 0:
+            layout["shapes"].append(
+                {
+                    "type": "line",
+                    "x0": start + 0.5,
+                    "x1": start + 0.5,
+                    "yref": "paper",
+                    "y0": 0,
+                    "y1": 1,
+                    "line": {"color": BEFORE, "width": 1, "dash": "dot"},
+                }
+            )
+        layout["annotations"].append(
+            {
+                "text": _escape(phase),
+                "x": start + 0.5,
+                "xanchor": "left",
+                "yref": "paper",
+                "y": 1,
+                "yanchor": "bottom",
+                "showarrow": False,
+            }
+        )
+    return layout
+
+
+def _phases(history: Any) -> Iterator[tuple[int, str]]:
+    previous = None
+    for i, line in enumerate(history):
+        if (phase := str(line.get("phase", ""))) != previous:
+            yield i, phase
+        previous = phase
+
+
+def _whole(title: str, n: int) -> dict[str, Any]:
+    """An axis of the numbers from 1 to n, without fractions between them."""
+    step = {"dtick": 1} if n <= 10 else {}
+    return {"title": {"text": title}, "range": [0.5, n + 0.5], "tick0": 1} | step
+
+
+def _layout(height: int) -> dict[str, Any]:
+    axis: Mapping[str, Any] = {"automargin": True, "fixedrange": True, "zeroline": False}
+    return {
+        "height": height,
+        "margin": {"l": 8, "r": 8, "t": 24, "b": 8},
+        "paper_bgcolor": "rgba(0,0,0,0)",
+        "plot_bgcolor": "rgba(0,0,0,0)",
+        "font": {"family": "system-ui, sans-serif", "size": 12},
+        "showlegend": False,  # the page names the colours, in text that wraps
+        "xaxis": dict(axis),
+        "yaxis": dict(axis),
+        "hovermode": "closest",
+    }
+
+
+def shorten(name: str, length: int = _LABEL) -> str:
+    """A name that fits beside a plot: its end says more than its beginning.
+
+    >>> shorten("features.denseblock4.denselayer24.conv1", 20)
+    '…denselayer24.conv1'
+    """
+    if len(name) <= length:
+        return name
+    end = name[-(length - 1) :]
+    return "…" + (end.partition(".")[2] or end)
+
+
+def _escape(name: str) -> str:
+    """Plotly reads some HTML in its labels; a name is to be shown as it is."""
+    return name.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")

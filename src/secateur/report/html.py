@@ -1,0 +1,144 @@
+"""The report as one HTML page: style, pictures and the library that draws them are all inside it."""
+
+import json
+from dataclasses import dataclass
+from typing import Any
+
+from secateur.cost.latency import Latency
+from secateur.report.data import LatencyPair, Report
+from secateur.report.figures import figures
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of the table that compares before and after; the `_exact` texts show on hovering."""
+
+    name: str
+    before: str
+    after: str
+    change: str
+    before_exact: str = ""
+    after_exact: str = ""
+
+
+def render(report: Report) -> str:
+    """The page.
+
+    Every name in the report is escaped, and the page's own policy forbids it to load anything.
+    """
+    import jinja2
+    import markupsafe
+    import plotly.offline
+
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("secateur", "report"),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters |= {"si": si, "percent": percent}
+    drawn = figures(report)
+    return environment.get_template("template.html.j2").render(
+        report=report,
+        tiles=_tiles(report),
+        rows=_rows(report),
+        timings=[pair for pair in (report.latency_pytorch, report.latency_onnxruntime) if pair],
+        budget=_budget(report),
+        figures=drawn,
+        unscored=sum(1 for group in report.groups if group.scores is None),
+        figures_json=markupsafe.Markup(_script_json(drawn)),
+        plotly=markupsafe.Markup(plotly.offline.get_plotlyjs()),
+    )
+
+
+def si(value: float, unit: str = "") -> str:
+    """A quantity with four digits and a decimal prefix.
+
+    >>> si(40600000), si(272474, "B"), si(12)
+    ('40.60 M', '272.5 kB', '12')
+    """
+    for factor, prefix in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if abs(value) >= factor:
+            return f"{value / factor:#.4g} {prefix}{unit}"
+    return f"{value:g} {unit}".rstrip()
+
+
+def percent(fraction: float, digits: int = 1) -> str:
+    """A fraction in words.
+
+    >>> percent(0.5), percent(0.9173, 2)
+    ('50.0 %', '91.73 %')
+    """
+    return f"{100 * fraction:.{digits}f} %"
+
+
+def speed(pair: LatencyPair) -> str:
+    """The speed-up, or the slow-down, as a reader would say it."""
+    faster = pair.speed_up
+    return f"{faster:.2f}× faster" if faster >= 1 else f"{1 / faster:.2f}× slower"
+
+
+def points(before: float | None, after: float) -> str:
+    """The difference of two accuracies, where both are known.
+
+    >>> points(0.9173, 0.911)
+    '−0.63 points'
+    """
+    return "" if before is None else f"{100 * (after - before):+.2f} points".replace("-", "−")
+
+
+def _tiles(report: Report) -> list[tuple[str, str, str]]:
+    macs, params = report.macs_before, report.params_before
+    tiles = [
+        ("MACs kept", percent(report.macs_after / macs), f"of {si(macs)}"),
+        ("parameters kept", percent(report.params_after / params), f"of {si(params)}"),
+    ]
+    if (after := report.accuracy_after) is not None:
+        tiles.append(("accuracy", percent(after, 2), points(report.accuracy_before, after)))
+    if pair := report.latency_pytorch:
+        tiles.append(("latency in PyTorch", f"{pair.after.median_ms:.3g} ms", speed(pair)))
+    return tiles
+
+
+def _rows(report: Report) -> list[Row]:
+    rows = []
+    before, cut, after = report.accuracy_before, report.accuracy_cut, report.accuracy_after
+    for name, value in (("Accuracy, right after the cut", cut), ("Accuracy, in the end", after)):
+        if value is not None:
+            old_text = "–" if before is None else percent(before, 2)
+            rows.append(Row(name, old_text, percent(value, 2), points(before, value)))
+    for name, old, new, unit in (
+        ("MACs per image", report.macs_before, report.macs_after, ""),
+        ("Parameters", report.params_before, report.params_after, ""),
+        ("Weights file", report.weights_bytes_before, report.weights_bytes_after, "B"),
+        ("ONNX file", report.onnx_bytes_before, report.onnx_bytes_after, "B"),
+    ):
+        if old and new:
+            kept = f"{percent(new / old)} kept"
+            rows.append(Row(name, si(old, unit), si(new, unit), kept, f"{old:,} {unit}", f"{new:,} {unit}"))
+    for name, pair in (
+        ("Latency, PyTorch", report.latency_pytorch),
+        ("Latency, onnxruntime", report.latency_onnxruntime),
+    ):
+        if pair:
+            old_ms, new_ms = f"{pair.before.median_ms:.3g} ms", f"{pair.after.median_ms:.3g} ms"
+            rows.append(Row(name, old_ms, new_ms, speed(pair), _spread(pair.before), _spread(pair.after)))
+    return rows
+
+
+def _spread(latency: Latency) -> str:
+    return f"{latency.p10_ms:.3g} – {latency.p90_ms:.3g}"
+
+
+def _budget(report: Report) -> str:
+    parts = []
+    for key, value in report.budget.items():
+        as_fraction = key in ("macs", "params") and value <= 1
+        parts.append(f"{key} ≤ {percent(value) if as_fraction else format(value, ',')}")
+    return ", ".join(parts)
+
+
+def _script_json(value: Any) -> str:
+    """JSON that cannot end the script element it stands in."""
+    return json.dumps(value, allow_nan=False, separators=(",", ":")).replace("<", "\\u003c")

@@ -1,0 +1,5 @@
+"""Which units matter: pure functions from a group's tensors to one number per unit."""
+
+from secateur.scores.table import SCORES, Score, Slice, score_groups
+
+__all__ = ["SCORES", "Score", "Slice", "score_groups"]

@@ -1,0 +1,218 @@
+"""The table of scores. To add one, write a function of `Slice`s and enter it in `SCORES`."""
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from secateur.errors import ScoreError, unknown
+from secateur.graph import Graph, Group
+
+
+@dataclass(frozen=True)
+class Slice:
+    """One tensor of a group, cut into units.
+
+    Attributes:
+        role: what the tensor does for the unit: "out" makes it, "in" reads it, "scale" multiplies it, …
+        weight: (units, rest).
+        grad: (units, rest), gradient of the mean loss; None for scores that need no data.
+    """
+
+    role: str
+    weight: Tensor
+    grad: Tensor | None = None
+
+
+ScoreFunction = Callable[[Sequence[Slice], torch.Generator], Tensor]
+
+
+@dataclass(frozen=True)
+class Score:
+    """An entry of the table.
+
+    Attributes:
+        function: (slices of a group, generator) -> (units,), higher = keep.
+        summary: one line for lists of choices.
+        needs_data: whether gradients on data are needed.
+    """
+
+    function: ScoreFunction
+    summary: str
+    needs_data: bool = False
+
+
+def made_by(slices: Sequence[Slice]) -> list[Slice]:
+    """The slices of the layers that make the units, whose filters the classic scores rank."""
+    makers = [s for s in slices if s.role == "out"]
+    if not makers:
+        raise ScoreError(f"a group of roles {[s.role for s in slices]} has no layer that makes its units")
+    return makers
+
+
+def l1(slices: Sequence[Slice], generator: torch.Generator) -> Tensor:
+    """Score each unit by the L1 norm of the filters that make it.
+
+        s_u = sum over making layers and r of |w[u, r]|
+
+    Source: Li et al. 2017, arXiv:1608.08710, sec. 3.1.
+    Differs: units shared by several layers (residual streams) sum over all of them; the paper ranks by one.
+
+    >>> l1([Slice("out", torch.tensor([[3., -4.], [0., 1.]]))], torch.Generator())
+    tensor([7., 1.])
+    """
+    return torch.stack([s.weight.abs().sum(1) for s in made_by(slices)]).sum(0)
+
+
+def l2(slices: Sequence[Slice], generator: torch.Generator) -> Tensor:
+    """Score each unit by the L2 norm of the filters that make it.
+
+        s_u = sqrt(sum over making layers and r of w[u, r]^2)
+
+    Source: the L2 variant of Li et al. 2017, arXiv:1608.08710, sec. 3.1.
+    Differs: units shared by several layers take the norm over all of them.
+
+    >>> l2([Slice("out", torch.tensor([[3., -4.], [0., 1.]]))], torch.Generator())
+    tensor([5., 1.])
+    """
+    return torch.stack([s.weight.square().sum(1) for s in made_by(slices)]).sum(0).sqrt()
+
+
+def bn_scale(slices: Sequence[Slice], generator: torch.Generator) -> Tensor:
+    """Score each unit by the batch-norm scales that multiply it.
+
+        s_u = sum over norms of |gamma[u]|
+
+    Raises:
+        ScoreError: the group has no normalisation with a scale.
+    Source: Liu et al. 2017 (network slimming), arXiv:1708.06519, sec. 3.
+    Differs: no sparsity penalty is trained first; units with several norms sum over them.
+
+    >>> bn_scale([Slice("scale", torch.tensor([[-2.], [1.]]))], torch.Generator())
+    tensor([2., 1.])
+    """
+    scales = [s.weight.abs().sum(1) for s in slices if s.role == "scale"]
+    if not scales:
+        raise ScoreError("no batch-norm follows this group; choose a score such as l2, or freeze the group")
+    return torch.stack(scales).sum(0)
+
+
+def taylor(slices: Sequence[Slice], generator: torch.Generator) -> Tensor:
+    """Score each unit by the first-order change of the loss when it is removed.
+
+        s_u = |sum over making layers' filters, biases and norm scales, and r, of g[u, r] * w[u, r]|
+
+    Source: Molchanov et al. 2019, arXiv:1906.10771, sec. 3 (group form, without the square).
+    Differs: one gradient of the mean loss over all calibration batches; the paper accumulates squares per batch.
+
+    >>> taylor([Slice("out", torch.tensor([[3., -4.]]), torch.tensor([[1., .5]]))], torch.Generator())
+    tensor([1.])
+    """
+    parts = [s for s in slices if s.role in ("out", "bias", "scale", "shift") and s.grad is not None]
+    if not parts:
+        raise ScoreError("no gradients reach this group; pass data, and check that the loss depends on the layer")
+    return torch.stack([(s.weight * s.grad).sum(1) for s in parts if s.grad is not None]).sum(0).abs()
+
+
+def uniform_noise(slices: Sequence[Slice], generator: torch.Generator) -> Tensor:
+    """Score each unit by a uniform random number: the control every score must beat.
+
+    Source: none; the usual control. Differs: nothing.
+
+    >>> uniform_noise([Slice("out", torch.zeros(2, 3))], torch.Generator().manual_seed(0)).shape
+    torch.Size([2])
+    """
+    return torch.rand(len(slices[0].weight), generator=generator)
+
+
+SCORES: dict[str, Score] = {
+    "l1": Score(l1, "L1 norm of the filters that make the unit"),
+    "l2": Score(l2, "L2 norm of the filters that make the unit"),
+    "bn-scale": Score(bn_scale, "batch-norm scales of the unit (network slimming)"),
+    "taylor": Score(taylor, "first-order change of the loss on calibration data", needs_data=True),
+    "random": Score(uniform_noise, "uniform random numbers: the control"),
+}
+
+
+def score_groups(
+    model: nn.Module,
+    graph: Graph,
+    score: str,
+    *,
+    seed: int = 0,
+    data: Iterable[tuple[Tensor, Tensor]] | None = None,
+    loss: Callable[[Tensor, Tensor], Tensor] = nn.functional.cross_entropy,
+) -> list[Tensor]:
+    """Score the units of every group.
+
+    Args:
+        model: the model the graph was made from; it is only read (gradients are taken aside).
+        score: a name in `SCORES`.
+        seed: for scores that draw random numbers.
+        data: (inputs, targets) batches, for scores that need gradients.
+        loss: of (outputs, targets), a mean over the batch.
+    Returns:
+        one (units,) float32 tensor per group, on the CPU; higher = keep.
+    Raises:
+        ScoreError: unknown score, missing data, or a group the score cannot rank.
+    """
+    if score not in SCORES:
+        raise ScoreError(unknown("score", score, SCORES))
+    entry = SCORES[score]
+    if entry.needs_data and data is None:
+        raise ScoreError(f"score {score!r} needs gradients on data: pass data=, an iterable of (inputs, targets)")
+    grads = gradients(model, data, loss) if entry.needs_data and data is not None else {}
+    tensors = dict(model.named_parameters())
+    generator = torch.Generator().manual_seed(seed)
+    scores = []
+    for group in graph.groups:
+        try:
+            value = entry.function(_slices(group, tensors, grads), generator)
+        except ScoreError as error:
+            raise ScoreError(f"score {score!r}, group {group.name!r}: {error}") from None
+        value = value.detach().float().cpu()
+        if not torch.isfinite(value).all():
+            raise ScoreError(f"score {score!r}, group {group.name!r}: not finite; check the model for NaN weights")
+        scores.append(value)
+    return scores
+
+
+def _slices(group: Group, tensors: dict[str, nn.Parameter], grads: dict[str, Tensor]) -> list[Slice]:
+    return [
+        Slice(m.role, m.take(tensors[m.tensor].detach()), m.take(grads[m.tensor]) if m.tensor in grads else None)
+        for m in group.members
+        if m.tensor in tensors
+    ]
+
+
+def gradients(
+    model: nn.Module, data: Iterable[tuple[Tensor, Tensor]], loss: Callable[[Tensor, Tensor], Tensor]
+) -> dict[str, Tensor]:
+    """Gradient of the mean loss over all batches, in evaluation mode, per parameter.
+
+    `.grad`, `requires_grad` and the modes of the user's model stay as they are.
+    """
+    modes = {module: module.training for module in model.modules()}
+    names, parameters = zip(*((n, p) for n, p in model.named_parameters() if p.is_floating_point()), strict=True)
+    required = [p.requires_grad for p in parameters]
+    total: list[Tensor | None] = [None] * len(parameters)
+    images = 0
+    try:
+        model.eval()
+        for p in parameters:
+            p.requires_grad_(True)
+        for x, y in data:
+            device = parameters[0].device
+            output = model(x.to(device))
+            batch = torch.autograd.grad(loss(output, y.to(device)) * len(x), parameters, allow_unused=True)
+            images += len(x)
+            total = [g if t is None else t if g is None else t + g for t, g in zip(total, batch, strict=True)]
+    finally:
+        for p, flag in zip(parameters, required, strict=True):
+            p.requires_grad_(flag)
+        for module, mode in modes.items():
+            module.training = mode
+    if not images:
+        raise ScoreError("the calibration data is empty; pass at least one batch of (inputs, targets)")
+    return {name: t / images for name, t in zip(names, total, strict=True) if t is not None}

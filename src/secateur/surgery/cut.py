@@ -1,0 +1,132 @@
+"""Physical removal: smaller tensors in the user's own module."""
+
+import copy
+from collections.abc import Mapping
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from secateur.errors import CutError, PlanError
+from secateur.graph import Graph, fingerprint, mirrored, named_tensors
+from secateur.graph.capture import as_call
+from secateur.graph.groups import Axis, PadSite
+from secateur.graph.modules import Keep
+from secateur.plan import Plan
+from secateur.surgery.edit import Edit, select, select_states
+
+
+def cut_(model: nn.Module, graph: Graph, plan: Plan, *, optimizer: Optimizer | None = None) -> nn.Module:
+    """Remove the units of a plan from the model's tensors, and let its layers' attributes follow.
+
+    The result is the user's own module; it is run once on the example inputs, and any failure leaves model
+    and optimizer as they were.
+
+    Args:
+        model: the model `graph` was made from; changed in place, parameters keep their identity.
+        graph: from `analyze`.
+        plan: which units go.
+        optimizer: its state (momentum and the like) is cut along.
+    Returns:
+        the model.
+    Raises:
+        PlanError: the plan fits neither graph nor model.
+        CutError: the model's own forward cannot run at the new widths.
+    """
+    masks = plan.masks(graph)
+    if fingerprint(model) != graph.fingerprint:
+        raise PlanError("the graph was made from a model with other tensors; analyse this model again")
+    keep = kept_positions(model, graph, masks)
+    edit = Edit(model)
+    edit.attributes(layer_attributes(model, keep))
+    edit.attributes(pad_widths(graph.pads, [int(mask.sum()) for mask in masks]))
+    for tensor, dims in tensor_cuts(model, keep):
+        edit.tensor(tensor, select(tensor.data, dims))
+        if tensor.grad is not None:
+            edit.grad(tensor, select(tensor.grad, dims))
+        if optimizer is not None:
+            select_states(edit, optimizer, tensor, dims)
+    edit.apply()
+    try:
+        _run(model, graph)
+    except Exception as error:
+        edit.undo()
+        raise CutError(
+            f"{type(model).__name__}: its forward does not run at the new widths ({str(error).splitlines()[0]}). "
+            f"A size is probably written into forward; freeze= the module that holds it. The model is unchanged."
+        ) from error
+    return model
+
+
+def kept_positions(model: nn.Module, graph: Graph, masks: list[Tensor]) -> dict[tuple[str, int], Keep]:
+    """(tensor name, dim) -> mask over its positions, for every dim that loses some."""
+    shapes = {name: tensor.shape for name, tensor in named_tensors(model)}
+    keep: dict[tuple[str, int], Keep] = {}
+    for group, mask in zip(graph.groups, masks, strict=True):
+        if mask.all():
+            continue
+        for member in group.members:
+            key = (member.tensor, member.dim)
+            if key not in keep:
+                keep[key] = np.ones(shapes[member.tensor][member.dim], dtype=bool)
+            keep[key][member.index[~mask.numpy()]] = False
+    return keep
+
+
+def layer_attributes(model: nn.Module, keep: Mapping[tuple[str, int], Keep]) -> dict[str, dict[str, int]]:
+    """Module name -> attributes that change, for every stock layer with a cut tensor."""
+    cut = {tensor for tensor, _ in keep}
+    first = {id(tensor): name for name, tensor in reversed(named_tensors(model))}
+    edits = {}
+    for name, module in model.named_modules():
+        own: dict[tuple[str, int], Keep] = {}
+        for local, tensor in [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]:
+            if first[id(tensor)] in cut:
+                own |= {(local, dim): mask for (key, dim), mask in keep.items() if key == first[id(tensor)]}
+        if own:
+            try:
+                edits[name] = mirrored(module, own)
+            except CutError as error:
+                raise CutError(f"{name}: {error}") from None
+    return edits
+
+
+def pad_widths(pads: tuple[PadSite, ...], kept: list[int]) -> dict[str, dict[str, int]]:
+    """Module name -> how many channels it pads before and after."""
+
+    def width(axis: Axis) -> int:
+        return axis.base + sum(each * kept[group] for group, each in axis.parts)
+
+    return {
+        pad.module: {name: width(axis) for name, axis in zip(pad.attributes, pad.widths, strict=True)}
+        for pad in pads
+    }
+
+
+def tensor_cuts(
+    model: nn.Module, keep: Mapping[tuple[str, int], Keep]
+) -> list[tuple[Tensor, dict[int, Tensor]]]:
+    """Every tensor to cut with the positions it keeps, dim -> positions."""
+    tensors = dict(named_tensors(model))
+    cuts: dict[str, dict[int, Tensor]] = {}
+    for (name, dim), mask in keep.items():
+        cuts.setdefault(name, {})[dim] = torch.from_numpy(np.flatnonzero(mask))
+    return [(tensors[name], dims) for name, dims in cuts.items()]
+
+
+def _run(model: nn.Module, graph: Graph) -> None:
+    args, kwargs = as_call(graph.inputs)
+    modes = {module: module.training for module in model.modules()}
+    try:
+        model.eval()
+        with torch.no_grad(), torch.random.fork_rng(devices=[]):
+            model(*args, **kwargs)
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
+
+
+def cut_copy(model: nn.Module, graph: Graph, plan: Plan) -> nn.Module:
+    """A cut copy; the model stays whole."""
+    return cut_(copy.deepcopy(model), graph, plan)

@@ -1,0 +1,100 @@
+"""Changes to a module that are made together and can be taken back."""
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+Edits = Mapping[str, Mapping[str, int]]
+"""Module name -> attribute name -> new value."""
+
+
+class Edit:
+    """New tensors and attributes for a model, its gradients and its optimizer's state.
+
+    Tensors keep their identity (`.data` is replaced), so that optimizers, hooks and tied modules still
+    refer to them.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self._model = model
+        self._tensors: list[tuple[Tensor, Tensor, Tensor]] = []
+        self._attributes: list[tuple[nn.Module, str, int, int]] = []
+        self._states: list[tuple[dict[str, Any], str, Tensor, Tensor]] = []
+        self._grads: list[tuple[Tensor, Tensor, Tensor]] = []
+
+    def tensor(self, old: Tensor, new: Tensor) -> None:
+        """Replace the contents of a parameter or buffer."""
+        self._tensors.append((old, old.data, new))
+
+    def grad(self, tensor: Tensor, new: Tensor) -> None:
+        """Replace the gradient of a parameter."""
+        assert tensor.grad is not None
+        self._grads.append((tensor, tensor.grad, new))
+
+    def state(self, state: dict[str, Any], name: str, new: Tensor) -> None:
+        """Replace a tensor in an optimizer's state of one parameter."""
+        self._states.append((state, name, state[name], new))
+
+    def attributes(self, edits: Edits) -> None:
+        """Replace attributes of modules."""
+        for name, values in edits.items():
+            module = self._model.get_submodule(name)
+            for attribute, value in values.items():
+                self._attributes.append((module, attribute, getattr(module, attribute), value))
+
+    def apply(self) -> None:
+        """Make all changes."""
+        self._set(
+            ((t, new) for t, _, new in self._tensors),
+            ((t, new) for t, _, new in self._grads),
+            ((s, n, new) for s, n, _, new in self._states),
+            ((m, a, new) for m, a, _, new in self._attributes),
+        )
+
+    def undo(self) -> None:
+        """Take all changes back."""
+        self._set(
+            ((t, old) for t, old, _ in self._tensors),
+            ((t, old) for t, old, _ in self._grads),
+            ((s, n, old) for s, n, old, _ in self._states),
+            ((m, a, old) for m, a, old, _ in self._attributes),
+        )
+
+    @staticmethod
+    def _set(
+        tensors: Iterable[tuple[Tensor, Tensor]],
+        grads: Iterable[tuple[Tensor, Tensor]],
+        states: Iterable[tuple[dict[str, Any], str, Tensor]],
+        attributes: Iterable[tuple[nn.Module, str, int]],
+    ) -> None:
+        grads = list(grads)
+        for tensor, _ in grads:
+            tensor.grad = None  # a gradient of another shape would be refused below
+        for tensor, value in tensors:
+            tensor.data = value
+        for tensor, value in grads:
+            tensor.grad = value
+        for state, name, value in states:
+            state[name] = value
+        for module, attribute, number in attributes:
+            setattr(module, attribute, number)
+
+
+def select(tensor: Tensor, keep: Mapping[int, Tensor]) -> Tensor:
+    """The kept positions of a tensor, dim -> positions; memory format is kept."""
+    result = tensor
+    for dim, positions in keep.items():
+        result = result.index_select(dim, positions.to(tensor.device))
+    channels_last = tensor.ndim == 4 and not tensor.is_contiguous()
+    return result.contiguous(memory_format=torch.channels_last if channels_last else torch.contiguous_format)
+
+
+def select_states(edit: Edit, optimizer: Optimizer, parameter: Tensor, keep: Mapping[int, Tensor]) -> None:
+    """Cut the optimizer's tensors of one parameter that have its shape (momentum, squares, averages)."""
+    state = optimizer.state.get(parameter, {})
+    for name, value in state.items():
+        if isinstance(value, Tensor) and value.shape == parameter.shape:
+            edit.state(state, name, select(value, keep))
