@@ -79,7 +79,7 @@ def export_onnx(model: nn.Module, inputs: Inputs, path: str | Path, *, opset: in
             program,
             (),
             dynamo=True,
-            verbose=True,
+            verbose=False,
             opset_version=opset,
             dynamic_shapes=shapes,
             output_names=["output"] if outputs == 1 else [f"output_{i}" for i in range(outputs)],

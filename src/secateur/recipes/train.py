@@ -1,7 +1,8 @@
 """The one training loop: from scratch, fine-tuning, distillation; on one process or several.
 
-`accelerate launch` decides where it runs; every process works on its part of each batch, and the result is
-that of one process. A run that is killed goes on from its last checkpoint as if nothing had happened.
+Started by `torchrun` or `accelerate launch --multi_gpu`, each process works on its part of every batch, and
+the result is that of one process. A run that is killed goes on from its last checkpoint as if nothing had
+happened.
 """
 
 import contextlib
@@ -88,8 +89,8 @@ def evaluate(
         channels_last=channels_last,
     )
     with _modes_kept(model):
-        loss, correct, images = _measure(model.eval(), batches, len(data.classes)).tolist()
-    return Evaluation(accuracy=correct / images, loss=loss / images)
+        loss, correct = _measure(model.eval(), batches, len(data.classes)).tolist()
+    return Evaluation(accuracy=correct / len(part), loss=loss / len(part))
 
 
 def fit(
@@ -130,7 +131,8 @@ def fit(
     """
     from accelerate import Accelerator
 
-    accelerator = Accelerator()
+    # without `cpu=True` processes started on a machine that has only CPUs would not know of each other
+    accelerator = Accelerator(cpu=not torch.accelerator.is_available())
     _check_fit(config, teacher, phase, accelerator)
     device, rank, world_size = accelerator.device, accelerator.process_index, accelerator.num_processes
     share: dict[str, Any] = {
@@ -171,6 +173,8 @@ def fit(
                 state.tally.zero_()  # the sum over all processes is with the first one
         log = None
         if rank == 0:
+            for unfinished in checkpoint.parent.glob(f".{checkpoint.stem}.*.tmp*"):
+                unfinished.unlink()  # of a run that was killed while it wrote
             log = stack.enter_context(TrainLog(Path(folder), phase, state, config.epochs, progress))
             if state.epoch == state.batch == 0:
                 state.save(
@@ -218,7 +222,7 @@ def fit(
             trained = time.perf_counter() - started
             tested_model = model if average is None else average
             tested = _measure(tested_model.eval(), test_batches, classes)
-            _, right, total = accelerator.reduce(tested, "sum").tolist()
+            _, right = accelerator.reduce(tested, "sum").tolist()
             state.epoch, state.batch, state.seconds = state.epoch + 1, 0, 0.0
             state.tally.zero_()
             state.history.append(
@@ -228,7 +232,7 @@ def fit(
                     step=state.epoch * len(batches),
                     loss=loss,
                     train_accuracy=correct,
-                    accuracy=right / total,
+                    accuracy=right / len(data.test),
                     lr=optimizer.param_groups[0]["lr"],
                     seconds=time.perf_counter() - started,
                     images_per_second=len(data.train) / trained,
@@ -252,7 +256,7 @@ def _check_fit(config: TrainConfig, teacher: nn.Module | None, phase: str, accel
     if accelerator.num_processes > 1 and not accelerator.distributed_type.startswith("MULTI_"):
         raise TrainingError(
             f"fit: launched with {accelerator.distributed_type}; expected plain data parallelism, because "
-            f"each process must hold the whole model. Launch with `accelerate launch --multi_gpu` or `--cpu`."
+            f"each process must hold the whole model. Use `torchrun` or `accelerate launch --multi_gpu`."
         )
     if (teacher is not None) != (config.distill_weight > 0):
         raise TrainingError(
@@ -364,20 +368,20 @@ def _sum_up(state: State, config: TrainConfig, accelerator: Any) -> Tensor:
         first = bad[0] + 1 if bad else state.batch
         raise TrainingError(
             f"epoch {state.epoch + 1}, batch {first} of {totals.shape[1]}: the "
-            f"{'loss' if bad else 'weights'} became infinite or not a number. Lower lr (now {config.lr}), set clip_norm, add warmup_epochs, "
-            f"or use precision 'no'. The last checkpoint is from before."
+            f"{'loss' if bad else 'weights'} became infinite or not a number. Lower lr (now {config.lr}), "
+            f"set clip_norm, add warmup_epochs, or use precision 'no'. The last checkpoint is from before."
         )
     return totals
 
 
 @torch.no_grad()  # not inference_mode: a tensor that the model caches now must serve in training later
 def _measure(model: nn.Module, batches: Batches, classes: int) -> Tensor:
-    """Sums over this process's part: cross-entropy, number correct, number of images."""
-    sums = torch.zeros(3, device=batches.device)
+    """Sums over this process's part: cross-entropy and number correct."""
+    sums = torch.zeros(2, device=batches.device)
     for x, y in batches:
         logits = _logits(model, x, classes)
         loss = F.cross_entropy(logits, y, reduction="sum")
-        sums += torch.stack([loss, (logits.argmax(1) == y).sum(), torch.tensor(len(y), device=loss.device)])
+        sums += torch.stack([loss, (logits.argmax(1) == y).sum()])
     return sums
 
 

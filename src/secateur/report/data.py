@@ -83,7 +83,7 @@ class FrozenGroup:
 
 @dataclass(frozen=True)
 class LatencyPair:
-    """The same inputs timed on both models, best in turn: see `secateur.cost.latency.compare_latency`."""
+    """Both models timed on the same inputs, in turn: see `secateur.cost.latency.compare_latency`."""
 
     before: Latency
     after: Latency

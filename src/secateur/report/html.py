@@ -1,8 +1,6 @@
 """The report as one HTML page: style, pictures and the library that draws them are all inside it."""
 
-import json
 from dataclasses import dataclass
-from typing import Any
 
 from secateur.cost.latency import Latency
 from secateur.report.data import LatencyPair, Report
@@ -11,7 +9,7 @@ from secateur.report.figures import figures
 
 @dataclass(frozen=True)
 class Row:
-    """One line of the table that compares before and after; the `_exact` texts show on hovering."""
+    """One line of the table that compares before and after; the `_exact` texts stand below in small print."""
 
     name: str
     before: str
@@ -38,16 +36,14 @@ def render(report: Report) -> str:
         lstrip_blocks=True,
     )
     environment.filters |= {"si": si, "percent": percent}
-    drawn = figures(report)
     return environment.get_template("template.html.j2").render(
         report=report,
         tiles=_tiles(report),
         rows=_rows(report),
         timings=[pair for pair in (report.latency_pytorch, report.latency_onnxruntime) if pair],
         budget=_budget(report),
-        figures=drawn,
+        figures=figures(report),
         unscored=sum(1 for group in report.groups if group.scores is None),
-        figures_json=markupsafe.Markup(_script_json(drawn)),
         plotly=markupsafe.Markup(plotly.offline.get_plotlyjs()),
     )
 
@@ -116,7 +112,16 @@ def _rows(report: Report) -> list[Row]:
     ):
         if old and new:
             kept = f"{percent(new / old)} kept"
-            rows.append(Row(name, si(old, unit), si(new, unit), kept, f"{old:,} {unit}", f"{new:,} {unit}"))
+            rows.append(
+                Row(
+                    name,
+                    si(old, unit),
+                    si(new, unit),
+                    kept,
+                    f"{old:,} {unit}".rstrip(),
+                    f"{new:,} {unit}".rstrip(),
+                )
+            )
     for name, pair in (
         ("Latency, PyTorch", report.latency_pytorch),
         ("Latency, onnxruntime", report.latency_onnxruntime),
@@ -134,11 +139,6 @@ def _spread(latency: Latency) -> str:
 def _budget(report: Report) -> str:
     parts = []
     for key, value in report.budget.items():
-        as_fraction = key in ("macs", "params") and value <= 1
+        as_fraction = key in ("macs", "params") and value < 1
         parts.append(f"{key} ≤ {percent(value) if as_fraction else format(value, ',')}")
     return ", ".join(parts)
-
-
-def _script_json(value: Any) -> str:
-    """JSON that cannot end the script element it stands in."""
-    return json.dumps(value, allow_nan=False, separators=(",", ":")).replace("<", "\\u003c")

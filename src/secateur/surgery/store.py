@@ -71,7 +71,7 @@ def load(model: nn.Module, path: str | Path) -> nn.Module:
     edit = Edit(model)
     edit.attributes(recipe)
     for name, tensor in {id(t): (n, t) for n, t in own.items()}.values():
-        edit.tensor(tensor, tensors[name].to(tensor.device))
+        edit.tensor(tensor, tensors[name].clone().to(tensor.device))  # aligned memory of its own
     edit.apply()
     wrong = [name for name, values in shape_attributes(model).items() if recipe.get(name, {}) != values]
     if wrong:

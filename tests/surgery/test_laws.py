@@ -1,0 +1,111 @@
+"""The laws that hold for every network: cut ≡ mask, costs agree, files rebuild, plans compose."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+import secateur as sc
+from secateur.graph import Graph, named_tensors
+from secateur.surgery.verify import trains
+from tests.networks import ALL, LARGE, Network, network
+from tests.oracles import counted_macs, counted_params, random_masks, twin
+
+
+@pytest.fixture(scope="module", params=ALL)
+def case(request: pytest.FixtureRequest) -> tuple[Network, Graph]:
+    net = network(request.param)
+    return net, sc.analyze(net.model, net.inputs)
+
+
+def relative_error(a: torch.Tensor, b: torch.Tensor) -> float:
+    return ((a - b).abs().max() / a.abs().max()).item()
+
+
+def test_cut_equals_mask_for_every_group(case: tuple[Network, Graph]) -> None:
+    net, graph = case
+    assert graph.groups
+    with torch.no_grad():
+        dense = net.model(net.inputs)
+        for number, group in enumerate(graph.groups):
+            plan = sc.Plan.of(graph, random_masks(graph, seed=number, only=number))
+            masked = copy.deepcopy(net.model) if len(graph.groups) < 4 else masked_twin(net.model, graph, plan)
+            reference = masked(net.inputs)
+            cut = sc.cut_(twin(net.model), graph, plan)
+            assert relative_error(reference, cut(net.inputs)) < 1e-10, group.name
+            if not group.name.startswith("aux"):  # GoogLeNet's auxiliary heads run in training only
+                assert relative_error(dense, reference) > 1e-9, f"{group.name}: the mask changed nothing"
+
+
+def masked_twin(model: nn.Module, graph: Graph, plan: sc.Plan) -> nn.Module:
+    """A masked copy in which only the touched parameters are copied."""
+    result = twin(model)
+    touched = {m.tensor for g in graph.groups if g.name in plan.removed for m in g.members}
+    for name, tensor in result.named_parameters():
+        if name in touched:
+            tensor.data = tensor.data.clone()
+    return sc.mask_(result, graph, plan)
+
+
+def test_everything_at_once(case: tuple[Network, Graph], tmp_path) -> None:
+    net, graph = case
+    plan = sc.Plan.of(graph, random_masks(graph, seed=7, share=0.6))
+    cut = sc.cut_(twin(net.model), graph, plan)
+    with torch.no_grad():
+        reference = masked_twin(net.model, graph, plan)(net.inputs)
+        assert relative_error(reference, cut(net.inputs)) < 1e-10
+
+    cost, kept = sc.Cost(graph), plan.kept(graph)
+    assert cost.macs() == counted_macs(net.model, net.inputs)
+    assert cost.macs(kept) == counted_macs(cut, net.inputs)
+    assert cost.params() == counted_params(net.model)
+    assert cost.params(kept) == counted_params(cut)
+    again = sc.Cost(sc.analyze(cut, net.inputs))
+    assert (again.macs(), again.params()) == (cost.macs(kept), cost.params(kept))
+
+    if net.name.rpartition("/")[2] not in LARGE:
+        sc.save(cut, tmp_path / "cut.safetensors")
+        loaded = sc.load(network(net.name).model, tmp_path / "cut.safetensors")
+        same = zip(named_tensors(cut), named_tensors(loaded), strict=True)
+        assert all(a == b and torch.equal(s, t) for (a, s), (b, t) in same)
+        with torch.no_grad():
+            assert torch.equal(cut(net.inputs), loaded(net.inputs))
+    assert trains(cut, graph, seed=0)
+
+
+def test_empty_plan_is_a_bitwise_no_op(case: tuple[Network, Graph]) -> None:
+    net, graph = case
+    plan = sc.Plan.of(graph, [torch.ones(g.units, dtype=torch.bool) for g in graph.groups])
+    cut = sc.cut_(twin(net.model), graph, plan)
+    for (name, a), (_, b) in zip(named_tensors(net.model), named_tensors(cut), strict=True):
+        assert torch.equal(a, b), name
+    assert repr(cut) == repr(net.model)
+
+
+def test_two_cuts_compose(case: tuple[Network, Graph]) -> None:
+    """Cutting some units, then the others, gives the tensors that one cut of both gives."""
+    net, graph = case
+    first = random_masks(graph, seed=1, share=0.3)
+    both = [a & b for a, b in zip(first, random_masks(graph, seed=2, share=0.3), strict=True)]
+    for mask, a in zip(both, first, strict=True):
+        if not mask.any():
+            mask[torch.nonzero(a)[0]] = True
+    once = sc.cut_(twin(net.model), graph, sc.Plan.of(graph, both))
+    twice = sc.cut_(twin(net.model), graph, sc.Plan.of(graph, first))
+    middle = sc.analyze(twice, net.inputs)
+    names = {group.name: number for number, group in enumerate(graph.groups)}
+    rest = []
+    for group in middle.groups:
+        number = names[group.name]
+        rest.append(both[number][first[number]])
+    if len(rest) == sum(int(mask.sum()) > 1 for mask in first):
+        twice = sc.cut_(twice, middle, sc.Plan.of(middle, rest))
+        for (name, a), (_, b) in zip(named_tensors(once), named_tensors(twice), strict=True):
+            assert torch.equal(a, b), name
+
+
+def test_plan_survives_json(case: tuple[Network, Graph]) -> None:
+    _, graph = case
+    plan = sc.Plan.of(graph, random_masks(graph, seed=3), {"score": "l2"})
+    assert sc.Plan.from_json(plan.to_json()) == plan
