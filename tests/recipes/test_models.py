@@ -14,9 +14,8 @@ from torch import nn
 
 from secateur.errors import FileError, ModelError, SecateurError
 from secateur.recipes.data import Batches, load_data
-from secateur.recipes.models import build_model, list_models
+from secateur.recipes.models import build_model, list_models, load_weights, normalisation_for
 from secateur.recipes.models.resnet import PadShortcut
-from secateur.recipes.models.weights import load_weights, normalisation_for
 
 PRUNED_VGG = {"widths": (17, 46, 57, 71, 73, 60, 32, 51, 51, 51, 51, 51, 51)}
 
@@ -64,7 +63,8 @@ def test_published_weights_answer_as_expected(shared_data, file, name, options, 
     path = weights_file(shared_data, file)
     model = build_model(name, **options)
     load_weights(model, path)
-    assert correct_answers(model, path, shared_data, images=1000) == correct
+    answers = correct_answers(model, path, shared_data, images=1000)
+    assert abs(answers - correct) <= 1  # another processor may round one image to the other side
 
 
 @pytest.mark.slow
@@ -76,7 +76,8 @@ def test_accuracy_on_the_whole_test_set_is_the_published_one(shared_data, file, 
     path = weights_file(shared_data, file)
     model = build_model(name)
     load_weights(model, path)
-    assert correct_answers(model, path, shared_data, images=10_000) == round(accuracy * 10_000)
+    answers = correct_answers(model, path, shared_data, images=10_000)
+    assert abs(answers - round(accuracy * 10_000)) <= 1
 
 
 @pytest.mark.parametrize("name", list_models())
@@ -155,6 +156,10 @@ def test_unknown_names_list_the_choices_and_what_is_close():
         build_model("resnt18")
     with pytest.raises(ModelError, match="unknown shortcut 'C'; choose one of: A, B"):
         build_model("resnet20", shortcut="C")
+    with pytest.raises(ModelError, match=r"unknown model .torchvision/resnet18\.tag"):
+        build_model("torchvision/resnet18.tag")
+    with pytest.raises(ModelError, match=r"timm/resnet18\.tag"):
+        build_model("timm/resnet18.tag")
     with pytest.raises(ModelError, match="unknown model 'elsewhere/resnet18'"):
         build_model("elsewhere/resnet18")
 

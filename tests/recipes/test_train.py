@@ -5,7 +5,7 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,15 @@ from secateur.errors import FileError, ModelError, TrainingError
 from secateur.files import read_tensors, write_tensors
 from secateur.recipes.data import Batches, Dataset, Normalisation, Split
 from secateur.recipes.train import Epoch, TrainConfig, _losses, evaluate, fit, learning_rate
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """Two threads only get in each other's way with tensors this small."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 def toy_data() -> Dataset:
@@ -198,6 +207,7 @@ SCRIPT = """
 import os, signal, sys
 sys.path.insert(0, {tests!r})
 import torch
+torch.set_num_threads(1)
 from test_train import CONFIG, Killed, TrainConfig, before_step, fit, kill, toy_data, toy_model
 {body}
 """

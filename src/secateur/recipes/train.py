@@ -176,10 +176,8 @@ def fit(
             for unfinished in checkpoint.parent.glob(f".{checkpoint.stem}.*.tmp*"):
                 unfinished.unlink()  # of a run that was killed while it wrote
             log = stack.enter_context(TrainLog(Path(folder), phase, state, config.epochs, progress))
-            if state.epoch == state.batch == 0:
-                state.save(
-                    checkpoint, run
-                )  # the initial weights, so that any later moment can be reached again
+            if state.epoch == state.batch == 0:  # keep the initial weights: all later ones follow from them
+                state.save(checkpoint, run)
 
         while state.epoch < config.epochs:
             started = time.perf_counter() - state.seconds

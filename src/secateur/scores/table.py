@@ -1,6 +1,6 @@
 """The table of scores. To add one, write a function of `Slice`s and enter it in `SCORES`."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -17,7 +17,7 @@ class Slice:
     Attributes:
         role: what the tensor does for the unit: "out" makes it, "in" reads it, "scale" multiplies it, …
         weight: (units, rest).
-        grad: (units, rest), gradient of the mean loss; None for scores that need no data.
+        grad: (units, rest), gradient of one batch's mean loss; None for scores that need no data.
     """
 
     role: str
@@ -35,7 +35,7 @@ class Score:
     Attributes:
         function: (slices of a group, generator) -> (units,), higher = keep.
         summary: one line for lists of choices.
-        needs_data: whether gradients on data are needed.
+        needs_data: whether gradients on data are needed; the score is then averaged over the batches.
     """
 
     function: ScoreFunction
@@ -99,20 +99,24 @@ def bn_scale(slices: Sequence[Slice], generator: torch.Generator) -> Tensor:
 
 
 def taylor(slices: Sequence[Slice], generator: torch.Generator) -> Tensor:
-    """Score each unit by the first-order change of the loss when it is removed.
+    """Score each unit by the first-order change of one batch's loss when it is removed, squared.
 
-        s_u = |sum over making layers' filters, biases and norm scales, and r, of g[u, r] * w[u, r]|
+        s_u = (sum over norms of g_gamma[u] * gamma[u] + g_beta[u] * beta[u])^2
 
-    Source: Molchanov et al. 2019, arXiv:1906.10771, sec. 3 (group form, without the square).
-    Differs: one gradient of the mean loss over all calibration batches; the paper accumulates squares per batch.
+    which is the change when the unit's normalised output becomes zero; without a norm, filters and biases
+    of the making layers take the place of gamma and beta. `score_groups` averages over the batches.
+
+    Source: Molchanov et al. 2019, arXiv:1906.10771, sec. 3 (Taylor-FO after batch-norm).
+    Differs: the norm's shift is counted too; units with several norms sum over them before the square.
 
     >>> taylor([Slice("out", torch.tensor([[3., -4.]]), torch.tensor([[1., .5]]))], torch.Generator())
     tensor([1.])
     """
-    parts = [s for s in slices if s.role in ("out", "bias", "scale", "shift") and s.grad is not None]
+    roles = ("scale", "shift") if any(s.role == "scale" for s in slices) else ("out", "bias")
+    parts = [(s.weight * s.grad).sum(1) for s in slices if s.role in roles and s.grad is not None]
     if not parts:
         raise ScoreError("no gradients reach this group; pass data, and check that the loss depends on the layer")
-    return torch.stack([(s.weight * s.grad).sum(1) for s in parts if s.grad is not None]).sum(0).abs()
+    return torch.stack(parts).sum(0).square()
 
 
 def uniform_noise(slices: Sequence[Slice], generator: torch.Generator) -> Tensor:
@@ -162,57 +166,54 @@ def score_groups(
     entry = SCORES[score]
     if entry.needs_data and data is None:
         raise ScoreError(f"score {score!r} needs gradients on data: pass data=, an iterable of (inputs, targets)")
-    grads = gradients(model, data, loss) if entry.needs_data and data is not None else {}
-    tensors = dict(model.named_parameters())
     generator = torch.Generator().manual_seed(seed)
-    scores = []
-    for group in graph.groups:
-        try:
-            value = entry.function(_slices(group, tensors, grads), generator)
-        except ScoreError as error:
-            raise ScoreError(f"score {score!r}, group {group.name!r}: {error}") from None
-        value = value.detach().float().cpu()
-        if not torch.isfinite(value).all():
+    batches = gradients(model, data, loss) if entry.needs_data and data is not None else iter([{}])
+    total = [torch.zeros(group.units, dtype=torch.float64) for group in graph.groups]
+    count = 0
+    for grads in batches:
+        count += 1
+        for group, sum_ in zip(graph.groups, total, strict=True):
+            try:
+                sum_ += entry.function(_slices(group, model, grads), generator).detach().cpu()
+            except ScoreError as error:
+                raise ScoreError(f"score {score!r}, group {group.name!r}: {error}") from None
+    if not count:
+        raise ScoreError("the calibration data is empty; pass at least one batch of (inputs, targets)")
+    for group, sum_ in zip(graph.groups, total, strict=True):
+        if not torch.isfinite(sum_).all():
             raise ScoreError(f"score {score!r}, group {group.name!r}: not finite; check the model for NaN weights")
-        scores.append(value)
-    return scores
+    return [(sum_ / count).float() for sum_ in total]
 
 
-def _slices(group: Group, tensors: dict[str, nn.Parameter], grads: dict[str, Tensor]) -> list[Slice]:
+def _slices(group: Group, model: nn.Module, grads: dict[str, Tensor]) -> list[Slice]:
+    parameters = dict(model.named_parameters())
     return [
-        Slice(m.role, m.take(tensors[m.tensor].detach()), m.take(grads[m.tensor]) if m.tensor in grads else None)
+        Slice(m.role, m.take(parameters[m.tensor].detach()), m.take(grads[m.tensor]) if m.tensor in grads else None)
         for m in group.members
-        if m.tensor in tensors
+        if m.tensor in parameters
     ]
 
 
 def gradients(
     model: nn.Module, data: Iterable[tuple[Tensor, Tensor]], loss: Callable[[Tensor, Tensor], Tensor]
-) -> dict[str, Tensor]:
-    """Gradient of the mean loss over all batches, in evaluation mode, per parameter.
+) -> Iterator[dict[str, Tensor]]:
+    """Gradient of each batch's mean loss, in evaluation mode, per parameter.
 
-    `.grad`, `requires_grad` and the modes of the user's model stay as they are.
+    `.grad`, `requires_grad` and the modes of the user's model are as they were after every batch.
     """
+    named = {name: p for name, p in model.named_parameters() if p.is_floating_point()}
     modes = {module: module.training for module in model.modules()}
-    names, parameters = zip(*((n, p) for n, p in model.named_parameters() if p.is_floating_point()), strict=True)
-    required = [p.requires_grad for p in parameters]
-    total: list[Tensor | None] = [None] * len(parameters)
-    images = 0
-    try:
-        model.eval()
-        for p in parameters:
-            p.requires_grad_(True)
-        for x, y in data:
-            device = parameters[0].device
-            output = model(x.to(device))
-            batch = torch.autograd.grad(loss(output, y.to(device)) * len(x), parameters, allow_unused=True)
-            images += len(x)
-            total = [g if t is None else t if g is None else t + g for t, g in zip(total, batch, strict=True)]
-    finally:
-        for p, flag in zip(parameters, required, strict=True):
-            p.requires_grad_(flag)
-        for module, mode in modes.items():
-            module.training = mode
-    if not images:
-        raise ScoreError("the calibration data is empty; pass at least one batch of (inputs, targets)")
-    return {name: t / images for name, t in zip(names, total, strict=True) if t is not None}
+    required = {p: p.requires_grad for p in named.values()}
+    device = next(iter(named.values())).device
+    for x, y in data:
+        try:
+            model.eval()
+            for p in required:
+                p.requires_grad_(True)
+            found = torch.autograd.grad(loss(model(x.to(device)), y.to(device)), list(required), allow_unused=True)
+        finally:
+            for p, flag in required.items():
+                p.requires_grad_(flag)
+            for module, mode in modes.items():
+                module.training = mode
+        yield {name: g for name, g in zip(named, found, strict=True) if g is not None}

@@ -22,8 +22,9 @@ from secateur.recipes.models.mobilenet import CifarMobileNetV2
 from secateur.recipes.models.resnet import CifarResNet, PadShortcut, TinyResNet8
 from secateur.recipes.models.shufflenet import CifarShuffleNetV2
 from secateur.recipes.models.vgg import CifarVGG16
+from secateur.recipes.models.weights import load_weights, normalisation_for
 
-__all__ = ["PadShortcut", "build_model", "list_models"]
+__all__ = ["PadShortcut", "build_model", "list_models", "load_weights", "normalisation_for"]
 
 _BUILT_IN: dict[str, Callable[..., nn.Module]] = {
     "densenet121_cifar": partial(CifarDenseNet, growth=32, blocks=(6, 12, 24, 16)),
@@ -69,7 +70,7 @@ def build_model(name: str, *, classes: int | None = None, in_channels: int = 3, 
         name: what to build.
         classes: size of the output; None leaves the model's own default. A user's function gets it only
             if it has a parameter of that name.
-        in_channels: channels of the input; 3 for torchvision. A user's function gets it as `classes`.
+        in_channels: channels of the input; 3 for torchvision. Of a user's function as for `classes`.
         options: further keyword arguments of the model.
     Raises:
         ModelError: unknown name, arguments that the model does not take, or a missing library.
@@ -86,7 +87,8 @@ def build_model(name: str, *, classes: int | None = None, in_channels: int = 3, 
         return _from_user(name, classes, in_channels, options)
     library, _, bare = name.rpartition("/")
     for candidate in (library,) if library else ("torchvision", "timm"):
-        if bare.partition(".")[0] in _names(candidate):  # timm names pretrained weights after a dot
+        known = bare.partition(".")[0] if candidate == "timm" else bare  # timm names weights after a dot
+        if known in _names(candidate):
             return _FROM_LIBRARY[candidate](bare, classes, in_channels, options)
     raise ModelError(_unknown_model(library, bare))
 
@@ -135,7 +137,7 @@ def _call_library(name: str, build: Callable[..., nn.Module], arguments: dict[st
     """Call a library's `build`, which takes **kwargs and complains about them somewhere inside."""
     try:
         return build(**arguments)
-    except TypeError as error:
+    except (TypeError, ValueError, RuntimeError) as error:
         raise ModelError(f"model {name!r}: {error}") from error
 
 
