@@ -4,6 +4,7 @@ import os
 from pathlib import Path
 
 import pytest
+import torch
 
 
 @pytest.fixture(scope="session")
@@ -14,3 +15,6 @@ def shared_data() -> Path:
     if not folder.is_dir():
         pytest.skip(f"{folder} is not there; set SECATEUR_SHARED_DATA to the folder of data and weights")
     return folder
+
+
+torch.set_num_threads(1)  # two test processes share the machine; threads of both would wait for each other

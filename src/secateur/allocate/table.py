@@ -1,22 +1,25 @@
 """The table of allocations, and the one way in which each of them lands on a budget.
 
-An allocation is an order: a path from everything kept to as little as is allowed, on which costs only fall.
-`allocate` finds the first point of the path that fits the budget, then restores single units, best first,
-until not one more fits.
+An allocation is an order: whose units leave first. `allocate` removes along it until the budget holds, then
+restores single units, the last removed first, until not one more fits.
 """
 
+from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
 from secateur.cost import Budget, Cost
 from secateur.errors import BudgetError, unknown
 
-Path = Callable[[float], list[int]]
-"""Fraction t of the way, 0 = all kept, 1 = the least -> units kept per group; never grows with t."""
+Order = npt.NDArray[np.int64]
+"""The group that gives up a unit, step by step; a group gives its lowest units first."""
+
+Fits = Callable[[Sequence[int]], bool]
 
 
 @dataclass(frozen=True)
@@ -24,55 +27,47 @@ class Allocation:
     """An entry of the table.
 
     Attributes:
-        path: (scores per group, least units per group) -> the path.
+        order: (scores per group, least units per group) -> the order in which groups give up units.
         summary: one line for lists of choices.
     """
 
-    path: Callable[[Sequence[Tensor], Sequence[int]], Path]
+    order: Callable[[Sequence[Tensor], Sequence[int]], Order]
     summary: str
 
 
-def uniform(scores: Sequence[Tensor], least: Sequence[int]) -> Path:
+def uniform(scores: Sequence[Tensor], least: Sequence[int]) -> Order:
     """Keep the same share of every group.
 
     Source: the usual control, for example Li et al. 2017, arXiv:1608.08710, sec. 3.2. Differs: nothing.
+
+    >>> uniform([torch.ones(2), torch.ones(4)], [1, 1])
+    array([1, 0, 1, 1])
     """
-
-    def path(t: float) -> list[int]:
-        return [max(low, round(len(s) * (1 - t))) for s, low in zip(scores, least, strict=True)]
-
-    return path
+    return _by_value([(np.arange(len(s)) + 0.5) / len(s) for s in scores], least)
 
 
-def global_(scores: Sequence[Tensor], least: Sequence[int]) -> Path:
+def global_(scores: Sequence[Tensor], least: Sequence[int]) -> Order:
     """Rank the units of all groups together and remove the lowest.
 
-    Scores are divided by their mean within the group, so that layers of different scale can be compared.
+    Source: Molchanov et al. 2017, arXiv:1611.06440, sec. 2.2.
+    Differs: scores without a common unit are divided by the mean of their group; the paper divides by the
+    L2 norm, under which wide layers lose nearly everything.
 
-    Source: Molchanov et al. 2017, arXiv:1611.06440, sec. 2.2 (layer-wise normalised global ranking).
-    Differs: divided by the mean of the group; the paper divides by the L2 norm.
+    >>> global_([torch.tensor([5., 1.]), torch.tensor([2., 3., 4.])], [1, 1])
+    array([0, 1, 1])
     """
-    group = np.concatenate([np.full(len(s), i) for i, s in enumerate(scores)])
-    value = np.concatenate([_relative(s).numpy() for s in scores])
-    rank = np.concatenate([np.argsort(np.argsort(-s.numpy(), kind="stable"), kind="stable") for s in scores])
-    removable = rank >= np.concatenate([np.full(len(s), low) for s, low in zip(scores, least, strict=True)])
-    order = np.lexsort((group, value))
-    order = group[order][removable[order]]
-
-    def path(t: float) -> list[int]:
-        removed = np.bincount(order[: round(t * len(order))], minlength=len(scores))
-        return [len(s) - int(gone) for s, gone in zip(scores, removed, strict=True)]
-
-    return path
+    return _by_value([np.sort(s.numpy()) for s in scores], least)
 
 
-def _relative(score: Tensor) -> Tensor:
-    mean = score.abs().mean()
-    return score / mean if mean > 0 else score
+def _by_value(values: Sequence[npt.NDArray[np.floating]], least: Sequence[int]) -> Order:
+    """Order steps by ascending values per group; the last `least` of each group stay."""
+    steps = [v[: len(v) - low] for v, low in zip(values, least, strict=True)]
+    group = np.repeat(np.arange(len(steps)), [len(v) for v in steps])
+    return group[np.argsort(np.concatenate(steps), kind="stable")]
 
 
 ALLOCATIONS: dict[str, Allocation] = {
-    "global": Allocation(global_, "rank all units together, each score relative to its group's mean"),
+    "global": Allocation(global_, "rank the units of all groups together"),
     "uniform": Allocation(uniform, "keep the same share of every group"),
 }
 
@@ -83,6 +78,7 @@ def allocate(
     budget: Budget,
     allocation: str = "global",
     *,
+    relative: bool = True,
     min_keep: int = 1,
     round_to: int = 1,
 ) -> list[Tensor]:
@@ -93,6 +89,7 @@ def allocate(
         cost: what widths cost.
         budget: every bound is met from below; no single further unit (or step of `round_to`) would fit.
         allocation: a name in `ALLOCATIONS`.
+        relative: divide scores by their group's mean before groups are compared.
         min_keep: units that every group keeps at least.
         round_to: kept units per group are a multiple of this, or all of them.
     Returns:
@@ -106,6 +103,8 @@ def allocate(
         raise BudgetError(f"min_keep={min_keep}, round_to={round_to}: both must be at least 1")
     if not scores:
         raise BudgetError("nothing can be pruned: the model has no group of removable units (see graph.frozen)")
+    if relative:
+        scores = [_relative(score) for score in scores]
     levels = [_levels(len(score), min_keep, round_to) for score in scores]
     dense = {name: cost.of(name) for name in budget.bounds}
     limits = budget.limits(dense)
@@ -124,13 +123,20 @@ def allocate(
             f"budget out of reach with min_keep={min_keep}, round_to={round_to}: {ranges}. "
             f"Ask for more, or lower min_keep or round_to."
         )
-    path = ALLOCATIONS[allocation].path(scores, least)
+    order = ALLOCATIONS[allocation].order(scores, least)
 
-    def on_levels(t: float) -> list[int]:
-        return [level[np.searchsorted(level, k, side="right") - 1] for level, k in zip(levels, path(t), strict=True)]
+    def after(steps: int) -> list[int]:
+        gone = np.bincount(order[:steps], minlength=len(levels)).tolist()
+        return [level[bisect_right(level, level[-1] - g) - 1] for level, g in zip(levels, gone, strict=True)]
 
-    kept = _fill(_first_fit(on_levels, fits), levels, scores, fits)
+    steps = bisect_left(range(len(order)), True, key=lambda count: fits(after(count)))
+    kept = _restore(after(steps), order[:steps][::-1].tolist(), levels, fits)
     return [_top(score, k) for score, k in zip(scores, kept, strict=True)]
+
+
+def _relative(score: Tensor) -> Tensor:
+    mean = score.abs().mean()
+    return score / mean if mean > 0 else score
 
 
 def _levels(units: int, min_keep: int, round_to: int) -> list[int]:
@@ -139,36 +145,25 @@ def _levels(units: int, min_keep: int, round_to: int) -> list[int]:
     return sorted({*range(low, units + 1, round_to), units})
 
 
-def _first_fit(path: Path, fits: Callable[[Sequence[int]], bool]) -> list[int]:
-    """The point nearest the start of the path that fits, by bisection; its end is known to fit."""
-    low, high = 0.0, 1.0
-    while high - low > 1e-7:
-        middle = (low + high) / 2
-        low, high = (low, middle) if fits(path(middle)) else (middle, high)
-    return path(high)
-
-
-def _fill(
-    kept: list[int], levels: list[list[int]], scores: Sequence[Tensor], fits: Callable[[Sequence[int]], bool]
-) -> list[int]:
-    """Restore units while one still fits, the best relative score first.
+def _restore(kept: list[int], order: Sequence[int], levels: Sequence[list[int]], fits: Fits) -> list[int]:
+    """Give groups back one level at a time, as long as one still fits.
 
     A group that does not fit now never will: restoring others only makes its units dearer.
     """
-    ranked = [_relative(score).sort(descending=True).values.tolist() for score in scores]
-    step = [level.index(k) for level, k in zip(levels, kept, strict=True)]
-    open_groups = {i for i, level in enumerate(levels) if step[i] + 1 < len(level)}
-    while open_groups:
-        best = max(open_groups, key=lambda i: (ranked[i][kept[i]], -i))
-        trial = list(kept)
-        trial[best] = levels[best][step[best] + 1]
-        if fits(trial):
-            kept, step[best] = trial, step[best] + 1
-            if step[best] + 1 == len(levels[best]):
-                open_groups.remove(best)
-        else:
-            open_groups.remove(best)
-    return kept
+    closed: set[int] = set()
+    while True:
+        before = kept
+        for group in order:
+            above = bisect_right(levels[group], kept[group])
+            if group in closed or above == len(levels[group]):
+                continue
+            trial = [*kept[:group], levels[group][above], *kept[group + 1 :]]
+            if fits(trial):
+                kept = trial
+            else:
+                closed.add(group)
+        if kept == before:
+            return kept
 
 
 def _top(score: Tensor, k: int) -> Tensor:

@@ -95,11 +95,17 @@ class Product:
 
 @dataclass(frozen=True)
 class PadSite:
-    """A module that pads channels: its two attributes and the widths they must follow."""
+    """Zeros that a module pads on one side of the channels, as many as one of its attributes says.
+
+    Attributes:
+        base: padded channels that stay.
+        units: (group number, unit) of every other padded channel.
+    """
 
     module: str
-    attributes: tuple[str, str]
-    widths: tuple[Axis, Axis]
+    attribute: str
+    base: int
+    units: tuple[tuple[int, int], ...]
 
 
 @dataclass(frozen=True)
@@ -215,8 +221,6 @@ def build(
 
     tensor_axes = {key: axis_number(atoms) for key, atoms in labels.tensors.items()}
     mac_axes = [[axis_number(atoms) for atoms in item.axes] for item in labels.contractions]
-    pad_axes = [(axis_number(pad.before), axis_number(pad.after)) for pad in labels.pads]
-
     unit_sets = collect(arrays, solution)
     keys = list(tensor_axes)
     groups: list[Group] = []
@@ -245,17 +249,12 @@ def build(
     for item, indices in zip(labels.contractions, mac_axes, strict=True):
         full = int(np.prod([len(arrays[i]) for i in indices])) * batch
         macs.append(Product(item.module, item.macs // full, tuple(axes[i] for i in indices)))
-    pads = []
-    for pad, (before, after) in zip(labels.pads, pad_axes, strict=True):
-        attributes = pad_attributes(model, pad.module)
-        assert attributes is not None
-        pads.append(PadSite(pad.module, attributes, (axes[before], axes[after])))
     return Graph(
         groups=tuple(groups),
         frozen=frozen_layers(labels, solution, unit_sets, arrays),
         params=tuple(params),
         macs=tuple(macs),
-        pads=tuple(pads),
+        pads=pad_sites(model, labels, solution, unit_sets, arrays),
         unused=unused,
         fingerprint=fingerprint(model),
         inputs=inputs,
@@ -275,7 +274,9 @@ def collect(arrays: Sequence[Atoms], solution: Solution) -> list[dict[int, Atoms
     axis, position, unit = axis[free], position[free], unit[free]
     order = np.lexsort((position, axis, unit))
     axis, position, unit = axis[order], position[order], unit[order]
-    starts = np.flatnonzero(np.r_[True, unit[1:] != unit[:-1]]) if len(unit) else np.zeros(0, dtype=np.int64)
+    if not len(unit):
+        return []
+    starts = np.flatnonzero(np.r_[True, unit[1:] != unit[:-1]])
     ends = np.r_[starts[1:], len(unit)]
     alike: dict[bytes, list[int]] = {}
     for number, (start, end) in enumerate(zip(starts.tolist(), ends.tolist(), strict=True)):
@@ -288,6 +289,27 @@ def collect(arrays: Sequence[Atoms], solution: Solution) -> list[dict[int, Atoms
         columns = axis[starts[numbers[0]] : ends[numbers[0]]]
         result.append({int(a): rows[:, columns == a] for a in np.unique(columns)})
     return result
+
+
+def pad_sites(
+    model: nn.Module,
+    labels: Labels,
+    solution: Solution,
+    unit_sets: Sequence[dict[int, Atoms]],
+    arrays: Sequence[Atoms],
+) -> tuple[PadSite, ...]:
+    """For every side of every editable pad: which of its channels belong to which unit."""
+    unit_of: dict[int, tuple[int, int]] = {}
+    for group, unit_set in enumerate(unit_sets):
+        axis, index = next(iter(unit_set.items()))
+        roots = solution.root[arrays[axis][index[:, 0]]].tolist()
+        unit_of |= {root: (group, unit) for unit, root in enumerate(roots)}
+    sites = []
+    for pad in labels.pads:
+        for attribute, atoms in zip(pad_attributes(model, pad.module) or (), (pad.before, pad.after), strict=True):
+            units = [unit_of[root] for root in solution.root[atoms].tolist() if root in unit_of]
+            sites.append(PadSite(pad.module, attribute, len(atoms) - len(units), tuple(units)))
+    return tuple(sites)
 
 
 def frozen_layers(

@@ -12,7 +12,7 @@ from secateur.cost import Budget, Cost
 from secateur.errors import CutError
 from secateur.graph import Graph, Inputs, analyze
 from secateur.plan import Plan
-from secateur.scores import score_groups
+from secateur.scores import SCORES, score_groups
 from secateur.surgery import Verification, cut_, save, verify
 
 
@@ -90,7 +90,8 @@ def oneshot(
     graph = analyze(model, inputs, freeze=freeze)
     scores = score_groups(model, graph, score, seed=seed, data=data, loss=loss)
     cost = Cost(graph)
-    masks = allocate(scores, cost, budget, allocation, min_keep=min_keep, round_to=round_to)
+    relative = not SCORES[score].comparable
+    masks = allocate(scores, cost, budget, allocation, relative=relative, min_keep=min_keep, round_to=round_to)
     origin = {
         "method": "oneshot",
         "score": score,

@@ -36,11 +36,14 @@ class Score:
         function: (slices of a group, generator) -> (units,), higher = keep.
         summary: one line for lists of choices.
         needs_data: whether gradients on data are needed; the score is then averaged over the batches.
+        comparable: whether scores of different groups share a unit, so that a global ranking takes them as
+            they are; others are divided by their group's mean first.
     """
 
     function: ScoreFunction
     summary: str
     needs_data: bool = False
+    comparable: bool = False
 
 
 def made_by(slices: Sequence[Slice]) -> list[Slice]:
@@ -99,15 +102,16 @@ def bn_scale(slices: Sequence[Slice], generator: torch.Generator) -> Tensor:
 
 
 def taylor(slices: Sequence[Slice], generator: torch.Generator) -> Tensor:
-    """Score each unit by the first-order change of one batch's loss when it is removed, squared.
+    """Score each unit by the first-order change of one batch's loss when it is removed.
 
-        s_u = (sum over norms of g_gamma[u] * gamma[u] + g_beta[u] * beta[u])^2
+        s_u = |sum over norms of g_gamma[u] * gamma[u] + g_beta[u] * beta[u]|
 
     which is the change when the unit's normalised output becomes zero; without a norm, filters and biases
     of the making layers take the place of gamma and beta. `score_groups` averages over the batches.
 
     Source: Molchanov et al. 2019, arXiv:1906.10771, sec. 3 (Taylor-FO after batch-norm).
-    Differs: the norm's shift is counted too; units with several norms sum over them before the square.
+    Differs: the norm's shift is counted too; units with several norms sum over them; absolute values are
+    averaged where the paper averages squares, which kept more accuracy on a CIFAR ResNet-20.
 
     >>> taylor([Slice("out", torch.tensor([[3., -4.]]), torch.tensor([[1., .5]]))], torch.Generator())
     tensor([1.])
@@ -116,7 +120,7 @@ def taylor(slices: Sequence[Slice], generator: torch.Generator) -> Tensor:
     parts = [(s.weight * s.grad).sum(1) for s in slices if s.role in roles and s.grad is not None]
     if not parts:
         raise ScoreError("no gradients reach this group; pass data, and check that the loss depends on the layer")
-    return torch.stack(parts).sum(0).square()
+    return torch.stack(parts).sum(0).abs()
 
 
 def uniform_noise(slices: Sequence[Slice], generator: torch.Generator) -> Tensor:
@@ -134,7 +138,7 @@ SCORES: dict[str, Score] = {
     "l1": Score(l1, "L1 norm of the filters that make the unit"),
     "l2": Score(l2, "L2 norm of the filters that make the unit"),
     "bn-scale": Score(bn_scale, "batch-norm scales of the unit (network slimming)"),
-    "taylor": Score(taylor, "first-order change of the loss on calibration data", needs_data=True),
+    "taylor": Score(taylor, "first-order change of the loss on calibration data", needs_data=True, comparable=True),
     "random": Score(uniform_noise, "uniform random numbers: the control"),
 }
 

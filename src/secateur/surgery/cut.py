@@ -11,7 +11,7 @@ from torch.optim import Optimizer
 from secateur.errors import CutError, PlanError
 from secateur.graph import Graph, fingerprint, mirrored, named_tensors
 from secateur.graph.capture import as_call
-from secateur.graph.groups import Axis, PadSite
+from secateur.graph.groups import PadSite
 from secateur.graph.modules import Keep
 from secateur.plan import Plan
 from secateur.surgery.edit import Edit, select, select_states
@@ -40,7 +40,7 @@ def cut_(model: nn.Module, graph: Graph, plan: Plan, *, optimizer: Optimizer | N
     keep = kept_positions(model, graph, masks)
     edit = Edit(model)
     edit.attributes(layer_attributes(model, keep))
-    edit.attributes(pad_widths(graph.pads, [int(mask.sum()) for mask in masks]))
+    edit.attributes(pad_widths(graph.pads, masks))
     for tensor, dims in tensor_cuts(model, keep):
         edit.tensor(tensor, select(tensor.data, dims))
         if tensor.grad is not None:
@@ -92,16 +92,13 @@ def layer_attributes(model: nn.Module, keep: Mapping[tuple[str, int], Keep]) -> 
     return edits
 
 
-def pad_widths(pads: tuple[PadSite, ...], kept: list[int]) -> dict[str, dict[str, int]]:
-    """Module name -> how many channels it pads before and after."""
-
-    def width(axis: Axis) -> int:
-        return axis.base + sum(each * kept[group] for group, each in axis.parts)
-
-    return {
-        pad.module: {name: width(axis) for name, axis in zip(pad.attributes, pad.widths, strict=True)}
-        for pad in pads
-    }
+def pad_widths(pads: tuple[PadSite, ...], masks: list[Tensor]) -> dict[str, dict[str, int]]:
+    """Module name -> attribute -> how many channels it pads."""
+    edits: dict[str, dict[str, int]] = {}
+    for pad in pads:
+        kept = sum(bool(masks[group][unit]) for group, unit in pad.units)
+        edits.setdefault(pad.module, {})[pad.attribute] = pad.base + kept
+    return edits
 
 
 def tensor_cuts(

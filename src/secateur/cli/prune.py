@@ -1,0 +1,140 @@
+"""`secateur prune`."""
+
+from typing import Annotated
+
+from typer import Option
+
+from secateur.cli import options as o
+from secateur.cli.options import BUDGET, FINE_TUNING, METHOD, RUN
+
+
+def prune(
+    model: o.Model,
+    data: o.Data,
+    out: o.Out,
+    weights: o.Weights = None,
+    keep_macs: Annotated[
+        float | None,
+        Option(help="Share of the multiply-adds that stay, such as 0.5.", rich_help_panel=BUDGET, show_default=False),
+    ] = None,
+    keep_params: Annotated[
+        float | None,
+        Option(help="Share of the parameters that stay.", rich_help_panel=BUDGET, show_default=False),
+    ] = None,
+    sparsity: Annotated[
+        float | None, Option(help="Share of the channels that go.", rich_help_panel=BUDGET, show_default=False)
+    ] = None,
+    method: Annotated[str, Option(help="How and when units go.", rich_help_panel=METHOD)] = "oneshot",
+    score: Annotated[
+        str,
+        Option(
+            help="Which units matter. [bold]secateur methods[/] lists all scores, allocations and methods.",
+            rich_help_panel=METHOD,
+        ),
+    ] = "l2",
+    allocation: Annotated[
+        str, Option(help="How much goes from each group of layers.", rich_help_panel=METHOD)
+    ] = "global",
+    granularity: Annotated[str, Option(help="What one unit is.", rich_help_panel=METHOD)] = "channels",
+    min_keep: Annotated[
+        int, Option(min=1, help="Units that every group keeps at least.", rich_help_panel=METHOD)
+    ] = 1,
+    round_to: Annotated[
+        int, Option(min=1, help="Keep multiples of this many units in each group.", rich_help_panel=METHOD)
+    ] = 1,
+    freeze: o.Freeze = None,
+    calibration_images: Annotated[
+        int,
+        Option(min=1, help="Training images for scores that need gradients.", rich_help_panel=METHOD),
+    ] = 512,
+    epochs: Annotated[
+        int, Option(min=0, help="Epochs of fine-tuning; 0: none.", rich_help_panel=FINE_TUNING)
+    ] = 0,
+    lr: Annotated[float, o.learning_rate(FINE_TUNING)] = 0.01,
+    batch_size: Annotated[int, o.batch_size(FINE_TUNING)] = 128,
+    optimizer: Annotated[str, o.optimizer(FINE_TUNING)] = "sgd",
+    weight_decay: Annotated[float, o.weight_decay(FINE_TUNING)] = 5e-4,
+    schedule: Annotated[str, o.schedule(FINE_TUNING)] = "cosine",
+    label_smoothing: Annotated[float, o.label_smoothing(FINE_TUNING)] = 0.0,
+    distill: Annotated[
+        float,
+        Option(help="Share of the loss that is distance to the dense model, 0 to 1.", rich_help_panel=FINE_TUNING),
+    ] = 0.0,
+    precision: Annotated[str, o.precision(FINE_TUNING)] = "no",
+    checkpoint_every: Annotated[int, o.checkpoint_every(FINE_TUNING)] = 500,
+    data_dir: o.DataDir = None,
+    image_size: o.ImageSize = None,
+    normalize: o.Normalize = None,
+    train_images: o.TrainImages = None,
+    test_images: o.TestImages = None,
+    download: o.Download = False,
+    latency_batch: Annotated[
+        int, Option(min=1, help="Images per pass where latency is measured.", rich_help_panel=RUN)
+    ] = 1,
+    seed: o.Seed = 0,
+    threads: o.Threads = None,
+    resume: o.Resume = False,
+    overwrite: o.Overwrite = False,
+    no_progress: o.NoProgress = False,
+) -> None:
+    """Prune a model to a budget, fine-tune it, prove the cut, export it, and write a report.
+
+    Example:
+
+      secateur prune --model resnet20 --weights r20.safetensors --data cifar10 --data-dir ~/cifar10 \\
+        --keep-macs 0.5 --epochs 5 --out runs/r20
+    """
+    mode = o.mode_of(resume, overwrite)
+    normalisation = o.normalisation_of(normalize)
+    o.set_threads(threads)
+    from secateur.cli.show import interruptible, resume_command, summary, typed_command, watch
+    from secateur.recipes.train_config import TrainConfig
+    from secateur.runs import PruneConfig, Task, prune_run
+
+    finetune = None
+    if epochs:
+        finetune = TrainConfig.finetune(
+            epochs,
+            lr=lr,
+            batch_size=batch_size,
+            optimizer=optimizer,
+            weight_decay=weight_decay,
+            schedule=schedule,
+            label_smoothing=label_smoothing,
+            distill_weight=distill,
+            precision=precision,
+            checkpoint_every=checkpoint_every,
+            seed=seed,
+            **({"warmup_epochs": 0.0} if schedule == "one-cycle" else {}),
+        )
+    config = PruneConfig(
+        task=Task(
+            model=model,
+            data=data,
+            weights=weights,
+            data_dir=data_dir,
+            image_size=image_size,
+            normalisation=normalisation,
+            train_images=train_images,
+            test_images=test_images,
+            download=download,
+            seed=seed,
+        ),
+        keep_macs=keep_macs,
+        keep_params=keep_params,
+        sparsity=sparsity,
+        method=method,
+        score=score,
+        allocation=allocation,
+        granularity=granularity,
+        freeze=tuple(freeze or ()),
+        min_keep=min_keep,
+        round_to=round_to,
+        calibration_images=calibration_images,
+        finetune=finetune,
+        latency_batch=latency_batch,
+    )
+    with interruptible(out, resume_command()):
+        report = prune_run(config, out, mode=mode, command=typed_command(), watch=watch(no_progress))
+    if report:
+        summary(report, out)

@@ -1,0 +1,122 @@
+"""Budgets are met from below, within one unit, whatever the network, measure or allocation."""
+
+import pytest
+import torch
+from torch import nn
+
+import secateur as sc
+from secateur.allocate import ALLOCATIONS, allocate
+from secateur.errors import BudgetError
+from secateur.scores import score_groups
+from tests.networks import network
+from tests.oracles import best_masks
+
+NETWORKS = ["resnet20", "shufflenet_v2_x0_5_cifar", "torchvision/regnet_y_400mf", "torchvision/mobilenet_v3_small"]
+
+
+@pytest.fixture(scope="module", params=NETWORKS)
+def scored(request: pytest.FixtureRequest):
+    net = network(request.param, dtype=torch.float32)
+    graph = sc.analyze(net.model, net.inputs)
+    return score_groups(net.model, graph, "l2"), sc.Cost(graph)
+
+
+@pytest.mark.parametrize("allocation", ALLOCATIONS)
+@pytest.mark.parametrize("measure", ["macs", "params", "units"])
+@pytest.mark.parametrize("share", [0.9, 0.7, 0.55])
+def test_lands_within_one_unit_below_the_budget(scored, allocation: str, measure: str, share: float) -> None:
+    scores, cost = scored
+    masks = allocate(scores, cost, sc.Budget(**{measure: share}), allocation)
+    kept = [int(mask.sum()) for mask in masks]
+    limit = int(share * cost.of(measure) + 1e-6)
+    assert cost.of(measure, kept) <= limit
+    for number, (k, mask) in enumerate(zip(kept, masks, strict=True)):
+        if k < len(mask):
+            more = [*kept[:number], k + 1, *kept[number + 1 :]]
+            assert cost.of(measure, more) > limit, f"one more unit of group {number} would fit"
+
+
+def test_the_kept_units_of_a_group_are_its_best(scored) -> None:
+    scores, cost = scored
+    for score, mask in zip(scores, allocate(scores, cost, sc.Budget(macs=0.6)), strict=True):
+        if not mask.all():
+            assert score[mask].min() >= score[~mask].max()
+
+
+def test_several_bounds_all_hold(scored) -> None:
+    scores, cost = scored
+    kept = [int(mask.sum()) for mask in allocate(scores, cost, sc.Budget(macs=0.7, params=0.6))]
+    assert cost.macs(kept) <= 0.7 * cost.macs()
+    assert cost.params(kept) <= 0.6 * cost.params()
+
+
+@pytest.mark.parametrize("allocation", ALLOCATIONS)
+def test_min_keep_and_round_to(scored, allocation: str) -> None:
+    scores, cost = scored
+    masks = allocate(scores, cost, sc.Budget(macs=0.75), allocation, min_keep=3, round_to=4)
+    kept = [int(mask.sum()) for mask in masks]
+    assert cost.macs(kept) <= 0.75 * cost.macs()
+    assert all(k == len(mask) or (k % 4 == 0 and k >= 3) for k, mask in zip(kept, masks, strict=True))
+
+
+def test_uniform_keeps_the_same_share_of_every_group(scored) -> None:
+    scores, cost = scored
+    masks = allocate(scores, cost, sc.Budget(units=0.5), "uniform")
+    for mask in masks:
+        assert abs(int(mask.sum()) - len(mask) / 2) <= 1
+
+
+def test_global_removes_the_lowest_units_of_all(scored) -> None:
+    """In units, every one costs the same, so the cut is a threshold on the relative score."""
+    scores, cost = scored
+    masks = allocate(scores, cost, sc.Budget(units=0.6), "global")
+    relative = [score / score.mean() for score in scores]
+    removed = [r[~m] for r, m in zip(relative, masks, strict=True)]
+    kept = [r[m] for r, m in zip(relative, masks, strict=True) if m.sum() > 1]
+    assert torch.cat(removed).max() <= torch.cat(kept).min()
+
+
+def test_on_units_global_is_the_exact_optimum() -> None:
+    """Against exhaustive search over all widths of a small network."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 5, 3), nn.ReLU(), nn.Conv2d(5, 4, 3), nn.ReLU(), nn.Conv2d(4, 2, 3))
+    graph = sc.analyze(model, torch.zeros(1, 3, 9, 9))
+    cost, scores = sc.Cost(graph), score_groups(model, graph, "l2")
+    for share in (0.3, 0.5, 0.8):
+        masks = allocate(scores, cost, sc.Budget(units=share), relative=False)
+        found = sum(score[mask].sum().item() for score, mask in zip(scores, masks, strict=True))
+        assert found == pytest.approx(best_masks(scores, cost, "units", int(share * cost.units())))
+
+
+@pytest.mark.parametrize("bound", [0, -0.5, 1, 1.0, float("nan"), float("inf"), True, "half"])
+def test_a_malformed_budget_is_refused(bound) -> None:
+    with pytest.raises(BudgetError, match="budget macs"):
+        sc.Budget(macs=bound)
+
+
+def test_an_empty_budget_is_refused() -> None:
+    with pytest.raises(BudgetError, match="at least one of"):
+        sc.Budget()
+
+
+def test_an_unreachable_budget_names_the_range(scored) -> None:
+    scores, cost = scored
+    with pytest.raises(BudgetError, match=r"reachable are .* of the dense model\) to"):
+        allocate(scores, cost, sc.Budget(macs=10))
+    with pytest.raises(BudgetError, match="fits already"):
+        allocate(scores, cost, sc.Budget(params=10**12))
+    least = cost.macs([1] * len(scores))
+    kept = [int(mask.sum()) for mask in allocate(scores, cost, sc.Budget(macs=least))]
+    assert cost.macs(kept) == least
+
+
+def test_unknown_allocation_lists_the_choices(scored) -> None:
+    scores, cost = scored
+    with pytest.raises(BudgetError, match="unknown allocation 'best'; choose one of: global, uniform"):
+        allocate(scores, cost, sc.Budget(macs=0.5), "best")
+
+
+def test_a_model_without_groups_says_so() -> None:
+    model = nn.Conv2d(3, 4, 3)
+    with pytest.raises(BudgetError, match="nothing can be pruned"):
+        allocate([], sc.Cost(sc.analyze(model, torch.zeros(1, 3, 8, 8))), sc.Budget(macs=0.5))
