@@ -1,6 +1,6 @@
 """Secateur: prune any PyTorch vision network to a budget, and prove the result.
 
-    model + inputs -> Graph -> groups -> scores -> allocation -> Plan -> cut model
+model + inputs -> Graph -> groups -> scores -> allocation -> Plan -> cut model
 """
 
 __version__ = "0.1.0"

@@ -57,7 +57,9 @@ class Plan:
         units = {group.name: group.units for group in graph.groups}
         if dict(self.units) != units:
             other = sorted(set(self.units.items()) ^ set(units.items()))[:4]
-            raise PlanError(f"the plan's groups differ from the model's: {other}. Analyse with the same freeze=.")
+            raise PlanError(
+                f"the plan's groups differ from the model's: {other}. Analyse with the same freeze=."
+            )
         for name, gone in self.removed.items():
             if name not in units:
                 raise PlanError(f"the plan names group {name!r}, which the model does not have")
@@ -112,8 +114,9 @@ class Plan:
             found = data.get("format") if isinstance(data, dict) else type(data).__name__
             raise PlanError(f"not a plan of format {FORMAT}: found {found!r}")
         groups, origin = data.get("groups"), data.get("origin", {})
-        well_formed = isinstance(groups, dict) and isinstance(origin, dict) and isinstance(data.get("fingerprint"), str)
-        if not well_formed:
+        if not (
+            isinstance(groups, dict) and isinstance(origin, dict) and isinstance(data.get("fingerprint"), str)
+        ):
             raise PlanError("not a plan: 'groups' and 'origin' must be objects and 'fingerprint' a string")
         removed: dict[str, tuple[int, ...]] = {}
         units: dict[str, int] = {}
@@ -121,7 +124,9 @@ class Plan:
             gone = row.get("removed") if isinstance(row, dict) else None
             count = row.get("units") if isinstance(row, dict) else None
             if type(count) is not int or not isinstance(gone, list) or any(type(u) is not int for u in gone):
-                raise PlanError(f"not a plan: group {name!r} needs 'units', a number, and 'removed', a list of numbers")
+                raise PlanError(
+                    f"not a plan: group {name!r} needs 'units', a number, and 'removed', a list of numbers"
+                )
             units[name] = count
             if gone:
                 removed[name] = tuple(gone)

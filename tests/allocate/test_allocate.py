@@ -11,7 +11,12 @@ from secateur.scores import score_groups
 from tests.networks import network
 from tests.oracles import best_masks
 
-NETWORKS = ["resnet20", "shufflenet_v2_x0_5_cifar", "torchvision/regnet_y_400mf", "torchvision/mobilenet_v3_small"]
+NETWORKS = [
+    "resnet20",
+    "shufflenet_v2_x0_5_cifar",
+    "torchvision/regnet_y_400mf",
+    "torchvision/mobilenet_v3_small",
+]
 
 
 @pytest.fixture(scope="module", params=NETWORKS)

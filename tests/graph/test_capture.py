@@ -33,7 +33,10 @@ def snapshot(model: nn.Module) -> dict[str, object]:
     return {
         "modes": [m.training for m in model.modules()],
         "tensors": {name: t.clone() for name, t in model.state_dict().items()},
-        "hooks": [len(m._forward_hooks) + len(m._forward_pre_hooks) + len(m._backward_hooks) for m in model.modules()],
+        "hooks": [
+            len(m._forward_hooks) + len(m._forward_pre_hooks) + len(m._backward_hooks)
+            for m in model.modules()
+        ],
         "attributes": [sorted(vars(m)) for m in model.modules()],
         "grads": [p.grad for p in model.parameters()],
     }

@@ -30,7 +30,9 @@ def test_cut_equals_mask_for_every_group(case: tuple[Network, Graph]) -> None:
         dense = net.model(net.inputs)
         for number, group in enumerate(graph.groups):
             plan = sc.Plan.of(graph, random_masks(graph, seed=number, only=number))
-            masked = copy.deepcopy(net.model) if len(graph.groups) < 4 else masked_twin(net.model, graph, plan)
+            masked = (
+                copy.deepcopy(net.model) if len(graph.groups) < 4 else masked_twin(net.model, graph, plan)
+            )
             reference = masked(net.inputs)
             cut = sc.cut_(twin(net.model), graph, plan)
             assert relative_error(reference, cut(net.inputs)) < 1e-10, group.name

@@ -102,7 +102,9 @@ def allocate(
     if min_keep < 1 or round_to < 1:
         raise BudgetError(f"min_keep={min_keep}, round_to={round_to}: both must be at least 1")
     if not scores:
-        raise BudgetError("nothing can be pruned: the model has no group of removable units (see graph.frozen)")
+        raise BudgetError(
+            "nothing can be pruned: the model has no group of removable units (see graph.frozen)"
+        )
     if relative:
         scores = [_relative(score) for score in scores]
     levels = [_levels(len(score), min_keep, round_to) for score in scores]

@@ -46,11 +46,11 @@ def secateur(
 
 app.command(rich_help_panel="Prune")(demo.demo)
 app.command(rich_help_panel="Prune")(prune.prune)
-app.command(rich_help_panel="Around it")(train.train)
-app.command(rich_help_panel="Around it")(inspect.inspect)
-app.command("eval", rich_help_panel="Around it")(check.evaluate)
-app.command(rich_help_panel="Around it")(export.export)
-app.command(rich_help_panel="Around it")(tables.methods)
+app.command(rich_help_panel="Also")(train.train)
+app.command(rich_help_panel="Also")(inspect.inspect)
+app.command("eval", rich_help_panel="Also")(check.evaluate)
+app.command(rich_help_panel="Also")(export.export)
+app.command(rich_help_panel="Also")(tables.methods)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -30,7 +30,9 @@ def evaluate(
     if run is None and (model is None or weights is None or data is None):
         raise typer.BadParameter("give --model, --weights and --data, or --run")
     if run is not None and (model or weights or data):
-        raise typer.BadParameter("--run takes the place of --model, --weights and --data; give one or the other")
+        raise typer.BadParameter(
+            "--run takes the place of --model, --weights and --data; give one or the other"
+        )
     normalisation = o.normalisation_of(normalize)
     o.set_threads(threads)
     from secateur.cli.show import say
@@ -43,7 +45,8 @@ def evaluate(
         data_dir = data_dir or (Path(known) if (known := saved.task.get("data_dir")) else None)
         image_size = image_size or saved.task.get("image_size")
         test_images = test_images or saved.task.get("test_images")
-    assert model is not None and data is not None
+    assert model is not None
+    assert data is not None
     subject = load_subject(
         Task(
             model=model,

@@ -10,7 +10,9 @@ from secateur.cli.options import RUN
 
 
 def demo(
-    out: Annotated[Path, Option(help="Folder for everything the run writes.", rich_help_panel=RUN)] = Path("secateur-demo"),
+    out: Annotated[
+        Path, Option(metavar="DIR", help="Folder for everything the run writes.", rich_help_panel=RUN)
+    ] = Path("secateur-demo"),
     seed: o.Seed = 0,
     threads: o.Threads = None,
     resume: o.Resume = False,
@@ -27,6 +29,8 @@ def demo(
     from secateur.runs import demo_config, prune_run
 
     with interruptible(out, resume_command()):
-        report = prune_run(demo_config(seed), out, mode=mode, command=typed_command(), watch=watch(no_progress))
+        report = prune_run(
+            demo_config(seed), out, mode=mode, command=typed_command(), watch=watch(no_progress)
+        )
     if report:
         summary(report, out)

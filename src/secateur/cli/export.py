@@ -16,13 +16,19 @@ def export(
     weights: o.Weights = None,
     out: Annotated[
         Path | None,
-        Option(help="Folder for the files.", rich_help_panel=RUN, show_default="that of --run"),
+        Option(
+            metavar="DIR", help="Folder for the files.", rich_help_panel=RUN, show_default="that of --run"
+        ),
     ] = None,
     image_size: o.InputSize = None,
     channels: o.Channels = 3,
     classes: o.Classes = None,
-    opset: Annotated[int, Option(min=1, help="Version of the ONNX operators.", rich_help_panel=RUN)] = 18,
-    overwrite: Annotated[bool, Option("--overwrite", help="Replace files that exist.", rich_help_panel=RUN)] = False,
+    opset: Annotated[
+        int, Option(min=1, metavar="N", help="Version of the ONNX operators.", rich_help_panel=RUN)
+    ] = 18,
+    overwrite: Annotated[
+        bool, Option("--overwrite", help="Replace files that exist.", rich_help_panel=RUN)
+    ] = False,
 ) -> None:
     """Write model.onnx and model.pt2 (torch.export), each checked against the PyTorch model.
 
@@ -48,7 +54,9 @@ def export(
 
     paths = [out / "model.onnx", out / "model.pt2"]
     if existing := [str(path) for path in paths if path.exists() and not overwrite]:
-        raise FileError(f"{' and '.join(existing)} exist already. Replace them with --overwrite, or choose another --out.")
+        raise FileError(
+            f"{' and '.join(existing)} exist already. Replace them with --overwrite, or choose another --out."
+        )
     if run is not None:
         saved = SavedRun.read(run)
         model, weights = saved.task["model"], run / "model.safetensors"
@@ -64,7 +72,10 @@ def export(
     with explained(out):
         out.mkdir(parents=True, exist_ok=True)
     rows = table(model, ("file", "size", "batch", "max error"), right=("size", "max error"))
-    for check in (export_onnx(network, inputs, paths[0], opset=opset), export_program(network, inputs, paths[1])):
+    for check in (
+        export_onnx(network, inputs, paths[0], opset=opset),
+        export_program(network, inputs, paths[1]),
+    ):
         batch = f"1 only: {check.static_because}" if check.static_because else "any"
         rows.add_row(str(check.path), si(check.file_bytes, "B"), batch, f"{check.max_abs_error:.1e}")
     print_table(rows)

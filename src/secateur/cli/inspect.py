@@ -65,6 +65,7 @@ def inspect(
 def _show(found: dict[str, Any]) -> None:
     from secateur.cli.show import print_table, say, table
     from secateur.report.html import percent, si
+    from secateur.runs.config import rounded_up
 
     def share(group: dict[str, Any], measure: str) -> str:
         return percent(group[measure] / found[measure]) if found[measure] else "–"
@@ -73,7 +74,9 @@ def _show(found: dict[str, Any]) -> None:
     say(f"{found['model']} on {shape}: {si(found['macs'])} MACs, {si(found['params'])} parameters")
     if found["groups"]:
         columns = ("group", "units", "layers", "MACs", "params")
-        rows = table("What can go: units of a group go from all its layers at once", columns, right=columns[1:])
+        rows = table(
+            "What can go: units of a group go from all its layers at once", columns, right=columns[1:]
+        )
         for group in found["groups"]:
             counts = str(group["units"]), str(len(group["layers"]))
             rows.add_row(group["name"], *counts, share(group, "macs"), share(group, "params"))
@@ -87,9 +90,8 @@ def _show(found: dict[str, Any]) -> None:
     if found["unused"]:
         say(f"Never read by a forward pass: {', '.join(found['unused'])}")
     if found["groups"]:
-        options = {"macs": "--keep-macs", "params": "--keep-params"}
-        ranges = [
-            f"{option} {-(-10_000 * found['reachable'][name]['least'] // found['reachable'][name]['dense']) / 10_000:.4f} to 1"
-            for name, option in options.items()
-        ]
-        say(f"Within reach: {', '.join(ranges)}")
+        low = {name: rounded_up(r["least"] / r["dense"]) for name, r in found["reachable"].items()}
+        say(
+            f"Within reach: --keep-macs {low['macs']:.4f} to 1, --keep-params {low['params']:.4f} to 1, "
+            f"--sparsity 0 to {1 - low['units']:.4f}"
+        )

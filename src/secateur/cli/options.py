@@ -18,6 +18,7 @@ TRAINING, FINE_TUNING, RUN = "Training", "Fine-tuning", "Run"
 Model = Annotated[
     str,
     Option(
+        metavar="NAME",
         help="Built-in model, NAME of torchvision or timm (torchvision/NAME, timm/NAME to be exact), or "
         "module:function of your own. [bold]secateur methods[/] lists the built-in ones.",
         rich_help_panel=SUBJECT,
@@ -25,26 +26,41 @@ Model = Annotated[
     ),
 ]
 MaybeModel = Annotated[
-    str | None, Option("--model", help="As for [bold]secateur prune[/].", rich_help_panel=SUBJECT, show_default=False)
+    str | None,
+    Option(
+        "--model",
+        metavar="NAME",
+        help="As for [bold]secateur prune[/].",
+        rich_help_panel=SUBJECT,
+        show_default=False,
+    ),
 ]
 Weights = Annotated[
     Path | None,
     Option(
-        help="Weights file (.safetensors): original weights, or a model that Secateur saved.",
+        metavar="FILE",
+        help="Weights (.safetensors): original ones, or a model that Secateur saved; default: random.",
         rich_help_panel=SUBJECT,
-        show_default="random weights",
+        show_default=False,
     ),
 ]
 Classes = Annotated[
     int | None,
-    Option(min=1, help="Size of the output.", rich_help_panel=SUBJECT, show_default="the model's own"),
+    Option(
+        min=1,
+        metavar="N",
+        help="Size of the output.",
+        rich_help_panel=SUBJECT,
+        show_default="the model's own",
+    ),
 ]
-Channels = Annotated[int, Option(min=1, help="Channels of the input.", rich_help_panel=SUBJECT)]
+Channels = Annotated[int, Option(min=1, metavar="N", help="Channels of the input.", rich_help_panel=SUBJECT)]
 InputSize = Annotated[
     int | None,
     Option(
         "--image-size",
         min=1,
+        metavar="N",
         help="Side of the input images.",
         rich_help_panel=SUBJECT,
         show_default="32 for built-in models, else 224",
@@ -52,23 +68,51 @@ InputSize = Annotated[
 ]
 Run = Annotated[
     Path | None,
-    Option("--run", help="Folder of an earlier run; takes the place of --model.", rich_help_panel=SUBJECT, show_default=False),
+    Option(
+        "--run",
+        metavar="DIR",
+        help="Folder of an earlier run; takes the place of --model.",
+        rich_help_panel=SUBJECT,
+        show_default=False,
+    ),
 ]
 
 Data = Annotated[
-    str, Option(help="digits, cifar10, fashion-mnist or imagefolder.", rich_help_panel=DATA, show_default=False)
+    str,
+    Option(
+        metavar="NAME",
+        help="digits, cifar10, fashion-mnist or imagefolder.",
+        rich_help_panel=DATA,
+        show_default=False,
+    ),
 ]
 MaybeData = Annotated[
     str | None,
-    Option("--data", help="digits, cifar10, fashion-mnist or imagefolder.", rich_help_panel=DATA, show_default=False),
+    Option(
+        "--data",
+        metavar="NAME",
+        help="digits, cifar10, fashion-mnist or imagefolder.",
+        rich_help_panel=DATA,
+        show_default=False,
+    ),
 ]
 DataDir = Annotated[
-    Path | None, Option(help="Folder that holds the data; digits need none.", rich_help_panel=DATA, show_default=False)
+    Path | None,
+    Option(
+        metavar="DIR",
+        help="Folder that holds the data; digits need none.",
+        rich_help_panel=DATA,
+        show_default=False,
+    ),
 ]
 ImageSize = Annotated[
     int | None,
     Option(
-        min=1, help="Side of the images of digits and imagefolder.", rich_help_panel=DATA, show_default="16 and 224"
+        min=1,
+        metavar="N",
+        help="Side of the images of digits and imagefolder.",
+        rich_help_panel=DATA,
+        show_default="16 and 224",
     ),
 ]
 Normalize = Annotated[
@@ -82,11 +126,23 @@ Normalize = Annotated[
 ]
 TrainImages = Annotated[
     int | None,
-    Option(min=1, help="Learn from a fixed, balanced part of the images.", rich_help_panel=DATA, show_default="all"),
+    Option(
+        min=1,
+        metavar="N",
+        help="Learn from a fixed, balanced part of the images.",
+        rich_help_panel=DATA,
+        show_default="all",
+    ),
 ]
 TestImages = Annotated[
     int | None,
-    Option(min=1, help="Measure on a fixed, balanced part of the images.", rich_help_panel=DATA, show_default="all"),
+    Option(
+        min=1,
+        metavar="N",
+        help="Measure on a fixed, balanced part of the images.",
+        rich_help_panel=DATA,
+        show_default="all",
+    ),
 ]
 Download = Annotated[bool, Option("--download", help="Let torchvision fetch the data.", rich_help_panel=DATA)]
 
@@ -100,49 +156,69 @@ Freeze = Annotated[
     ),
 ]
 Out = Annotated[
-    Path, Option(help="Folder for everything the run writes; new or empty.", rich_help_panel=RUN, show_default=False)
+    Path,
+    Option(
+        metavar="DIR",
+        help="Folder for everything the run writes; new or empty.",
+        rich_help_panel=RUN,
+        show_default=False,
+    ),
 ]
-Seed = Annotated[int, Option(min=0, help="Of everything that draws random numbers.", rich_help_panel=RUN)]
+Seed = Annotated[
+    int, Option(min=0, metavar="N", help="Of everything that draws random numbers.", rich_help_panel=RUN)
+]
 Threads = Annotated[
-    int | None, Option(min=1, help="CPU threads.", rich_help_panel=RUN, show_default="as many as PyTorch likes")
+    int | None,
+    Option(
+        min=1, metavar="N", help="CPU threads.", rich_help_panel=RUN, show_default="as many as PyTorch likes"
+    ),
 ]
 Resume = Annotated[
-    bool, Option("--resume", help="Go on with the run in the folder where it was interrupted.", rich_help_panel=RUN)
+    bool,
+    Option(
+        "--resume", help="Go on with the run in the folder where it was interrupted.", rich_help_panel=RUN
+    ),
 ]
 Overwrite = Annotated[bool, Option("--overwrite", help="Replace the run in the folder.", rich_help_panel=RUN)]
 NoProgress = Annotated[bool, Option("--no-progress", help="Say nothing until the end.", rich_help_panel=RUN)]
 
 
 def batch_size(panel: str) -> Any:
-    return Option(min=1, help="Images per step.", rich_help_panel=panel)
+    return Option(min=1, metavar="N", help="Images per step.", rich_help_panel=panel)
 
 
 def learning_rate(panel: str) -> Any:
-    return Option(help="Highest learning rate.", rich_help_panel=panel)
+    return Option(metavar="X", help="Highest learning rate.", rich_help_panel=panel)
 
 
 def optimizer(panel: str) -> Any:
-    return Option(help="sgd or adamw.", rich_help_panel=panel)
+    return Option(metavar="NAME", help="sgd or adamw.", rich_help_panel=panel)
 
 
 def weight_decay(panel: str) -> Any:
-    return Option(help="Pull of the weights towards zero.", rich_help_panel=panel)
+    return Option(metavar="X", help="Pull of the weights towards zero.", rich_help_panel=panel)
 
 
 def schedule(panel: str) -> Any:
-    return Option(help="Of the learning rate: cosine, steps, one-cycle or constant.", rich_help_panel=panel)
+    return Option(
+        metavar="NAME",
+        help="Of the learning rate: cosine, steps, one-cycle or constant.",
+        rich_help_panel=panel,
+    )
 
 
 def label_smoothing(panel: str) -> Any:
-    return Option(help="Share of the target that is spread over all classes.", rich_help_panel=panel)
+    return Option(
+        metavar="X", help="Share of the target that is spread over all classes.", rich_help_panel=panel
+    )
 
 
 def precision(panel: str) -> Any:
-    return Option(help="no (float32) or bf16.", rich_help_panel=panel)
+    return Option(metavar="NAME", help="no (float32) or bf16.", rich_help_panel=panel)
 
 
 def checkpoint_every(panel: str) -> Any:
-    return Option(min=1, help="Steps between checkpoints.", rich_help_panel=panel)
+    return Option(min=1, metavar="N", help="Steps between checkpoints.", rich_help_panel=panel)
 
 
 def mode_of(resume: bool, overwrite: bool) -> Mode:

@@ -9,46 +9,75 @@ from secateur.cli.options import BUDGET, FINE_TUNING, METHOD, RUN
 
 
 def prune(
+    *,
     model: o.Model,
-    data: o.Data,
-    out: o.Out,
     weights: o.Weights = None,
+    data: o.Data,
+    data_dir: o.DataDir = None,
+    image_size: o.ImageSize = None,
+    normalize: o.Normalize = None,
+    train_images: o.TrainImages = None,
+    test_images: o.TestImages = None,
+    download: o.Download = False,
     keep_macs: Annotated[
         float | None,
-        Option(help="Share of the multiply-adds that stay, such as 0.5.", rich_help_panel=BUDGET, show_default=False),
+        Option(
+            metavar="X",
+            help="Share of the multiply-adds that stay, such as 0.5.",
+            rich_help_panel=BUDGET,
+            show_default=False,
+        ),
     ] = None,
     keep_params: Annotated[
         float | None,
-        Option(help="Share of the parameters that stay.", rich_help_panel=BUDGET, show_default=False),
+        Option(
+            metavar="X", help="Share of the parameters that stay.", rich_help_panel=BUDGET, show_default=False
+        ),
     ] = None,
     sparsity: Annotated[
-        float | None, Option(help="Share of the channels that go.", rich_help_panel=BUDGET, show_default=False)
+        float | None,
+        Option(
+            metavar="X", help="Share of the channels that go.", rich_help_panel=BUDGET, show_default=False
+        ),
     ] = None,
-    method: Annotated[str, Option(help="How and when units go.", rich_help_panel=METHOD)] = "oneshot",
+    method: Annotated[
+        str, Option(metavar="NAME", help="How and when units go.", rich_help_panel=METHOD)
+    ] = "oneshot",
     score: Annotated[
         str,
         Option(
+            metavar="NAME",
             help="Which units matter. [bold]secateur methods[/] lists all scores, allocations and methods.",
             rich_help_panel=METHOD,
         ),
     ] = "l2",
     allocation: Annotated[
-        str, Option(help="How much goes from each group of layers.", rich_help_panel=METHOD)
+        str, Option(metavar="NAME", help="How much goes from each group of layers.", rich_help_panel=METHOD)
     ] = "global",
-    granularity: Annotated[str, Option(help="What one unit is.", rich_help_panel=METHOD)] = "channels",
+    granularity: Annotated[
+        str, Option(metavar="NAME", help="What one unit is.", rich_help_panel=METHOD)
+    ] = "channels",
     min_keep: Annotated[
-        int, Option(min=1, help="Units that every group keeps at least.", rich_help_panel=METHOD)
+        int, Option(min=1, metavar="N", help="Units that every group keeps at least.", rich_help_panel=METHOD)
     ] = 1,
     round_to: Annotated[
-        int, Option(min=1, help="Keep multiples of this many units in each group.", rich_help_panel=METHOD)
+        int,
+        Option(
+            min=1,
+            metavar="N",
+            help="Keep multiples of this many units in each group.",
+            rich_help_panel=METHOD,
+        ),
     ] = 1,
     freeze: o.Freeze = None,
     calibration_images: Annotated[
         int,
-        Option(min=1, help="Training images for scores that need gradients.", rich_help_panel=METHOD),
+        Option(
+            min=1, metavar="N", help="Training images for scores that need gradients.", rich_help_panel=METHOD
+        ),
     ] = 512,
     epochs: Annotated[
-        int, Option(min=0, help="Epochs of fine-tuning; 0: none.", rich_help_panel=FINE_TUNING)
+        int, Option(min=0, metavar="N", help="Epochs of fine-tuning; 0: none.", rich_help_panel=FINE_TUNING)
     ] = 0,
     lr: Annotated[float, o.learning_rate(FINE_TUNING)] = 0.01,
     batch_size: Annotated[int, o.batch_size(FINE_TUNING)] = 128,
@@ -58,21 +87,21 @@ def prune(
     label_smoothing: Annotated[float, o.label_smoothing(FINE_TUNING)] = 0.0,
     distill: Annotated[
         float,
-        Option(help="Share of the loss that is distance to the dense model, 0 to 1.", rich_help_panel=FINE_TUNING),
+        Option(
+            metavar="X",
+            help="Share of the loss that is distance to the dense model, 0 to 1.",
+            rich_help_panel=FINE_TUNING,
+        ),
     ] = 0.0,
     precision: Annotated[str, o.precision(FINE_TUNING)] = "no",
     checkpoint_every: Annotated[int, o.checkpoint_every(FINE_TUNING)] = 500,
-    data_dir: o.DataDir = None,
-    image_size: o.ImageSize = None,
-    normalize: o.Normalize = None,
-    train_images: o.TrainImages = None,
-    test_images: o.TestImages = None,
-    download: o.Download = False,
-    latency_batch: Annotated[
-        int, Option(min=1, help="Images per pass where latency is measured.", rich_help_panel=RUN)
-    ] = 1,
+    out: o.Out,
     seed: o.Seed = 0,
     threads: o.Threads = None,
+    latency_batch: Annotated[
+        int,
+        Option(min=1, metavar="N", help="Images per pass where latency is measured.", rich_help_panel=RUN),
+    ] = 1,
     resume: o.Resume = False,
     overwrite: o.Overwrite = False,
     no_progress: o.NoProgress = False,
@@ -81,7 +110,8 @@ def prune(
 
     Example:
 
-      secateur prune --model resnet20 --weights r20.safetensors --data cifar10 --data-dir ~/cifar10 \\
+      secateur prune --model resnet20 --weights r20.safetensors \\
+        --data cifar10 --data-dir ~/cifar10 \\
         --keep-macs 0.5 --epochs 5 --out runs/r20
     """
     mode = o.mode_of(resume, overwrite)

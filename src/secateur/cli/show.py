@@ -30,7 +30,7 @@ def typed_command() -> str:
 
 
 class Steps(Watch):
-    """Tells on stderr what a run is doing: with a spinner on a terminal, else one plain line for each step."""
+    """Tells on stderr what a run is doing: with a spinner on a terminal, else in plain lines."""
 
     def __init__(self) -> None:
         self._console = Console(stderr=True, highlight=False)
@@ -98,7 +98,9 @@ def summary(report: "Report", out: Path) -> None:
     rows = table(report.subject, ("", "before", "after", "change"), right=("before", "after"))
     before, cut, after = report.accuracy_before, report.accuracy_cut, report.accuracy_after
     if before is not None and cut is not None and after is not None:
-        rows.add_row("accuracy, right after the cut", percent(before, 2), percent(cut, 2), points(before, cut))
+        rows.add_row(
+            "accuracy, right after the cut", percent(before, 2), percent(cut, 2), points(before, cut)
+        )
         if report.finetune_epochs:
             rows.add_row("accuracy, fine-tuned", percent(before, 2), percent(after, 2), points(before, after))
     for name, old, new, unit in (

@@ -9,36 +9,48 @@ from secateur.cli.options import TRAINING
 
 
 def train(
+    *,
     model: o.Model,
     data: o.Data,
-    out: o.Out,
-    epochs: Annotated[int, Option(min=1, help="Passes over the images.", rich_help_panel=TRAINING)] = 30,
-    lr: Annotated[float, o.learning_rate(TRAINING)] = 0.1,
-    batch_size: Annotated[int, o.batch_size(TRAINING)] = 128,
-    optimizer: Annotated[str, o.optimizer(TRAINING)] = "sgd",
-    weight_decay: Annotated[float, o.weight_decay(TRAINING)] = 5e-4,
-    schedule: Annotated[str, o.schedule(TRAINING)] = "cosine",
-    warmup_epochs: Annotated[float, Option(min=0, help="Linear rise at the start.", rich_help_panel=TRAINING)] = 0.0,
-    label_smoothing: Annotated[float, o.label_smoothing(TRAINING)] = 0.0,
-    ema: Annotated[
-        float | None,
-        Option(
-            help="Decay of a moving average of the weights, such as 0.999, which then is the result.",
-            rich_help_panel=TRAINING,
-            show_default="off",
-        ),
-    ] = None,
-    clip_norm: Annotated[
-        float | None, Option(help="Largest norm of the gradient.", rich_help_panel=TRAINING, show_default="unbounded")
-    ] = None,
-    precision: Annotated[str, o.precision(TRAINING)] = "no",
-    checkpoint_every: Annotated[int, o.checkpoint_every(TRAINING)] = 500,
     data_dir: o.DataDir = None,
     image_size: o.ImageSize = None,
     normalize: o.Normalize = None,
     train_images: o.TrainImages = None,
     test_images: o.TestImages = None,
     download: o.Download = False,
+    epochs: Annotated[
+        int, Option(min=1, metavar="N", help="Passes over the images.", rich_help_panel=TRAINING)
+    ] = 30,
+    lr: Annotated[float, o.learning_rate(TRAINING)] = 0.1,
+    batch_size: Annotated[int, o.batch_size(TRAINING)] = 128,
+    optimizer: Annotated[str, o.optimizer(TRAINING)] = "sgd",
+    weight_decay: Annotated[float, o.weight_decay(TRAINING)] = 5e-4,
+    schedule: Annotated[str, o.schedule(TRAINING)] = "cosine",
+    warmup_epochs: Annotated[
+        float, Option(min=0, metavar="X", help="Linear rise at the start.", rich_help_panel=TRAINING)
+    ] = 0.0,
+    label_smoothing: Annotated[float, o.label_smoothing(TRAINING)] = 0.0,
+    ema: Annotated[
+        float | None,
+        Option(
+            metavar="X",
+            help="Decay of a moving average of the weights, such as 0.999, which then is the result.",
+            rich_help_panel=TRAINING,
+            show_default="off",
+        ),
+    ] = None,
+    clip_norm: Annotated[
+        float | None,
+        Option(
+            metavar="X",
+            help="Largest norm of the gradient.",
+            rich_help_panel=TRAINING,
+            show_default="unbounded",
+        ),
+    ] = None,
+    precision: Annotated[str, o.precision(TRAINING)] = "no",
+    checkpoint_every: Annotated[int, o.checkpoint_every(TRAINING)] = 500,
+    out: o.Out,
     seed: o.Seed = 0,
     threads: o.Threads = None,
     resume: o.Resume = False,

@@ -128,9 +128,13 @@ class Budget:
             if isinstance(bound, bool) or not isinstance(bound, int | float) or not math.isfinite(bound):
                 raise BudgetError(f"budget {name}={bound!r}: expected a number, such as 0.5 for half")
             if bound <= 0:
-                raise BudgetError(f"budget {name}={bound}: must be above 0; 0.5 keeps half of the dense model")
+                raise BudgetError(
+                    f"budget {name}={bound}: must be above 0; 0.5 keeps half of the dense model"
+                )
             if bound == 1:
-                raise BudgetError(f"budget {name}=1 keeps everything; use a share below 1, such as 0.5 for half")
+                raise BudgetError(
+                    f"budget {name}=1 keeps everything; use a share below 1, such as 0.5 for half"
+                )
 
     @property
     def bounds(self) -> dict[str, float]:

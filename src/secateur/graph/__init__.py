@@ -1,7 +1,17 @@
 """What may be cut together: capture, labels, rules, groups."""
 
 from secateur.graph.capture import Inputs
-from secateur.graph.groups import Axis, Frozen, Graph, Group, Member, Product, analyze, fingerprint, named_tensors
+from secateur.graph.groups import (
+    Axis,
+    Frozen,
+    Graph,
+    Group,
+    Member,
+    Product,
+    analyze,
+    fingerprint,
+    named_tensors,
+)
 from secateur.graph.modules import mirrored, register_pad
 
 __all__ = [

@@ -135,7 +135,9 @@ class Graph:
     def __str__(self) -> str:
         units = sum(group.units for group in self.groups)
         lines = [f"{len(self.groups)} groups, {units} units"]
-        lines += [f"  {group.name}: {group.units} units, {len(group.members)} tensors" for group in self.groups]
+        lines += [
+            f"  {group.name}: {group.units} units, {len(group.members)} tensors" for group in self.groups
+        ]
         lines += [f"  {item.name}: {item.units} channels stay ({item.reason})" for item in self.frozen]
         return "\n".join(lines)
 
@@ -306,7 +308,9 @@ def pad_sites(
         unit_of |= {root: (group, unit) for unit, root in enumerate(roots)}
     sites = []
     for pad in labels.pads:
-        for attribute, atoms in zip(pad_attributes(model, pad.module) or (), (pad.before, pad.after), strict=True):
+        for attribute, atoms in zip(
+            pad_attributes(model, pad.module) or (), (pad.before, pad.after), strict=True
+        ):
             units = [unit_of[root] for root in solution.root[atoms].tolist() if root in unit_of]
             sites.append(PadSite(pad.module, attribute, len(atoms) - len(units), tuple(units)))
     return tuple(sites)

@@ -60,7 +60,9 @@ def mirrored(module: nn.Module, keep: Mapping[tuple[str, int], Keep]) -> dict[st
         out = keep.get(("weight", 0), whole).reshape(module.groups, -1).sum(1)
         alive = out[out > 0]
         if alive.size == 0 or (alive != alive[0]).any():
-            raise CutError(f"grouped convolution: its groups keep {out.tolist()} channels; they must keep equally many")
+            raise CutError(
+                f"grouped convolution: its groups keep {out.tolist()} channels; they must keep equally many"
+            )
         return {
             "out_channels": int(out.sum()),
             "in_channels": int(alive.size) * width("weight", 1),

@@ -202,11 +202,11 @@ def channelwise_norm(site: Site) -> Result:
 
 
 @rule(
-    *"abs alias celu clamp clamp_ clamp_min clamp_max clone contiguous cos detach detach_ dropout dropout_".split(),
-    *"feature_dropout elu elu_ erf exp gelu hardsigmoid hardsigmoid_ hardswish hardswish_ hardtanh".split(),
-    *"hardtanh_ leaky_relu leaky_relu_ lift_fresh_copy log mish mish_ neg pow reciprocal relu relu_ relu6".split(),
-    *"relu6_ round rsqrt selu selu_ sigmoid sigmoid_ silu silu_ sin softplus sqrt square tanh tanh_ to type_as".split(),
-    *"_to_copy threshold floor log1p logit sign".split(),
+    *"abs alias celu clamp clamp_ clamp_min clamp_max clone contiguous cos detach detach_ dropout".split(),
+    *"dropout_ feature_dropout elu elu_ erf exp gelu hardsigmoid hardsigmoid_ hardswish hardswish_".split(),
+    *"hardtanh hardtanh_ leaky_relu leaky_relu_ lift_fresh_copy log mish mish_ neg pow reciprocal".split(),
+    *"relu relu_ relu6 relu6_ round rsqrt selu selu_ sigmoid sigmoid_ silu silu_ sin softplus sqrt".split(),
+    *"square tanh tanh_ to type_as _to_copy threshold floor log1p logit sign".split(),
 )
 def unary(site: Site) -> Result:
     value = site.labels.exposed(site.operands[0])
@@ -214,8 +214,8 @@ def unary(site: Site) -> Result:
 
 
 @rule(
-    *"add add_ sub sub_ rsub mul mul_ div div_ maximum minimum where addcmul lerp atan2 fmod remainder".split(),
-    *"eq ne lt le gt ge logical_and logical_or masked_fill masked_fill_".split(),
+    *"add add_ sub sub_ rsub mul mul_ div div_ maximum minimum where addcmul lerp atan2 fmod".split(),
+    *"remainder eq ne lt le gt ge logical_and logical_or masked_fill masked_fill_".split(),
 )
 def elementwise(site: Site) -> Result:
     return site.labels.elementwise(site.operands, site.shape)
@@ -240,7 +240,8 @@ def nothing(site: Site) -> Result:
 @rule(
     *"max_pool1d max_pool2d max_pool3d avg_pool1d avg_pool2d avg_pool3d adaptive_avg_pool1d".split(),
     *"adaptive_avg_pool2d adaptive_avg_pool3d adaptive_max_pool1d adaptive_max_pool2d".split(),
-    *"upsample_nearest1d upsample_nearest2d upsample_nearest3d upsample_bilinear2d upsample_bicubic2d".split(),
+    *"upsample_nearest1d upsample_nearest2d upsample_nearest3d upsample_bilinear2d".split(),
+    *"upsample_bicubic2d".split(),
 )
 def image_op(site: Site) -> Result:
     """An operator over the last one, two or three dims (its name says how many), channel by channel."""

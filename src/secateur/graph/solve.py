@@ -9,7 +9,6 @@ from scipy.sparse.csgraph import connected_components
 
 from secateur.graph.labels import PINNED, Atoms, Labels
 
-
 Flags = npt.NDArray[np.bool_]
 
 
@@ -59,11 +58,14 @@ def solve(labels: Labels) -> Solution:
 
 def _components(count: int, a: Atoms, b: Atoms) -> Atoms:
     """The smallest atom of each connected component, per atom."""
-    edges = coo_array((np.ones(len(a), dtype=bool), (a.astype(np.int64), b.astype(np.int64))), shape=(count, count))
+    edges = coo_array(
+        (np.ones(len(a), dtype=bool), (a.astype(np.int64), b.astype(np.int64))), shape=(count, count)
+    )
     components, index = connected_components(edges, directed=False)
     smallest = np.full(components, count, dtype=np.int64)
     np.minimum.at(smallest, index, np.arange(count))
-    return smallest[index]
+    result: Atoms = smallest[index]
+    return result
 
 
 def _merge(a: Atoms, b: Atoms, unit: Flags, pinned: Flags) -> tuple[Atoms, Atoms, int]:

@@ -32,7 +32,9 @@ METHODS = {
 }
 
 
-def prune(model: nn.Module, inputs: Inputs, *, budget: Budget, method: str = "oneshot", **options: Any) -> Pruned:
+def prune(
+    model: nn.Module, inputs: Inputs, *, budget: Budget, method: str = "oneshot", **options: Any
+) -> Pruned:
     """Prune a copy of a model to a budget with one of the methods.
 
     Args:

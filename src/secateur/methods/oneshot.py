@@ -44,7 +44,9 @@ class Pruned:
 
     def __str__(self) -> str:
         counts = [("MACs", *self.macs), ("parameters", *self.params)]
-        lines = [f"{name}: {before:,} -> {after:,} ({after / before:.1%} kept)" for name, before, after in counts]
+        lines = [
+            f"{name}: {before:,} -> {after:,} ({after / before:.1%} kept)" for name, before, after in counts
+        ]
         return "\n".join([*lines, str(self.verification)])
 
 
@@ -91,7 +93,9 @@ def oneshot(
     scores = score_groups(model, graph, score, seed=seed, data=data, loss=loss)
     cost = Cost(graph)
     relative = not SCORES[score].comparable
-    masks = allocate(scores, cost, budget, allocation, relative=relative, min_keep=min_keep, round_to=round_to)
+    masks = allocate(
+        scores, cost, budget, allocation, relative=relative, min_keep=min_keep, round_to=round_to
+    )
     origin = {
         "method": "oneshot",
         "score": score,

@@ -119,7 +119,9 @@ def taylor(slices: Sequence[Slice], generator: torch.Generator) -> Tensor:
     roles = ("scale", "shift") if any(s.role == "scale" for s in slices) else ("out", "bias")
     parts = [(s.weight * s.grad).sum(1) for s in slices if s.role in roles and s.grad is not None]
     if not parts:
-        raise ScoreError("no gradients reach this group; pass data, and check that the loss depends on the layer")
+        raise ScoreError(
+            "no gradients reach this group; pass data, and check that the loss depends on the layer"
+        )
     return torch.stack(parts).sum(0).abs()
 
 
@@ -138,7 +140,9 @@ SCORES: dict[str, Score] = {
     "l1": Score(l1, "L1 norm of the filters that make the unit"),
     "l2": Score(l2, "L2 norm of the filters that make the unit"),
     "bn-scale": Score(bn_scale, "batch-norm scales of the unit (network slimming)"),
-    "taylor": Score(taylor, "first-order change of the loss on calibration data", needs_data=True, comparable=True),
+    "taylor": Score(
+        taylor, "first-order change of the loss on calibration data", needs_data=True, comparable=True
+    ),
     "random": Score(uniform_noise, "uniform random numbers: the control"),
 }
 
@@ -169,7 +173,9 @@ def score_groups(
         raise ScoreError(unknown("score", score, SCORES))
     entry = SCORES[score]
     if entry.needs_data and data is None:
-        raise ScoreError(f"score {score!r} needs gradients on data: pass data=, an iterable of (inputs, targets)")
+        raise ScoreError(
+            f"score {score!r} needs gradients on data: pass data=, an iterable of (inputs, targets)"
+        )
     generator = torch.Generator().manual_seed(seed)
     batches = gradients(model, data, loss) if entry.needs_data and data is not None else iter([{}])
     total = [torch.zeros(group.units, dtype=torch.float64) for group in graph.groups]
@@ -185,14 +191,20 @@ def score_groups(
         raise ScoreError("the calibration data is empty; pass at least one batch of (inputs, targets)")
     for group, sum_ in zip(graph.groups, total, strict=True):
         if not torch.isfinite(sum_).all():
-            raise ScoreError(f"score {score!r}, group {group.name!r}: not finite; check the model for NaN weights")
+            raise ScoreError(
+                f"score {score!r}, group {group.name!r}: not finite; check the model for NaN weights"
+            )
     return [(sum_ / count).float() for sum_ in total]
 
 
 def _slices(group: Group, model: nn.Module, grads: dict[str, Tensor]) -> list[Slice]:
     parameters = dict(model.named_parameters())
     return [
-        Slice(m.role, m.take(parameters[m.tensor].detach()), m.take(grads[m.tensor]) if m.tensor in grads else None)
+        Slice(
+            m.role,
+            m.take(parameters[m.tensor].detach()),
+            m.take(grads[m.tensor]) if m.tensor in grads else None,
+        )
         for m in group.members
         if m.tensor in parameters
     ]
@@ -214,7 +226,9 @@ def gradients(
             model.eval()
             for p in required:
                 p.requires_grad_(True)
-            found = torch.autograd.grad(loss(model(x.to(device)), y.to(device)), list(required), allow_unused=True)
+            found = torch.autograd.grad(
+                loss(model(x.to(device)), y.to(device)), list(required), allow_unused=True
+            )
         finally:
             for p, flag in required.items():
                 p.requires_grad_(flag)

@@ -55,7 +55,9 @@ def load(model: nn.Module, path: str | Path) -> nn.Module:
     for name in own.keys() & tensors.keys():
         here, there = own[name], tensors[name]
         if here.ndim != there.ndim or any(a < b for a, b in zip(here.shape, there.shape, strict=True)):
-            problems.append(f"{name} has shape {tuple(there.shape)}, the model's {tuple(here.shape)} cannot shrink to it")
+            problems.append(
+                f"{name} has shape {tuple(there.shape)}, the model's {tuple(here.shape)} cannot shrink to it"
+            )
         elif here.dtype != there.dtype:
             problems.append(f"{name} is {there.dtype}, the model's is {here.dtype}")
     allowed = shape_attributes(model)

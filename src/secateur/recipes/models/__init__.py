@@ -9,6 +9,7 @@ import difflib
 import importlib
 import inspect
 import sys
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -136,7 +137,9 @@ def _from_timm(name: str, classes: int | None, in_channels: int, options: dict[s
 def _call_library(name: str, build: Callable[..., nn.Module], arguments: dict[str, Any]) -> nn.Module:
     """Call a library's `build`, which takes **kwargs and complains about them somewhere inside."""
     try:
-        return build(**arguments)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # about the library's own later defaults
+            return build(**arguments)
     except (TypeError, ValueError, RuntimeError) as error:
         raise ModelError(f"model {name!r}: {error}") from error
 

@@ -1,0 +1,60 @@
+"""One formula for dense, masked and cut models, equal to what torch counts, with a gradient."""
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+import secateur as sc
+from secateur.recipes.models import build_model
+from tests.networks import TORCHVISION, network
+from tests.oracles import random_masks
+
+
+@pytest.mark.parametrize("name", TORCHVISION)
+def test_macs_at_full_size_equal_the_flop_counter(name: str) -> None:
+    """At 224×224, on the meta device: counting needs shapes only."""
+    model = build_model(f"torchvision/{name}").eval()
+    x = torch.empty(1, 3, 224, 224)
+    macs = sc.Cost(sc.analyze(model, x)).macs()
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        model.to("meta")(x.to("meta"))
+    assert 2 * macs == counter.get_total_flops()
+
+
+def test_macs_do_not_depend_on_the_batch() -> None:
+    net = network("resnet8", dtype=torch.float32)
+    one, five = (sc.Cost(sc.analyze(net.model, torch.randn(n, 3, 32, 32))).macs() for n in (1, 5))
+    assert one == five
+
+
+def test_known_counts_of_resnet20() -> None:
+    """He et al. 2016: 0.27 M parameters; MACs by hand: 432 + 18 convolutions + head."""
+    cost = sc.Cost(sc.analyze(build_model("resnet20"), torch.zeros(1, 3, 32, 32)))
+    stem = 32 * 32 * 9 * 3 * 16
+    stages = 6 * 32**2 * 9 * 16**2 + 16**2 * 9 * (16 * 32 + 5 * 32**2) + 8**2 * 9 * (32 * 64 + 5 * 64**2)
+    assert cost.macs() == stem + stages + 64 * 10
+    assert cost.params() == 269_722
+
+
+@pytest.mark.parametrize("name", ["resnet20", "torchvision/regnet_y_400mf", "shufflenet_v2_x0_5_cifar"])
+def test_the_soft_cost_meets_the_exact_one_and_its_gradient_is_the_slope(name: str) -> None:
+    net = network(name, dtype=torch.float32)
+    graph = sc.analyze(net.model, net.inputs)
+    cost = sc.Cost(graph)
+    kept = torch.tensor([float(mask.sum()) for mask in random_masks(graph, 0)], requires_grad=True)
+    for soft, exact in ((cost.soft_macs, cost.macs), (cost.soft_params, cost.params)):
+        (gradient,) = torch.autograd.grad(soft(kept), kept)
+        counts = [int(k) for k in kept]
+        assert soft(kept).item() == exact(counts)
+        for group in range(0, len(counts), 5):
+            up, down = ([*counts[:group], counts[group] + d, *counts[group + 1 :]] for d in (1, -1))
+            central = (exact(up) - exact(down)) / 2  # exact for products of at most two cut widths
+            assert gradient[group].item() == pytest.approx(central, rel=1e-9)
+
+
+def test_layers_add_up() -> None:
+    net = network("torchvision/googlenet", dtype=torch.float32)
+    cost = sc.Cost(sc.analyze(net.model, net.inputs))
+    layers = cost.layers()
+    assert sum(layers.values()) == cost.macs()
+    assert not any(name.startswith("aux") for name in layers)

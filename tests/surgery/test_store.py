@@ -1,0 +1,131 @@
+"""A saved model comes back bit for bit, in another process, or not at all."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+import secateur as sc
+from secateur.errors import FileError
+from secateur.files import read_tensors, write_tensors
+from secateur.recipes.models import build_model
+from tests.networks import network
+
+REBUILD = """
+import sys, torch, secateur as sc
+from secateur.recipes.models import build_model
+torch.set_num_threads(1)
+model = sc.load(build_model(sys.argv[1]), sys.argv[2]).eval()
+torch.manual_seed(0)
+torch.save(model(torch.randn(2, 3, 64, 64)), sys.argv[3])
+"""
+
+
+@pytest.fixture
+def saved(tmp_path):
+    model = build_model("resnet20")
+    pruned = sc.prune(model, torch.randn(1, 3, 32, 32), budget=sc.Budget(macs=0.5))
+    pruned.save(tmp_path / "small.safetensors")
+    return pruned.model, tmp_path / "small.safetensors"
+
+
+@pytest.mark.parametrize("name", ["torchvision/regnet_y_400mf", "torchvision/shufflenet_v2_x1_0", "resnet20"])
+def test_a_new_process_rebuilds_it_bit_for_bit(name: str, tmp_path) -> None:
+    model = build_model(name)
+    pruned = sc.prune(model, torch.randn(1, 3, 64, 64), budget=sc.Budget(macs=0.6)).model.eval()
+    sc.save(pruned, tmp_path / "m.safetensors")
+    command = [sys.executable, "-c", REBUILD, name, str(tmp_path / "m.safetensors"), str(tmp_path / "y.pt")]
+    subprocess.run(command, check=True)
+    torch.manual_seed(0)
+    with torch.no_grad():
+        assert torch.equal(
+            pruned(torch.randn(2, 3, 64, 64)), torch.load(tmp_path / "y.pt", weights_only=True)
+        )
+
+
+def test_an_uncut_model_is_a_cut_one_too(tmp_path) -> None:
+    model = build_model("resnet8")
+    sc.save(model, tmp_path / "m.safetensors")
+    loaded = sc.load(build_model("resnet8"), tmp_path / "m.safetensors")
+    assert all(
+        torch.equal(a, b)
+        for a, b in zip(model.state_dict().values(), loaded.state_dict().values(), strict=True)
+    )
+
+
+def test_tied_weights_come_back_tied(tmp_path) -> None:
+    def make() -> nn.Module:
+        model = nn.Sequential(nn.Linear(4, 4, bias=False), nn.ReLU(), nn.Linear(4, 4, bias=False))
+        model[2].weight = model[0].weight
+        return model
+
+    model = make()
+    sc.save(model, tmp_path / "m.safetensors")
+    loaded = sc.load(make(), tmp_path / "m.safetensors")
+    assert loaded[0].weight is loaded[2].weight
+    assert torch.equal(loaded[0].weight, model[0].weight)
+
+
+def change(path, **edits) -> None:
+    tensors, metadata = read_tensors(path)
+    recipe = json.loads(metadata["recipe"])
+    for key, value in edits.items():
+        module, _, attribute = key.rpartition("__")
+        recipe["attributes"].setdefault(module.replace("__", "."), {})[attribute] = value
+    write_tensors(path, tensors, metadata | {"recipe": json.dumps(recipe)})
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda p: p.write_bytes(p.read_bytes()[:1000]), "not a readable safetensors file"),
+        (lambda p: p.write_bytes(b"\x80\x04\x95" + b"\0" * 64), "not a readable safetensors file"),
+        (lambda p: p.write_bytes(b""), "not a readable safetensors file"),
+        (lambda p: p.unlink(), "no such file"),
+        (lambda p: save_file(load_file(p), p), "not a model saved by Secateur"),
+        (lambda p: write_tensors(p, load_file(p), {"format": "1", "recipe": "["}), "its recipe is damaged"),
+        (
+            lambda p: write_tensors(p, load_file(p), {"format": "1", "recipe": '{"attributes": {"fc": 1}}'}),
+            "damaged",
+        ),
+        (
+            lambda p: change(p, fc__in_features=10**9),
+            "attribute fc.in_features is 1000000000, expected a number in 0…64",
+        ),
+        (lambda p: change(p, fc__in_features="7"), "expected a number"),
+        (lambda p: change(p, fc__forward=1), "fc.forward is not one that follows a shape"),
+        (lambda p: change(p, fc____class__=1), "is not one that follows a shape"),
+        (lambda p: change(p, fc__in_features=1), "attributes of fc contradict its tensors"),
+    ],
+)
+def test_damaged_and_hostile_files_leave_the_model_unchanged(saved, damage, message: str) -> None:
+    _, path = saved
+    damage(path)
+    fresh = build_model("resnet20")
+    before = {name: t.clone() for name, t in fresh.state_dict().items()}, repr(fresh)
+    with pytest.raises(FileError, match=message):
+        sc.load(fresh, path)
+    assert repr(fresh) == before[1]
+    assert all(torch.equal(t, before[0][name]) for name, t in fresh.state_dict().items())
+
+
+def test_a_file_of_another_model_says_what_differs(saved) -> None:
+    _, path = saved
+    with pytest.raises(FileError, match=r"layer1\.3\.conv1\.weight is missing.*more.*constructor"):
+        sc.load(build_model("resnet32"), path)
+    with pytest.raises(
+        FileError, match=r"fc\.weight has shape \(10, \d+\), the model's \(5, 64\) cannot shrink to it"
+    ):
+        sc.load(build_model("resnet20", classes=5), path)
+    with pytest.raises(FileError, match=r"is torch\.float32, the model's is torch\.float64"):
+        sc.load(network("resnet20").model, path)
+
+
+def test_a_folder_that_is_not_there(saved, tmp_path) -> None:
+    model, _ = saved
+    with pytest.raises(FileError, match="could not be written"):
+        sc.save(model, tmp_path / "none" / "m.safetensors")
