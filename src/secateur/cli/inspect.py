@@ -74,13 +74,11 @@ def _show(found: dict[str, Any]) -> None:
     say(f"{found['model']} on {shape}: {si(found['macs'])} MACs, {si(found['params'])} parameters")
     if found["groups"]:
         columns = ("group", "units", "layers", "MACs", "params")
-        rows = table(
-            "What can go: units of a group go from all its layers at once", columns, right=columns[1:]
-        )
+        rows = table("What can go", columns, right=columns[1:])
         for group in found["groups"]:
             counts = str(group["units"]), str(len(group["layers"]))
             rows.add_row(group["name"], *counts, share(group, "macs"), share(group, "params"))
-        rows.caption = "MACs, params: what is saved if one unit of the group stays"
+        rows.caption = "MACs and params: saved if one unit stays"
         print_table(rows)
     if found["frozen"]:
         rows = table("What stays", ("layer", "channels", "because"), right=("channels",))

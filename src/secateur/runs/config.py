@@ -1,0 +1,218 @@
+"""What a run is, as data: two runs of equal configuration give equal results."""
+
+import math
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from secateur.allocate import ALLOCATIONS
+from secateur.cost import Budget, Cost
+from secateur.errors import BudgetError, DataError, FileError, ModelError, SecateurError, unknown
+from secateur.graph import Graph
+from secateur.methods import METHODS
+from secateur.recipes.data import Normalisation, list_data
+from secateur.recipes.models import build_model, list_models
+from secateur.recipes.train_config import TrainConfig
+from secateur.scores import SCORES
+
+GRANULARITIES = {
+    "channels": "output channels of convolutions and linear layers, and all that depends on them"
+}
+"""What one unit may be -> one line for lists of choices."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Task:
+    """A model, and the data it is for.
+
+    Args:
+        model: a name for `secateur.recipes.models.build_model`.
+        data: a name for `secateur.recipes.data.load_data`.
+        weights: safetensors file, of original weights or written by `secateur.save`; None: fresh weights.
+        data_dir: folder of the data, where it needs one.
+        image_size: side of the images, where it is a choice.
+        normalisation: of the images; None: what the weights were trained with, as far as that is known,
+            else the data set's own.
+        train_images, test_images: use only so many, balanced over the classes; None: all.
+        download: let torchvision fetch the data.
+        seed: of fresh weights, and of everything else that draws random numbers.
+    Raises:
+        SecateurError: an unknown name, or no such weights file.
+    """
+
+    model: str
+    data: str
+    weights: Path | None = None
+    data_dir: Path | None = None
+    image_size: int | None = None
+    normalisation: Normalisation | None = None
+    train_images: int | None = None
+    test_images: int | None = None
+    download: bool = False
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.data not in list_data():
+            raise DataError(unknown("data set", self.data, list_data()))
+        check_model_name(self.model)
+        if self.weights is not None and not self.weights.is_file():
+            raise FileError(f"weights {self.weights}: no such file. Check the path.")
+        if self.data_dir is not None and not self.data_dir.is_dir():
+            raise DataError(f"data folder {self.data_dir}: no such folder. Check the path.")
+        if self.seed < 0:
+            raise SecateurError(f"seed {self.seed}: expected a whole number, at least 0")
+
+
+def check_model_name(name: str) -> None:
+    """Raise ModelError now, rather than after the data was read, if there is no model of this name."""
+    if not name:
+        raise ModelError(unknown("model", name, list_models()))
+    if name not in list_models() and ":" not in name:
+        build_model(name)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainRunConfig:
+    """A training from scratch.
+
+    Args:
+        task: what to train on what; its seed takes the place of that in `train`.
+        train: how.
+    """
+
+    task: Task
+    train: TrainConfig
+
+    def to_json(self) -> dict[str, Any]:
+        """The fields by name, as plain JSON."""
+        return _plain(asdict(self))  # type: ignore[no-any-return]
+
+
+@dataclass(frozen=True, kw_only=True)
+class PruneConfig:
+    """A pruning, with training before and after if that is wanted.
+
+    Args:
+        task: what to prune, and on which data.
+        keep_macs: at most this share of the dense model's MACs stays, above 0 and below 1.
+        keep_params: the same for parameters.
+        sparsity: at least this share of the units goes, above 0 and below 1. Several bounds must all hold.
+        method: a name in `secateur.methods.METHODS`.
+        score: a name in `secateur.scores.SCORES`.
+        allocation: a name in `secateur.allocate.ALLOCATIONS`.
+        granularity: a name in `GRANULARITIES`.
+        freeze: module names or shell patterns that no cut may touch.
+        min_keep: units that every group keeps at least.
+        round_to: kept units per group are a multiple of this, or all of them.
+        calibration_images: training images, without augmentation, for scores that need gradients.
+        train: how to train the dense model first; None: take it as it is.
+        finetune: how to train the cut model; None: leave it as it is. A `distill_weight` above 0 makes the
+            dense model its teacher.
+        latency_batch: images per pass where latency is measured.
+    Raises:
+        SecateurError: an unknown name or a number out of range. What budgets can be reached is only known
+            once the model has been analysed: see `budget`.
+    """
+
+    task: Task
+    keep_macs: float | None = None
+    keep_params: float | None = None
+    sparsity: float | None = None
+    method: str = "oneshot"
+    score: str = "l2"
+    allocation: str = "global"
+    granularity: str = "channels"
+    freeze: tuple[str, ...] = ()
+    min_keep: int = 1
+    round_to: int = 1
+    calibration_images: int = 512
+    train: TrainConfig | None = None
+    finetune: TrainConfig | None = None
+    latency_batch: int = 1
+
+    def __post_init__(self) -> None:
+        names: tuple[tuple[str, str, dict[str, Any]], ...] = (
+            ("method", self.method, METHODS),
+            ("score", self.score, SCORES),
+            ("allocation", self.allocation, ALLOCATIONS),
+            ("granularity", self.granularity, GRANULARITIES),
+        )
+        for kind, name, choices in names:
+            if name not in choices:
+                raise SecateurError(unknown(kind, name, choices))
+        if self.keep_macs is self.keep_params is self.sparsity is None:
+            raise BudgetError(
+                "no budget: give at least one of keep-macs, keep-params and sparsity, such as keep-macs 0.5"
+            )
+        for what in ("min_keep", "round_to", "calibration_images", "latency_batch"):
+            if (number := getattr(self, what)) < 1:
+                raise SecateurError(f"{what.replace('_', '-')} {number}: expected at least 1")
+
+    def to_json(self) -> dict[str, Any]:
+        """The fields by name, as plain JSON."""
+        return _plain(asdict(self))  # type: ignore[no-any-return]
+
+    def budget(self, graph: Graph) -> Budget:
+        """The budget, once it is known to be within reach.
+
+        Raises:
+            BudgetError: a bound keeps nothing, everything, or less than is possible; the message says what
+                can be reached.
+        """
+        if not graph.groups:
+            raise BudgetError("nothing can be pruned: the model has no removable units. `inspect` says why.")
+        shares: dict[str, float] = {}
+        for option, given, measure, word in (
+            ("keep-macs", self.keep_macs, "macs", "MACs"),
+            ("keep-params", self.keep_params, "params", "parameters"),
+            ("sparsity", self.sparsity, "units", "units"),
+        ):
+            if given is None:
+                continue
+            least, dense = reachable(graph, self.min_keep, self.round_to)[measure]
+            share = 1 - given if option == "sparsity" else given
+            if not (0 < share < 1 and share * dense + 1e-9 >= least):
+                low = rounded_up(least / dense)
+                bounds = (
+                    f"above 0, at most {1 - low:.4f}"
+                    if option == "sparsity"
+                    else f"at least {low:.4f}, below 1"
+                )
+                raise BudgetError(
+                    f"{option} {given:g}: expected a share {bounds}. Within reach (min-keep {self.min_keep}, "
+                    f"round-to {self.round_to}) are {least:,} to {dense:,} {word}."
+                )
+            shares[measure] = share
+        return Budget(**shares)
+
+
+def reachable(graph: Graph, min_keep: int = 1, round_to: int = 1) -> dict[str, tuple[int, int]]:
+    """The least and the full cost, for each measure that a budget can bound.
+
+    >>> import torch
+    >>> from secateur import analyze
+    >>> model = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 1), torch.nn.Conv2d(8, 5, 1))
+    >>> reachable(analyze(model, torch.zeros(1, 3, 4, 4)))
+    {'macs': (128, 1024), 'params': (14, 77), 'units': (1, 8)}
+    """
+    cost = Cost(graph)
+    least = [min(group.units, -(-min_keep // round_to) * round_to) for group in graph.groups]
+    return {measure: (cost.of(measure, least), cost.of(measure)) for measure in ("macs", "params", "units")}
+
+
+def rounded_up(share: float) -> float:
+    """To four digits, so that a share which is named as reachable can be reached.
+
+    >>> rounded_up(0.00121)
+    0.0013
+    """
+    return math.ceil(share * 10_000) / 10_000
+
+
+def _plain(value: Any) -> Any:
+    """The same as JSON will give it back; paths are made absolute."""
+    if isinstance(value, dict):
+        return {key: _plain(entry) for key, entry in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(entry) for entry in value]
+    return str(value.resolve()) if isinstance(value, Path) else value

@@ -1,0 +1,154 @@
+"""A pruning run: train if asked, cut, fine-tune if asked, verify, export, measure, report."""
+
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from secateur.graph import Graph, analyze
+from secateur.methods import prune
+from secateur.plan import Plan
+from secateur.recipes.data import Batches, Dataset
+from secateur.recipes.train import TrainConfig, fit
+from secateur.report import Report, write_report
+from secateur.runs.config import PruneConfig
+from secateur.runs.folder import Mode, RunFolder, Watch, is_main_process
+from secateur.runs.result import compose, exports
+from secateur.runs.subject import Subject, load_subject, measure
+from secateur.scores import SCORES
+from secateur.surgery import save
+from secateur.surgery.cut import cut_copy
+
+
+def prune_run(
+    config: PruneConfig, out: str | Path, *, mode: Mode = "new", command: str = "", watch: Watch | None = None
+) -> Report | None:
+    """Prune a model to a budget; `out` gets the plan, the small model, its exports, and the report.
+
+    A run that was killed goes on where it stood: what `progress.json` and the checkpoints hold is not done
+    again, and on the CPU the resulting model equals that of an uninterrupted run bit for bit. Several
+    processes launched together share the training, and the first of them does the rest.
+
+    Args:
+        config: what and how; the task's seed takes the place of those in `train` and `finetune`.
+        out: the run's folder; it is made if need be.
+        mode: what to do if it holds a run.
+        command: as it was typed, for the record.
+        watch: is told what goes on.
+    Returns:
+        what the report says; None on every process but the first.
+    Raises:
+        SecateurError: whatever is wrong with names, data, weights, folder, budget or numbers; nothing has
+            been written then.
+    """
+    settings = config.to_json()
+    watch = watch or Watch()
+    folder = RunFolder(out, "prune", settings, mode) if is_main_process() else None
+    with watch.doing(f"Loading {config.task.data} and building {config.task.model}"):
+        subject = load_subject(config.task)
+    dense, data = subject.model, subject.data
+    with watch.doing("Choosing what to remove"):
+        graph = analyze(dense, subject.inputs, freeze=config.freeze)
+        decision = _decide(
+            config, subject, graph, folder
+        )  # a rehearsal, if the weights are yet to be trained
+    if folder:
+        folder.begin(subject.saved_run("prune", command, settings))
+
+    if config.train is not None:
+        watch.tell(f"Training for {config.train.epochs} epochs on {len(data.train):,} images")
+        _fit(dense, data, replace(config.train, seed=config.task.seed), out, "train", mode, watch)
+        decision = _decide(config, subject, graph, folder)
+    small = cut_copy(dense, graph, decision.plan)
+    if folder:
+        if config.train is not None:
+            save(dense, folder / "dense.safetensors")
+        folder.once("cut", lambda: decision.facts)
+        decision.plan.save(folder / "plan.json")
+        _accuracy("dense model", dense, data, folder, watch)
+        _accuracy("cut model", small, data, folder, watch)
+
+    if config.finetune is not None:
+        watch.tell(f"Fine-tuning for {config.finetune.epochs} epochs on {len(data.train):,} images")
+        teacher = dense if config.finetune.distill_weight > 0 else None
+        _fit(
+            small,
+            data,
+            replace(config.finetune, seed=config.task.seed),
+            out,
+            "finetune",
+            mode,
+            watch,
+            teacher,
+        )
+    if not folder:
+        return None
+    save(small, folder / "model.safetensors")
+    _accuracy("fine-tuned model" if config.finetune else "cut model", small, data, folder, watch)
+    with watch.doing("Exporting and timing"):
+        exported = folder.once(
+            "exports", lambda: exports(dense, small, subject.inputs, config.latency_batch, folder.path)
+        )
+    report = compose(config, subject, graph, decision.plan, small, folder, exported)
+    write_report(folder.path, report)
+    return report
+
+
+@dataclass(frozen=True)
+class Decision:
+    """What goes, and in plain JSON what is known about why: `scores` by group, `verification`."""
+
+    plan: Plan
+    facts: dict[str, Any]
+
+
+def _decide(config: PruneConfig, subject: Subject, graph: Graph, folder: RunFolder | None) -> Decision:
+    if folder and folder.resumed and "cut" in folder.known and (folder / "plan.json").exists():
+        plan = Plan.load(folder / "plan.json")
+        plan.check(graph)
+        return Decision(plan, folder.known["cut"])
+    options: dict[str, Any] = {}
+    if SCORES[config.score].needs_data:
+        some = subject.data.subset(train_images=min(config.calibration_images, len(subject.data.train)))
+        options["data"] = Batches(some.train, batch_size=64, normalisation=some.normalisation)
+    pruned = prune(
+        subject.model,
+        subject.inputs,
+        budget=config.budget(graph),
+        method=config.method,
+        score=config.score,
+        allocation=config.allocation,
+        freeze=config.freeze,
+        min_keep=config.min_keep,
+        round_to=config.round_to,
+        seed=config.task.seed,
+        **options,
+    )
+    scores = {group.name: score.tolist() for group, score in zip(graph.groups, pruned.scores, strict=True)}
+    return Decision(pruned.plan, {"scores": scores, "verification": asdict(pruned.verification)})
+
+
+def _fit(
+    model: nn.Module,
+    data: Dataset,
+    how: TrainConfig,
+    out: str | Path,
+    phase: str,
+    mode: Mode,
+    watch: Watch,
+    teacher: nn.Module | None = None,
+) -> None:
+    fit(model, data, how, out, teacher=teacher, resume=mode == "resume", phase=phase, progress=watch.bars)
+    for trained in (model, teacher):
+        if trained is not None:  # models of one layout can be compared by the clock
+            trained.to(memory_format=torch.contiguous_format)
+
+
+def _accuracy(what: str, model: nn.Module, data: Dataset, folder: RunFolder, watch: Watch) -> None:
+    name = f"accuracy of the {what}"
+    if name not in folder.known:
+        with watch.doing(f"Measuring the {what} on {len(data.test):,} images"):
+            folder.once(name, lambda: measure(model, data).accuracy)
+        watch.tell(f"Accuracy of the {what}: {100 * folder.known[name]:.2f} %")

@@ -1,0 +1,174 @@
+"""What came of a pruning run: exported files, times, and the report that tells it all."""
+
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from secateur.cost import Cost
+from secateur.cost.latency import Latency, compare_latency
+from secateur.errors import ExportError
+from secateur.export import export_onnx, export_program, onnx_runner
+from secateur.graph import Graph
+from secateur.plan import Plan
+from secateur.report import FrozenGroup, Group, LatencyPair, Report, Width, current_versions
+from secateur.runs.config import PruneConfig
+from secateur.runs.folder import RunFolder
+from secateur.runs.subject import Subject, device
+from secateur.surgery import Verification, save
+
+_REPEATS = 50
+
+
+def exports(dense: nn.Module, small: nn.Module, inputs: Tensor, batch: int, folder: Path) -> dict[str, Any]:
+    """Write `model.onnx` and `model.pt2`, and measure both models; what cannot be exported becomes a note.
+
+    Args:
+        dense, small: on the CPU, in one memory layout.
+        inputs: an example input, (1, c, h, w).
+        batch: images per timed pass.
+        folder: where the files go.
+    Returns:
+        plain JSON: sizes in bytes and latencies, each as [before, after], and notes.
+    """
+    found: dict[str, Any] = {"notes": []}
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randn(batch, *inputs.shape[1:], generator=generator)
+    home = device()
+    try:
+        pair = {"before": dense.to(home), "after": small.to(home)}
+        timed = compare_latency(pair, images.to(home), repeats=_REPEATS)
+    finally:
+        dense.cpu(), small.cpu()
+    found["latency_pytorch"] = [timed["before"].to_json(), timed["after"].to_json()]
+    with tempfile.TemporaryDirectory() as temporary:
+        before = Path(temporary) / "dense.safetensors"
+        save(dense, before)
+        found["weights_bytes"] = [before.stat().st_size, (folder / "model.safetensors").stat().st_size]
+        try:
+            old = export_onnx(dense, images, Path(temporary) / "dense.onnx")
+            new = export_onnx(small, images, folder / "model.onnx")
+            runners = {"before": onnx_runner(old.path), "after": onnx_runner(new.path)}
+            timed = compare_latency(runners, images, repeats=_REPEATS)
+            found["latency_onnxruntime"] = [timed["before"].to_json(), timed["after"].to_json()]
+            found["onnx_bytes"] = [old.file_bytes, new.file_bytes]
+            if new.static_because:
+                found["notes"].append(f"The ONNX file takes a batch of {batch} only: {new.static_because}.")
+        except ExportError as error:
+            found["notes"].append(f"No ONNX file: {error}")
+    try:
+        export_program(small, images, folder / "model.pt2")
+    except ExportError as error:
+        found["notes"].append(f"No exported program: {error}")
+    return found
+
+
+def compose(
+    config: PruneConfig,
+    subject: Subject,
+    graph: Graph,
+    plan: Plan,
+    small: nn.Module,
+    folder: RunFolder,
+    exported: dict[str, Any],
+) -> Report:
+    """The report of a finished run."""
+    cost, kept = Cost(graph), plan.kept(graph)
+    cut = folder.known["cut"]
+    verification = Verification(**cut["verification"])
+    last = "fine-tuned model" if config.finetune else "cut model"
+    weights, onnx = exported["weights_bytes"], exported.get("onnx_bytes", (None, None))
+    budget = {"macs": config.keep_macs, "params": config.keep_params, "sparsity": config.sparsity}
+    return Report(
+        model=config.task.model,
+        dataset=config.task.data,
+        method=f"{config.method}, {config.score}, {config.allocation}",
+        budget={name: bound for name, bound in budget.items() if bound is not None},
+        seed=config.task.seed,
+        command=folder.command,
+        macs_before=cost.macs(),
+        macs_after=cost.macs(kept),
+        params_before=cost.params(),
+        params_after=cost.params(kept),
+        accuracy_before=folder.known["accuracy of the dense model"],
+        accuracy_cut=folder.known["accuracy of the cut model"],
+        accuracy_after=folder.known[f"accuracy of the {last}"],
+        verify_max_abs_error=verification.max_abs_error,
+        verify_rel_error_float32=verification.max_rel_error_float32,
+        verify_rel_error_float64=verification.max_rel_error,
+        latency_pytorch=_pair(exported["latency_pytorch"]),
+        latency_onnxruntime=_pair(exported.get("latency_onnxruntime")),
+        weights_bytes_before=weights[0],
+        weights_bytes_after=weights[1],
+        onnx_bytes_before=onnx[0],
+        onnx_bytes_after=onnx[1],
+        widths=_widths(graph, subject.model, small),
+        groups=[
+            Group(group.name, mask.tolist(), cut["scores"].get(group.name))
+            for group, mask in zip(graph.groups, plan.masks(graph), strict=True)
+        ],
+        frozen=_frozen(graph, cost, subject.model),
+        notes=[*subject.notes, *_notes(config, graph, verification), *exported["notes"]],
+        history=folder.metrics(),
+        versions=current_versions(device()),
+    )
+
+
+def _pair(measured: list[dict[str, Any]] | None) -> LatencyPair | None:
+    return LatencyPair(*(Latency(**one) for one in measured)) if measured else None
+
+
+def width_of(layer: nn.Module) -> int | None:
+    """Output channels or features of a layer that has a number for them."""
+    for name in ("out_channels", "out_features"):
+        if isinstance(width := getattr(layer, name, None), int):
+            return width
+    return None
+
+
+def _widths(graph: Graph, dense: nn.Module, small: nn.Module) -> list[Width]:
+    makers = {m.module for group in graph.groups for m in group.members if m.role in ("out", "depthwise")}
+    after = dict(small.named_modules())
+    widths = []
+    for name, layer in dense.named_modules():
+        old, new = width_of(layer), width_of(after[name])
+        if name in makers and old is not None and new is not None:
+            widths.append(Width(name, old, new))
+    return widths
+
+
+def _frozen(graph: Graph, cost: Cost, dense: nn.Module) -> list[FrozenGroup]:
+    """What stays; of a layer that is frozen in part, its share of the layer's costs."""
+    macs, layers = cost.layers(), dict(dense.named_modules())
+    rows = []
+    for item in graph.frozen:
+        layer = layers[item.name]
+        width = width_of(layer) or item.units
+        share = item.units / width
+        name = item.name if share == 1 else f"{item.name} ({item.units} of {width} channels)"
+        params = sum(p.numel() for p in layer.parameters(recurse=False))
+        rows.append(
+            FrozenGroup(name, item.reason, round(share * params), round(share * macs.get(item.name, 0)))
+        )
+    return rows
+
+
+def _notes(config: PruneConfig, graph: Graph, verification: Verification) -> list[str]:
+    notes = []
+    if config.task.weights is None and config.train is None:
+        notes.append("No weights were given: the model was pruned as initialised at random.")
+    if config.finetune is None:
+        notes.append("The cut model was not fine-tuned.")
+    elif config.finetune.distill_weight:
+        notes.append("The dense model taught the cut one while it was fine-tuned.")
+    if verification.randomised:
+        notes.append(
+            "The model's answers hardly depend on its input, so cut and masked model were also compared with "
+            "random weights."
+        )
+    if graph.unused:
+        shown = ", ".join(graph.unused[:3]) + (", …" if len(graph.unused) > 3 else "")
+        notes.append(f"No forward pass reads these parameters, which were left alone: {shown}.")
+    return notes

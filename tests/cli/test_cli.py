@@ -1,0 +1,667 @@
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from secateur.cli import main
+
+COMMANDS = ("demo", "prune", "train", "inspect", "eval", "export", "methods")
+DIGITS = ["--model", "resnet8", "--data", "digits", "--image-size", "8"]
+PRUNE = ["prune", *DIGITS, "--keep-macs", "0.5", "--no-progress"]
+
+
+@dataclass(frozen=True)
+class Ended:
+    code: int
+    out: str
+    err: str
+
+
+Run = Callable[..., Ended]
+
+
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
+    """The command line in this process: arguments in; exit code and output out."""
+
+    def call(*arguments: object) -> Ended:
+        monkeypatch.setattr(sys, "argv", ["secateur", *map(str, arguments)])
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as exit_:
+            main()
+        assert exit_.value.code is None or isinstance(exit_.value.code, int)
+        return Ended(exit_.value.code or 0, *capsys.readouterr())
+
+    return call
+
+
+@pytest.fixture(autouse=True)
+def threads() -> Iterator[None]:
+    """One thread, so that runs in this process and in others add in the same order."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def process(*arguments: object) -> subprocess.Popen[str]:
+    """The command line in a process of its own."""
+    return subprocess.Popen(
+        [sys.executable, "-m", "secateur.cli", *map(str, arguments)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=os.environ | {"OMP_NUM_THREADS": "1", "COLUMNS": "100"},
+    )
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of `secateur train`."""
+    folder = tmp_path_factory.mktemp("trained") / "new" / "run"
+    work = process(
+        "train", *DIGITS, "--epochs", 4, "--train-images", 600, "--batch-size", 32, "--out", folder
+    )
+    out, err = work.communicate(timeout=300)
+    assert work.returncode == 0, err
+    accuracy = re.search(r"Accuracy: ([\d.]+) % after 4 epochs", out)
+    assert accuracy is not None
+    assert float(accuracy[1]) > 80
+    assert f"Weights: {folder / 'model.safetensors'}" in out
+    assert "Training for 4 epochs on 600 images" in err
+    return folder
+
+
+@pytest.fixture(scope="module")
+def pruned(trained: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of `secateur prune`, from the trained weights."""
+    folder = tmp_path_factory.mktemp("pruned") / "run"
+    weights = trained / "model.safetensors"
+    work = process(*PRUNE[:-1], "--weights", weights, "--epochs", 2, "--out", folder)
+    out, err = work.communicate(timeout=300)
+    assert work.returncode == 0, err
+    for word in ("accuracy, fine-tuned", "MACs", "parameters", "latency, PyTorch", "Verified", "Report:"):
+        assert word in out
+    assert "Traceback" not in err
+    assert "Warning" not in err
+    return folder
+
+
+def report_of(folder: Path) -> dict[str, Any]:
+    report: dict[str, Any] = json.loads((folder / "report.json").read_text())
+    return report
+
+
+# ---- what a run leaves
+
+
+def test_a_run_writes_one_folder(pruned: Path) -> None:
+    assert {path.name for path in pruned.iterdir()} == {
+        "config.json",
+        "finetune.checkpoint.safetensors",
+        "metrics.jsonl",
+        "model.onnx",
+        "model.pt2",
+        "model.safetensors",
+        "plan.json",
+        "progress.json",
+        "report.html",
+        "report.json",
+        "tensorboard",
+    }
+
+
+def test_the_report_tells_everything(pruned: Path, trained: Path) -> None:
+    report = report_of(pruned)
+    assert 0.45 < report["macs_after"] / report["macs_before"] <= 0.5
+    assert report["params_after"] < report["params_before"]
+    assert report["accuracy_before"] > 0.8
+    assert report["accuracy_after"] >= report["accuracy_cut"]
+    assert report["verify_max_abs_error"] < 1e-10
+    for key in ("latency_ms_before", "latency_ms_after", "onnx_bytes_before", "weights_bytes_after"):
+        assert report[key] > 0
+    assert report["latency_onnxruntime"]["after"]["runtime"] == "onnxruntime"
+    assert report["latency_pytorch"]["before"]["batch"] == 1
+    assert {"layer": "conv1", "before": 16} == {k: report["widths"][0][k] for k in ("layer", "before")}
+    assert all(width["after"] <= width["before"] for width in report["widths"])
+    assert any(width["after"] < width["before"] for width in report["widths"])
+    assert all(len(group["scores"]) == group["units"] == len(group["mask"]) for group in report["groups"])
+    assert [row["name"] for row in report["frozen"]] == ["fc"]
+    assert report["frozen"][0]["params"] == 650
+    assert [line["phase"] for line in report["history"]] == ["finetune", "finetune"]
+    assert report["command"].startswith("secateur prune --model resnet8 --data digits")
+    assert report["versions"]["torch"] == torch.__version__
+    assert not any("random" in note for note in report["notes"])
+
+
+def test_the_configuration_holds_every_option(pruned: Path, trained: Path) -> None:
+    config = json.loads((pruned / "config.json").read_text())
+    assert config["kind"] == "prune"
+    assert config["settings"]["task"]["weights"] == str(trained / "model.safetensors")
+    assert config["settings"]["finetune"]["epochs"] == 2
+    assert config["settings"]["score"] == "l2"
+    assert config["input_shape"] == [1, 8, 8]
+
+
+def test_eval_of_the_saved_model_equals_the_report(pruned: Path, run: Run) -> None:
+    report = report_of(pruned)
+    weights = pruned / "model.safetensors"
+    work = process("eval", *DIGITS, "--weights", weights, "--json")
+    out, err = work.communicate(timeout=120)
+    assert work.returncode == 0, err
+    assert json.loads(out)["accuracy"] == report["accuracy_after"]
+    assert json.loads(run("eval", "--run", pruned, "--json").out)["accuracy"] == report["accuracy_after"]
+
+
+def test_eval_of_original_weights(trained: Path, pruned: Path, run: Run) -> None:
+    ended = run("eval", *DIGITS, "--weights", trained / "model.safetensors")
+    assert f"{100 * report_of(pruned)['accuracy_before']:.2f} % of 359 images" in ended.out
+
+
+def test_export_of_a_run(pruned: Path, tmp_path: Path, run: Run) -> None:
+    ended = run("export", "--run", pruned)
+    assert ended.code == 2
+    assert "--overwrite" in ended.err
+    ended = run("export", "--run", pruned, "--out", tmp_path / "files")
+    assert ended.code == 0
+    assert {path.name for path in (tmp_path / "files").iterdir()} == {"model.onnx", "model.pt2"}
+    assert ended.out.count("any") == 2
+    program = torch.export.load(tmp_path / "files" / "model.pt2").module()
+    assert program(torch.zeros(3, 1, 8, 8)).shape == (3, 10)
+
+
+def test_export_of_a_model(pruned: Path, tmp_path: Path, run: Run) -> None:
+    weights = pruned / "model.safetensors"
+    ended = run(
+        *("export", "--model", "resnet8", "--weights", weights, "--channels", 1, "--image-size", 16),
+        *("--classes", 10, "--out", tmp_path),
+    )
+    assert ended.code == 0, ended.err
+    assert (tmp_path / "model.onnx").stat().st_size < (pruned / "model.safetensors").stat().st_size * 1.5
+
+
+# ---- other models and data
+
+
+@pytest.fixture
+def images(tmp_path: Path) -> Path:
+    """Two classes, black and white, in colour."""
+    for label, name in enumerate(("black", "white")):
+        folder = tmp_path / "images" / name
+        folder.mkdir(parents=True)
+        for i in range(10):
+            pixels = np.full((32, 32, 3), 200 * label + i, np.uint8)
+            Image.fromarray(pixels).save(folder / f"{i}.png")
+    return tmp_path / "images"
+
+
+def test_a_torchvision_model_on_a_folder_of_images(images: Path, tmp_path: Path, run: Run) -> None:
+    pytest.importorskip("torchvision")
+    out = tmp_path / "run"
+    ended = run(
+        *("prune", "--model", "torchvision/resnet18", "--data", "imagefolder", "--data-dir", images),
+        *("--image-size", 32, "--sparsity", 0.9, "--no-progress", "--out", out),
+    )
+    assert ended.code == 0, ended.err
+    report = report_of(out)
+    assert report["accuracy_cut"] == report["accuracy_after"]
+    assert report["budget"] == {"sparsity": 0.9}
+    assert any("initialised at random" in note for note in report["notes"])
+    assert any("not fine-tuned" in note for note in report["notes"])
+    assert sum(g["kept"] for g in report["groups"]) <= 0.1 * sum(g["units"] for g in report["groups"])
+
+
+USER_MODEL = """
+from torch import nn
+
+def tiny(classes, in_channels, width=12):
+    return nn.Sequential(
+        nn.Conv2d(in_channels, width, 3), nn.ReLU(), nn.Conv2d(width, width, 3), nn.ReLU(),
+        nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(width, classes),
+    )
+"""
+
+
+def test_a_model_of_ones_own(tmp_path: Path, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "my_models.py").write_text(USER_MODEL)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    ended = run(
+        *(
+            "prune",
+            "--model",
+            "my_models:tiny",
+            "--data",
+            "digits",
+            "--keep-params",
+            0.6,
+            "--score",
+            "taylor",
+        ),
+        *("--freeze", "2", "--round-to", 2, "--epochs", 1, "--distill", 0.5, "--no-progress", "--out", "run"),
+    )
+    assert ended.code == 0, ended.err
+    report = report_of(tmp_path / "run")
+    assert report["params_after"] <= 0.6 * report["params_before"]
+    assert any(row["reason"] == "frozen by the user" for row in report["frozen"])
+    assert any("taught" in note for note in report["notes"])
+    assert all(group["kept"] % 2 == 0 for group in report["groups"])
+    assert json.loads(run("eval", "--run", "run", "--json").out)["accuracy"] == report["accuracy_after"]
+
+
+# ---- looking
+
+
+def test_inspect_says_what_can_go(run: Run) -> None:
+    found = json.loads(run("inspect", "--model", "resnet20", "--json").out)
+    assert found["macs"] == 40_551_040 + 640
+    assert found["params"] == 269_722
+    assert [group["units"] for group in found["groups"]][:2] == [16, 16]
+    assert found["frozen"] == [{"name": "fc", "units": 10, "reason": "model output"}]
+    assert found["reachable"]["units"]["least"] == len(found["groups"])
+    table = run("inspect", "--model", "resnet20", "--freeze", "layer1.*")
+    assert table.code == 0
+    for word in ("layer2.0.conv1", "frozen by the user", "--keep-macs", "Within reach"):
+        assert word in table.out
+
+
+def test_inspect_of_a_pruned_model(pruned: Path, run: Run) -> None:
+    weights = pruned / "model.safetensors"
+    arguments = ("--weights", weights, "--channels", 1, "--image-size", 8, "--json")
+    assert (
+        json.loads(run("inspect", "--model", "resnet8", *arguments).out)["macs"]
+        == report_of(pruned)["macs_after"]
+    )
+
+
+def test_methods_lists_every_choice(run: Run) -> None:
+    out = run("methods").out
+    for word in ("oneshot", "taylor", "bn-scale", "global", "uniform", "channels", "resnet56_b", "cifar10"):
+        assert word in out
+
+
+@pytest.mark.parametrize("columns", [80, 120])
+@pytest.mark.parametrize("command", ["", *COMMANDS])
+def test_help_fits_the_window(command: str, columns: int, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", str(columns))
+    ended = run(*command.split(), "--help")
+    assert ended.code == 0
+    assert max(len(line) for line in ended.out.splitlines()) <= columns
+    assert "…" not in ended.out.replace("secateur.cli train …", "")
+    for name in COMMANDS if not command else ():
+        assert name in ended.out
+
+
+def test_version(run: Run) -> None:
+    assert run("--version").out.startswith("secateur ")
+
+
+# ---- mistakes
+
+
+def nothing(tmp_path: Path) -> list[object]:
+    return []
+
+
+def wrong_shape(tmp_path: Path) -> list[object]:
+    from safetensors.torch import save_file
+
+    save_file({"conv1.weight": torch.zeros(3)}, tmp_path / "other.safetensors")
+    return ["--weights", tmp_path / "other.safetensors"]
+
+
+def truncated(tmp_path: Path) -> list[object]:
+    (tmp_path / "half.safetensors").write_bytes(b"\x40\x00\x00\x00\x00\x00\x00\x00{")
+    return ["--weights", tmp_path / "half.safetensors"]
+
+
+def pickled(tmp_path: Path) -> list[object]:
+    torch.save({}, tmp_path / "weights.pth")
+    return ["--weights", tmp_path / "weights.pth"]
+
+
+def broken_image(tmp_path: Path) -> list[object]:
+    for name in ("a", "b"):
+        (tmp_path / "images" / name).mkdir(parents=True)
+        (tmp_path / "images" / name / "1.png").write_bytes(b"\x89PNG")
+    return ["--data", "imagefolder", "--data-dir", tmp_path / "images"]
+
+
+def missing_data(tmp_path: Path) -> list[object]:
+    return ["--data", "cifar10", "--data-dir", tmp_path]
+
+
+def uncapturable(tmp_path: Path) -> list[object]:
+    (tmp_path / "odd_models.py").write_text(
+        "from torch import nn\n"
+        "class Odd(nn.Conv2d):\n"
+        "    def forward(self, x):\n"
+        "        return super().forward(x if x.sum() > 0 else -x).mean((2, 3))\n"
+        "def odd(): return Odd(1, 10, 3)\n"
+    )
+    return ["--model", "odd_models:odd"]
+
+
+MISTAKES: list[tuple[str, list[str], Callable[[Path], list[object]], str]] = [
+    ("model", ["--model", "resnet99"], nothing, "unknown model 'resnet99'; choose one of: .*resnet20"),
+    ("module", ["--model", "no_such_module:f"], nothing, "cannot import 'no_such_module'"),
+    ("score", ["--score", "l7"], nothing, "unknown score 'l7'; choose one of: .*l2.*taylor"),
+    ("allocation", ["--allocation", "fair"], nothing, "unknown allocation 'fair'; choose one of: global"),
+    ("method", ["--method", "magic"], nothing, "unknown method 'magic'; choose one of: oneshot"),
+    (
+        "granularity",
+        ["--granularity", "heads"],
+        nothing,
+        "unknown granularity 'heads'; choose one of: channels",
+    ),
+    ("data", ["--data", "mnist"], nothing, "unknown data set 'mnist'; choose one of: cifar10, digits"),
+    ("data folder", ["--data-dir", "/no/such"], nothing, "/no/such: no such folder"),
+    ("data files", [], missing_data, "found neither cifar10_train_labels.npy"),
+    ("image", [], broken_image, "cannot be read as an image"),
+    ("weights", ["--weights", "/no/such"], nothing, "/no/such: no such file"),
+    ("weights of another model", [], wrong_shape, "do not fit the model"),
+    ("truncated weights", [], truncated, "not a readable safetensors file"),
+    ("pickle", [], pickled, "pickled weights can run code"),
+    ("keep 0", ["--keep-macs", "0"], nothing, r"keep-macs 0: .* at least 0\.\d+, below 1.*Within reach"),
+    ("keep 1", ["--keep-macs", "1"], nothing, r"keep-macs 1: .* at least 0\.\d+, below 1.*Within reach"),
+    ("keep -1", ["--keep-macs", "-1"], nothing, r"keep-macs -1: .* at least 0\.\d+, below 1"),
+    ("keep 2", ["--keep-params", "2"], nothing, r"keep-params 2: .* at least 0\.\d+, below 1"),
+    ("keep nan", ["--keep-params", "nan"], nothing, r"keep-params nan: .* at least 0\.\d+, below 1"),
+    ("keep too little", ["--keep-macs", "0.001"], nothing, r"keep-macs 0.001: .* at least 0\.\d+"),
+    ("sparsity 0", ["--sparsity", "0"], nothing, r"sparsity 0: .* above 0, at most 0\.\d+.*Within reach"),
+    ("sparsity 1", ["--sparsity", "1"], nothing, r"sparsity 1: .* above 0, at most 0\.\d+"),
+    ("frozen", ["--freeze", "*"], nothing, "nothing can be pruned"),
+    ("freeze", ["--freeze", "layer9"], nothing, "'layer9' matches no module; the model has conv1"),
+    ("score without norm", ["--model", "plain"], nothing, "unknown model"),
+    ("no number", ["--keep-macs", "half"], nothing, "Invalid value for '--keep-macs'"),
+    ("learning rate", ["--epochs", "1", "--lr", "-1"], nothing, "lr is -1.0; expected a number above 0"),
+    ("schedule", ["--epochs", "1", "--schedule", "sine"], nothing, "unknown schedule 'sine'; choose one of"),
+    ("distill", ["--epochs", "1", "--distill", "2"], nothing, "distill_weight is 2.0"),
+    ("normalise", ["--normalize", "0.5"], nothing, "--normalize 0.5: expected one mean and one std"),
+    ("channels", ["--normalize", "imagenet"], nothing, "normalisation of {3} channels, images of {1}"),
+    ("image size", ["--image-size", "6"], nothing, "does not run on the example inputs"),
+    ("too many images", ["--train-images", "9999"], nothing, "cannot take 9999 of 1438"),
+    ("both", ["--resume", "--overwrite"], nothing, "exclude each other"),
+    ("control flow", [], uncapturable, "graph cannot be captured"),
+    ("output", ["--out", "/proc/nothing/here"], nothing, "/proc/nothing/here: could not be written"),
+]
+
+
+@pytest.mark.parametrize(
+    "what, arguments, prepare, words", MISTAKES, ids=[mistake[0] for mistake in MISTAKES]
+)
+def test_mistakes_end_with_one_message(
+    what: str,
+    arguments: list[str],
+    prepare: Callable[[Path], list[object]],
+    words: str,
+    tmp_path: Path,
+    run: Run,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("COLUMNS", "300")
+    monkeypatch.syspath_prepend(tmp_path)
+    out = tmp_path / "run"
+    ended = run(*PRUNE, "--out", out, *prepare(tmp_path), *arguments)
+    assert ended.code == 2
+    assert ended.out == ""
+    assert re.search(words, ended.err.replace("\n", " ")), ended.err
+    assert "Traceback" not in ended.err
+    assert not out.exists()
+
+
+def test_no_budget(tmp_path: Path, run: Run) -> None:
+    ended = run("prune", *DIGITS, "--out", tmp_path / "run")
+    assert ended.code == 2
+    assert "keep-macs" in ended.err
+    assert not (tmp_path / "run").exists()
+
+
+def test_mistakes_of_the_other_commands(tmp_path: Path, run: Run) -> None:
+    for arguments, words in (
+        (("eval", "--run", tmp_path), "config.json: no such file. Name the folder of a run."),
+        (("eval", "--model", "resnet8"), "--weights and --data, or --run"),
+        (("eval", "--run", tmp_path, "--data", "digits"), "takes the place of"),
+        (("export",), "give --run, or --model"),
+        (("export", "--model", "resnet8"), "give --out"),
+        (("export", "--model", "resnet99", "--out", tmp_path / "x"), "unknown model"),
+        (("export", "--run", tmp_path, "--weights", "x"), "has weights of its own"),
+        (("inspect", "--model", "resnet99"), "unknown model"),
+        (("train", *DIGITS, "--epochs", 0, "--out", tmp_path / "x"), "--epochs"),
+        (("train", *DIGITS, "--optimizer", "lion", "--out", tmp_path / "x"), "choose one of: adamw, sgd"),
+        (("prune",), "Missing option"),
+        (("cut",), "No such command"),
+    ):
+        ended = run(*arguments)
+        assert ended.code == 2, arguments
+        assert words in " ".join(re.sub("[│╭╰─╮╯]", " ", ended.err).split()), ended.err
+        assert not (tmp_path / "x").exists()
+
+
+@pytest.mark.parametrize(
+    "content",
+    ["", "[]", "{", '{"kind": "prune"}', '{"settings": {"task": {"model": 3}}}', "[" * 100_000, "\x00"],
+)
+def test_a_damaged_configuration_is_refused(content: str, tmp_path: Path, run: Run) -> None:
+    (tmp_path / "config.json").write_text(content)
+    for arguments in (
+        ("eval", "--run", tmp_path),
+        ("export", "--run", tmp_path),
+        (*PRUNE, "--out", tmp_path, "--resume"),
+    ):
+        ended = run(*arguments)
+        assert ended.code == 2
+        assert "config.json" in ended.err
+    assert (tmp_path / "config.json").read_text() == content
+
+
+def test_the_traceback_is_there_for_those_who_want_it(
+    run: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    from secateur import SecateurError
+
+    monkeypatch.setenv("SECATEUR_DEBUG", "1")
+    monkeypatch.setattr(sys, "argv", ["secateur", *PRUNE, "--score", "l7", "--out", str(tmp_path / "run")])
+    with pytest.raises(SecateurError, match="unknown score"):
+        main()
+
+
+# ---- the folder
+
+
+def snapshot(folder: Path) -> dict[str, tuple[int, bytes]]:
+    return {
+        path.relative_to(folder).as_posix(): (path.stat().st_mtime_ns, path.read_bytes())
+        for path in folder.rglob("*")
+        if path.is_file()
+    }
+
+
+def test_a_second_run_is_refused_before_any_work(pruned: Path, run: Run) -> None:
+    before = snapshot(pruned)
+    ended = run(*PRUNE, "--out", pruned)
+    assert ended.code == 2
+    assert "holds a run already. Continue it with --resume, replace it with --overwrite" in ended.err
+    ended = run(*PRUNE, "--score", "l1", "--out", pruned, "--resume")
+    assert ended.code == 2
+    assert "score was l2, is now l1" in ended.err
+    assert "finetune was given, is now not given" in ended.err
+    ended = run("train", *DIGITS, "--out", pruned, "--resume")
+    assert "holds a run of `prune`, not of `train`" in ended.err
+    assert snapshot(pruned) == before
+
+
+def test_overwrite_replaces_a_run_and_nothing_else(tmp_path: Path, run: Run) -> None:
+    out = tmp_path / "run"
+    assert run(*PRUNE, "--epochs", 1, "--train-images", 100, "--out", out).code == 0
+    first = snapshot(out)
+    (out / "notes.txt").write_text("mine")
+    (out / "tensorboard" / "mine").mkdir()
+    for words in ("notes.txt", "tensorboard/mine"):
+        ended = run(*PRUNE, "--out", out, "--overwrite")
+        assert ended.code == 2
+        assert words in ended.err
+        (out / "notes.txt").unlink(missing_ok=True)
+    (out / "tensorboard" / "mine").rmdir()
+    assert snapshot(out) == first
+    assert run(*PRUNE, "--keep-macs", "0.7", "--out", out, "--overwrite").code == 0
+    assert report_of(out)["history"] == []
+    assert not (out / "tensorboard").exists()
+    assert 0.6 < report_of(out)["macs_after"] / report_of(out)["macs_before"] <= 0.7
+
+
+def test_killed_and_resumed_equals_uninterrupted(trained: Path, tmp_path: Path, run: Run) -> None:
+    weights = trained / "model.safetensors"
+    arguments = [
+        *(*PRUNE, "--weights", weights, "--epochs", 6, "--train-images", 400, "--batch-size", 16),
+        *("--score", "taylor", "--calibration-images", 100, "--checkpoint-every", 4),
+    ]
+    killed = tmp_path / "killed"
+    work = process(*arguments, "--out", killed)
+    metrics, deadline = killed / "metrics.jsonl", time.monotonic() + 120
+    while not metrics.exists() or len(metrics.read_text().splitlines()) < 2:
+        assert work.poll() is None, work.communicate()
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    work.send_signal(signal.SIGKILL)
+    work.communicate()
+    assert not (killed / "model.safetensors").exists()
+    assert len(metrics.read_text().splitlines()) < 6
+    accuracy = json.loads((killed / "progress.json").read_text())["accuracy of the cut model"]
+
+    assert run(*arguments, "--out", killed, "--resume").code == 0
+    whole = tmp_path / "whole"
+    assert run(*arguments, "--out", whole).code == 0
+    for name in ("model.safetensors", "plan.json"):
+        assert (killed / name).read_bytes() == (whole / name).read_bytes(), name
+    ours, theirs = report_of(killed), report_of(whole)
+    assert ours["accuracy_cut"] == accuracy
+    for key in ("accuracy_before", "accuracy_cut", "accuracy_after", "groups", "verify_max_abs_error"):
+        assert ours[key] == theirs[key], key
+    assert len(ours["history"]) == 6
+
+    before = snapshot(whole)  # a finished run has nothing left to do
+    assert run(*arguments, "--out", whole, "--resume").code == 0
+    for name in ("model.onnx", "model.pt2", "progress.json"):
+        assert snapshot(whole)[name] == before[name], name
+    assert report_of(whole) == theirs
+
+
+def test_an_interrupted_run_says_how_to_go_on(
+    tmp_path: Path, run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "run"
+    monkeypatch.setattr("secateur.runs.prune.measure", interrupt)
+    ended = run(*PRUNE, "--out", out)
+    assert ended.code == 130
+    assert f"go on with: secateur {' '.join(PRUNE)} --out {out} --resume" in ended.err
+    monkeypatch.setattr("secateur.runs.prune.load_subject", interrupt)
+    ended = run(*PRUNE, "--out", tmp_path / "other")
+    assert ended.code == 130
+    assert "Nothing was written" in ended.err
+
+
+def interrupt(*_: object) -> None:
+    raise KeyboardInterrupt
+
+
+def test_a_full_disk(tmp_path: Path, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("os.replace", full)
+    ended = run(*PRUNE, "--out", tmp_path / "run")
+    assert ended.code == 2
+    assert "No space left on device" in ended.err
+    assert list((tmp_path / "run").iterdir()) == []
+
+
+# ---- terminals and processes
+
+
+def test_steps_show_as_lines_or_spinners(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from secateur.cli.show import Steps
+
+    with Steps().doing("Measuring [it]"):
+        pass
+    Steps().tell("done")
+    assert capfd.readouterr() == ("", "Measuring [it]\ndone\n")
+    monkeypatch.setattr("rich.console.Console.is_terminal", True)
+    with Steps().doing("Measuring [it]"):
+        pass
+    out, err = capfd.readouterr()
+    assert out == ""
+    assert "Measuring [it]" in err
+    assert " s" in err
+
+
+@pytest.mark.slow
+def test_two_processes_make_one_run(tmp_path: Path) -> None:
+    arguments = [*PRUNE, "--epochs", "2", "--train-images", "200", "--out", str(tmp_path / "two")]
+    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "secateur.cli"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    two = subprocess.run(
+        [sys.executable, *launch, *arguments], capture_output=True, text=True, env=environment
+    )
+    assert two.returncode == 0, two.stderr
+    assert two.stdout.count("Report:") == 1
+    one = process(*arguments[:-1], tmp_path / "one")
+    assert one.wait(timeout=300) == 0
+    ours, theirs = report_of(tmp_path / "two"), report_of(tmp_path / "one")
+    assert ours["groups"] == theirs["groups"]
+    assert [line["loss"] for line in ours["history"]] == pytest.approx(
+        [line["loss"] for line in theirs["history"]], rel=1e-3
+    )
+
+
+@pytest.mark.slow
+def test_the_demo(tmp_path: Path, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    ended = run("demo")
+    assert ended.code == 0, ended.err
+    report = report_of(tmp_path / "secateur-demo")
+    assert report["accuracy_before"] >= 0.97
+    assert report["accuracy_after"] >= report["accuracy_before"] - 0.015
+    assert 0.49 <= report["macs_after"] / report["macs_before"] <= 0.5
+    assert {line["phase"] for line in report["history"]} == {"train", "finetune"}
+    assert (tmp_path / "secateur-demo" / "dense.safetensors").exists()
+
+
+@pytest.mark.slow
+def test_published_weights_on_real_images(shared_data: Path, tmp_path: Path, run: Run) -> None:
+    weights = shared_data / "weights" / "cifar10_resnet20_optA_akamaster.safetensors"
+    ended = run(
+        *("prune", "--model", "resnet20", "--weights", weights, "--data", "cifar10"),
+        *(
+            "--data-dir",
+            shared_data / "cifar10",
+            "--test-images",
+            2000,
+            "--keep-macs",
+            0.5,
+            "--out",
+            tmp_path / "run",
+        ),
+    )
+    assert ended.code == 0, ended.err
+    report = report_of(tmp_path / "run")
+    assert report["accuracy_before"] == pytest.approx(0.917, abs=0.02)
+    assert report["accuracy_cut"] < report["accuracy_before"]
+    assert 0.49 <= report["macs_after"] / report["macs_before"] <= 0.5
+    assert any("2,000 of the 10,000 test images" in note for note in report["notes"])
+    ended = run("eval", "--run", tmp_path / "run", "--json")
+    assert json.loads(ended.out)["accuracy"] == report["accuracy_after"]

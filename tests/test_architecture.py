@@ -1,0 +1,52 @@
+"""Data flows one way: a file imports only from what stands above it, and the core stays light."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import secateur
+
+SOURCE = Path(secateur.__file__).parent
+ORDER = [
+    "errors", "files", "graph", "cost", "scores", "allocate", "plan", "surgery", "methods", "recipes", "export",
+    "report", "runs", "cli",
+]  # fmt: skip
+
+
+def part_of(path: Path) -> str:
+    return path.relative_to(SOURCE).parts[0].removesuffix(".py")
+
+
+def imported(path: Path) -> set[str]:
+    """Parts of the package that a file imports, anywhere in it."""
+    modules = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and node.module:
+            modules.add(node.module)
+        elif isinstance(node, ast.Import):
+            modules |= {alias.name for alias in node.names}
+    return {name.split(".")[1] for name in modules if name.startswith("secateur.")}
+
+
+@pytest.mark.parametrize("path", sorted(SOURCE.rglob("*.py")), ids=lambda p: str(p.relative_to(SOURCE)))
+def test_imports_point_upwards(path: Path) -> None:
+    part = part_of(path)
+    if part == "__init__":  # the public names
+        return
+    below = {name for name in imported(path) if ORDER.index(name) > ORDER.index(part)}
+    assert not below, f"{part} may not import {below}"
+
+
+def test_the_core_loads_nothing_it_does_not_use() -> None:
+    heavy = ["onnx", "onnxscript", "onnxruntime", "plotly", "jinja2", "accelerate", "tensorboard", "sklearn", "PIL"]
+    extras = ["torchvision", "timm", "typer", "rich"]
+    code = f"import sys, secateur; print([m for m in {heavy + extras} if m in sys.modules])"
+    assert subprocess.check_output([sys.executable, "-c", code], text=True).strip() == "[]"
+
+
+def test_there_are_at_most_a_dozen_public_names() -> None:
+    assert len(secateur.__all__) <= 12
+    assert all(getattr(secateur, name).__doc__ for name in secateur.__all__)

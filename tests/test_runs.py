@@ -1,0 +1,236 @@
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from secateur import Budget, analyze
+from secateur.errors import BudgetError, FileError, SecateurError
+from secateur.recipes.data import Normalisation
+from secateur.recipes.models import build_model
+from secateur.recipes.train_config import TrainConfig
+from secateur.runs import (
+    PruneConfig,
+    RunFolder,
+    SavedRun,
+    Task,
+    TrainRunConfig,
+    demo_config,
+    prune_run,
+    train_run,
+)
+from secateur.runs.folder import Watch
+from secateur.runs.subject import load_into, load_subject
+
+TASK = Task(model="resnet8", data="digits", image_size=8, train_images=100, test_images=100)
+SETTINGS = {"task": {"model": "resnet8", "data": "digits"}, "score": "l2"}
+SAVED = SavedRun(
+    kind="prune",
+    command="secateur prune",
+    settings=SETTINGS,
+    input_shape=(1, 8, 8),
+    classes=10,
+    normalisation=Normalisation((0.5,), (0.25,)),
+)
+
+
+def begun(path: Path) -> RunFolder:
+    folder = RunFolder(path, "prune", SETTINGS)
+    folder.begin(SAVED)
+    return folder
+
+
+def test_looking_at_a_folder_writes_nothing(tmp_path: Path) -> None:
+    RunFolder(tmp_path / "a" / "b", "prune", SETTINGS)
+    RunFolder(tmp_path / "a" / "b", "prune", SETTINGS, "overwrite")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_a_folder_was_begun_with_can_be_read(tmp_path: Path) -> None:
+    begun(tmp_path / "a" / "b")
+    assert SavedRun.read(tmp_path / "a" / "b") == SAVED
+    assert json.loads((tmp_path / "a" / "b" / "config.json").read_text())["secateur"]
+
+
+def test_results_are_computed_once(tmp_path: Path) -> None:
+    calls = []
+
+    def compute() -> list[float]:
+        calls.append(1)
+        return [0.1, 1e-17]
+
+    folder = begun(tmp_path)
+    assert folder.once("x", compute) == folder.once("x", compute) == [0.1, 1e-17]
+    resumed = RunFolder(tmp_path, "prune", SETTINGS, "resume")
+    assert resumed.once("x", compute) == [0.1, 1e-17]
+    assert calls == [1]
+
+
+def test_resuming_keeps_the_first_command(tmp_path: Path) -> None:
+    begun(tmp_path)
+    resumed = RunFolder(tmp_path, "prune", SETTINGS, "resume")
+    resumed.begin(replace(SAVED, command="secateur prune --resume"))
+    assert resumed.command == SavedRun.read(tmp_path).command == "secateur prune"
+
+
+def test_what_a_killed_write_left_is_no_obstacle(tmp_path: Path) -> None:
+    (tmp_path / ".config.0123abcd.tmp.json").write_text("{")
+    (tmp_path / ".finetune.checkpoint.0123abcd.tmp.safetensors").write_text("")
+    begun(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["config.json"]
+
+
+def test_resume_of_nothing_starts(tmp_path: Path) -> None:
+    assert RunFolder(tmp_path / "new", "prune", SETTINGS, "resume").resumed is None
+
+
+@pytest.mark.parametrize("name", ["report.pdf", "model.safetensors.bak", "sub/model.onnx", "tensorboard/x"])
+@pytest.mark.parametrize("mode", ["new", "resume", "overwrite"])
+def test_foreign_files_are_never_touched(name: str, mode: str, tmp_path: Path) -> None:
+    begun(tmp_path)
+    (tmp_path / name).parent.mkdir(exist_ok=True)
+    (tmp_path / name).write_text("mine")
+    with pytest.raises(FileError, match="holds what no run writes"):
+        RunFolder(tmp_path, "prune", SETTINGS, mode)  # type: ignore[arg-type]
+    assert (tmp_path / name).read_text() == "mine"
+
+
+def test_links_are_removed_but_not_followed(tmp_path: Path) -> None:
+    outside = tmp_path / "outside"
+    outside.mkdir()
+    (outside / "precious").write_text("mine")
+    begun(tmp_path / "run")
+    (tmp_path / "run" / "tensorboard").symlink_to(outside)
+    RunFolder(tmp_path / "run", "prune", SETTINGS, "overwrite").begin(SAVED)
+    assert (outside / "precious").read_text() == "mine"
+    assert [path.name for path in (tmp_path / "run").iterdir()] == ["config.json"]
+
+
+def test_damaged_progress_is_refused(tmp_path: Path) -> None:
+    begun(tmp_path)
+    (tmp_path / "progress.json").write_text('{"cut": ')
+    with pytest.raises(FileError, match="progress.json"):
+        RunFolder(tmp_path, "prune", SETTINGS, "resume")
+
+
+@pytest.mark.parametrize("keep, least", [({}, 1), ({"min_keep": 3}, 3), ({"min_keep": 3, "round_to": 4}, 4)])
+def test_the_named_range_is_the_reachable_one(keep: dict[str, int], least: int, tmp_path: Path) -> None:
+    """A share at the end of the range that the message names is accepted by the allocation, too."""
+    graph = analyze(build_model("resnet8", in_channels=1), torch.zeros(1, 1, 8, 8))
+    with pytest.raises(BudgetError, match="at least") as error:
+        PruneConfig(task=TASK, keep_macs=1e-6, **keep).budget(graph)  # type: ignore[arg-type]
+    low = float(str(error.value).split("at least ")[1].split(",")[0])
+    config = PruneConfig(task=TASK, keep_macs=low, **keep)  # type: ignore[arg-type]
+    assert config.budget(graph) == Budget(macs=low)
+    report = prune_run(config, tmp_path / "run")
+    assert report is not None
+    assert min(group.kept for group in report.groups) == least
+
+
+def test_several_bounds_hold_together(tmp_path: Path) -> None:
+    config = PruneConfig(task=TASK, keep_macs=0.6, keep_params=0.3, sparsity=0.2)
+    report = prune_run(config, tmp_path)
+    assert report is not None
+    assert report.macs_after <= 0.6 * report.macs_before
+    assert report.params_after <= 0.3 * report.params_before
+    assert sum(g.kept for g in report.groups) <= 0.8 * sum(g.units for g in report.groups)
+
+
+def test_equal_configurations_give_equal_models(tmp_path: Path) -> None:
+    config = PruneConfig(
+        task=TASK,
+        keep_macs=0.5,
+        score="random",
+        train=TrainConfig(epochs=1),
+        finetune=TrainConfig.finetune(1, distill_weight=0.5),
+    )
+    for name in ("a", "b"):
+        prune_run(config, tmp_path / name)
+    for name in ("dense.safetensors", "model.safetensors", "plan.json"):
+        assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes(), name
+    prune_run(replace(config, task=replace(TASK, seed=1)), tmp_path / "c")
+    for name in ("dense.safetensors", "plan.json"):
+        assert (tmp_path / "a" / name).read_bytes() != (tmp_path / "c" / name).read_bytes(), name
+    assert [
+        line["phase"] for line in RunFolder(tmp_path / "a", "prune", config.to_json(), "resume").metrics()
+    ] == [
+        "train",
+        "finetune",
+    ]
+
+
+def test_the_score_is_checked_before_the_dense_model_is_trained(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "plain_models.py").write_text(
+        "from torch import nn\n"
+        "def plain(): return nn.Sequential(nn.Conv2d(1, 8, 3), nn.Conv2d(8, 8, 6), nn.Flatten(), nn.Linear(8, 10))\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    task = replace(TASK, model="plain_models:plain")
+    config = PruneConfig(task=task, keep_macs=0.5, score="bn-scale", train=TrainConfig(epochs=1))
+    with pytest.raises(SecateurError, match="no batch-norm follows"):
+        prune_run(config, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_what_cannot_be_exported_is_noted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from secateur.errors import ExportError
+
+    def fail(*_: object) -> None:
+        raise ExportError("no such operator")
+
+    monkeypatch.setattr("secateur.runs.result.export_onnx", fail)
+    report = prune_run(PruneConfig(task=TASK, keep_macs=0.5), tmp_path)
+    assert report is not None
+    assert "No ONNX file: no such operator" in report.notes
+    assert report.latency_onnxruntime is None
+    assert not (tmp_path / "model.onnx").exists()
+    assert (tmp_path / "model.pt2").exists()
+
+
+def test_a_run_tells_what_it_does(tmp_path: Path) -> None:
+    class Told(Watch):
+        def __init__(self) -> None:
+            self.lines: list[str] = []
+
+        def tell(self, what: str) -> None:
+            self.lines.append(what)
+
+    told = Told()
+    train_run(TrainRunConfig(task=TASK, train=TrainConfig(epochs=1)), tmp_path / "train", watch=told)
+    assert told.lines == ["Training for 1 epochs on 100 images"]
+    weights = tmp_path / "train" / "model.safetensors"
+    prune_run(PruneConfig(task=replace(TASK, weights=weights), keep_macs=0.5), tmp_path / "prune", watch=told)
+    assert told.lines[1].startswith("Accuracy of the dense model: ")
+    assert told.lines[2].startswith("Accuracy of the cut model: ")
+
+
+def test_training_takes_no_weights(tmp_path: Path) -> None:
+    weights = tmp_path / "w.safetensors"
+    weights.touch()
+    config = TrainRunConfig(task=replace(TASK, weights=weights), train=TrainConfig(epochs=1))
+    with pytest.raises(SecateurError, match="fresh weights"):
+        train_run(config, tmp_path / "run")
+
+
+def test_a_pruned_model_can_be_pruned_again_with_its_normalisation(tmp_path: Path) -> None:
+    half = Normalisation((0.5,), (0.5,))
+    first = prune_run(PruneConfig(task=replace(TASK, normalisation=half), keep_macs=0.5), tmp_path / "first")
+    task = replace(TASK, weights=tmp_path / "first" / "model.safetensors")
+    assert load_subject(task).data.normalisation == half
+    second = prune_run(PruneConfig(task=task, keep_macs=0.5), tmp_path / "second")
+    assert first is not None
+    assert second is not None
+    assert second.macs_before == first.macs_after
+    model = build_model("resnet8", classes=10, in_channels=1)
+    assert load_into(model, tmp_path / "second" / "model.safetensors") == ""
+    assert sum(p.numel() for p in model.parameters()) == second.params_after
+
+
+def test_the_demo_is_one_configuration() -> None:
+    config = demo_config(seed=3)
+    assert config.task.seed == 3
+    assert config.train is not None
+    assert config.finetune is not None
