@@ -27,7 +27,7 @@ ALL = sorted(list_models()) + [f"torchvision/{name}" for name in TORCHVISION]
 
 @dataclass(frozen=True)
 class Network:
-    """A network with weights that hide nothing, and an input that is large enough for it."""
+    """A network with weights that hide nothing, and the smallest input that passes all its strides."""
 
     name: str
     model: nn.Module
@@ -37,5 +37,5 @@ class Network:
 def network(name: str, *, dtype: torch.dtype = torch.float64, classes: int = 10) -> Network:
     torch.manual_seed(0)
     model = build_model(name, classes=classes)
-    size = 64 if name.startswith("torchvision/") else 32
+    size = 32 if "/" in name or "vgg" in name else 16
     return Network(name, randomise_(model, 0).to(dtype).eval(), torch.randn(1, 3, size, size, dtype=dtype))

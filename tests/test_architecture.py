@@ -41,7 +41,17 @@ def test_imports_point_upwards(path: Path) -> None:
 
 
 def test_the_core_loads_nothing_it_does_not_use() -> None:
-    heavy = ["onnx", "onnxscript", "onnxruntime", "plotly", "jinja2", "accelerate", "tensorboard", "sklearn", "PIL"]
+    heavy = [
+        "onnx",
+        "onnxscript",
+        "onnxruntime",
+        "plotly",
+        "jinja2",
+        "accelerate",
+        "tensorboard",
+        "sklearn",
+        "PIL",
+    ]
     extras = ["torchvision", "timm", "typer", "rich"]
     code = f"import sys, secateur; print([m for m in {heavy + extras} if m in sys.modules])"
     assert subprocess.check_output([sys.executable, "-c", code], text=True).strip() == "[]"

@@ -16,6 +16,7 @@ import torch
 from PIL import Image
 
 from secateur.cli import main
+from secateur.files import read_tensors
 
 COMMANDS = ("demo", "prune", "train", "inspect", "eval", "export", "methods")
 DIGITS = ["--model", "resnet8", "--data", "digits", "--image-size", "8"]
@@ -54,6 +55,18 @@ def threads() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture
+def no_exports(monkeypatch: pytest.MonkeyPatch) -> None:
+    """For tests that are about other things: exporting takes longer than all the rest of a small run."""
+
+    def exports(*_: object) -> dict[str, Any]:
+        latency = {"median_ms": 1.0, "p10_ms": 1.0, "p90_ms": 1.0, "repeats": 1, "batch": 1, "threads": 1}
+        pair = [latency | {"device": "none", "runtime": "pytorch"}] * 2
+        return {"weights_bytes": [1, 1], "latency_pytorch": pair, "notes": []}
+
+    monkeypatch.setattr("secateur.runs.prune.exports", exports)
 
 
 def process(*arguments: object) -> subprocess.Popen[str]:
@@ -134,7 +147,7 @@ def test_the_report_tells_everything(pruned: Path, trained: Path) -> None:
         assert report[key] > 0
     assert report["latency_onnxruntime"]["after"]["runtime"] == "onnxruntime"
     assert report["latency_pytorch"]["before"]["batch"] == 1
-    assert {"layer": "conv1", "before": 16} == {k: report["widths"][0][k] for k in ("layer", "before")}
+    assert {k: report["widths"][0][k] for k in ("layer", "before")} == {"layer": "conv1", "before": 16}
     assert all(width["after"] <= width["before"] for width in report["widths"])
     assert any(width["after"] < width["before"] for width in report["widths"])
     assert all(len(group["scores"]) == group["units"] == len(group["mask"]) for group in report["groups"])
@@ -207,17 +220,18 @@ def images(tmp_path: Path) -> Path:
     return tmp_path / "images"
 
 
+@pytest.mark.usefixtures("no_exports")
 def test_a_torchvision_model_on_a_folder_of_images(images: Path, tmp_path: Path, run: Run) -> None:
     pytest.importorskip("torchvision")
     out = tmp_path / "run"
     ended = run(
-        *("prune", "--model", "torchvision/resnet18", "--data", "imagefolder", "--data-dir", images),
+        *("prune", "--model", "torchvision/squeezenet1_1", "--data", "imagefolder", "--data-dir", images),
         *("--image-size", 32, "--sparsity", 0.9, "--no-progress", "--out", out),
     )
     assert ended.code == 0, ended.err
     report = report_of(out)
     assert report["accuracy_cut"] == report["accuracy_after"]
-    assert report["budget"] == {"sparsity": 0.9}
+    assert report["budget"] == {"units": 0.1}
     assert any("initialised at random" in note for note in report["notes"])
     assert any("not fine-tuned" in note for note in report["notes"])
     assert sum(g["kept"] for g in report["groups"]) <= 0.1 * sum(g["units"] for g in report["groups"])
@@ -234,6 +248,7 @@ def tiny(classes, in_channels, width=12):
 """
 
 
+@pytest.mark.usefixtures("no_exports")
 def test_a_model_of_ones_own(tmp_path: Path, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "my_models.py").write_text(USER_MODEL)
     monkeypatch.chdir(tmp_path)
@@ -250,7 +265,7 @@ def test_a_model_of_ones_own(tmp_path: Path, run: Run, monkeypatch: pytest.Monke
             "--score",
             "taylor",
         ),
-        *("--freeze", "2", "--round-to", 2, "--epochs", 1, "--distill", 0.5, "--no-progress", "--out", "run"),
+        *("--freeze", "0", "--round-to", 2, "--epochs", 1, "--distill", 0.5, "--no-progress", "--out", "run"),
     )
     assert ended.code == 0, ended.err
     report = report_of(tmp_path / "run")
@@ -266,7 +281,7 @@ def test_a_model_of_ones_own(tmp_path: Path, run: Run, monkeypatch: pytest.Monke
 
 def test_inspect_says_what_can_go(run: Run) -> None:
     found = json.loads(run("inspect", "--model", "resnet20", "--json").out)
-    assert found["macs"] == 40_551_040 + 640
+    assert found["macs"] == 40_551_040
     assert found["params"] == 269_722
     assert [group["units"] for group in found["groups"]][:2] == [16, 16]
     assert found["frozen"] == [{"name": "fc", "units": 10, "reason": "model output"}]
@@ -384,14 +399,13 @@ MISTAKES: list[tuple[str, list[str], Callable[[Path], list[object]], str]] = [
     ("sparsity 1", ["--sparsity", "1"], nothing, r"sparsity 1: .* above 0, at most 0\.\d+"),
     ("frozen", ["--freeze", "*"], nothing, "nothing can be pruned"),
     ("freeze", ["--freeze", "layer9"], nothing, "'layer9' matches no module; the model has conv1"),
-    ("score without norm", ["--model", "plain"], nothing, "unknown model"),
     ("no number", ["--keep-macs", "half"], nothing, "Invalid value for '--keep-macs'"),
     ("learning rate", ["--epochs", "1", "--lr", "-1"], nothing, "lr is -1.0; expected a number above 0"),
     ("schedule", ["--epochs", "1", "--schedule", "sine"], nothing, "unknown schedule 'sine'; choose one of"),
     ("distill", ["--epochs", "1", "--distill", "2"], nothing, "distill_weight is 2.0"),
     ("normalise", ["--normalize", "0.5"], nothing, "--normalize 0.5: expected one mean and one std"),
-    ("channels", ["--normalize", "imagenet"], nothing, "normalisation of {3} channels, images of {1}"),
-    ("image size", ["--image-size", "6"], nothing, "does not run on the example inputs"),
+    ("channels", ["--normalize", "imagenet"], nothing, "normalisation of .3. channels, images of .1."),
+    ("image size", ["--image-size", "1"], nothing, "does not run on the example inputs"),
     ("too many images", ["--train-images", "9999"], nothing, "cannot take 9999 of 1438"),
     ("both", ["--resume", "--overwrite"], nothing, "exclude each other"),
     ("control flow", [], uncapturable, "graph cannot be captured"),
@@ -400,7 +414,7 @@ MISTAKES: list[tuple[str, list[str], Callable[[Path], list[object]], str]] = [
 
 
 @pytest.mark.parametrize(
-    "what, arguments, prepare, words", MISTAKES, ids=[mistake[0] for mistake in MISTAKES]
+    ("what", "arguments", "prepare", "words"), MISTAKES, ids=[mistake[0] for mistake in MISTAKES]
 )
 def test_mistakes_end_with_one_message(
     what: str,
@@ -414,7 +428,8 @@ def test_mistakes_end_with_one_message(
     monkeypatch.setenv("COLUMNS", "300")
     monkeypatch.syspath_prepend(tmp_path)
     out = tmp_path / "run"
-    ended = run(*PRUNE, "--out", out, *prepare(tmp_path), *arguments)
+    digits = ("--model", "resnet8", "--data", "digits", "--keep-macs", "0.5", "--no-progress")
+    ended = run("prune", *digits, "--out", out, *prepare(tmp_path), *arguments)
     assert ended.code == 2
     assert ended.out == ""
     assert re.search(words, ended.err.replace("\n", " ")), ended.err
@@ -503,6 +518,7 @@ def test_a_second_run_is_refused_before_any_work(pruned: Path, run: Run) -> None
     assert snapshot(pruned) == before
 
 
+@pytest.mark.usefixtures("no_exports")
 def test_overwrite_replaces_a_run_and_nothing_else(tmp_path: Path, run: Run) -> None:
     out = tmp_path / "run"
     assert run(*PRUNE, "--epochs", 1, "--train-images", 100, "--out", out).code == 0
@@ -522,6 +538,16 @@ def test_overwrite_replaces_a_run_and_nothing_else(tmp_path: Path, run: Run) -> 
     assert 0.6 < report_of(out)["macs_after"] / report_of(out)["macs_before"] <= 0.7
 
 
+def assert_same_tensors(a: Path, b: Path) -> None:
+    """Names, values and metadata; their order in the file is the writing library's affair."""
+    ours, theirs = read_tensors(a), read_tensors(b)
+    assert ours[1] == theirs[1]
+    assert ours[0].keys() == theirs[0].keys()
+    for name, tensor in ours[0].items():
+        assert torch.equal(tensor, theirs[0][name]), name
+
+
+@pytest.mark.usefixtures("no_exports")
 def test_killed_and_resumed_equals_uninterrupted(trained: Path, tmp_path: Path, run: Run) -> None:
     weights = trained / "model.safetensors"
     arguments = [
@@ -544,19 +570,22 @@ def test_killed_and_resumed_equals_uninterrupted(trained: Path, tmp_path: Path, 
     assert run(*arguments, "--out", killed, "--resume").code == 0
     whole = tmp_path / "whole"
     assert run(*arguments, "--out", whole).code == 0
-    for name in ("model.safetensors", "plan.json"):
-        assert (killed / name).read_bytes() == (whole / name).read_bytes(), name
+    assert_same_tensors(killed / "model.safetensors", whole / "model.safetensors")
+    assert (killed / "plan.json").read_bytes() == (whole / "plan.json").read_bytes()
     ours, theirs = report_of(killed), report_of(whole)
     assert ours["accuracy_cut"] == accuracy
     for key in ("accuracy_before", "accuracy_cut", "accuracy_after", "groups", "verify_max_abs_error"):
         assert ours[key] == theirs[key], key
     assert len(ours["history"]) == 6
 
-    before = snapshot(whole)  # a finished run has nothing left to do
-    assert run(*arguments, "--out", whole, "--resume").code == 0
-    for name in ("model.onnx", "model.pt2", "progress.json"):
-        assert snapshot(whole)[name] == before[name], name
-    assert report_of(whole) == theirs
+
+def test_a_finished_run_has_nothing_left_to_do(pruned: Path, run: Run) -> None:
+    before, report = snapshot(pruned), report_of(pruned)
+    arguments = json.loads((pruned / "config.json").read_text())["command"].split()[1:]
+    assert run(*arguments, "--resume").code == 0
+    for name in ("model.onnx", "model.pt2", "progress.json", "config.json"):
+        assert snapshot(pruned)[name] == before[name], name
+    assert report_of(pruned) == report
 
 
 def test_an_interrupted_run_says_how_to_go_on(
@@ -620,7 +649,8 @@ def test_two_processes_make_one_run(tmp_path: Path) -> None:
     assert two.returncode == 0, two.stderr
     assert two.stdout.count("Report:") == 1
     one = process(*arguments[:-1], tmp_path / "one")
-    assert one.wait(timeout=300) == 0
+    _, err = one.communicate(timeout=300)
+    assert one.returncode == 0, err
     ours, theirs = report_of(tmp_path / "two"), report_of(tmp_path / "one")
     assert ours["groups"] == theirs["groups"]
     assert [line["loss"] for line in ours["history"]] == pytest.approx(

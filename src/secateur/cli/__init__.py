@@ -5,7 +5,6 @@ Nothing but the standard library, Typer and Rich is imported before a command ru
 
 import os
 import sys
-from collections.abc import Sequence
 from typing import Annotated
 
 import typer
@@ -53,22 +52,21 @@ app.command(rich_help_panel="Also")(export.export)
 app.command(rich_help_panel="Also")(tables.methods)
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
+def main() -> None:
     """Run the command line; a mistake of the user's ends with one message on stderr and exit code 2.
 
     With `SECATEUR_DEBUG=1` in the environment, it ends with the traceback instead.
-
-    Args:
-        arguments: after the program's name; default: those of this process.
     """
     from secateur.errors import SecateurError
 
     try:
-        app(args=None if arguments is None else list(arguments))
+        app()
     except SecateurError as error:
         if os.environ.get("SECATEUR_DEBUG") == "1":
             raise
         from secateur.cli.show import explain
+        from secateur.runs.folder import is_main_process
 
-        explain(str(error))
+        if is_main_process():
+            explain(str(error))
         sys.exit(2)

@@ -170,7 +170,7 @@ class PruneConfig:
             if given is None:
                 continue
             least, dense = reachable(graph, self.min_keep, self.round_to)[measure]
-            share = 1 - given if option == "sparsity" else given
+            share = round(1 - given, 9) if option == "sparsity" else given
             if not (0 < share < 1 and share * dense + 1e-9 >= least):
                 low = rounded_up(least / dense)
                 bounds = (

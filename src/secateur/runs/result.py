@@ -80,12 +80,11 @@ def compose(
     verification = Verification(**cut["verification"])
     last = "fine-tuned model" if config.finetune else "cut model"
     weights, onnx = exported["weights_bytes"], exported.get("onnx_bytes", (None, None))
-    budget = {"macs": config.keep_macs, "params": config.keep_params, "sparsity": config.sparsity}
     return Report(
         model=config.task.model,
         dataset=config.task.data,
         method=f"{config.method}, {config.score}, {config.allocation}",
-        budget={name: bound for name, bound in budget.items() if bound is not None},
+        budget=config.budget(graph).bounds,
         seed=config.task.seed,
         command=folder.command,
         macs_before=cost.macs(),
