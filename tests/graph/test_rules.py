@@ -161,7 +161,7 @@ def test_frozen_modules_keep_every_tensor() -> None:
     model = CASES["chain"][0]
     graph = sc.analyze(model, INPUT.float(), freeze=["b"])
     assert not graph.groups  # b reads a's channels and makes its own
-    assert reasons_of(graph) == {"frozen by the user"}
+    assert reasons_of(graph) == {"frozen by the user (in b)"}
     assert [g.name for g in sc.analyze(model, INPUT.float(), freeze=["c"]).groups] == ["a"]
     with pytest.raises(sc.SecateurError, match="matches no module; the model has a, b, c"):
         sc.analyze(model, INPUT.float(), freeze=["layer9"])
@@ -202,3 +202,21 @@ def test_the_choice_for_grouped_convolutions_keeps_most_units() -> None:
         sc.Plan.of(wide, [torch.arange(8) < 3, torch.arange(16) < 5]),
     )
     assert (pruned.g.groups, pruned.g.in_channels, pruned.g.out_channels) == (2, 6, 10)
+
+
+def test_regions_of_their_own_are_read_too() -> None:
+    """Autocast and no-grad blocks are higher-order operators with a graph inside."""
+
+    def forward(m: nn.Module, x: Tensor) -> Tensor:
+        with torch.autocast("cpu", enabled=False):
+            y = m.b(m.a(x)).relu()
+        with torch.no_grad():
+            z = m.d(y)
+        return m.c(z + y)
+
+    model = Net(forward, a=conv(3, 6), b=conv(6, 5), d=conv(5, 5), c=conv(5, 4)).eval()
+    graph = sc.analyze(model, INPUT.float())
+    assert {group.name: group.units for group in graph.groups} == {"a": 6, "b": 5}
+    plan = sc.Plan.of(graph, random_masks(graph, 0))
+    assert sc.verify(model, sc.cut_(copy.deepcopy(model), graph, plan), graph, plan).ok
+    assert sc.Cost(graph).macs() == counted_macs(model, INPUT.float())

@@ -23,12 +23,12 @@ class Capture:
     """The ATen graph of one forward pass, in which a convolution is still one node.
 
     Attributes:
-        nodes: in order of execution, inputs and outputs included.
+        module: the graph and, as submodules, the bodies of its higher-order operators.
         tensors: placeholder name -> name of the parameter or buffer it stands for.
         batch: images in the traced batch; totals over the graph are divided by it.
     """
 
-    nodes: tuple[fx.Node, ...]
+    module: fx.GraphModule
     tensors: dict[str, str]
     batch: int
 
@@ -98,7 +98,7 @@ def _export(model: nn.Module, inputs: Inputs) -> Capture:
             continue
         signature = program.graph_signature
         tensors = {**signature.inputs_to_parameters, **signature.inputs_to_buffers}
-        return Capture(tuple(program.graph.nodes), tensors, batch_of(candidate))
+        return Capture(program.graph_module, tensors, batch_of(candidate))
     assert failure is not None
     _check_runs(model.eval(), inputs)
     raise CaptureError(

@@ -89,7 +89,7 @@ class Product:
     """A count that is a constant times the widths of some axes: the MACs of a layer, the size of a tensor."""
 
     name: str
-    factor: int
+    factor: float
     axes: tuple[Axis, ...]
 
 
@@ -250,7 +250,7 @@ def build(
     macs = []
     for item, indices in zip(labels.contractions, mac_axes, strict=True):
         full = int(np.prod([len(arrays[i]) for i in indices])) * batch
-        macs.append(Product(item.module, item.macs // full, tuple(axes[i] for i in indices)))
+        macs.append(Product(item.module, item.macs / full, tuple(axes[i] for i in indices)))
     return Graph(
         groups=tuple(groups),
         frozen=frozen_layers(labels, solution, unit_sets, arrays),
@@ -333,7 +333,7 @@ def frozen_layers(
         for root in solution.root[atoms[~grouped[atoms]]].tolist():
             if root in solution.reasons:
                 reason, module = solution.reasons[root]
-                reason += f" at {module}" if module and reason.startswith(("no rule", "s")) else ""
+                reason += f" (in {module})" if module else ""
             else:
                 reason = "all its channels are tied to one another"
             counts[reason] = counts.get(reason, 0) + 1

@@ -1,53 +1,82 @@
 """Walk a captured graph once and let every operator's rule label its outputs."""
 
-from collections.abc import Mapping
+import operator
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import Tensor, fx, nn
 
+from secateur.errors import CaptureError
 from secateur.graph.capture import Capture
 from secateur.graph.labels import Labels, Value
 from secateur.graph.modules import pad_attributes
-from secateur.graph.rules import RULES, Result, Site, flatten, without_rule
+from secateur.graph.rules import RULES, Site, flatten, without_rule
+
+BODIES = ("wrap_with_autocast", "wrap_with_set_grad_enabled")
+"""Higher-order operators that run a body once on their operands, whatever else they set."""
 
 
 def propagate(model: nn.Module, captured: Capture, labels: Labels, names: Mapping[str, str]) -> None:
     """Add everything the graph says about `model` to `labels`; `names` maps tied tensors to one name."""
+    inputs = []
+    for node in captured.module.graph.find_nodes(op="placeholder"):
+        shape = shapes_of(node)[0] if shapes_of(node) else ()
+        inputs.append(Value(shape, tensor=names.get(captured.tensors.get(node.name, ""))))
+    outputs = walk(model, captured.module, inputs, labels)
+    labels.module = ""
+    for value in flatten([outputs]):
+        if isinstance(value, Value):
+            for factor in labels.exposed(value).factors:
+                labels.pin(factor, "model output")
+
+
+def walk(model: nn.Module, graph: fx.GraphModule, inputs: Sequence[Any], labels: Labels) -> Any:
+    """Run a graph on labelled values; returns what its output node holds."""
     values: dict[fx.Node, Any] = {}
-    for node in captured.nodes:
-        labels.module = module_of(node)
+    remaining = iter(inputs)
+    for node in graph.graph.nodes:
+        labels.module = module_of(node) or labels.module
         if node.op == "placeholder":
-            shape = shapes_of(node)[0] if shapes_of(node) else ()
-            values[node] = Value(shape, tensor=names.get(captured.tensors.get(node.name, "")))
+            values[node] = next(remaining)
+        elif node.op == "get_attr":  # a constant, or the body of a higher-order operator
+            attribute = getattr(graph, str(node.target))
+            values[node] = attribute if isinstance(attribute, fx.GraphModule) else Value(tuple(attribute.shape))
         elif node.op == "call_function":
-            values[node] = call(model, node, values, labels)
+            values[node] = call(model, node, resolve(node.args, values), resolve(node.kwargs, values), labels)
         elif node.op == "output":
-            for value in flatten(list(resolve(node.args, values))):
-                if isinstance(value, Value):
-                    for factor in labels.exposed(value).factors:
-                        labels.pin(factor, "model output")
+            return resolve(node.args, values)[0]
+    raise AssertionError("a graph without an output")
 
 
-def call(model: nn.Module, node: fx.Node, values: dict[fx.Node, Any], labels: Labels) -> Result:
-    args = resolve(node.args, values)
-    if node.name.startswith("getitem") and not hasattr(node.target, "_schema"):
-        result: Result = args[0][args[1]]
-        return result
-    names = [argument.name for argument in getattr(getattr(node.target, "_schema", None), "arguments", [])]
-    if names:
-        op = str(node.target).rsplit(".", 1)[0]
-        bound = {argument.name: argument.default_value for argument in node.target._schema.arguments}  # type: ignore[union-attr]
-        bound |= dict(zip(names, args, strict=False)) | resolve(node.kwargs, values)
-    else:  # a higher-order operator, such as an autocast region
-        op = node.name
-        bound = {str(index): value for index, value in enumerate(flatten(list(args)))}
-    several = isinstance(node.meta.get("val"), list | tuple)
-    attributes = pad_attributes(model, labels.module)
-    site = Site(op, bound, shapes_of(node), labels, attributes)
+def call(model: nn.Module, node: fx.Node, args: Any, kwargs: dict[str, Any], labels: Labels) -> Any:
+    if node.target is operator.getitem:
+        return args[0][args[1]]
+    schema = getattr(node.target, "_schema", None)
+    if schema is None:
+        return call_higher_order(model, node, args, labels)
+    bound = {argument.name: argument.default_value for argument in schema.arguments}
+    bound |= dict(zip(bound, args, strict=False)) | kwargs
+    op = str(node.target).rpartition(".")[0]
+    site = Site(op, bound, shapes_of(node), labels, pad_attributes(model, labels.module))
     result = RULES.get(op, without_rule)(site)
-    if several or not isinstance(result, tuple):
+    if isinstance(node.meta.get("val"), list | tuple) or not isinstance(result, tuple):
         return result
     return result[0] if result else Value(())
+
+
+def call_higher_order(model: nn.Module, node: fx.Node, args: Any, labels: Labels) -> Any:
+    """Walk the body of an operator such as an autocast region; freeze what any other one reads."""
+    name = str(node.target)
+    body = next((i for i, arg in enumerate(args) if isinstance(arg, fx.GraphModule)), None)
+    if name in BODIES and body is not None:
+        return walk(model, args[body], args[body + 1 :], labels)
+    if body is not None:
+        raise CaptureError(
+            f"{labels.module or type(model).__name__}: its forward contains {name}, whose body cannot be counted. "
+            f"Replace it by ordinary operators."
+        )
+    operands = {str(index): value for index, value in enumerate(flatten(list(args)))}
+    return without_rule(Site(name, operands, shapes_of(node), labels))
 
 
 def resolve(args: Any, values: dict[fx.Node, Any]) -> Any:

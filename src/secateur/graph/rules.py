@@ -204,7 +204,7 @@ def channelwise_norm(site: Site) -> Result:
 @rule(
     *"abs alias celu clamp clamp_ clamp_min clamp_max clone contiguous cos detach detach_ dropout".split(),
     *"dropout_ feature_dropout elu elu_ erf exp gelu hardsigmoid hardsigmoid_ hardswish hardswish_".split(),
-    *"hardtanh hardtanh_ leaky_relu leaky_relu_ lift_fresh_copy log mish mish_ neg pow reciprocal".split(),
+    *"hardtanh hardtanh_ leaky_relu leaky_relu_ lift_fresh_copy log mish mish_ neg reciprocal".split(),
     *"relu relu_ relu6 relu6_ round rsqrt selu selu_ sigmoid sigmoid_ silu silu_ sin softplus sqrt".split(),
     *"square tanh tanh_ to type_as _to_copy threshold floor log1p logit sign".split(),
 )
@@ -214,7 +214,7 @@ def unary(site: Site) -> Result:
 
 
 @rule(
-    *"add add_ sub sub_ rsub mul mul_ div div_ maximum minimum where addcmul lerp atan2 fmod".split(),
+    *"add add_ pow sub sub_ rsub mul mul_ div div_ maximum minimum where addcmul lerp atan2 fmod".split(),
     *"remainder eq ne lt le gt ge logical_and logical_or masked_fill masked_fill_".split(),
 )
 def elementwise(site: Site) -> Result:

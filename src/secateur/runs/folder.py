@@ -143,7 +143,7 @@ class RunFolder:
                 f"{self.path}: holds what no run writes ({shown}), so it is left alone. "
                 f"Choose a new or empty folder."
             )
-        if False:
+        if exists and mode == "new":
             raise FileError(
                 f"{self.path}: holds a run already. Continue it with --resume, replace it with --overwrite, "
                 f"or choose another folder."
