@@ -64,7 +64,8 @@ def render(options: argparse.Namespace, reports: dict[tuple[float, str], dict]) 
     lines = [
         "# One-shot pruning of ResNet-20 on CIFAR-10",
         "",
-        f"`python benchmarks/oneshot.py --weights {options.weights} --data-dir {options.data_dir} --out {options.out}`",
+        f"`python benchmarks/oneshot.py --weights {options.weights.name} --data-dir {options.data_dir.name} "
+        f"--jobs {options.jobs} --out docs/results/oneshot.md`",
         "",
         f"Published ResNet-20 (shortcut A), dense accuracy {first['accuracy_before']:.2%}. Each row is",
         f"`secateur prune --model resnet20 … --score S --allocation global --keep-macs X --epochs {options.epochs}`:",

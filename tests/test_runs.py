@@ -23,7 +23,7 @@ from secateur.runs import (
     train_run,
 )
 from secateur.runs.folder import Watch
-from secateur.runs.subject import load_into, load_subject
+from secateur.runs.subject import fresh_model, load_into, load_subject
 
 TASK = Task(model="resnet8", data="digits", image_size=8, train_images=100, test_images=100)
 SETTINGS = {"task": {"model": "resnet8", "data": "digits"}, "score": "l2"}
@@ -181,6 +181,28 @@ def test_equal_configurations_give_equal_models(tmp_path: Path) -> None:
     ]
 
 
+def test_a_seed_stands_for_the_weights_whatever_was_drawn_before() -> None:
+    torch.manual_seed(1)
+    first = fresh_model("resnet8", 10, 1, seed=0).state_dict()
+    torch.manual_seed(2)
+    second = fresh_model("resnet8", 10, 1, seed=0).state_dict()
+    other = fresh_model("resnet8", 10, 1, seed=1).state_dict()
+    assert all(torch.equal(tensor, second[name]) for name, tensor in first.items())
+    assert not torch.equal(first["conv1.weight"], other["conv1.weight"])
+
+
+@pytest.mark.usefixtures("no_exports")
+def test_the_seed_is_also_that_of_the_fine_tuning(tmp_path: Path) -> None:
+    train_run(TrainRunConfig(task=TASK, train=TrainConfig(epochs=1)), tmp_path / "train")
+    task = replace(TASK, weights=tmp_path / "train" / "model.safetensors")
+    for seed in (0, 1):
+        config = PruneConfig(task=replace(task, seed=seed), keep_macs=0.5, finetune=TrainConfig.finetune(1))
+        prune_run(config, tmp_path / str(seed))
+    plans = [Plan.load(tmp_path / str(seed) / "plan.json").removed for seed in (0, 1)]
+    assert plans[0] == plans[1]
+    assert not same_tensors(tmp_path / "0" / "model.safetensors", tmp_path / "1" / "model.safetensors")
+
+
 def test_the_score_is_checked_before_the_dense_model_is_trained(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -222,7 +244,7 @@ def test_a_run_tells_what_it_does(tmp_path: Path) -> None:
 
     told = Told()
     train_run(TrainRunConfig(task=TASK, train=TrainConfig(epochs=1)), tmp_path / "train", watch=told)
-    assert told.lines == ["Training for 1 epochs on 100 images"]
+    assert told.lines == ["Training: 1 × 100 images"]
     weights = tmp_path / "train" / "model.safetensors"
     prune_run(PruneConfig(task=replace(TASK, weights=weights), keep_macs=0.5), tmp_path / "prune", watch=told)
     assert told.lines[1].startswith("Accuracy of the dense model: ")

@@ -89,11 +89,11 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     )
     out, err = work.communicate(timeout=300)
     assert work.returncode == 0, err
-    accuracy = re.search(r"Accuracy: ([\d.]+) % after 4 epochs", out)
+    accuracy = re.search(r"Accuracy: ([\d.]+) %", out)
     assert accuracy is not None
     assert float(accuracy[1]) > 80
     assert f"Weights: {folder / 'model.safetensors'}" in out
-    assert "Training for 4 epochs on 600 images" in err
+    assert "Training: 4 × 600 images" in err
     return folder
 
 
@@ -270,7 +270,7 @@ def test_a_model_of_ones_own(tmp_path: Path, run: Run, monkeypatch: pytest.Monke
     assert ended.code == 0, ended.err
     report = report_of(tmp_path / "run")
     assert report["params_after"] <= 0.6 * report["params_before"]
-    assert any(row["reason"] == "frozen by the user" for row in report["frozen"])
+    assert any("frozen by the user" in row["reason"] for row in report["frozen"])
     assert any("taught" in note for note in report["notes"])
     assert all(group["kept"] % 2 == 0 for group in report["groups"])
     assert json.loads(run("eval", "--run", "run", "--json").out)["accuracy"] == report["accuracy_after"]
@@ -564,10 +564,13 @@ def test_killed_and_resumed_equals_uninterrupted(trained: Path, tmp_path: Path, 
     work.send_signal(signal.SIGKILL)
     work.communicate()
     assert not (killed / "model.safetensors").exists()
-    assert len(metrics.read_text().splitlines()) < 6
+    done = metrics.read_text().splitlines()
+    assert len(done) < 6
     accuracy = json.loads((killed / "progress.json").read_text())["accuracy of the cut model"]
 
     assert run(*arguments, "--out", killed, "--resume").code == 0
+    redone = len(done) - 1  # the last line may be younger than the last checkpoint
+    assert metrics.read_text().splitlines()[:redone] == done[:redone]  # the times show what was kept
     whole = tmp_path / "whole"
     assert run(*arguments, "--out", whole).code == 0
     assert_same_tensors(killed / "model.safetensors", whole / "model.safetensors")

@@ -14,14 +14,22 @@ def demo(
         Path, Option(metavar="DIR", help="Folder for everything the run writes.", rich_help_panel=RUN)
     ] = Path("secateur-demo"),
     seed: o.Seed = 0,
-    threads: o.Threads = None,
+    threads: Annotated[
+        int,
+        Option(
+            min=1,
+            metavar="N",
+            help="CPU threads. More do not help with images this small.",
+            rich_help_panel=RUN,
+        ),
+    ] = 1,
     resume: o.Resume = False,
     overwrite: o.Overwrite = False,
     no_progress: o.NoProgress = False,
 ) -> None:
     """Train a small ResNet on handwritten digits, prune it to half the MACs, and show the result.
 
-    It needs no files and no network, and takes about a minute on two CPU cores.
+    It needs no files and no network, and takes about a minute.
     """
     mode = o.mode_of(resume, overwrite)
     o.set_threads(threads)

@@ -65,7 +65,7 @@ def interruptible(out: Path, resume: str) -> Iterator[None]:
         begun = (out / "config.json").is_file()
         advice = f"What is done is kept; go on with: {resume}" if begun else "Nothing was written."
         Console(stderr=True, soft_wrap=True).print(f"Interrupted. {escape(advice)}", highlight=False)
-        sys.exit(1)
+        sys.exit(130)
 
 
 def resume_command() -> str:

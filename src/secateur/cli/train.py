@@ -100,5 +100,5 @@ def train(
     with interruptible(out, resume_command()):
         result = train_run(config, out, mode=mode, command=typed_command(), watch=watch(no_progress))
     if is_main_process():
-        say(f"Accuracy: {100 * result.accuracy:.2f} % after {epochs} epochs, {result.seconds:.0f} s.")
+        say(f"Accuracy: {100 * result.accuracy:.2f} %, trained in {result.seconds:.0f} s")
         say(f"Weights: {out / 'model.safetensors'}")

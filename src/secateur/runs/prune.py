@@ -58,7 +58,7 @@ def prune_run(
         folder.begin(subject.saved_run("prune", command, settings))
 
     if config.train is not None:
-        watch.tell(f"Training for {config.train.epochs} epochs on {len(data.train):,} images")
+        watch.tell(f"Training: {config.train.epochs} × {len(data.train):,} images")
         _fit(dense, data, replace(config.train, seed=config.task.seed), out, "train", mode, watch)
         decision = _decide(config, subject, graph, folder)
     small = cut_copy(dense, graph, decision.plan)
@@ -71,7 +71,7 @@ def prune_run(
         _accuracy("cut model", small, data, folder, watch)
 
     if config.finetune is not None:
-        watch.tell(f"Fine-tuning for {config.finetune.epochs} epochs on {len(data.train):,} images")
+        watch.tell(f"Fine-tuning: {config.finetune.epochs} × {len(data.train):,} images")
         teacher = dense if config.finetune.distill_weight > 0 else None
         _fit(
             small,

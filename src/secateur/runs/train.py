@@ -43,7 +43,7 @@ def train_run(
         subject = load_subject(config.task)
     if folder:
         folder.begin(subject.saved_run("train", command, settings))
-    watch.tell(f"Training for {config.train.epochs} epochs on {len(subject.data.train):,} images")
+    watch.tell(f"Training: {config.train.epochs} × {len(subject.data.train):,} images")
     how = replace(config.train, seed=config.task.seed)
     result = fit(subject.model, subject.data, how, out, resume=mode == "resume", progress=watch.bars)
     if folder:
