@@ -18,7 +18,6 @@ import time
 from pathlib import Path
 
 MODELS = ("resnet50", "densenet121", "efficientnet_b0", "shufflenet_v2_x1_0")
-TOOLS = ("secateur", "torch-pruning")
 
 
 def secateur_times(model, x) -> dict[str, float]:
@@ -57,6 +56,9 @@ def torch_pruning_times(model, x) -> dict[str, float]:
     return {"groups": groups - start, "cut": time.perf_counter() - groups}
 
 
+TIMES = {"secateur": secateur_times, "torch-pruning": torch_pruning_times}
+
+
 def measure(tool: str, name: str) -> dict[str, object]:
     """One run in this process; peak memory is what the process gained on the loaded model."""
     import torch
@@ -69,7 +71,7 @@ def measure(tool: str, name: str) -> dict[str, object]:
     params = sum(p.numel() for p in model.parameters())
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     try:
-        result: dict[str, object] = dict({"secateur": secateur_times, "torch-pruning": torch_pruning_times}[tool](model, x))
+        result: dict[str, object] = dict(TIMES[tool](model, x))
     except Exception as error:  # a peer that fails is a result
         return {"error": f"{type(error).__name__}: {str(error).splitlines()[0][:60]}"}
     result["MiB"] = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
@@ -78,7 +80,9 @@ def measure(tool: str, name: str) -> dict[str, object]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--out", type=Path, help="also write the table to this Markdown file")
     parser.add_argument("--one", nargs=2, metavar=("TOOL", "MODEL"), help=argparse.SUPPRESS)
@@ -89,9 +93,11 @@ def main() -> None:
     runs: dict[tuple[str, str], list[dict]] = {}
     for _ in range(options.repeats):
         for name in MODELS:
-            for tool in TOOLS:
+            for tool in TIMES:
                 command = [sys.executable, "-W", "ignore", __file__, "--one", tool, name]
-                line = subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()[-1]
+                line = subprocess.run(
+                    command, capture_output=True, text=True, check=True
+                ).stdout.splitlines()[-1]
                 runs.setdefault((name, tool), []).append(json.loads(line))
     table = render(runs, options.repeats)
     print(table)

@@ -18,7 +18,9 @@ BUDGETS = (0.7, 0.5, 0.3)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--weights", type=Path, required=True, help="the dense ResNet-20 (shortcut A)")
     parser.add_argument("--data-dir", type=Path, required=True, help="CIFAR-10")
     parser.add_argument("--runs", type=Path, default=Path("runs/oneshot"), help="where the run folders go")

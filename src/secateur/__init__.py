@@ -3,14 +3,34 @@
 model + inputs -> Graph -> groups -> scores -> allocation -> Plan -> cut model
 """
 
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
 __version__ = "0.1.0"
 
-from secateur.cost import Budget, Cost
-from secateur.errors import SecateurError
-from secateur.graph import analyze, register_pad
-from secateur.methods import prune
-from secateur.plan import Plan
-from secateur.surgery import cut_, load, mask_, save, verify
+if TYPE_CHECKING:
+    from secateur.cost import Budget, Cost
+    from secateur.errors import SecateurError
+    from secateur.graph import analyze, register_pad
+    from secateur.methods import prune
+    from secateur.plan import Plan
+    from secateur.surgery import cut_, load, mask_, save
+    from secateur.surgery.verify import verify
+
+_HOME = {
+    "Budget": "cost",
+    "Cost": "cost",
+    "Plan": "plan",
+    "SecateurError": "errors",
+    "analyze": "graph",
+    "cut_": "surgery",
+    "load": "surgery",
+    "mask_": "surgery",
+    "prune": "methods",
+    "register_pad": "graph",
+    "save": "surgery",
+    "verify": "surgery",
+}
 
 __all__ = [
     "Budget",
@@ -26,3 +46,10 @@ __all__ = [
     "save",
     "verify",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """Import a public name when it is first used, so that `secateur --help` need not wait for PyTorch."""
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_HOME[name]}"), name)

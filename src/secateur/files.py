@@ -2,6 +2,7 @@
 
 import contextlib
 import errno
+import json
 import os
 import secrets
 from collections.abc import Iterator, Mapping
@@ -12,6 +13,8 @@ import safetensors.torch
 from torch import Tensor
 
 from secateur.errors import FileError
+
+_ENTRY = "secateur"
 
 _WHAT_TO_DO = {
     errno.ENOSPC: "Free some space or choose another folder",
@@ -104,18 +107,26 @@ def write_tensors(path: str | Path, tensors: Mapping[str, Tensor], metadata: Map
         seen.add(whole.untyped_storage().data_ptr())
         separate[name] = whole
     with replacing(path) as temporary:
-        safetensors.torch.save_file(separate, temporary, dict(metadata))
+        # one entry, since safetensors writes several in any order, and equal models should give equal files
+        safetensors.torch.save_file(separate, temporary, {_ENTRY: json.dumps(dict(metadata), sort_keys=True)})
 
 
 def read_tensors(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Read a safetensors file: its tensors (on the CPU) and its text dictionary. No code is run.
+    """Read a safetensors file: its tensors (on the CPU) and the text that `write_tensors` put beside them.
+
+    No code is run; a file of another writer has an empty dictionary.
 
     Raises:
         FileError: the file is missing, truncated or not a safetensors file.
     """
     try:
         with safetensors.safe_open(path, framework="pt") as file:
-            return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            text = (file.metadata() or {}).get(_ENTRY, "{}")
+        metadata = json.loads(text)
+        if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
+            raise TypeError(f"metadata must be text by name, found {text[:40]!r}")
+        return tensors, metadata
     except FileNotFoundError as error:
         raise FileError(f"{path}: no such file. Check the path.") from error
     except Exception as error:  # a hostile header can trip any of the parser's own checks
@@ -123,6 +134,12 @@ def read_tensors(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
             f"{path}: not a readable safetensors file ({error}). It is truncated or was not written by "
             f"Secateur; use another copy."
         ) from error
+
+
+def _umask() -> int:
+    mask = os.umask(0o077)  # the only way to read it is to set it
+    os.umask(mask)
+    return mask
 
 
 def _sync(path: Path, flags: int) -> None:

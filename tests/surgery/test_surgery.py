@@ -59,7 +59,9 @@ def test_training_goes_on_with_the_optimizer_state_of_the_survivors(case, kind: 
     optimizer = make(model.parameters())
     for _ in range(2):
         optimizer.zero_grad()
-        model(net.inputs.expand(4, -1, -1, -1) + torch.randn(4, *net.inputs.shape[1:])).square().mean().backward()
+        model(
+            net.inputs.expand(4, -1, -1, -1) + torch.randn(4, *net.inputs.shape[1:])
+        ).square().mean().backward()
         optimizer.step()
     momentum = "momentum_buffer" if kind == "sgd" else "exp_avg"
     conv = model.layer1[0].conv1

@@ -40,7 +40,9 @@ def walk(model: nn.Module, graph: fx.GraphModule, inputs: Sequence[Any], labels:
             values[node] = next(remaining)
         elif node.op == "get_attr":  # a constant, or the body of a higher-order operator
             attribute = getattr(graph, str(node.target))
-            values[node] = attribute if isinstance(attribute, fx.GraphModule) else Value(tuple(attribute.shape))
+            values[node] = (
+                attribute if isinstance(attribute, fx.GraphModule) else Value(tuple(attribute.shape))
+            )
         elif node.op == "call_function":
             values[node] = call(model, node, resolve(node.args, values), resolve(node.kwargs, values), labels)
         elif node.op == "output":

@@ -139,6 +139,6 @@ def _spread(latency: Latency) -> str:
 def _budget(report: Report) -> str:
     parts = []
     for key, value in report.budget.items():
-        as_fraction = key in ("macs", "params") and value < 1
+        as_fraction = value < 1
         parts.append(f"{key} ≤ {percent(value) if as_fraction else format(value, ',')}")
     return ", ".join(parts)
