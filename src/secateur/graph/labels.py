@@ -174,11 +174,11 @@ class Labels:
             for factor in operand.factors:
                 if skip is not None and factor.shape[skip] > 1:
                     continue
-                for index, other in enumerate(merged):
-                    if overlap(factor, other):
-                        self.tie(factor, other)
-                        merged[index] = np.broadcast_arrays(factor, other)[0]
-                        break
+                met = [index for index, other in enumerate(merged) if overlap(factor, other)]
+                for index in met:
+                    self.tie(factor, merged[index])
+                if met:
+                    merged[met[0]] = np.broadcast_arrays(factor, merged[met[0]])[0]
                 else:
                     merged.append(factor)
         for factor in merged:

@@ -1,0 +1,103 @@
+"""Label arrays against full arrays: one label per element, every operation done by NumPy itself."""
+
+import math
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from secateur.graph.labels import Labels, Value, along, blocks, compress, reshape
+from secateur.graph.solve import solve
+
+SHAPES = st.lists(st.sampled_from([1, 2, 3, 4, 6]), min_size=1, max_size=4).map(tuple)
+
+
+@st.composite
+def regrouped(draw) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Two shapes of equal size, as `view` takes them."""
+    shape = draw(SHAPES)
+    factors = [p for size in shape for p in ([2, 2] if size == 4 else [2, 3] if size == 6 else [size])]
+    cuts = draw(st.lists(st.booleans(), min_size=len(factors), max_size=len(factors)))
+    target: list[int] = []
+    for prime, cut in zip(factors, cuts, strict=True):
+        if cut or not target:
+            target.append(prime)
+        else:
+            target[-1] *= prime
+    return shape, tuple(target)
+
+
+@given(regrouped(), st.data())
+def test_reshaping_a_factor_is_reshaping_the_full_array(shapes, data) -> None:
+    shape, target = shapes
+    varying = [data.draw(st.booleans()) and size > 1 for size in shape]
+    small = tuple(size if vary else 1 for size, vary in zip(shape, varying, strict=True))
+    factor = np.arange(math.prod(small)).reshape(small)
+    result = reshape(factor, shape, target)
+    expected = np.broadcast_to(factor, shape).reshape(target)
+    assert (np.broadcast_to(result, target) == expected).all()
+    assert (np.broadcast_to(compress(result), target) == expected).all()
+
+
+@given(regrouped())
+def test_blocks_cover_both_shapes_with_equal_products(shapes) -> None:
+    shape, target = shapes
+    found = blocks(shape, target)
+    assert [dim for source, _ in found for dim in source] == list(range(len(shape)))
+    assert [dim for _, sink in found for dim in sink] == list(range(len(target)))
+    for source, sink in found:
+        assert math.prod(shape[d] for d in source) == math.prod(target[d] for d in sink)
+
+
+def roots(labels: Labels, *atoms: np.ndarray) -> list[list[int]]:
+    root = solve(labels).root
+    return [root[a].ravel().tolist() for a in atoms]
+
+
+def test_arithmetic_ties_dims_that_meet_and_leaves_broadcast_ones() -> None:
+    labels = Labels()
+    channels, gate = labels.fresh(3, unit=True), labels.fresh(3, unit=True)
+    x = Value((2, 3, 4), (along(channels, 1, 3),))
+    y = Value((3, 1), (along(gate, 0, 2),))
+    mask = Value((2, 1, 4))
+    out = labels.elementwise([x, y, mask], (2, 3, 4))
+    a, b = roots(labels, channels, gate)
+    assert a == b
+    assert len(set(a)) == 3
+    assert [f.shape for f in out.factors] == [(1, 3, 1)]
+    assert solve(labels).removable[channels].all()
+
+
+def test_a_dim_that_meets_one_without_labels_is_pinned() -> None:
+    labels = Labels()
+    channels = labels.fresh(3, unit=True)
+    labels.elementwise([Value((2, 3), (along(channels, 1, 2),)), Value((3,))], (2, 3))
+    assert not solve(labels).removable.any()
+
+
+def test_a_grid_that_meets_two_axes_ties_both() -> None:
+    """A (2, 3) grid against separate labels of its rows and of its columns: all six must go together."""
+    labels = Labels()
+    rows, columns, grid = labels.fresh(2, unit=True), labels.fresh(3, unit=True), labels.fresh(6, unit=True)
+    both = Value((2, 3), (along(rows, 0, 2), along(columns, 1, 2)))
+    labels.elementwise([both, Value((2, 3), (grid.reshape(2, 3),))], (2, 3))
+    found = roots(labels, rows, columns, grid)
+    assert {root for part in found for root in part} == {1}
+
+
+def test_a_single_channel_is_pinned_and_not_forgotten() -> None:
+    labels = Labels()
+    one = labels.fresh(1, unit=True)
+    assert labels.value((2, 1), [along(one, 1, 2)]).factors == ()
+    assert not solve(labels).removable.any()
+
+
+@pytest.mark.parametrize("shape", [(2, 3), (3, 2)])
+def test_the_solver_takes_the_option_that_leaves_most_units(shape: tuple[int, int]) -> None:
+    labels = Labels()
+    grid = labels.fresh(6, unit=True).reshape(shape)
+    labels.choose({"rows": [(grid, grid[:, :1])], "columns": [(grid, grid[:1])]})
+    assert solve(labels).removable.sum() == 3
+    labels.pin(grid[:, 0], "a column stays")  # every row holds one of its atoms
+    assert solve(labels).removable.sum() == shape[1] - 1
