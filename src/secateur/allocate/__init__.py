@@ -1,5 +1,5 @@
 """How much to keep of each group, so that the budget is met from below."""
 
-from secateur.allocate.table import ALLOCATIONS, allocate
+from secateur.allocate.table import ALLOCATIONS, allocate, allowed
 
-__all__ = ["ALLOCATIONS", "allocate"]
+__all__ = ["ALLOCATIONS", "allocate", "allowed"]

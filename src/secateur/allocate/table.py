@@ -107,7 +107,7 @@ def allocate(
         )
     if relative:
         scores = [_relative(score) for score in scores]
-    levels = [_levels(len(score), min_keep, round_to) for score in scores]
+    levels = [allowed(len(score), min_keep, round_to) for score in scores]
     dense = {name: cost.of(name) for name in budget.bounds}
     limits = budget.limits(dense)
 
@@ -141,8 +141,12 @@ def _relative(score: Tensor) -> Tensor:
     return score / mean if mean > 0 else score
 
 
-def _levels(units: int, min_keep: int, round_to: int) -> list[int]:
-    """Numbers of units a group may keep, ascending."""
+def allowed(units: int, min_keep: int, round_to: int) -> list[int]:
+    """Numbers of units a group may keep, ascending.
+
+    >>> allowed(10, 3, 4)
+    [4, 8, 10]
+    """
     low = min(units, -(-min_keep // round_to) * round_to)
     return sorted({*range(low, units + 1, round_to), units})
 
