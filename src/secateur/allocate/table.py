@@ -51,7 +51,7 @@ def global_(scores: Sequence[Tensor], least: Sequence[int]) -> Order:
 
     Source: Molchanov et al. 2017, arXiv:1611.06440, sec. 2.2.
     Differs: scores without a common unit are divided by the mean of their group; the paper divides by the
-    L2 norm, under which wide layers lose nearly everything.
+    L2 norm.
 
     >>> global_([torch.tensor([5., 1.]), torch.tensor([2., 3., 4.])], [1, 1])
     array([0, 1, 1])

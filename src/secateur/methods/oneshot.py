@@ -1,6 +1,5 @@
 """Score, allocate, cut, verify: pruning a trained model in one step."""
 
-import copy
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -13,7 +12,8 @@ from secateur.errors import CutError
 from secateur.graph import Graph, Inputs, analyze
 from secateur.plan import Plan
 from secateur.scores import SCORES, score_groups
-from secateur.surgery import Verification, cut_, save, verify
+from secateur.surgery import Verification, save, verify
+from secateur.surgery.cut import cut_copy
 
 
 @dataclass(frozen=True)
@@ -107,7 +107,7 @@ def oneshot(
         "seed": seed,
     }
     plan = Plan.of(graph, masks, origin)
-    small = cut_(copy.deepcopy(model), graph, plan)
+    small = cut_copy(model, graph, plan)
     verification = verify(model, small, graph, plan, seed=seed)
     if not verification.ok:
         raise CutError(f"{type(model).__name__}: the cut model is {verification}. Please report this model.")

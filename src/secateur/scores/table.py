@@ -111,7 +111,7 @@ def taylor(slices: Sequence[Slice], generator: torch.Generator) -> Tensor:
 
     Source: Molchanov et al. 2019, arXiv:1906.10771, sec. 3 (Taylor-FO after batch-norm).
     Differs: the norm's shift is counted too; units with several norms sum over them; absolute values are
-    averaged where the paper averages squares, which kept more accuracy on a CIFAR ResNet-20.
+    averaged where the paper averages squares.
 
     >>> taylor([Slice("out", torch.tensor([[3., -4.]]), torch.tensor([[1., .5]]))], torch.Generator())
     tensor([1.])
