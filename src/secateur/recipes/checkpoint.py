@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from secateur.errors import FileError
 from secateur.files import read_tensors, write_tensors
+from secateur.methods.training import TrainingMethod
 
 _FORMAT = "secateur-checkpoint-1"
 _SLOTS = {  # what an optimizer keeps for a parameter it has stepped
@@ -58,6 +59,7 @@ class State:
         model: being trained.
         optimizer: SGD or AdamW over the trainable parameters.
         average: the moving average of the model, if one is kept.
+        method: what prunes the model meanwhile, if something does.
         tally: (3, batches), float32: loss, correct and images of each batch of the epoch so far.
         seconds: spent on the epoch so far.
         history: the epochs done.
@@ -66,6 +68,7 @@ class State:
     model: nn.Module
     optimizer: torch.optim.Optimizer
     average: nn.Module | None
+    method: TrainingMethod | None
     tally: Tensor
     epoch: int = 0
     batch: int = 0
@@ -88,6 +91,9 @@ class State:
             "history": [asdict(epoch) for epoch in self.history],
         }
         tensors = dict(self._tensors())
+        if self.method is not None:
+            evolved, position["method"] = self.method.state()
+            tensors |= {f"method.{name}": tensor for name, tensor in evolved.items()}
         for name, parameter in self._stepped():
             for slot, value in self.optimizer.state[parameter].items():
                 if value is not None:
@@ -96,7 +102,7 @@ class State:
         write_tensors(path, tensors, header)
 
     def load(self, path: Path, run: Mapping[str, Any]) -> None:
-        """Go on from a file: everything is checked before anything changes.
+        """Go on from a file: everything is checked before any value changes.
 
         Raises:
             FileError: the file is damaged, or of another run; the message says what differs.
@@ -115,7 +121,13 @@ class State:
                 f"afresh (resume=False or another folder)."
             )
         try:
-            position = self._checked_position(json.loads(header["position"]))
+            facts = json.loads(header["position"])
+            position = self._checked_position(facts)
+            if self.method is not None:  # first of all: the model takes the shapes it had
+                evolved = {
+                    n.removeprefix("method."): t for n, t in tensors.items() if n.startswith("method.")
+                }
+                self.method.restore(evolved, facts["method"])
             slots = self._checked_tensors(tensors)
         except (KeyError, ValueError, TypeError, AttributeError, RecursionError) as error:
             raise _damaged(path, error) from error

@@ -20,13 +20,23 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from secateur.errors import ModelError, TrainingError
+from secateur.methods.training import TrainingMethod
 from secateur.recipes.checkpoint import Epoch, State
 from secateur.recipes.data import Batches, Dataset, Split
 from secateur.recipes.parallel import WholeBatchNorm, add_gradients, share_weights
 from secateur.recipes.train_config import TrainConfig, learning_rate
 from secateur.recipes.train_log import TrainLog
 
-__all__ = ["Epoch", "Evaluation", "FitResult", "TrainConfig", "evaluate", "fit", "learning_rate"]
+__all__ = [
+    "Epoch",
+    "Evaluation",
+    "FitResult",
+    "TrainConfig",
+    "evaluate",
+    "fit",
+    "learning_rate",
+    "training_steps",
+]
 
 _LOOK_EVERY = 50  # steps between looks at the loss: each one waits for the device
 _TEST_BATCH = 500
@@ -100,6 +110,7 @@ def fit(
     folder: str | Path,
     *,
     teacher: nn.Module | None = None,
+    method: TrainingMethod | None = None,
     resume: bool = False,
     phase: str = "train",
     progress: bool = True,
@@ -119,6 +130,8 @@ def fit(
         config: how to train.
         folder: where the files go; it is made if need be, and all processes must see it.
         teacher: whose logits to approach, if `config.distill_weight` says so; not changed.
+        method: prunes the model meanwhile; made for this model and `training_steps(data, config)` steps. Its
+            `finish` is left to the caller.
         resume: go on from the phase's checkpoint, if there is one; a phase that is done is not repeated.
             Otherwise the phase's earlier files in `folder` are replaced.
         phase: names this training among others in the same folder.
@@ -134,6 +147,11 @@ def fit(
     # without `cpu=True` processes started on a machine that has only CPUs would not know of each other
     accelerator = Accelerator(cpu=not torch.accelerator.is_available())
     _check_fit(config, teacher, phase, accelerator)
+    if method is not None and (method.model is not model or method.steps != training_steps(data, config)):
+        raise TrainingError(
+            f"fit: the method is for {'this' if method.model is model else 'another'} model and {method.steps} steps; "
+            f"expected this model and {training_steps(data, config)} steps (see training_steps)."
+        )
     device, rank, world_size = accelerator.device, accelerator.process_index, accelerator.num_processes
     share: dict[str, Any] = {
         "normalisation": data.normalisation,
@@ -165,12 +183,17 @@ def fit(
 
         average = copy.deepcopy(model) if config.ema is not None else None
         optimizer = _optimizer(model, config)
-        state = State(model, optimizer, average, tally=torch.zeros(2, len(batches), device=device))
-        run = _description(model, data, config, phase)
+        if method is not None:
+            method.attach(optimizer, followers=() if average is None else (average,))
+        tally = torch.zeros(2, len(batches), device=device)
+        state = State(model, optimizer, average, method, tally)
+        run = _description(model, data, config, phase, method)
         if resume and checkpoint.exists():
             state.load(checkpoint, run)
             if rank > 0:
                 state.tally.zero_()  # the sum over all processes is with the first one
+        if method is not None:
+            stack.enter_context(method)
         log = None
         if rank == 0:
             for unfinished in checkpoint.parent.glob(f".{checkpoint.stem}.*.tmp*"):
@@ -195,12 +218,17 @@ def fit(
                 losses = _losses(logits, y, target, config)
                 optimizer.zero_grad()
                 images = min(config.batch_size, len(data.train) - state.batch * config.batch_size)
-                torch.autograd.backward(losses.sum() / images)
+                loss = losses.sum() / images
+                torch.autograd.backward(loss if method is None else loss + method.penalty() / world_size)
                 if world_size > 1:
-                    add_gradients(model.parameters())
+                    add_gradients([*model.parameters(), *(method.parameters() if method else ())])
+                if method is not None:
+                    method.before_step()
                 if config.clip_norm is not None:
                     nn.utils.clip_grad_norm_(model.parameters(), config.clip_norm)
                 optimizer.step()
+                if method is not None:
+                    method.after_step()
                 if average is not None and config.ema is not None:
                     _follow(average, model, min(config.ema, (1 + step) / (10 + step)))
 
@@ -216,7 +244,9 @@ def fit(
                     if saves:
                         state.save(checkpoint, run)
 
-            loss, correct = (_sum_up(state, config, accelerator).double().sum(1) / len(data.train)).tolist()
+            mean_loss, correct = (
+                _sum_up(state, config, accelerator).double().sum(1) / len(data.train)
+            ).tolist()
             trained = time.perf_counter() - started
             tested_model = model if average is None else average
             tested = _measure(tested_model.eval(), test_batches, classes)
@@ -228,7 +258,7 @@ def fit(
                     phase=phase,
                     epoch=state.epoch,
                     step=state.epoch * len(batches),
-                    loss=loss,
+                    loss=mean_loss,
                     train_accuracy=correct,
                     accuracy=right / len(data.test),
                     lr=optimizer.param_groups[0]["lr"],
@@ -265,10 +295,17 @@ def _check_fit(config: TrainConfig, teacher: nn.Module | None, phase: str, accel
         raise TrainingError(f"fit: phase is {phase!r}; expected letters, digits, '.', '_' and '-'.")
 
 
-def _description(model: nn.Module, data: Dataset, config: TrainConfig, phase: str) -> dict[str, Any]:
+def training_steps(data: Dataset, config: TrainConfig) -> int:
+    """Optimizer steps of a whole training."""
+    return config.epochs * -(-len(data.train) // config.batch_size)
+
+
+def _description(
+    model: nn.Module, data: Dataset, config: TrainConfig, phase: str, method: TrainingMethod | None
+) -> dict[str, Any]:
     """What a run is, as JSON: only a run of the same description may go on from its checkpoint."""
     parameters = dict(model.named_parameters())
-    return {
+    return ({"method": method.settings()} if method is not None else {}) | {
         "phase": phase,
         "config": asdict(config) | {"milestones": list(config.milestones)},
         "data": {
