@@ -345,6 +345,18 @@ def cat(site: Site) -> Result:
     return labels.value(site.shape, [*labels.unify(operands, skip=dim), along(joined, dim, len(site.shape))])
 
 
+@rule("index_add", "index_add_", "index_copy", "index_copy_")
+def scatter(site: Site) -> Result:
+    """Channels put at written positions: they leave with their entry in the index; the target keeps its width."""
+    labels, x, source = site.labels, site["self"], site["source"]
+    dim = site["dim"] % len(x.shape)
+    labels.pin(labels.axis(x, dim), f"{site.op} at written positions")
+    labels.tie(labels.axis(source, dim), labels.axis(site["index"], 0))
+    others = [d for d in range(len(x.shape)) if d != dim]
+    pin_others(site, source, [dim], f"{site.op} of labelled rows")
+    return labels.value(site.shape, pin_others(site, x, others, f"{site.op} at written positions"))
+
+
 @rule("chunk", "split", "split_with_sizes", "unbind")
 def split(site: Site) -> Result:
     """Parts of equal size lose the same positions, so that `chunk` finds its parts again in the cut network.

@@ -74,6 +74,11 @@ class Edit:
         for tensor, _ in grads:
             tensor.grad = None  # a gradient of another shape would be refused below
         for tensor, value in tensors:
+            if tensor.requires_grad:
+                # Where a graph of an earlier pass is alive (a loss in a variable), autograd keeps a node for this
+                # tensor that remembers its old shape; only another dtype makes it forget.
+                other = torch.float32 if value.dtype != torch.float32 else torch.float64
+                tensor.data = torch.empty(0, dtype=other, device=value.device)
             tensor.data = value
         for tensor, value in grads:
             tensor.grad = value

@@ -1,0 +1,149 @@
+"""A light second path beside a convolution, so that the layer may become very narrow.
+
+    full:    y = scatter(norm(conv(x))) + side_norm(side(x))       the output keeps its width
+    shared:  y = norm(conv(x)) + side_norm(side(x))                both lose the same channels
+
+`side` is depthwise: one k × k filter per output channel. A shared side is linear, so that it folds into the
+convolution's own kernel when training is over and costs nothing; a full one stays.
+
+Source: reconstruction; Zhai et al. 2023, arXiv:2309.14157, say that a light bypass stands beside every pruned
+convolution, not what it is made of.
+"""
+
+import math
+from collections.abc import Sequence
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from secateur.errors import ModelError
+
+Form = Literal["full", "shared"]
+
+
+class Bypass(nn.Module):
+    """Takes the place of a convolution whose batch norm it contains.
+
+    Args:
+        conv: the convolution, without groups.
+        norm: the batch norm that reads it.
+        form: "full" or "shared".
+    """
+
+    index: Tensor
+
+    def __init__(self, conv: nn.Conv2d, norm: nn.BatchNorm2d, form: Form) -> None:
+        super().__init__()
+        self.conv, self.norm, self.form = conv, norm, form
+        width = conv.out_channels
+        weight = conv.weight
+        self.side = nn.Conv2d(
+            conv.in_channels,
+            width,
+            conv.kernel_size,  # type: ignore[arg-type]
+            conv.stride,  # type: ignore[arg-type]
+            conv.padding,  # type: ignore[arg-type]
+            conv.dilation,  # type: ignore[arg-type]
+            groups=math.gcd(conv.in_channels, width),
+            bias=False,
+            padding_mode=conv.padding_mode,
+            device=weight.device,
+            dtype=weight.dtype,
+        )
+        self.side_norm = nn.BatchNorm2d(
+            width, norm.eps, norm.momentum, device=weight.device, dtype=weight.dtype
+        )
+        self.register_buffer("index", torch.arange(width, device=weight.device) if form == "full" else None)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(n, c, h, w) to what the convolution and its norm would return, with the side added."""
+        main, side = self.norm(self.conv(x)), self.side_norm(self.side(x))
+        everything = self.form == "shared" or len(self.index) == side.shape[1]
+        if everything and (self.form == "shared" or not torch.compiler.is_exporting()):
+            return main + side  # type: ignore[no-any-return]  # a scatter that analysis must still see as one
+        return side.index_add(1, self.index, main)  # type: ignore[no-any-return]
+
+
+def add_bypass_(model: nn.Module, layers: Sequence[tuple[str, str]], form: Form) -> list[str]:
+    """Put a bypass beside convolutions; their norms move into it, and an identity takes their place.
+
+    Args:
+        model: changed in place.
+        layers: (convolution, its batch norm) by name.
+        form: "full" or "shared".
+    Returns:
+        the names of the bypasses: those of the convolutions.
+    Raises:
+        ModelError: a layer is not a plain 2-d convolution followed by a batch norm.
+    """
+    for conv_name, norm_name in layers:
+        conv, norm = model.get_submodule(conv_name), model.get_submodule(norm_name)
+        if type(conv) is not nn.Conv2d or conv.groups > 1 or type(norm) is not nn.BatchNorm2d:
+            raise ModelError(
+                f"{conv_name}: a bypass needs an ordinary convolution followed by a batch norm; got "
+                f"{type(conv).__name__} followed by {type(norm).__name__}"
+            )
+    for conv_name, norm_name in layers:
+        conv, norm = model.get_submodule(conv_name), model.get_submodule(norm_name)
+        assert isinstance(conv, nn.Conv2d)
+        assert isinstance(norm, nn.BatchNorm2d)
+        model.set_submodule(conv_name, Bypass(conv, norm, form).train(conv.training))
+        model.set_submodule(norm_name, nn.Identity())
+    return [name for name, _ in layers]
+
+
+def fold_bypass_(model: nn.Module, layers: Sequence[tuple[str, str]]) -> None:
+    """Take shared bypasses out again: the convolution and the norm return to their places, the side in them.
+
+    With s = gamma / sqrt(var + eps) and b = beta - s · mean of either norm, in evaluation mode
+
+        norm(conv(x)) + side_norm(side(x)) = (s · W + s' · D) x + b + b'
+
+    where D is the side's kernel written out. The convolution takes the new kernel, and the norm statistics
+    under which it only adds b + b'.
+
+    Args:
+        model: changed in place.
+        layers: as given to `add_bypass_`.
+    """
+    for conv_name, norm_name in layers:
+        bypass = model.get_submodule(conv_name)
+        assert isinstance(bypass, Bypass)
+        assert bypass.form == "shared"
+        conv, norm, side, side_norm = bypass.conv, bypass.norm, bypass.side, bypass.side_norm
+        with torch.no_grad():
+            scale, shift = affine(norm)
+            side_scale, side_shift = affine(side_norm)
+            bias = conv.bias.double() if conv.bias is not None else torch.zeros_like(scale)
+            kernel = conv.weight.double() * scale.view(-1, 1, 1, 1)
+            kernel += written_out(side).double() * side_scale.view(-1, 1, 1, 1)
+            total = shift + scale * bias + side_shift
+            deviation = (norm.running_var.double() + norm.eps).sqrt()  # type: ignore[union-attr]
+            norm.weight.copy_(deviation)
+            norm.bias.copy_(total)
+            norm.running_mean.zero_()  # type: ignore[union-attr]
+            if conv.bias is not None:
+                conv.bias.zero_()
+            conv.weight.copy_(kernel)
+        model.set_submodule(conv_name, conv)
+        model.set_submodule(norm_name, norm)
+
+
+def affine(norm: nn.BatchNorm2d) -> tuple[Tensor, Tensor]:
+    """Scale and shift of a batch norm in evaluation mode, (channels,), float64."""
+    assert norm.running_mean is not None
+    assert norm.running_var is not None
+    scale = norm.weight.double() / (norm.running_var.double() + norm.eps).sqrt()
+    return scale, norm.bias.double() - scale * norm.running_mean.double()
+
+
+def written_out(conv: nn.Conv2d) -> Tensor:
+    """The kernel of a grouped convolution as one over all inputs, (o, i, kh, kw), zero outside its groups."""
+    out, each, *kernel = conv.weight.shape
+    full = conv.weight.new_zeros(out, conv.in_channels, *kernel)
+    per = out // conv.groups
+    for group in range(conv.groups):
+        rows, columns = slice(group * per, (group + 1) * per), slice(group * each, (group + 1) * each)
+        full[rows, columns] = conv.weight[rows]
+    return full

@@ -1,0 +1,142 @@
+"""Gates: factors on the outputs of layers, one per unit, while a method trains."""
+
+from collections.abc import Sequence
+from typing import Any, Self
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from secateur.graph import Graph, Inputs
+from secateur.graph.capture import as_call
+
+_NORMS = (nn.modules.batchnorm._BatchNorm,)
+
+
+def norms_after(model: nn.Module, inputs: Inputs) -> dict[str, str]:
+    """Layer name -> name of the batch norm that reads its output.
+
+    Found by running the model once: the norm is given the very tensor that the layer returned.
+    """
+    made: dict[int, tuple[str, Tensor]] = {}
+    found: dict[str, str] = {}
+    handles = []
+
+    def note(name: str, module: nn.Module) -> None:
+        def hook(_: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+            if isinstance(module, _NORMS) and args and id(args[0]) in made:
+                found[made[id(args[0])][0]] = name
+            if isinstance(output, Tensor):
+                made[id(output)] = (name, output)  # kept alive, so that no other tensor gets its id
+
+        handles.append(module.register_forward_hook(hook))
+
+    for name, module in model.named_modules():
+        if not any(True for _ in module.children()):
+            note(name, module)
+    try:
+        run(model, inputs)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return found
+
+
+def run(model: nn.Module, inputs: Inputs) -> Any:
+    """One evaluation-mode forward pass that leaves modes and random numbers as they were."""
+    device = next((t.device for t in model.state_dict().values()), torch.device("cpu"))
+    args, kwargs = pytree.tree_map(lambda x: x.to(device) if isinstance(x, Tensor) else x, as_call(inputs))
+    modes = {module: module.training for module in model.modules()}
+    try:
+        model.eval()
+        with torch.no_grad(), torch.random.fork_rng(devices=[]):
+            return model(*args, **kwargs)
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
+
+
+class Gate:
+    """A hook that multiplies a module's output channels by values that may change from pass to pass."""
+
+    def __init__(self, width: int, dim: int) -> None:
+        self.dim = dim
+        self.width = width
+        self.values: Tensor | None = None
+
+    def __call__(self, module: nn.Module, args: Any, output: Tensor) -> Tensor:
+        if self.values is None:
+            return output
+        shape = [1] * output.ndim
+        shape[self.dim] = self.width
+        return output * self.values.to(output.dtype).view(shape)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+        copy = type(self)(self.width, self.dim)  # gradients do not reach a copy
+        copy.values = None if self.values is None else self.values.detach().clone()
+        return copy
+
+
+class Gates:
+    """The gates of some groups of a model: where they stand, and their values.
+
+    A gate multiplies what the group's layers make, after the batch norm that follows them, so that a unit
+    with gate 0 adds nothing anywhere and the model equals the cut one.
+
+    Args:
+        model: whose outputs are gated.
+        graph: of the model as it is now.
+        groups: numbers of the groups to gate.
+        norms: from `norms_after`.
+        everywhere: also after layers in the middle of a group, such as depthwise convolutions and norms
+            that would make something of a zero. Off for gates that are not 0 or 1: these act once.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        graph: Graph,
+        groups: Sequence[int],
+        norms: dict[str, str],
+        *,
+        everywhere: bool = True,
+    ) -> None:
+        self._groups = list(groups)
+        self._hooks: list[Any] = []
+        self._gates: dict[str, Gate] = {}
+        self._places: dict[str, list[tuple[int, Tensor]]] = {}
+        tensors = dict(model.named_parameters(remove_duplicate=False))
+        roles = ("out", "depthwise", "scale") if everywhere else ("out",)
+        for group in self._groups:
+            for member in graph.groups[group].members:
+                if member.role not in roles:
+                    continue
+                name = norms.get(member.module, member.module)
+                last = isinstance(model.get_submodule(name), nn.Linear | nn.LayerNorm)
+                width = tensors[member.tensor].shape[member.dim]
+                self._gates.setdefault(name, Gate(width, -1 if last else 1))
+                places = self._places.setdefault(name, [])
+                if all(placed != group for placed, _ in places):
+                    places.append((group, torch.from_numpy(np.ascontiguousarray(member.index))))
+
+    def set(self, values: Sequence[Tensor]) -> None:
+        """Give every gated group its values, (units,), in the order of `groups`."""
+        of = dict(zip(self._groups, values, strict=True))
+        for name, gate in self._gates.items():
+            group, _ = self._places[name][0]
+            flat = torch.ones(gate.width, dtype=of[group].dtype, device=of[group].device)
+            for group, index in self._places[name]:
+                flat = flat.index_put((index.to(flat.device),), of[group][:, None].expand(index.shape))
+            gate.values = flat
+
+    def install(self, model: nn.Module) -> None:
+        """Put the gates on a model of this structure."""
+        for name, gate in self._gates.items():
+            self._hooks.append(model.get_submodule(name).register_forward_hook(gate))
+
+    def remove(self) -> None:
+        """Take all gates off again."""
+        for handle in self._hooks:
+            handle.remove()
+        self._hooks.clear()

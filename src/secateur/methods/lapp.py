@@ -1,0 +1,476 @@
+"""LAPP: a learned threshold per layer, a cost constraint, and a light bypass, while training from scratch.
+
+Source: reconstruction of Zhai, Guo, Liu, Xing, Xu 2023, arXiv:2309.14157, "Layer Adaptive Progressive Pruning".
+What the paper states: one learnable threshold per layer, driven by the task loss and by a constraint on the
+network's FLOPs; a light bypass beside every pruned convolution; compression in the first epochs, from scratch.
+Everything else is our choice, and an option.
+"""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from fnmatch import fnmatchcase
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from secateur.allocate import allocate
+from secateur.cost import Budget, Cost
+from secateur.errors import BudgetError, ModelError, SecateurError
+from secateur.graph import Graph, Group, Inputs, analyze
+from secateur.methods.bypass import add_bypass_, fold_bypass_
+from secateur.methods.gates import Gates, norms_after
+from secateur.methods.oneshot import Pruned
+from secateur.methods.structured import StructuredMethod
+
+DUST = 1e-20
+"""What a masked unit passes on while training: nothing in any sum, but enough for the gradient of a ReLU
+behind it, which is 0 at 0 and would hide from the threshold what the unit is worth."""
+
+_NAMES = {
+    "bypass": ("full", "shared", "none"),
+    "score": ("l2", "gamma", "taylor"),
+    "slope": ("sigmoid", "dst", "soft"),
+    "constraint": ("linear", "log"),
+    "threshold_optimizer": ("adam", "sgd"),
+}
+_NUMBERS: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "prune_share": (lambda v: 0 < v <= 1, "above 0, at most 1"),
+    "hold_share": (lambda v: 0 <= v < 1, "at least 0, below 1"),
+    "temperature": (lambda v: v > 0, "above 0"),
+    "weight": (lambda v: v >= 0, "at least 0"),
+    "threshold_lr": (lambda v: v is None or v > 0, "None or above 0"),
+    "remove_every": (lambda v: v is None or v >= 1, "None or a number of steps"),
+    "min_share": (lambda v: 0 <= v < 1, "at least 0, below 1"),
+}
+
+
+class LAPP(StructuredMethod):
+    """Prune while training from scratch, with one learned threshold per group of units.
+
+    In every step, for each pruned group with importances I, threshold tau and temperature t:
+
+        z_i  = (I_i - mean(I)) / std(I)                      over the group's original units
+        m_i  = 1 if z_i >= tau else 0                        backward: the slope of sigmoid((z_i - tau) / t)
+        y_i  = m_i · norm(conv(x))_i                         then the bypass, if there is one
+        loss = task + weight · max(0, cost(m) / dense - target(step))
+        target(s) = keep + (1 - keep) · (1 - s / S)^3        over the first S = prune_share · steps steps
+
+    so that the task pulls thresholds down where the units near them help, and the constraint pushes them up
+    where units are dear. After S steps the units with the lowest z - tau leave until the budget holds
+    exactly, and plain training goes on.
+
+    Args:
+        model: freshly initialised; pruned in place. It gets a bypass here, before the optimizer is made.
+        inputs: example inputs.
+        budget: in MACs, parameters or both. Shares refer to the model without bypass, and the costs of a
+            bypass that stays count.
+        steps: optimizer steps of the whole training.
+        prune_share: share of the steps in which thresholds move (10 of 200 epochs).
+        hold_share: share of those in which they wait until importances say something.
+        bypass: "full" keeps each layer's output width, so that a layer may become narrow and residual sums
+            need no alignment; "shared" loses the channels its layer loses, and folds away at the end; "none".
+        score: importance of a unit: "l2" norm of its filter, "gamma", the size of its batch-norm scale, or
+            "taylor", a moving average of (gamma · dL/dgamma)².
+        slope: backward of the mask: "sigmoid"; "dst", the piecewise slope of Liu et al. 2020,
+            arXiv:2005.06870; or "soft", the sigmoid itself, forward as well, until the budget is landed on.
+        temperature: t.
+        constraint: "linear", or "log" for log(cost / (target · dense)).
+        weight: of the constraint.
+        learn: False: one threshold for all groups that follows the target, as a control.
+        task_gradient: whether the task loss moves thresholds; False, as a control.
+        threshold_optimizer: "adam" or "sgd".
+        threshold_lr: None: such that a threshold can travel 7.8 standard deviations within the pruning steps.
+        remove_every: steps after which units below their threshold are cut out for good; None: only at the
+            end of pruning. Not with a shared bypass. Once a group has lost units, its mean and std stay.
+        min_share: share of its units that every group keeps.
+        freeze: module names or shell patterns that no cut may touch.
+    Raises:
+        ModelError: a bypass is wanted where no convolution is followed by a batch norm.
+        BudgetError: the budget cannot be reached, or bounds something else.
+    Differs: see the source; results are "LAPP-style", not the paper's.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        inputs: Inputs,
+        *,
+        budget: Budget,
+        steps: int,
+        prune_share: float = 0.05,
+        hold_share: float = 0.05,
+        bypass: Literal["full", "shared", "none"] = "full",
+        score: Literal["l2", "gamma", "taylor"] = "l2",
+        slope: Literal["sigmoid", "dst", "soft"] = "sigmoid",
+        temperature: float = 0.5,
+        constraint: Literal["linear", "log"] = "linear",
+        weight: float = 4.0,
+        learn: bool = True,
+        task_gradient: bool = True,
+        threshold_optimizer: Literal["adam", "sgd"] = "adam",
+        threshold_lr: float | None = None,
+        remove_every: int | None = None,
+        min_share: float = 0.05,
+        freeze: Sequence[str] = (),
+    ) -> None:
+        self._options: dict[str, Any] = {
+            "prune_share": prune_share,
+            "hold_share": hold_share,
+            "bypass": bypass,
+            "score": score,
+            "slope": slope,
+            "temperature": temperature,
+            "constraint": constraint,
+            "weight": weight,
+            "learn": learn,
+            "task_gradient": task_gradient,
+            "threshold_optimizer": threshold_optimizer,
+            "threshold_lr": threshold_lr,
+            "remove_every": remove_every,
+            "min_share": min_share,
+        }
+        _check(self._options)
+        if budget.units is not None:
+            raise BudgetError("LAPP: the budget bounds units; expected macs, params or both")
+        plain = analyze(model, inputs, freeze=freeze)
+        norms = norms_after(model, inputs)
+        self._bypasses = _candidates(model, plain, norms, bypass, freeze)
+        if bypass == "full":
+            add_bypass_(model, self._bypasses, "full")
+            norms = norms_after(model, inputs)
+        super().__init__(model, inputs, budget=budget, steps=steps, dense=Cost(plain), freeze=freeze)
+        self._norms, self._tensors = norms, dict(model.named_parameters())
+        if bypass == "full":
+            beside = {f"{conv}.conv" for conv, _ in self._bypasses}
+            self.targets = [
+                n for n, g in enumerate(self.whole.groups) if len(m := _makers(g)) == 1 and m <= beside
+            ]
+        else:
+            self.targets = _own_groups(self.whole)
+        if bypass == "shared":
+            add_bypass_(model, self._bypasses, "shared")
+        self.prune_steps = max(1, round(prune_share * steps))
+        self.least = [max(1, math.ceil(min_share * group.units)) for group in self.whole.groups]
+        self._check_reach()
+
+        self.threshold = nn.Parameter(torch.full((len(self.whole.groups),), -3.0))
+        lr = 7.8 / self.prune_steps if threshold_lr is None else threshold_lr
+        make = {"adam": torch.optim.Adam, "sgd": torch.optim.SGD}[threshold_optimizer]
+        self._threshold_optimizer = make([self.threshold], lr=lr)
+        self._saliency = [torch.zeros(group.units) for group in self.whole.groups]
+        self._moments = torch.zeros(len(self.whole.groups), 2)
+        self._decided: list[Tensor] | None = None
+        self._passed: list[Tensor] = []
+        self._forward_hook: Any = None
+        self.curves: list[dict[str, Any]] = []
+
+    # --- the equations -------------------------------------------------------------------------------------
+
+    def importance(self, number: int) -> Tensor:
+        """I of the units that a group has now, (units,), float32, without gradient."""
+        group = self.graph.groups[number]
+        if self._options["score"] == "taylor":
+            return self._saliency[number][self.kept[number]].to(self.threshold.device)
+        role = "scale" if self._options["score"] == "gamma" else "out"
+        rows = [m.take(self._tensors[m.tensor].detach()).float() for m in group.members if m.role == role]
+        if not rows:
+            raise ModelError(f"LAPP: group {group.name!r} has no batch-norm scale; use score='l2'")
+        norm: Tensor = torch.linalg.vector_norm(torch.cat(rows, 1), dim=1)
+        return norm
+
+    def distance(self, number: int) -> Tensor:
+        """z - tau of the units that a group has now, with a gradient to tau."""
+        value = self.importance(number)
+        if len(value) == self.whole.groups[number].units:
+            self._moments[number] = torch.stack([value.mean(), value.std(correction=0)]).cpu()
+        mean, std = self._moments[number].tolist()
+        z: Tensor = (value - mean) / (std + 1e-8)
+        return z - self.threshold[number]
+
+    def masks(self) -> list[Tensor]:
+        """m of every target group, (units,), with the chosen slope towards tau."""
+        found = []
+        slope, t = self._options["slope"], self._options["temperature"]
+        for number in self.targets:
+            x = self.distance(number)
+            mask = torch.sigmoid(x / t) if slope == "soft" else Step.apply(x, slope, t)
+            best = x.detach().topk(min(self.least[number], len(x))).indices
+            stays = torch.zeros_like(x, dtype=torch.bool).index_fill(0, best, True)
+            found.append(torch.where(stays, 1.0, mask))
+        return found
+
+    def penalty(self) -> Tensor:
+        """weight · (cost - target), at least 0; of the masks of the last pass. 0 once the budget is met."""
+        if self._decided is not None or not self._passed:
+            return super().penalty()
+        kept = torch.tensor([len(units) for units in self.kept], dtype=torch.float64)
+        counts = torch.stack([mask.sum() for mask in self._passed]).double().cpu()
+        soft = kept.index_put((torch.tensor(self.targets),), counts)
+        ramp = (1 - min(1.0, self.step / self.prune_steps)) ** 3
+        total = torch.zeros((), dtype=torch.float64)
+        for name, limit in self.limits.items():
+            dense = self.dense.of(name)
+            goal = limit / dense + (1 - limit / dense) * ramp
+            share = {"macs": self.cost.soft_macs, "params": self.cost.soft_params}[name](soft) / dense
+            over = torch.log(share / goal) if self._options["constraint"] == "log" else share - goal
+            total = total + over.clamp_min(0)
+        weight: float = self._options["weight"]
+        return weight * total.to(self.threshold)
+
+    # --- the course of a training --------------------------------------------------------------------------
+
+    def install(self) -> None:
+        device = next(self.model.parameters()).device
+        self.threshold.data = self.threshold.data.to(device)
+        super().install()
+        self._forward_hook = self.model.register_forward_pre_hook(lambda *_: self._refresh())
+        self._refresh()
+
+    def uninstall(self) -> None:
+        if self._forward_hook is not None:
+            self._forward_hook.remove()
+        super().uninstall()
+
+    def make_gates(self) -> Gates | None:
+        shared = self._options["bypass"] == "shared"
+        if self._decided is not None and not shared:
+            return None  # the units are gone
+        return Gates(self._original if shared else self.model, self.graph, self.targets, self._norms)
+
+    def parameters(self) -> list[nn.Parameter]:
+        return [self.threshold]
+
+    def before_step(self) -> None:
+        super().before_step()
+        if self._options["score"] != "taylor" or self._decided is not None:
+            return
+        for number in self.targets:
+            scales = [m for m in self.graph.groups[number].members if m.role == "scale"]
+            pairs = [(m, p, p.grad) for m in scales if (p := self._tensors[m.tensor]).grad is not None]
+            if pairs:
+                change = torch.stack(
+                    [(m.take(p.detach()) * m.take(g)).float().sum(1) for m, p, g in pairs]
+                ).sum(0)
+                rows, memory = self.kept[number], self._saliency[number]
+                memory[rows] = torch.lerp(memory[rows], change.square().cpu(), 0.01 if self.step else 1.0)
+
+    def after_step(self) -> None:
+        super().after_step()
+        self.threshold.grad = None  # also that of a step which the scaler skipped
+
+    def advance(self) -> None:
+        if self._decided is not None:
+            return
+        if not self._options["learn"]:
+            self._follow_target()
+        elif self.step > self._options["hold_share"] * self.prune_steps:
+            self._threshold_optimizer.step()
+        every = self._options["remove_every"]
+        if self.step >= self.prune_steps:
+            keep = self._landing()
+            self._decided = keep
+            if self._options["bypass"] != "shared":
+                self.remove(keep)
+        elif every and self.step % every == 0:
+            self._remove_below()
+        self._refresh()
+        if self.step % max(1, self.prune_steps // 100) == 0 or self._decided is not None:
+            self._note()
+
+    def finish(self) -> Pruned:
+        if self._options["bypass"] == "shared" and self._decided is not None:
+            fold_bypass_(self.model, self._bypasses)
+            self.followers = ()  # they still have their bypasses
+            self.remove(self._decided)
+        return super().finish()
+
+    def settings(self) -> dict[str, Any]:
+        return super().settings() | self._options
+
+    def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        tensors, facts = super().state()
+        tensors |= {"threshold": self.threshold.detach(), "moments": self._moments}
+        for number, saliency in enumerate(self._saliency):
+            tensors[f"saliency.{number}"] = saliency
+        for slot, value in self._threshold_optimizer.state.get(self.threshold, {}).items():
+            if value is not None:
+                tensors[f"optimizer.{slot}"] = value
+        for number, mask in enumerate(self._decided or ()):
+            tensors[f"decided.{number}"] = mask
+        return tensors, facts | {"curves": self.curves}
+
+    def restore(self, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> None:
+        super().restore(tensors, facts)
+        device = self.threshold.device
+        self.threshold.data = tensors["threshold"].clone().to(device)
+        self._moments = tensors["moments"].clone()
+        self._saliency = [tensors[f"saliency.{n}"].clone() for n in range(len(self._saliency))]
+        slots = {
+            k.removeprefix("optimizer."): v.clone() for k, v in tensors.items() if k.startswith("optimizer.")
+        }
+        if slots:
+            on = {k: v if k == "step" else v.to(device) for k, v in slots.items()}
+            self._threshold_optimizer.state[self.threshold] = on
+        if "decided.0" in tensors:
+            self._decided = [tensors[f"decided.{n}"].clone() for n in range(len(self._saliency))]
+        self.curves = list(facts["curves"])
+
+    def _refresh(self) -> None:
+        """Give the gates the masks of the weights and thresholds as they are now."""
+        if self.gates is None:
+            return
+        if self._decided is not None:
+            self.gates.set([self._decided[number].to(self.threshold) for number in self.targets])
+            return
+        self._passed = self.masks()
+        passed = self._passed if self._options["task_gradient"] else [mask.detach() for mask in self._passed]
+        if self.model.training:
+            passed = [mask + DUST * (mask == 0) for mask in passed]
+        self.gates.set(passed)
+
+    def _landing(self) -> list[Tensor]:
+        """Which units stay if the budget were to be met now: one common offset on all thresholds."""
+        scores = [torch.full((group.units,), math.inf) for group in self.graph.groups]
+        for number in self.targets:
+            scores[number] = self.distance(number).detach().cpu()
+            self.scores[number][self.kept[number]] = scores[number]
+            scores[number][scores[number].topk(min(self.least[number], len(scores[number]))).indices] = (
+                math.inf
+            )
+        over = {name: float(limit) for name, limit in self.limits.items() if self.count(name) > limit}
+        if not over:
+            return [torch.ones(len(units), dtype=torch.bool) for units in self.kept]
+        return allocate(scores, Cost(self.graph), Budget(**over), "global", relative=False)
+
+    def _remove_below(self) -> None:
+        """Cut out what is below its threshold, but nothing that the budget would let stay."""
+        keep = self._landing()
+        for number, mask in zip(self.targets, self.masks(), strict=True):
+            keep[number] |= mask.detach().cpu() >= 0.5
+        for number in set(range(len(keep))) - set(self.targets):
+            keep[number][:] = True
+        self.remove(keep)
+
+    def _follow_target(self) -> None:
+        """One threshold for all groups: the lowest at which the cost is on target."""
+        ramp = (1 - min(1.0, self.step / self.prune_steps)) ** 3
+        low, high = -4.0, 8.0
+        for _ in range(30):
+            self.threshold.data.fill_((low + high) / 2)
+            counts = [len(units) for units in self.kept]
+            for number, mask in zip(self.targets, self.masks(), strict=True):
+                counts[number] = int((mask >= 0.5).sum())
+            fits = all(
+                self.cost.of(name, counts) <= limit + (self.dense.of(name) - limit) * ramp
+                for name, limit in self.limits.items()
+            )
+            low, high = (low, (low + high) / 2) if fits else ((low + high) / 2, high)
+        self.threshold.data.fill_(high)
+
+    def _note(self) -> None:
+        """A point of the curves: thresholds, units that pass, and costs."""
+        counts = [len(units) for units in self.kept]
+        if self._decided is None:
+            for number, mask in zip(self.targets, self._passed, strict=True):
+                counts[number] = int((mask.detach() >= 0.5).sum())
+        elif self._options["bypass"] == "shared":
+            counts = [int(mask.sum()) for mask in self._decided]
+        names = [self.whole.groups[number].name for number in self.targets]
+        self.curves.append(
+            {
+                "step": self.step,
+                "threshold": dict(zip(names, self.threshold.detach()[self.targets].tolist(), strict=True)),
+                "units": dict(zip(names, (counts[number] for number in self.targets), strict=True)),
+                "macs": self.cost.macs(counts) / self.dense.macs(),
+                "params": self.cost.params(counts) / self.dense.params(),
+            }
+        )
+
+    def _check_reach(self) -> None:
+        if not self.targets:
+            raise ModelError(
+                "LAPP: no layer can lose units on its own; `secateur inspect` says what is frozen"
+            )
+        least = [group.units for group in self.whole.groups]
+        for number in self.targets:
+            least[number] = self.least[number]
+        for name, limit in self.limits.items():
+            if (reach := self.cost.of(name, least)) > limit:
+                raise BudgetError(
+                    f"LAPP: budget {name} {self.budget.bounds[name]:g} asks for at most {limit:,}; with "
+                    f"bypass={self._options['bypass']!r} and min_share={self._options['min_share']:g} at least "
+                    f"{reach:,} stay ({reach / self.dense.of(name):.4f} of the dense model). Ask for more."
+                )
+
+
+class Step(torch.autograd.Function):
+    """1 where x >= 0, else 0; backward a slope that says how near x is to the step."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, slope: str, temperature: float) -> Tensor:
+        ctx.save_for_backward(x)
+        ctx.slope, ctx.temperature = slope, temperature
+        return (x >= 0).to(x)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
+        (x,) = ctx.saved_tensors
+        if ctx.slope == "sigmoid":
+            q = torch.sigmoid(x / ctx.temperature)
+            slope = q * (1 - q) / ctx.temperature
+        else:
+            size = x.abs()
+            slope = torch.where(size <= 0.4, 2 - 4 * size, torch.where(size <= 1, 0.4, 0.0))
+        return gradients[0] * slope, None, None
+
+
+def _makers(group: Group) -> set[str]:
+    return {member.module for member in group.members if member.role == "out"}
+
+
+def _own_groups(graph: Graph) -> list[int]:
+    """Groups made by one layer alone, so not part of a residual sum; without the network's first layer."""
+    first = graph.macs[0].name
+    return [n for n, group in enumerate(graph.groups) if len(m := _makers(group)) == 1 and m != {first}]
+
+
+def _candidates(
+    model: nn.Module, graph: Graph, norms: Mapping[str, str], bypass: str, freeze: Sequence[str]
+) -> list[tuple[str, str]]:
+    """Convolutions to put a bypass beside, with their norms.
+
+    All that make units of their own; with a full bypass also larger kernels that add to a residual stream,
+    but no 1 × 1 convolution that does (projections, the last of a bottleneck), and never the first layer.
+    """
+    if bypass == "none":
+        return []
+    own = {maker for number in _own_groups(graph) for maker in _makers(graph.groups[number])}
+    found = []
+    for name in dict.fromkeys(product.name for product in graph.macs):
+        conv = model.get_submodule(name)
+        if type(conv) is not nn.Conv2d or conv.groups > 1 or name not in norms or name == graph.macs[0].name:
+            continue
+        frozen = any(fnmatchcase(name, f) or fnmatchcase(name, f"{f}.*") for f in freeze)
+        if not frozen and (name in own or (bypass == "full" and max(conv.kernel_size) > 1)):
+            found.append((name, norms[name]))
+    if not found:
+        raise ModelError("LAPP: no prunable convolution is followed by a batch norm; use bypass='none'")
+    return found
+
+
+def _check(options: Mapping[str, Any]) -> None:
+    for name, choices in _NAMES.items():
+        if options[name] not in choices:
+            raise SecateurError(f"LAPP: {name} is {options[name]!r}; expected one of {', '.join(choices)}")
+    for name, (holds, expected) in _NUMBERS.items():
+        try:
+            fits = holds(options[name])
+        except TypeError:
+            fits = False
+        if not fits:
+            raise SecateurError(f"LAPP: {name} is {options[name]!r}; expected {expected}")
+    if options["remove_every"] and options["bypass"] == "shared":
+        raise SecateurError(
+            "LAPP: remove_every does not go with bypass='shared', whose units leave at the end"
+        )

@@ -1,0 +1,36 @@
+"""The way back: the weights of a cut model in a model of the original shapes."""
+
+import copy
+
+import torch
+from torch import nn
+
+from secateur.graph import Graph, named_tensors
+from secateur.plan import Plan
+from secateur.surgery.cut import kept_positions
+
+
+def embed(whole: nn.Module, small: nn.Module, graph: Graph, plan: Plan) -> nn.Module:
+    """A copy of the original in which all that the cut model has takes its values from there.
+
+    Masked by the same plan, it is what the cut model must equal, also after that was trained further.
+
+    Args:
+        whole: the model `graph` was made from; only read.
+        small: the same model after the cut.
+        graph: from `analyze(whole, …)`.
+        plan: what was cut.
+    """
+    result = copy.deepcopy(whole)
+    theirs = dict(named_tensors(small))
+    keep = kept_positions(whole, graph, plan.masks(graph))
+    canonical = {id(tensor): name for name, tensor in reversed(named_tensors(result))}
+    with torch.no_grad():
+        for name, tensor in named_tensors(result):
+            places = []
+            for dim, size in enumerate(tensor.shape):
+                mask = keep.get((canonical[id(tensor)], dim))
+                kept = torch.arange(size) if mask is None else torch.from_numpy(mask).nonzero().flatten()
+                places.append(kept.to(tensor.device).view(-1, *[1] * (tensor.ndim - dim - 1)))
+            tensor[tuple(places) or ...] = theirs[name].to(tensor.device)
+    return result

@@ -1,0 +1,89 @@
+"""A task small enough to train in tests, and every training method with settings for it."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from secateur import Budget
+from secateur.methods.lapp import LAPP
+from secateur.methods.structured import StructuredMethod
+from secateur.recipes.data import Dataset, Normalisation, Split
+from secateur.recipes.train import FitResult, TrainConfig, fit, training_steps
+
+CONFIG = TrainConfig(epochs=3, batch_size=16, lr=0.05, checkpoint_every=2)
+INPUTS = torch.zeros(1, 3, 8, 8)
+
+
+class Residual(nn.Module):
+    """A stem, two residual blocks and a head; 8 × 8 images, three classes."""
+
+    def __init__(self, seed: int = 0) -> None:
+        super().__init__()
+        torch.manual_seed(seed)
+        self.stem = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1, bias=False), nn.BatchNorm2d(8), nn.ReLU())
+        self.blocks = nn.ModuleList(Block() for _ in range(2))
+        self.head = nn.Linear(8, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        for block in self.blocks:
+            x = block(x)
+        return self.head(x.mean((2, 3)))
+
+
+class Block(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv1, self.bn1 = nn.Conv2d(8, 16, 3, padding=1, bias=False), nn.BatchNorm2d(16)
+        self.conv2, self.bn2 = nn.Conv2d(16, 8, 3, padding=1, bias=False), nn.BatchNorm2d(8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = torch.relu(self.bn1(self.conv1(x)))
+        return torch.relu(x + self.bn2(self.conv2(y)))
+
+
+def data() -> Dataset:
+    """Three classes by the brightest channel; 71 images, so that the last batch of 16 has 7."""
+    generator = torch.Generator().manual_seed(0)
+
+    def split(count: int) -> Split:
+        labels = torch.arange(count) % 3
+        images = torch.randint(0, 160, (count, 3, 8, 8), generator=generator, dtype=torch.uint8)
+        images[torch.arange(count), labels] += 60
+        return Split(images, labels)
+
+    whitening = Normalisation((0.4,) * 3, (0.25,) * 3)
+    return Dataset("toy", split(71), split(30), ("r", "g", "b"), whitening, "shift+flip")
+
+
+STEPS = training_steps(data(), CONFIG)
+
+Make = Callable[[nn.Module], StructuredMethod]
+
+
+def lapp(**options: object) -> Make:
+    chosen = {"budget": Budget(macs=0.6), "steps": STEPS, "prune_share": 0.6, **options}
+    return lambda model: LAPP(model, INPUTS, **chosen)  # type: ignore[arg-type]
+
+
+METHODS: dict[str, Make] = {
+    "lapp, full bypass": lapp(),
+    "lapp, full bypass, removal on the way": lapp(
+        remove_every=3, threshold_optimizer="sgd", threshold_lr=0.5
+    ),
+    "lapp, shared bypass": lapp(bypass="shared", score="gamma", constraint="log"),
+    "lapp, no bypass": lapp(bypass="none", score="taylor", slope="dst", remove_every=2),
+    "lapp, soft, no learning": lapp(bypass="none", slope="soft", learn=False),
+}
+"""Every training method in every form -> how to make it for a model."""
+
+
+def train(
+    make: Make, folder: Path, config: TrainConfig = CONFIG, *, resume: bool = False, seed: int = 0
+) -> tuple[StructuredMethod, FitResult]:
+    """Train a fresh model with a method in the built-in loop."""
+    model = Residual(seed)
+    method = make(model)
+    return method, fit(model, data(), config, folder, method=method, resume=resume, progress=False)

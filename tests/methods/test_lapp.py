@@ -1,0 +1,283 @@
+"""LAPP against its equations and the traps of a reconstruction."""
+
+import copy
+from collections.abc import Callable
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from secateur import Budget, Cost, analyze
+from secateur.errors import ModelError, SecateurError
+from secateur.methods.bypass import Bypass, add_bypass_, fold_bypass_, written_out
+from secateur.methods.lapp import LAPP, Step
+from secateur.recipes.models import build_model
+from tests.methods.examples import INPUTS, STEPS, Residual, lapp
+from tests.methods.test_training_methods import loop
+
+SIDE = [("blocks.0.conv1", "blocks.0.bn1"), ("blocks.1.conv1", "blocks.1.bn1")]
+
+
+def attached(method: LAPP) -> LAPP:
+    return method.attach(torch.optim.SGD(method.model.parameters(), lr=0.05))
+
+
+def make(**options: object) -> LAPP:
+    method = lapp(**options)(Residual())
+    assert isinstance(method, LAPP)
+    return method
+
+
+def test_which_layers_lose_units() -> None:
+    full = LAPP(build_model("resnet20"), torch.zeros(1, 3, 32, 32), budget=Budget(macs=0.5), steps=10)
+    names = {full.whole.groups[n].name for n in full.targets}
+    assert names == {f"layer{s}.{b}.conv{c}.conv" for s in (1, 2, 3) for b in range(3) for c in (1, 2)}
+    inner = LAPP(
+        build_model("resnet20"), torch.zeros(1, 3, 32, 32), budget=Budget(macs=0.5), steps=10, bypass="shared"
+    )
+    names = {inner.whole.groups[n].name for n in inner.targets}
+    assert names == {f"layer{s}.{b}.conv1" for s in (1, 2, 3) for b in range(3)}
+
+
+def test_costs_of_the_bypass_are_counted() -> None:
+    """3.8 % of the MACs of ResNet-20 for a depthwise bypass beside every 3 × 3 convolution of the blocks."""
+    model = build_model("resnet20")
+    method = LAPP(model, torch.zeros(1, 3, 32, 32), budget=Budget(macs=0.5), steps=10)
+    counted = Cost(analyze(model, torch.zeros(1, 3, 32, 32))).macs()
+    assert method.cost.macs() == counted
+    assert counted / method.dense.macs() == pytest.approx(1.038, abs=5e-4)
+
+
+def test_gates_equal_removal() -> None:
+    """The gated network in evaluation mode is the network with the gated units cut out."""
+    for bypass in ("full", "none"):
+        method = make(bypass=bypass)
+        model = method.model
+        for module in model.modules():
+            if isinstance(module, nn.BatchNorm2d):  # a shift that would survive a mask before the norm
+                nn.init.normal_(module.bias)
+                nn.init.uniform_(module.running_var, 0.5, 2)
+        x = torch.randn(4, 3, 8, 8)
+        with attached(method), torch.no_grad():
+            method.threshold.fill_(0.0)
+            gated = model.eval()(x)
+            keep = [torch.ones(g.units, dtype=torch.bool) for g in method.graph.groups]
+            for number, mask in zip(method.targets, method.masks(), strict=True):
+                keep[number] = mask >= 0.5
+            assert not all(k.all() for k in keep)
+            method.remove(keep)
+        torch.testing.assert_close(model(x), gated, rtol=1e-5, atol=1e-5)
+
+
+def test_without_weight_and_task_gradient_thresholds_stay() -> None:
+    method = make(weight=0.0, task_gradient=False, prune_share=1.0)
+    optimizer = torch.optim.SGD(method.model.parameters(), lr=0.05, weight_decay=0.1)
+    with method.attach(optimizer):
+        loop(method, optimizer, STEPS - 1)
+    assert torch.equal(method.threshold, torch.full_like(method.threshold, -3.0))
+
+
+def test_a_higher_weight_raises_thresholds() -> None:
+    reached = []
+    for weight in (0.5, 50.0):
+        method = make(weight=weight, threshold_optimizer="sgd", threshold_lr=0.02, prune_share=1.0)
+        optimizer = torch.optim.SGD(method.model.parameters(), lr=0.05)
+        with method.attach(optimizer):
+            loop(method, optimizer, STEPS - 1)
+        reached.append(method.threshold.detach()[method.targets].mean().item())
+    assert reached[1] > reached[0]
+
+
+def test_before_thresholds_move_training_is_that_of_the_dense_network_with_bypass() -> None:
+    method = make(hold_share=0.999, prune_share=1.0, weight=0.0)
+    plain = copy.deepcopy(method.model)
+    optimizer = torch.optim.SGD(method.model.parameters(), lr=0.05)
+    with method.attach(optimizer):
+        loop(method, optimizer, 4)
+    optimizer = torch.optim.SGD(plain.parameters(), lr=0.05)
+    torch.manual_seed(0)
+    for _ in range(4):
+        x, y = torch.randn(16, 3, 8, 8), torch.arange(16) % 3
+        optimizer.zero_grad()
+        F.cross_entropy(plain(x), y).backward()
+        optimizer.step()
+    for a, b in zip(plain.parameters(), method.model.parameters(), strict=True):
+        assert torch.equal(a, b)
+
+
+def separable() -> nn.Sequential:
+    """A network whose every hidden unit is an output of its own, so that what one is worth is known."""
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Conv2d(3, 4, 1),
+        nn.Conv2d(4, 16, 1, bias=False),
+        nn.BatchNorm2d(16),
+        nn.ReLU(),
+        nn.Conv2d(16, 16, 1),
+    )
+    nn.init.dirac_(model[4].weight)
+    return model
+
+
+@pytest.mark.parametrize("slope", ["soft", "sigmoid", "dst"])
+@pytest.mark.parametrize("make", [separable, Residual])
+@pytest.mark.parametrize(("goal", "sign"), [(-3.0, 1), (1.0, -1)])
+def test_the_task_pulls_thresholds_to_where_they_should_be(
+    slope: str, make: Callable[[], nn.Module], goal: float, sign: int
+) -> None:
+    """The task is what the network computes with one threshold elsewhere: the gradient points there.
+
+    The slope of the soft network is also compared with finite differences of its loss.
+    """
+    method = LAPP(make(), INPUTS, budget=Budget(macs=0.6), steps=9, bypass="none", slope=slope)
+    torch.manual_seed(0)
+    x = torch.randn(64, 3, 8, 8)
+    model = method.model.train()
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.eval()
+    with attached(method):
+        for number in method.targets:
+            with torch.no_grad():
+                method.threshold.fill_(-3.0)
+                method.threshold[number] = goal
+                wanted = model(x)
+                method.threshold[number] = here = 0.1 - 0.3 * sign
+
+            def loss(tau: float, number: int = number, wanted: torch.Tensor = wanted) -> torch.Tensor:
+                method.threshold.data[number] = tau
+                return F.mse_loss(model(x), wanted)
+
+            method.threshold.grad = None
+            loss(here).backward()
+            slope_here = method.threshold.grad[number].item()
+            if slope == "soft" or make is separable:
+                assert slope_here * sign > 0
+            if slope == "soft":
+                difference = (loss(here + 1e-2) - loss(here - 1e-2)).item() / 2e-2
+                assert slope_here == pytest.approx(difference, rel=0.02)
+
+
+def test_slopes_of_the_step() -> None:
+    x = torch.tensor([-2.0, -0.7, -0.2, 0.0, 0.2, 0.7, 2.0], requires_grad=True)
+    y = Step.apply(x, "dst", 0.5)
+    assert y.tolist() == [0, 0, 0, 1, 1, 1, 1]
+    y.sum().backward()
+    assert x.grad.tolist() == pytest.approx([0, 0.4, 1.2, 2, 1.2, 0.4, 0])
+    x.grad = None
+    Step.apply(x, "sigmoid", 0.5).sum().backward()
+    q = torch.sigmoid(x.detach() / 0.5)
+    torch.testing.assert_close(x.grad, q * (1 - q) / 0.5)
+
+
+def test_penalty_equals_its_equation() -> None:
+    method = make(weight=3.0, prune_share=1.0)
+    with attached(method):
+        method.step = 14
+        with torch.no_grad():
+            method.threshold.fill_(-0.5)
+        method.model(torch.randn(2, 3, 8, 8))
+        counts = [group.units for group in method.whole.groups]
+        for number, mask in zip(method.targets, method.masks(), strict=True):
+            counts[number] = int(mask.sum())
+        keep = method.limits["macs"] / method.dense.macs()
+        goal = keep + (1 - keep) * (1 - 14 / STEPS) ** 3
+        expected = 3.0 * max(0.0, method.cost.macs(counts) / method.dense.macs() - goal)
+        assert expected > 0
+        assert method.penalty().item() == pytest.approx(expected, rel=1e-5)
+        method.penalty().backward()
+        assert (method.threshold.grad[method.targets] < 0).all()  # raising a threshold makes it cheaper
+
+
+@pytest.mark.parametrize("inputs", [8, 12, 6])
+def test_a_shared_bypass_folds_exactly(inputs: int) -> None:
+    torch.manual_seed(0)
+    conv, norm = nn.Conv2d(inputs, 12, 3, 2, 1, bias=True), nn.BatchNorm2d(12)
+    model = nn.Sequential(conv, norm, nn.ReLU()).double()
+    layers = [("0", "1")]
+    add_bypass_(model, layers, "shared")
+    assert isinstance(model[0], Bypass)
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            nn.init.normal_(module.weight)
+            nn.init.normal_(module.bias)
+            nn.init.normal_(module.running_mean)
+            nn.init.uniform_(module.running_var, 0.5, 2)
+    x = torch.randn(2, inputs, 9, 9, dtype=torch.float64)
+    expected = model.eval()(x)
+    fold_bypass_(model, layers)
+    assert model[0] is conv
+    assert model[1] is norm
+    torch.testing.assert_close(model(x), expected, rtol=1e-12, atol=1e-12)
+
+
+def test_written_out_kernels() -> None:
+    conv = nn.Conv2d(6, 4, 3, groups=2, bias=False)
+    whole = nn.Conv2d(6, 4, 3, bias=False)
+    whole.weight.data = written_out(conv)
+    x = torch.randn(1, 6, 5, 5)
+    torch.testing.assert_close(whole(x), conv(x))
+
+
+def test_a_full_bypass_starts_as_a_plain_sum_and_scatters_after_a_cut() -> None:
+    method = make(remove_every=2)
+    optimizer = torch.optim.SGD(method.model.parameters(), lr=0.05)
+    with method.attach(optimizer):
+        loop(method, optimizer, STEPS)
+    bypasses = [m for m in method.model.modules() if isinstance(m, Bypass)]
+    assert any(len(m.index) < m.side.out_channels for m in bypasses)
+    for bypass in bypasses:
+        assert bypass.conv.out_channels == len(bypass.index) == bypass.norm.num_features
+        x = torch.randn(2, bypass.conv.in_channels, 8, 8)
+        main, side = bypass.norm(bypass.conv(x)), bypass.side_norm(bypass.side(x))
+        expected = side.clone()
+        for row, position in enumerate(bypass.index.tolist()):
+            expected[:, position] += main[:, row]
+        torch.testing.assert_close(bypass(x), expected)
+
+
+def test_curves_tell_the_course() -> None:
+    method = make()
+    optimizer = torch.optim.SGD(method.model.parameters(), lr=0.05)
+    with method.attach(optimizer):
+        loop(method, optimizer, STEPS)
+    steps = [point["step"] for point in method.curves]
+    assert steps == sorted(steps)
+    assert steps[-1] == method.prune_steps
+    assert method.curves[-1]["macs"] <= 0.6
+    assert set(method.curves[0]["threshold"]) == {method.whole.groups[n].name for n in method.targets}
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"bypass": "wide"},
+        {"score": "l3"},
+        {"prune_share": 0},
+        {"temperature": -1},
+        {"weight": "x"},
+        {"remove_every": 0},
+    ],
+)
+def test_bad_options_are_named(options: dict[str, object]) -> None:
+    with pytest.raises(SecateurError, match=next(iter(options))):
+        make(**options)
+
+
+def test_a_network_without_norms_needs_no_bypass() -> None:
+    def plain() -> nn.Module:
+        return nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3), nn.ReLU(), nn.Conv2d(8, 3, 3))
+
+    with pytest.raises(ModelError, match="bypass='none'"):
+        LAPP(plain(), INPUTS, budget=Budget(macs=0.8), steps=9)
+    method = LAPP(plain(), INPUTS, budget=Budget(macs=0.8), steps=9, bypass="none", prune_share=0.5)
+    optimizer = torch.optim.SGD(method.model.parameters(), lr=0.01)
+    with method.attach(optimizer):
+        for _ in range(9):
+            optimizer.zero_grad()
+            (method.model(torch.randn(4, 3, 8, 8)).square().mean() + method.penalty()).backward()
+            method.before_step()
+            optimizer.step()
+            method.after_step()
+    assert method.finish().verification.ok
