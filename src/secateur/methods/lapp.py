@@ -14,14 +14,13 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from secateur.allocate import allocate
 from secateur.cost import Budget, Cost
 from secateur.errors import BudgetError, ModelError, SecateurError
-from secateur.graph import Graph, Group, Inputs, analyze
+from secateur.graph import Graph, Inputs, analyze
 from secateur.methods.bypass import add_bypass_, fold_bypass_
 from secateur.methods.gates import Gates, norms_after
 from secateur.methods.oneshot import Pruned
-from secateur.methods.structured import StructuredMethod
+from secateur.methods.structured import StructuredMethod, makers, own_groups
 
 DUST = 1e-20
 """What a masked unit passes on while training: nothing in any sum, but enough for the gradient of a ReLU
@@ -143,16 +142,13 @@ class LAPP(StructuredMethod):
         self._norms, self._tensors = norms, dict(model.named_parameters())
         if bypass == "full":
             beside = {f"{conv}.conv" for conv, _ in self._bypasses}
-            self.targets = [
-                n for n, g in enumerate(self.whole.groups) if len(m := _makers(g)) == 1 and m <= beside
-            ]
+            targets = [n for n, g in enumerate(self.whole.groups) if len(m := makers(g)) == 1 and m <= beside]
         else:
-            self.targets = _own_groups(self.whole)
+            targets = own_groups(self.whole)
+        self.aim(targets, [max(1, math.ceil(min_share * group.units)) for group in self.whole.groups])
         if bypass == "shared":
             add_bypass_(model, self._bypasses, "shared")
         self.prune_steps = max(1, round(prune_share * steps))
-        self.least = [max(1, math.ceil(min_share * group.units)) for group in self.whole.groups]
-        self._check_reach()
 
         self.threshold = nn.Parameter(torch.full((len(self.whole.groups),), -3.0))
         lr = 7.8 / self.prune_steps if threshold_lr is None else threshold_lr
@@ -163,7 +159,6 @@ class LAPP(StructuredMethod):
         self._decided: list[Tensor] | None = None
         self._passed: list[Tensor] = []
         self._forward_hook: Any = None
-        self.curves: list[dict[str, Any]] = []
 
     # --- the equations -------------------------------------------------------------------------------------
 
@@ -232,11 +227,11 @@ class LAPP(StructuredMethod):
             self._forward_hook.remove()
         super().uninstall()
 
-    def make_gates(self) -> Gates | None:
+    def make_gates(self) -> tuple[Gates, ...]:
         shared = self._options["bypass"] == "shared"
         if self._decided is not None and not shared:
-            return None  # the units are gone
-        return Gates(self._original if shared else self.model, self.graph, self.targets, self._norms)
+            return ()  # the units are gone
+        return (Gates(self._original if shared else self.model, self.graph, self.targets, self._norms),)
 
     def parameters(self) -> list[nn.Parameter]:
         return [self.threshold]
@@ -298,7 +293,7 @@ class LAPP(StructuredMethod):
                 tensors[f"optimizer.{slot}"] = value
         for number, mask in enumerate(self._decided or ()):
             tensors[f"decided.{number}"] = mask
-        return tensors, facts | {"curves": self.curves}
+        return tensors, facts
 
     def restore(self, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> None:
         super().restore(tensors, facts)
@@ -314,34 +309,24 @@ class LAPP(StructuredMethod):
             self._threshold_optimizer.state[self.threshold] = on
         if "decided.0" in tensors:
             self._decided = [tensors[f"decided.{n}"].clone() for n in range(len(self._saliency))]
-        self.curves = list(facts["curves"])
 
     def _refresh(self) -> None:
         """Give the gates the masks of the weights and thresholds as they are now."""
-        if self.gates is None:
+        if not self.gates:
             return
+        (gates,) = self.gates
         if self._decided is not None:
-            self.gates.set([self._decided[number].to(self.threshold) for number in self.targets])
+            gates.set([self._decided[number].to(self.threshold) for number in self.targets])
             return
         self._passed = self.masks()
         passed = self._passed if self._options["task_gradient"] else [mask.detach() for mask in self._passed]
         if self.model.training:
             passed = [mask + DUST * (mask == 0) for mask in passed]
-        self.gates.set(passed)
+        gates.set(passed)
 
     def _landing(self) -> list[Tensor]:
         """Which units stay if the budget were to be met now: one common offset on all thresholds."""
-        scores = [torch.full((group.units,), math.inf) for group in self.graph.groups]
-        for number in self.targets:
-            scores[number] = self.distance(number).detach().cpu()
-            self.scores[number][self.kept[number]] = scores[number]
-            scores[number][scores[number].topk(min(self.least[number], len(scores[number]))).indices] = (
-                math.inf
-            )
-        over = {name: float(limit) for name, limit in self.limits.items() if self.count(name) > limit}
-        if not over:
-            return [torch.ones(len(units), dtype=torch.bool) for units in self.kept]
-        return allocate(scores, Cost(self.graph), Budget(**over), "global", relative=False)
+        return self.choose([self.distance(number) for number in self.targets])
 
     def _remove_below(self) -> None:
         """Cut out what is below its threshold, but nothing that the budget would let stay."""
@@ -369,7 +354,6 @@ class LAPP(StructuredMethod):
         self.threshold.data.fill_(high)
 
     def _note(self) -> None:
-        """A point of the curves: thresholds, units that pass, and costs."""
         counts = [len(units) for units in self.kept]
         if self._decided is None:
             for number, mask in zip(self.targets, self._passed, strict=True):
@@ -377,31 +361,8 @@ class LAPP(StructuredMethod):
         elif self._options["bypass"] == "shared":
             counts = [int(mask.sum()) for mask in self._decided]
         names = [self.whole.groups[number].name for number in self.targets]
-        self.curves.append(
-            {
-                "step": self.step,
-                "threshold": dict(zip(names, self.threshold.detach()[self.targets].tolist(), strict=True)),
-                "units": dict(zip(names, (counts[number] for number in self.targets), strict=True)),
-                "macs": self.cost.macs(counts) / self.dense.macs(),
-                "params": self.cost.params(counts) / self.dense.params(),
-            }
-        )
-
-    def _check_reach(self) -> None:
-        if not self.targets:
-            raise ModelError(
-                "LAPP: no layer can lose units on its own; `secateur inspect` says what is frozen"
-            )
-        least = [group.units for group in self.whole.groups]
-        for number in self.targets:
-            least[number] = self.least[number]
-        for name, limit in self.limits.items():
-            if (reach := self.cost.of(name, least)) > limit:
-                raise BudgetError(
-                    f"LAPP: budget {name} {self.budget.bounds[name]:g} asks for at most {limit:,}; with "
-                    f"bypass={self._options['bypass']!r} and min_share={self._options['min_share']:g} at least "
-                    f"{reach:,} stay ({reach / self.dense.of(name):.4f} of the dense model). Ask for more."
-                )
+        values = self.threshold.detach()[self.targets].tolist()
+        self.note(counts, threshold=dict(zip(names, values, strict=True)))
 
 
 class Step(torch.autograd.Function):
@@ -425,16 +386,6 @@ class Step(torch.autograd.Function):
         return gradients[0] * slope, None, None
 
 
-def _makers(group: Group) -> set[str]:
-    return {member.module for member in group.members if member.role == "out"}
-
-
-def _own_groups(graph: Graph) -> list[int]:
-    """Groups made by one layer alone, so not part of a residual sum; without the network's first layer."""
-    first = graph.macs[0].name
-    return [n for n, group in enumerate(graph.groups) if len(m := _makers(group)) == 1 and m != {first}]
-
-
 def _candidates(
     model: nn.Module, graph: Graph, norms: Mapping[str, str], bypass: str, freeze: Sequence[str]
 ) -> list[tuple[str, str]]:
@@ -445,7 +396,7 @@ def _candidates(
     """
     if bypass == "none":
         return []
-    own = {maker for number in _own_groups(graph) for maker in _makers(graph.groups[number])}
+    own = {maker for number in own_groups(graph) for maker in makers(graph.groups[number])}
     found = []
     for name in dict.fromkeys(product.name for product in graph.macs):
         conv = model.get_submodule(name)

@@ -1,6 +1,7 @@
 """What methods share that remove units from a model while it trains."""
 
 import copy
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -9,9 +10,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from secateur.allocate import allocate
 from secateur.cost import Budget, Cost
-from secateur.errors import CutError, TrainingError
-from secateur.graph import Inputs, analyze
+from secateur.errors import BudgetError, CutError, ModelError, TrainingError
+from secateur.graph import Graph, Group, Inputs, analyze
 from secateur.graph.shrink import shrink
 from secateur.methods.gates import Gates
 from secateur.methods.oneshot import Pruned
@@ -34,8 +36,11 @@ class StructuredMethod(TrainingMethod):
         whole: the graph of the model at the start; the plan refers to it.
         graph: of the model as it is now; the same groups with the units that are left.
         kept: per group, the numbers that its units had at the start.
+        targets: numbers of the groups that lose units.
+        least: units that each group keeps at least.
         scores: (units,) per group of `whole`, as they were when last looked at; higher = keep.
         limits: the largest allowed cost per bounded measure.
+        curves: points of the course of the training, plain JSON.
     """
 
     def __init__(
@@ -55,24 +60,87 @@ class StructuredMethod(TrainingMethod):
         self.dense = dense or self.cost
         self.limits = budget.limits({name: self.dense.of(name) for name in budget.bounds})
         self.kept = [torch.arange(group.units) for group in self.whole.groups]
+        self.targets: list[int] = []
+        self.least = [1] * len(self.whole.groups)
+        self.curves: list[dict[str, Any]] = []
         self.scores = [torch.zeros(group.units) for group in self.whole.groups]
-        self.gates: Gates | None = None
+        self.gates: tuple[Gates, ...] = ()
         self._original = copy.deepcopy(model)
+
+    def aim(self, targets: Sequence[int], least: Sequence[int]) -> None:
+        """Say which groups lose units, and how many every group keeps at least.
+
+        Raises:
+            ModelError: there is no such group.
+            BudgetError: the budget cannot be reached that way; the message says what can.
+        """
+        self.targets, self.least = list(targets), list(least)
+        name = type(self).__name__
+        if not self.targets:
+            raise ModelError(
+                f"{name}: no layer can lose units on its own; `secateur inspect` says what is frozen"
+            )
+        counts = [group.units for group in self.whole.groups]
+        for number in self.targets:
+            counts[number] = self.least[number]
+        for measure, limit in self.limits.items():
+            if (reach := self.cost.of(measure, counts)) > limit:
+                raise BudgetError(
+                    f"{name}: budget {measure} {self.budget.bounds[measure]:g} asks for at most {limit:,}; of its "
+                    f"groups at least {reach:,} stay ({reach / self.dense.of(measure):.4f} of the dense model). "
+                    f"Ask for more."
+                )
+
+    def choose(self, scores: Sequence[Tensor], slack: float = 0.0) -> list[Tensor]:
+        """Which units of the model as it is now to keep, so that the budget holds: those that score best.
+
+        Args:
+            scores: (units,) per target group.
+            slack: from 0, the budget, to 1, the dense model.
+        Returns:
+            (units,) bool per group of `graph`.
+        """
+        pooled = [torch.full((len(units),), math.inf) for units in self.kept]
+        for number, score in zip(self.targets, scores, strict=True):
+            self.scores[number][self.kept[number]] = score.detach().float().cpu()
+            pooled[number] = score.detach().float().cpu().clone()
+            best = pooled[number].topk(min(self.least[number], len(score))).indices
+            pooled[number][best] = math.inf
+        bounds = {
+            name: limit + slack * max(0, self.dense.of(name) - limit) for name, limit in self.limits.items()
+        }
+        over = {name: bound for name, bound in bounds.items() if self.count(name) > bound}
+        if not over:
+            return [torch.ones(len(units), dtype=torch.bool) for units in self.kept]
+        return allocate(pooled, Cost(self.graph), Budget(**over), "global", relative=False)
+
+    def note(self, counts: Sequence[int], **facts: Any) -> None:
+        """Add a point to the curves: the step, the units of each target group, costs, and more facts."""
+        names = [self.whole.groups[number].name for number in self.targets]
+        self.curves.append(
+            {
+                "step": self.step,
+                "units": dict(zip(names, (counts[number] for number in self.targets), strict=True)),
+                "macs": self.cost.macs(counts) / self.dense.macs(),
+                "params": self.cost.params(counts) / self.dense.params(),
+                **facts,
+            }
+        )
 
     def install(self) -> None:
         self.gates = self.make_gates()
-        if self.gates is not None:
+        for gates in self.gates:
             for model in (self.model, *self.followers):
-                self.gates.install(model)
+                gates.install(model)
 
     def uninstall(self) -> None:
-        if self.gates is not None:
-            self.gates.remove()
-        self.gates = None
+        for gates in self.gates:
+            gates.remove()
+        self.gates = ()
 
-    def make_gates(self) -> Gates | None:
-        """The gates of the model as it is now; None: there are none."""
-        return None
+    def make_gates(self) -> tuple[Gates, ...]:
+        """The gates of the model as it is now."""
+        return ()
 
     def settings(self) -> dict[str, Any]:
         return super().settings() | {"budget": self.budget.bounds, "freeze": list(self.freeze)}
@@ -90,7 +158,7 @@ class StructuredMethod(TrainingMethod):
         masks = [mask.cpu() for mask in masks]
         if all(mask.all() for mask in masks):
             return
-        gated = self.gates is not None
+        gated = bool(self.gates)
         self.uninstall()
         device = next(self.model.parameters()).device
         here = replace(self.graph, inputs=pytree.tree_map(lambda x: _to(x, device), self.graph.inputs))
@@ -144,7 +212,7 @@ class StructuredMethod(TrainingMethod):
         tensors, facts = super().state()
         for number, (kept, scores) in enumerate(zip(self.kept, self.scores, strict=True)):
             tensors |= {f"kept.{number}": kept, f"scores.{number}": scores}
-        return tensors, facts
+        return tensors, facts | {"curves": self.curves}
 
     def restore(self, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> None:
         super().restore(tensors, facts)
@@ -154,8 +222,20 @@ class StructuredMethod(TrainingMethod):
             mask[tensors[f"kept.{number}"]] = True
             masks.append(mask)
         self.remove(masks)
+        self.curves = list(facts["curves"])
         self.scores = [tensors[f"scores.{n}"].clone() for n in range(len(self.whole.groups))]
 
 
 def _to(x: Any, device: torch.device) -> Any:
     return x.to(device) if isinstance(x, Tensor) else x
+
+
+def makers(group: Group) -> set[str]:
+    """The layers whose outputs a group's units are."""
+    return {member.module for member in group.members if member.role == "out"}
+
+
+def own_groups(graph: Graph) -> list[int]:
+    """Groups made by one layer alone, so not part of a residual sum; without the network's first layer."""
+    first = graph.macs[0].name
+    return [n for n, group in enumerate(graph.groups) if len(m := makers(group)) == 1 and m != {first}]
