@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from secateur import Budget
 from secateur.methods.lapp import LAPP
+from secateur.methods.paam import PAAM
 from secateur.methods.structured import StructuredMethod
 from secateur.recipes.data import Dataset, Normalisation, Split
 from secateur.recipes.train import FitResult, TrainConfig, fit, training_steps
@@ -68,6 +69,18 @@ def lapp(**options: object) -> Make:
     return lambda model: LAPP(model, INPUTS, **chosen)  # type: ignore[arg-type]
 
 
+def paam(**options: object) -> Make:
+    chosen = {
+        "budget": Budget(macs=0.6),
+        "steps": STEPS,
+        "lr": 0.02,
+        "hidden": 4,
+        "scorer_every": 2,
+        **options,
+    }
+    return lambda model: PAAM(model, INPUTS, **chosen)  # type: ignore[arg-type]
+
+
 METHODS: dict[str, Make] = {
     "lapp, full bypass": lapp(),
     "lapp, full bypass, removal on the way": lapp(
@@ -76,6 +89,11 @@ METHODS: dict[str, Make] = {
     "lapp, shared bypass": lapp(bypass="shared", score="gamma", constraint="log"),
     "lapp, no bypass": lapp(bypass="none", score="taylor", slope="dst", remove_every=2),
     "lapp, soft, no learning": lapp(bypass="none", slope="soft", learn=False),
+    "paam, alternating": paam(),
+    "paam, joint, linear": paam(regime="joint", scorer="linear"),
+    "paam, additive, binary": paam(scorer="additive", binary=True, select_every=2),
+    "paam, dot": paam(scorer="dot", weight=3.0),
+    "paam, free, streams": paam(scorer="free", streams=True),
 }
 """Every training method in every form -> how to make it for a model."""
 

@@ -1,6 +1,6 @@
 """Gates: factors on the outputs of layers, one per unit, while a method trains."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Self
 
 import numpy as np
@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from secateur.errors import ModelError
 from secateur.graph import Graph, Inputs
 from secateur.graph.capture import as_call
 
@@ -89,8 +90,8 @@ class Gates:
         graph: of the model as it is now.
         groups: numbers of the groups to gate.
         norms: from `norms_after`.
-        everywhere: also after layers in the middle of a group, such as depthwise convolutions and norms
-            that would make something of a zero. Off for gates that are not 0 or 1: these act once.
+        only: group number -> the layers to gate. None: everywhere, so also after depthwise convolutions and
+            norms that would make something of a zero; for gates that are not 0 or 1 see `last_layers`.
     """
 
     def __init__(
@@ -100,17 +101,17 @@ class Gates:
         groups: Sequence[int],
         norms: dict[str, str],
         *,
-        everywhere: bool = True,
+        only: Mapping[int, set[str]] | None = None,
     ) -> None:
         self._groups = list(groups)
         self._hooks: list[Any] = []
         self._gates: dict[str, Gate] = {}
         self._places: dict[str, list[tuple[int, Tensor]]] = {}
         tensors = dict(model.named_parameters(remove_duplicate=False))
-        roles = ("out", "depthwise", "scale") if everywhere else ("out",)
+        roles = ("out", "depthwise", "scale") if only is None else ("out", "depthwise")
         for group in self._groups:
             for member in graph.groups[group].members:
-                if member.role not in roles:
+                if member.role not in roles or (only is not None and member.module not in only[group]):
                     continue
                 name = norms.get(member.module, member.module)
                 last = isinstance(model.get_submodule(name), nn.Linear | nn.LayerNorm)
@@ -119,6 +120,11 @@ class Gates:
                 places = self._places.setdefault(name, [])
                 if all(placed != group for placed, _ in places):
                     places.append((group, torch.from_numpy(np.ascontiguousarray(member.index))))
+
+    @property
+    def names(self) -> list[str]:
+        """The modules that a gate stands behind."""
+        return list(self._gates)
 
     def set(self, values: Sequence[Tensor]) -> None:
         """Give every gated group its values, (units,), in the order of `groups`."""
@@ -130,6 +136,28 @@ class Gates:
                 flat = flat.index_put((index.to(flat.device),), of[group][:, None].expand(index.shape))
             gate.values = flat
 
+    def fold_(self, model: nn.Module, values: Sequence[Tensor]) -> None:
+        """Multiply the layers' own weights instead, so that the model computes the same without gates.
+
+        Raises:
+            ModelError: a gate stands on a norm without scale and shift.
+        """
+        self.set(values)
+        for name, gate in self._gates.items():
+            layer = model.get_submodule(name)
+            assert gate.values is not None
+            weight, bias, by = layer.weight, layer.bias, gate.values.detach()
+            if not isinstance(weight, Tensor) or (isinstance(layer, _NORMS) and bias is None):
+                raise ModelError(
+                    f"{name}: a norm without scale and shift cannot take scores; use affine=True"
+                )
+            shape = [1] * weight.ndim
+            shape[1 if isinstance(layer, nn.modules.conv._ConvTransposeNd) else 0] = gate.width
+            with torch.no_grad():
+                weight.mul_(by.to(weight).view(shape))
+                if isinstance(bias, Tensor):
+                    bias.mul_(by.to(bias))
+
     def install(self, model: nn.Module) -> None:
         """Put the gates on a model of this structure."""
         for name, gate in self._gates.items():
@@ -140,3 +168,20 @@ class Gates:
         for handle in self._hooks:
             handle.remove()
         self._hooks.clear()
+
+
+def last_layers(graph: Graph, groups: Sequence[int]) -> dict[int, set[str]]:
+    """Group number -> the layers behind which a factor on its units acts once, and is not normalised away.
+
+    These are the layers that make the units; but where a depthwise convolution follows, the last such one,
+    because its batch norm would undo any factor before it.
+    """
+    order = {product.name: place for place, product in enumerate(graph.macs)}
+    found = {}
+    for number in groups:
+        members = graph.groups[number].members
+        makers = {m.module for m in members if m.role == "out"}
+        depthwise = [m.module for m in members if m.role == "depthwise"]
+        single = len(makers) == 1 and depthwise
+        found[number] = {max(depthwise, key=lambda name: order.get(name, -1))} if single else makers
+    return found

@@ -28,7 +28,7 @@ class StructuredMethod(TrainingMethod):
     Args:
         model: pruned in place.
         inputs: example inputs.
-        budget: what the result may cost at most.
+        budget: what the result may cost at most; None: the method decides otherwise.
         steps: optimizer steps of the whole training.
         dense: the cost that shares in the budget refer to; None: the model's as it is now.
         freeze: module names or shell patterns that no cut may touch.
@@ -48,7 +48,7 @@ class StructuredMethod(TrainingMethod):
         model: nn.Module,
         inputs: Inputs,
         *,
-        budget: Budget,
+        budget: Budget | None,
         steps: int,
         dense: Cost | None = None,
         freeze: Sequence[str] = (),
@@ -58,7 +58,8 @@ class StructuredMethod(TrainingMethod):
         self.whole = self.graph = analyze(model, inputs, freeze=freeze)
         self.cost = Cost(self.whole)
         self.dense = dense or self.cost
-        self.limits = budget.limits({name: self.dense.of(name) for name in budget.bounds})
+        bounds = budget.bounds if budget else {}
+        self.limits = budget.limits({name: self.dense.of(name) for name in bounds}) if budget else {}
         self.kept = [torch.arange(group.units) for group in self.whole.groups]
         self.targets: list[int] = []
         self.least = [1] * len(self.whole.groups)
@@ -86,9 +87,8 @@ class StructuredMethod(TrainingMethod):
         for measure, limit in self.limits.items():
             if (reach := self.cost.of(measure, counts)) > limit:
                 raise BudgetError(
-                    f"{name}: budget {measure} {self.budget.bounds[measure]:g} asks for at most {limit:,}; of its "
-                    f"groups at least {reach:,} stay ({reach / self.dense.of(measure):.4f} of the dense model). "
-                    f"Ask for more."
+                    f"{name}: the budget asks for at most {limit:,} {measure}; whatever goes, {reach:,} "
+                    f"stay ({reach / self.dense.of(measure):.4f} of the dense model). Ask for more."
                 )
 
     def choose(self, scores: Sequence[Tensor], slack: float = 0.0) -> list[Tensor]:
@@ -143,7 +143,8 @@ class StructuredMethod(TrainingMethod):
         return ()
 
     def settings(self) -> dict[str, Any]:
-        return super().settings() | {"budget": self.budget.bounds, "freeze": list(self.freeze)}
+        bounds = self.budget.bounds if self.budget else None
+        return super().settings() | {"budget": bounds, "freeze": list(self.freeze)}
 
     def count(self, measure: str, masks: Sequence[Tensor] | None = None) -> int:
         """MACs, parameters or units of the model as it is now, or with only the units marked True."""

@@ -1,0 +1,250 @@
+"""PAAM against its equations and the traps of a reconstruction."""
+
+import copy
+import itertools
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from secateur import Budget
+from secateur.errors import SecateurError
+from secateur.methods.paam import PAAM, Activation, Scorer
+from secateur.recipes.models import build_model
+from tests.methods.examples import STEPS, Residual, paam
+from tests.methods.test_training_methods import loop
+
+SCORERS = ["attention", "additive", "dot", "linear", "free"]
+
+
+def make(model: nn.Module | None = None, **options: object) -> PAAM:
+    method = paam(**options)(model or Residual())
+    assert isinstance(method, PAAM)
+    return method
+
+
+def attached(method: PAAM) -> PAAM:
+    return method.attach(torch.optim.SGD(method.model.parameters(), lr=0.05))
+
+
+def stirred(method: PAAM) -> PAAM:
+    """Scorers that say something, and norms in which a misplaced factor would show."""
+    torch.manual_seed(3)
+    with torch.no_grad():
+        for p in method.scorers.parameters():
+            p.add_(0.5 * torch.randn_like(p))
+        for module in method.model.modules():
+            if isinstance(module, nn.BatchNorm2d):
+                module.bias.normal_()
+                module.running_mean.normal_()
+                module.running_var.uniform_(0.5, 2)
+    return method
+
+
+@pytest.mark.parametrize("scorer", SCORERS)
+@pytest.mark.parametrize("regime", ["alternate", "joint"])
+def test_at_the_start_it_is_the_dense_network(scorer: str, regime: str) -> None:
+    model = Residual().eval()
+    x = torch.randn(4, 3, 8, 8)
+    before = model(x)
+    method = make(model, scorer=scorer, regime=regime)
+    with attached(method):
+        assert all(torch.equal(s, torch.ones_like(s)) for s in method.score())
+        assert torch.equal(model(x), before)
+
+
+def test_the_leaky_exponential() -> None:
+    """Positive, at most 1, 1 at 0, and a gradient everywhere: the paper's three requirements."""
+    x = torch.linspace(-30, 20, 501, requires_grad=True)
+    y = Activation.apply(x, 0.01)
+    y.sum().backward()
+    assert ((y > 0) & (y <= 1)).all()
+    assert Activation.apply(torch.zeros(1), 0.01).item() == 1
+    assert (x.grad > 0).all()
+    inside = (x.detach() > -20) & (x.detach() <= 0)
+    torch.testing.assert_close(x.grad[inside], x.detach()[inside].exp())
+    assert (x.grad[x.detach() > 0] == 0.01).all()
+
+
+@pytest.mark.parametrize("scorer", ["attention", "additive", "dot"])
+def test_scorers_equal_their_formulas(scorer: str) -> None:
+    torch.manual_seed(0)
+    net = Scorer(5, 7, scorer, 3)
+    for p in net.parameters():
+        nn.init.normal_(p)
+    filters = torch.randn(5, 7)
+    rows = (filters - filters.mean(1, keepdim=True)) / (
+        filters.var(1, correction=0, keepdim=True) + 1e-5
+    ).sqrt()
+    q, k = rows @ net.query.weight.T, rows @ net.key.weight.T
+    for i in range(5):
+        if scorer == "attention":
+            share = torch.stack([(q[i] @ k[j]) / 3**0.5 for j in range(5)]).softmax(0)
+            mixed = sum(share[j] * (net.value.weight @ rows[j]) for j in range(5))
+            expected = mixed @ net.out + net.shift
+        elif scorer == "additive":
+            expected = torch.stack([torch.tanh(q[i] + k[j]) @ net.out for j in range(5)]).mean() + net.shift
+        else:
+            expected = net.out * torch.stack([q[i] @ k[j] for j in range(5)]).mean() / 3**0.5 + net.shift
+        torch.testing.assert_close(net(filters)[i], expected[0])
+
+
+def test_gradients_go_only_where_they_should() -> None:
+    method = make(scorer_every=2)
+    model = method.model
+    x, y = torch.randn(8, 3, 8, 8), torch.arange(8) % 3
+    with attached(method):
+        F.cross_entropy(model(x), y).backward()  # step 0 trains weights
+        assert method.penalty().item() == 0
+        method.before_step()
+        assert all(p.grad is not None for p in model.parameters())
+        assert all(p.grad is None for p in method.parameters())
+        model.zero_grad()
+        method.step = 1  # trains scorers
+        (F.cross_entropy(model(x), y) + method.penalty()).backward()
+        method.before_step()
+        assert all(p.grad is None for p in model.parameters())
+        assert any(p.grad is not None and p.grad.abs().sum() > 0 for p in method.parameters())
+
+
+def test_scores_see_no_weight_through_the_filters() -> None:
+    method = stirred(make())
+    torch.cat(method.score()).sum().backward()
+    assert all(p.grad is None for p in method.model.parameters())
+
+
+def test_a_scorers_step_leaves_the_weights_and_their_statistics_alone() -> None:
+    method = stirred(make(scorer_every=2))
+    optimizer = torch.optim.SGD(method.model.parameters(), lr=0.05, momentum=0.9, weight_decay=0.1)
+    with method.attach(optimizer):
+        loop(method, optimizer, 1)
+        before = copy.deepcopy(method.model.state_dict())
+        scores = [s.detach().clone() for s in method.score()]
+        loop(method, optimizer, 1)
+        for name, tensor in method.model.state_dict().items():
+            if "num_batches" not in name:
+                assert torch.equal(tensor, before[name]), name
+        assert any(not torch.equal(a, b) for a, b in zip(scores, method.score(), strict=True))
+
+
+def test_a_factor_before_a_batch_norm_would_be_lost() -> None:
+    """Why scores stand behind the norm, and in mobile networks behind the last norm of the hidden width."""
+    conv, norm = nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4)
+    x = torch.randn(64, 3, 4, 4)
+    factor = torch.tensor([0.1, 0.5, 1.0, 1.0]).view(1, -1, 1, 1)
+    before = norm(conv(x))
+    torch.testing.assert_close(norm(factor * conv(x)), before, rtol=1e-2, atol=1e-2)
+    method = PAAM(
+        build_model("mobilenet_v2_cifar"), torch.zeros(1, 3, 32, 32), budget=Budget(macs=0.7), steps=10
+    )
+    with attached(method):
+        analog, _ = method.gates
+        kinds = {type(method.model.get_submodule(name)) for name in analog.names}
+        assert kinds == {nn.BatchNorm2d}
+        x = torch.randn(8, 3, 32, 32)
+        method.model.train()
+        with torch.no_grad():
+            method._before_forward()
+            plain = method.model(x)
+            method.step = 4
+            for scorer in method.scorers:
+                scorer.shift.fill_(-1.0)
+            assert not torch.allclose(method.model(x), plain, rtol=0.1, atol=0.1)
+
+
+@pytest.mark.parametrize("name", ["resnet20", "mobilenet_v2_cifar", "shufflenet_v2_x0_5_cifar"])
+def test_folded_and_cut_equals_gated(name: str) -> None:
+    model = build_model(name).eval()
+    method = stirred(PAAM(model, torch.zeros(1, 3, 32, 32), budget=Budget(macs=0.7), steps=10))
+    x = torch.randn(2, 3, 32, 32)
+    with attached(method), torch.no_grad():
+        keep = method.choose(method.score())
+        method._selected = [keep[number] for number in method.targets]
+        gated = model(x)
+        scale = gated.abs().max()
+        method._select(last=True)
+    assert method.count("macs") <= method.limits["macs"]
+    torch.testing.assert_close(model(x) / scale, gated / scale, rtol=0, atol=1e-5)
+
+
+def test_mean_score_falls_with_the_weight() -> None:
+    means = []
+    for weight in (0.0, 1.0, 10.0):
+        method = make(weight=weight, scorer_every=2, return_share=1.0, lr=0.05)
+        optimizer = torch.optim.SGD(method.model.parameters(), lr=0.05)
+        with method.attach(optimizer):
+            loop(method, optimizer, STEPS - 1)
+        means.append(torch.cat(method.score()).mean().item())
+    assert means[0] > means[1] > means[2]
+    assert means[0] > 0.9
+
+
+def test_selection_by_score_mass() -> None:
+    method = make(budget=None, mass=0.6, scorer="free", lr=0.3, weight=5.0)
+    optimizer = torch.optim.SGD(method.model.parameters(), lr=0.05)
+    with method.attach(optimizer):
+        loop(method, optimizer, STEPS)
+    pruned = method.finish()
+    assert pruned.verification.ok
+    scores = torch.cat([method.scores[n] for n in method.targets]).sort(descending=True).values
+    kept = sum(len(method.kept[n]) for n in method.targets)
+    share = scores.cumsum(0) / scores.sum()
+    assert share[kept - 1] >= 0.6 - 1e-6
+    assert kept == 1 or share[kept - 2] < 0.6 + 1e-6
+
+
+def test_streams_share_one_score_vector() -> None:
+    method = make(streams=True)
+    stream = next(n for n in method.targets if method.whole.groups[n].name == "stem.0")
+    members = [m.module for m in method.whole.groups[stream].members if m.role == "out"]
+    assert members == ["stem.0", "blocks.0.conv2", "blocks.1.conv2"]
+    features = method.scorers[method.targets.index(stream)].query.in_features
+    assert features == 3 * 9 + 2 * 16 * 9
+
+
+def test_overhead_is_reported() -> None:
+    method = make(scorer="attention", hidden=4)
+    own = sum(p.numel() for p in method.scorers.parameters())
+    cost = method.overhead()
+    assert cost["params"] == own
+    assert cost["ms"] > 0
+    assert all(p.grad is None for p in method.parameters())
+
+
+def test_the_size_of_the_attention_networks() -> None:
+    """ResNet-56, internal convolutions: 0.42, 0.83 and 1.66 million parameters for h = 16, 32, 64."""
+    for hidden, expected in ((16, 0.42e6), (64, 1.66e6)):
+        method = PAAM(
+            build_model("resnet56"),
+            torch.zeros(1, 3, 32, 32),
+            budget=Budget(params=0.477),
+            steps=10,
+            hidden=hidden,
+        )
+        assert sum(p.numel() for p in method.parameters()) == pytest.approx(expected, rel=0.02)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"regime": "both"}, {"scorer": "deep"}, {"leak": 0}, {"scorer_every": 1}, {"mass": 2}, {"hidden": "x"}],
+)
+def test_bad_options_are_named(options: dict[str, object]) -> None:
+    with pytest.raises(SecateurError, match=next(iter(options))):
+        make(**options)
+
+
+def test_budget_or_mass() -> None:
+    for options in ({"budget": None}, {"mass": 0.5}):
+        with pytest.raises(SecateurError, match="either a budget or mass"):
+            make(**options)
+
+
+def test_every_combination_runs_a_few_steps() -> None:
+    for scorer, regime in itertools.product(SCORERS, ["alternate", "joint"]):
+        method = make(scorer=scorer, regime=regime)
+        optimizer = torch.optim.SGD(method.model.parameters(), lr=0.05)
+        with method.attach(optimizer):
+            loop(method, optimizer, 4)
+        assert method.step == 4
+        assert all(torch.isfinite(s).all() for s in method.score())
