@@ -7,8 +7,13 @@ import torch
 from torch import Tensor, nn
 
 from secateur import Budget
+from secateur.methods.depgraph import DepGraph
+from secateur.methods.gate_decorator import GateDecorator
+from secateur.methods.gradual import Gradual
 from secateur.methods.lapp import LAPP
+from secateur.methods.oto import HESSO, OTO
 from secateur.methods.paam import PAAM
+from secateur.methods.removal import Decay, Rectify
 from secateur.methods.structured import StructuredMethod
 from secateur.recipes.data import Dataset, Normalisation, Split
 from secateur.recipes.train import FitResult, TrainConfig, fit, training_steps
@@ -81,6 +86,13 @@ def paam(**options: object) -> Make:
     return lambda model: PAAM(model, INPUTS, **chosen)  # type: ignore[arg-type]
 
 
+def gradual(kind: type[StructuredMethod], **options: object) -> Make:
+    chosen = {"budget": Budget(macs=0.6), "steps": STEPS, **options}
+    return lambda model: kind(model, INPUTS, **chosen)  # type: ignore[arg-type]
+
+
+SOFT = Decay(3, Rectify(rate=0.0, length=0.0, cool_down=2))
+
 METHODS: dict[str, Make] = {
     "lapp, full bypass": lapp(),
     "lapp, full bypass, removal on the way": lapp(
@@ -94,6 +106,21 @@ METHODS: dict[str, Make] = {
     "paam, additive, binary": paam(scorer="additive", binary=True, select_every=2),
     "paam, dot": paam(scorer="dot", weight=3.0),
     "paam, free, streams": paam(scorer="free", streams=True),
+    "gradual, l2": gradual(Gradual, rounds=3, prune_share=0.8),
+    "gradual, taylor, decay and release": gradual(
+        Gradual, score="taylor", rounds=3, prune_share=0.9, removal=SOFT
+    ),
+    "depgraph": gradual(DepGraph, sparse_share=0.3, prune_share=0.5, pieces=3),
+    "depgraph, decay of everything": gradual(
+        DepGraph, sparse_share=0.2, prune_share=0.8, rounds=2, removal=Decay(3, parts="full")
+    ),
+    "oto": gradual(OTO, strength=0.5, most=1.0),
+    "oto, decay and release": gradual(OTO, strength=0.5, most=1.0, prune_share=0.8, removal=SOFT),
+    "hesso": gradual(HESSO, periods=2, prune_share=0.8),
+    "gate decorator": gradual(GateDecorator, ticks=2, ticks_per_tock=1, prune_share=0.8),
+    "gate decorator, decay": gradual(
+        GateDecorator, ticks=2, ticks_per_tock=1, prune_share=0.8, removal=Decay(3)
+    ),
 }
 """Every training method in every form -> how to make it for a model."""
 

@@ -61,12 +61,9 @@ def test_the_budget_is_met_within_one_unit(make: Make, tmp_path: Path) -> None:
     pruned = method.finish()
     counts = pruned.plan.kept(pruned.graph)
     assert any(kept < group.units for kept, group in zip(counts, pruned.graph.groups, strict=True))
-    limit = method.limits["macs"]
-    assert method.cost.macs(counts) <= limit
-    for number in method.targets:  # type: ignore[attr-defined]
-        if counts[number] < pruned.graph.groups[number].units:
-            one_more = [kept + (n == number) for n, kept in enumerate(counts)]
-            assert method.cost.macs(one_more) > limit
+    limit, macs = method.limits["macs"], method.cost.macs(counts)
+    one = [[kept - (n == number) for n, kept in enumerate(counts)] for number in method.targets]
+    assert limit - max(macs - method.cost.macs(fewer) for fewer in one) < macs <= limit
 
 
 @every_method
@@ -119,8 +116,7 @@ def test_a_skipped_step_does_not_count(make: Make) -> None:
         method.after_step()  # without optimizer.step(), as a gradient scaler does
         assert method.step == 1
         for name, tensor in method.state()[0].items():
-            if not name.startswith("saliency"):
-                assert torch.equal(tensor, before[name]), name
+            assert torch.equal(tensor, before[name]), name
 
 
 def test_training_cut_short_is_an_error() -> None:
@@ -150,7 +146,7 @@ def test_the_method_must_be_for_this_training(tmp_path: Path) -> None:
 
 
 def test_an_unreachable_budget_says_what_can_be_reached() -> None:
-    with pytest.raises(BudgetError, match="at least"):
+    with pytest.raises(BudgetError, match="stay"):
         lapp(budget=Budget(macs=0.01))(Residual())
 
 

@@ -84,7 +84,7 @@ def test_errors() -> None:
     model = small()
     graph = sc.analyze(model, X)
     with pytest.raises(
-        ScoreError, match="unknown score 'l3'; choose one of: bn-scale, l1, l2, random, taylor"
+        ScoreError, match="unknown score 'l3'; choose one of: bn-scale, group-l2, l1, l2, random, taylor"
     ):
         score_groups(model, graph, "l3")
     with pytest.raises(ScoreError, match="needs gradients on data: pass data="):

@@ -158,6 +158,7 @@ class LAPP(StructuredMethod):
         self._moments = torch.zeros(len(self.whole.groups), 2)
         self._decided: list[Tensor] | None = None
         self._passed: list[Tensor] = []
+        self._look: list[tuple[int, Tensor]] = []
         self._forward_hook: Any = None
 
     # --- the equations -------------------------------------------------------------------------------------
@@ -238,17 +239,15 @@ class LAPP(StructuredMethod):
 
     def before_step(self) -> None:
         super().before_step()
+        self._look = []
         if self._options["score"] != "taylor" or self._decided is not None:
             return
         for number in self.targets:
             scales = [m for m in self.graph.groups[number].members if m.role == "scale"]
             pairs = [(m, p, p.grad) for m in scales if (p := self._tensors[m.tensor]).grad is not None]
             if pairs:
-                change = torch.stack(
-                    [(m.take(p.detach()) * m.take(g)).float().sum(1) for m, p, g in pairs]
-                ).sum(0)
-                rows, memory = self.kept[number], self._saliency[number]
-                memory[rows] = torch.lerp(memory[rows], change.square().cpu(), 0.01 if self.step else 1.0)
+                change = torch.stack([(m.take(p.detach()) * m.take(g)).float().sum(1) for m, p, g in pairs])
+                self._look.append((number, change.sum(0).square().cpu()))
 
     def after_step(self) -> None:
         super().after_step()
@@ -257,6 +256,9 @@ class LAPP(StructuredMethod):
     def advance(self) -> None:
         if self._decided is not None:
             return
+        for number, change in self._look:
+            rows, memory = self.kept[number], self._saliency[number]
+            memory[rows] = torch.lerp(memory[rows], change, 0.01 if self.step > 1 else 1.0)
         if not self._options["learn"]:
             self._follow_target()
         elif self.step > self._options["hold_share"] * self.prune_steps:

@@ -1,6 +1,6 @@
 """The table of scores. To add one, write a function of `Slice`s and enter it in `SCORES`."""
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -125,6 +125,23 @@ def taylor(slices: Sequence[Slice], generator: torch.Generator) -> Tensor:
     return torch.stack(parts).sum(0).abs()
 
 
+def group_l2(slices: Sequence[Slice], generator: torch.Generator) -> Tensor:
+    """Score each unit by the mean energy of everything that makes, scales or reads it.
+
+        s_u = mean over making layers, scales and reading layers of (sum over r of w[u, r]^2)
+
+    Source: Fang et al. 2023 (DepGraph), arXiv:2301.12900, sec. 3.2, and the authors' code.
+    Differs: divided by the mean over the group, as other norms are, when groups are compared.
+
+    >>> group_l2([Slice("out", torch.tensor([[3., -4.]])), Slice("in", torch.tensor([[1., 2.]]))], torch.Generator())
+    tensor([15.])
+    """
+    parts = [s.weight.square().sum(1) for s in slices if s.role in ("out", "depthwise", "scale", "in")]
+    if not parts:
+        raise ScoreError(f"a group of roles {[s.role for s in slices]} has no weights to measure")
+    return torch.stack(parts).mean(0)
+
+
 def uniform_noise(slices: Sequence[Slice], generator: torch.Generator) -> Tensor:
     """Score each unit by a uniform random number: the control every score must beat.
 
@@ -139,6 +156,7 @@ def uniform_noise(slices: Sequence[Slice], generator: torch.Generator) -> Tensor
 SCORES: dict[str, Score] = {
     "l1": Score(l1, "L1 norm of the filters that make the unit"),
     "l2": Score(l2, "L2 norm of the filters that make the unit"),
+    "group-l2": Score(group_l2, "mean energy of all that makes, scales or reads the unit (DepGraph)"),
     "bn-scale": Score(bn_scale, "batch-norm scales of the unit (network slimming)"),
     "taylor": Score(
         taylor, "first-order change of the loss on calibration data", needs_data=True, comparable=True
@@ -178,13 +196,14 @@ def score_groups(
         )
     generator = torch.Generator().manual_seed(seed)
     batches = gradients(model, data, loss) if entry.needs_data and data is not None else iter([{}])
+    parameters = dict(model.named_parameters())
     total = [torch.zeros(group.units, dtype=torch.float64) for group in graph.groups]
     count = 0
     for grads in batches:
         count += 1
         for group, sum_ in zip(graph.groups, total, strict=True):
             try:
-                sum_ += entry.function(_slices(group, model, grads), generator).detach().cpu()
+                sum_ += entry.function(group_slices(group, parameters, grads), generator).detach().cpu()
             except ScoreError as error:
                 raise ScoreError(f"score {score!r}, group {group.name!r}: {error}") from None
     if not count:
@@ -197,8 +216,8 @@ def score_groups(
     return [(sum_ / count).float() for sum_ in total]
 
 
-def _slices(group: Group, model: nn.Module, grads: dict[str, Tensor]) -> list[Slice]:
-    parameters = dict(model.named_parameters())
+def group_slices(group: Group, parameters: Mapping[str, Tensor], grads: Mapping[str, Tensor]) -> list[Slice]:
+    """What a score sees of a group; buffers are left out."""
     return [
         Slice(
             m.role,

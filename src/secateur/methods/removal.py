@@ -1,0 +1,359 @@
+"""How units get to zero while training goes on: at once, or by a decay that lets go of those that resist.
+
+A method decides which units go and when; a `Pool` carries it out. At the end of the optimizer step in which a
+unit is chosen it starts with length L = ||x||, and after that step and each of the next ones
+
+    x <- x* · L (1 - k/N) / ||x*||,    k = 1 … N
+
+where x* is what the optimizer made of x. At k = N it is exactly zero and stays so: its gradients and moments
+are zeroed. N = 1 is instant removal.
+
+Source: Yang et al. 2024, "Decay Pruning Method", arXiv:2406.03879; the linear schedule and everything about
+release is a reconstruction (see `Rectify`).
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from secateur.errors import SecateurError
+from secateur.graph import Graph, Member
+
+PARTS = {
+    "zig": ("out", "bias", "depthwise", "scale", "shift"),
+    "full": ("out", "bias", "depthwise", "scale", "shift", "in"),
+    "gate": ("scale",),
+}
+"""What x is: everything that makes the unit, so that its output shrinks with x (a filter alone would be
+rescaled by the norm behind it); that and the weights that read it; or the norm's scale only."""
+
+
+@dataclass(frozen=True)
+class Rectify:
+    """When a decaying unit is let go, because the loss wants it longer.
+
+    After step k of N, with g the task's gradient before the optimizer step (weight decay not included):
+
+        "radial":  r = max(0, -<x, g> / ||x||);  length = EMA(r) / median of EMA(r) over all decaying units,
+                   rate = share of the steps so far with <x, g> < 0
+        "ratio":   length = ||x*|| / L,  rate = (||x*|| - ||x||) / (L / N)
+        "norm":    length = sum of (||x*|| - ||x||) / L,  rate = (||x*|| - ||x||) / ||x||
+
+    A unit is released when k >= max(2, from_share · N), rate > `rate` and length > `length`. It keeps the
+    values it has, and cannot be chosen again for `cool_down` steps.
+
+    Source: reconstruction. The paper names two criteria, C_rate and C_len, with thresholds; the formulas are ours.
+
+    Args:
+        criterion: one of the three.
+        rate, length: thresholds.
+        from_share: share of N before which nothing is released.
+        memory: of the moving average, 0..1.
+        most: share of the units that started together of which more are not released.
+        cool_down: steps; None: N.
+        times: how often one unit is released at most.
+    """
+
+    criterion: Literal["radial", "ratio", "norm"] = "radial"
+    rate: float = 0.6
+    length: float = 2.5
+    from_share: float = 0.4
+    memory: float = 0.9
+    most: float = 0.25
+    cool_down: int | None = None
+    times: int = 2
+
+
+@dataclass(frozen=True)
+class Decay:
+    """How chosen units go.
+
+    Args:
+        steps: N, optimizer steps from choice to zero; 1: at once.
+        rectify: whether and when units are let go; None: never.
+        parts: "zig", "full" or "gate"; see `PARTS`.
+        form: "length" prescribes ||x||, so that the optimizer can only turn x; "factor" multiplies x by
+            (N - k) / (N - k + 1), so that it can also lengthen it (HESSO).
+    """
+
+    steps: int = 1
+    rectify: Rectify | None = None
+    parts: Literal["zig", "full", "gate"] = "zig"
+    form: Literal["length", "factor"] = "length"
+
+    def __post_init__(self) -> None:
+        if self.steps < 1:
+            raise SecateurError(f"Decay: steps is {self.steps}; expected at least 1")
+        for name, value, choices in (
+            ("parts", self.parts, tuple(PARTS)),
+            ("form", self.form, ("length", "factor")),
+            ("criterion", self.rectify.criterion if self.rectify else "norm", ("radial", "ratio", "norm")),
+        ):
+            if value not in choices:
+                raise SecateurError(f"Decay: {name} is {value!r}; expected one of {', '.join(choices)}")
+
+
+INSTANT = Decay(1)
+
+_FIELDS: dict[str, tuple[torch.dtype, float]] = {
+    "k": (torch.int64, 0),  # steps of the decay done; 0: not decaying
+    "length": (torch.float64, 0),  # L
+    "gone": (torch.bool, 0),
+    "resistance": (torch.float64, 0),  # EMA(r)
+    "against": (torch.int64, 0),  # steps with <x, g> < 0
+    "growth": (torch.float64, 0),  # sum of ||x*|| - ||x||
+    "waits": (torch.int64, 0),  # the step before which it is not chosen again
+    "releases": (torch.int64, 0),
+    "since": (torch.int64, 0),  # the step in which it was chosen
+}
+
+
+class Pool:
+    """The units of some groups on their way out.
+
+    Args:
+        graph: of the model.
+        groups: numbers of the groups it looks after.
+        tensors: the model's parameters by name.
+        decay: how units go.
+    """
+
+    def __init__(
+        self, graph: Graph, groups: Sequence[int], tensors: Mapping[str, nn.Parameter], decay: Decay
+    ) -> None:
+        self.graph, self.groups, self.decay = graph, list(groups), decay
+        self.tensors = tensors
+        self.rectifying = True
+        self.log: list[dict[str, Any]] = []
+        self._units = {
+            n: {name: torch.full((graph.groups[n].units,), v, dtype=t) for name, (t, v) in _FIELDS.items()}
+            for n in self.groups
+        }
+        self._before: dict[int, tuple[Tensor, Tensor]] = {}
+
+    # --- what is known -------------------------------------------------------------------------------------
+
+    def gone(self, number: int) -> Tensor:
+        """(units,) bool: zero, for good."""
+        return self._units[number]["gone"]
+
+    def leaving(self, number: int) -> Tensor:
+        """(units,) bool: decaying or gone; budgets count both as gone."""
+        return self.gone(number) | (self._units[number]["k"] > 0)
+
+    def free(self, number: int, step: int) -> Tensor:
+        """(units,) bool: may be chosen in this step."""
+        return ~self.leaving(number) & (self._units[number]["waits"] <= step)
+
+    def busy(self) -> bool:
+        """Whether any unit is decaying."""
+        return any(bool((u["k"] > 0).any()) for u in self._units.values())
+
+    def vectors(self, number: int) -> Tensor:
+        """x of a group's units, (units, values), float64, without gradient."""
+        return torch.cat([m.take(p.detach()).double() for m, p in self.parts(number)], 1)
+
+    def parts(self, number: int) -> list[tuple[Member, nn.Parameter]]:
+        """The members that x is made of, with their tensors."""
+        roles = PARTS[self.decay.parts]
+        members = self.graph.groups[number].members
+        return [(m, self.tensors[m.tensor]) for m in members if m.role in roles and m.tensor in self.tensors]
+
+    def add_(self, number: int, change: Tensor) -> None:
+        """x += change, (units, values), in place."""
+        offset = 0
+        for member, p in self.parts(number):
+            rows = member.take(p.detach())
+            part = change[:, offset : offset + rows.shape[1]].to(p.dtype)
+            offset += rows.shape[1]
+            moved = p.detach().movedim(member.dim, 0)  # a view
+            index = torch.as_tensor(member.index, device=p.device)
+            moved.index_add_(0, index.flatten(), part.reshape(index.numel(), *moved.shape[1:]))
+
+    # --- what happens --------------------------------------------------------------------------------------
+
+    def start(
+        self,
+        number: int,
+        chosen: Tensor,
+        step: int,
+        optimizer: Optimizer | None,
+        length: Tensor | None = None,
+    ) -> None:
+        """Send units on their way, and do the first step of their decay.
+
+        Args:
+            number: of the group.
+            chosen: (units,) bool; those that are leaving already go on as they are.
+            step: the optimizer step just taken.
+            optimizer: whose moments are zeroed with the unit.
+            length: L, (units,); None: ||x|| as it is.
+        """
+        units = self._units[number]
+        new = chosen.cpu() & ~self.leaving(number)
+        if not new.any():
+            return
+        found = self.vectors(number).norm(dim=1).cpu() if length is None else length.double().cpu()
+        units["length"] = torch.where(new, found, units["length"])
+        for name in ("resistance", "against", "growth"):
+            units[name][new] = 0
+        units["since"][new] = step
+        self._log(step, "started", int(new.sum()))
+        self._shrink(number, new, step, optimizer)
+
+    def observe(self) -> None:
+        """Before the optimizer step: look at the gradients of decaying units, and zero those of gone ones."""
+        self._before.clear()
+        for number, units in self._units.items():
+            decaying = units["k"] > 0
+            if decaying.any():
+                x = self.vectors(number)
+                g = torch.cat(
+                    [
+                        m.take(torch.zeros_like(p) if p.grad is None else p.grad).double()
+                        for m, p in self.parts(number)
+                    ],
+                    1,
+                )
+                self._before[number] = ((x * g).sum(1).cpu(), x.norm(dim=1).cpu())
+            if units["gone"].any():
+                for member, p in self.parts(number):
+                    if p.grad is not None:
+                        member.fill_(p.grad, units["gone"], 0.0)
+
+    def advance(self, step: int, optimizer: Optimizer | None) -> None:
+        """After the optimizer step: release what resists, and shrink the rest of what is decaying."""
+        for number, (product, before) in self._before.items():
+            units = self._units[number]
+            decaying = units["k"] > 0
+            now = self.vectors(number).norm(dim=1).cpu()
+            resistance = (-product / before.clamp_min(1e-300)).clamp_min(0)
+            memory = self.decay.rectify.memory if self.decay.rectify else 0.9
+            average = torch.where(
+                units["k"] == 1, resistance, memory * units["resistance"] + (1 - memory) * resistance
+            )
+            units["resistance"] = torch.where(decaying, average, units["resistance"])
+            units["against"] += decaying & (product < 0)
+            units["growth"] += torch.where(decaying, now - before, 0.0)
+        if self.decay.rectify and self.rectifying:
+            self._release(step, self.decay.rectify)
+        for number in self._before:
+            self._shrink(number, self._units[number]["k"] > 0, step, optimizer)
+
+    def statistics(self) -> dict[int, tuple[Tensor, Tensor]]:
+        """(rate, length) of the rectifying test, (units,), per group with decaying units."""
+        rectify = self.decay.rectify or Rectify()
+        decaying = {n: u["k"] > 0 for n, u in self._units.items() if (u["k"] > 0).any()}
+        pooled = [self._units[n]["resistance"][mask] for n, mask in decaying.items()]
+        median = torch.cat(pooled).median().clamp_min(1e-300) if pooled else torch.ones(())
+        found = {}
+        for number in decaying:
+            if number not in self._before:
+                continue
+            units, (_, before) = self._units[number], self._before[number]
+            start = units["length"].clamp_min(1e-300)
+            now = self.vectors(number).norm(dim=1).cpu()
+            if rectify.criterion == "radial":
+                found[number] = (units["against"] / units["k"].clamp_min(1), units["resistance"] / median)
+            elif rectify.criterion == "ratio":
+                found[number] = ((now - before) / (start / self.decay.steps), now / start)
+            else:
+                found[number] = ((now - before) / before.clamp_min(1e-300), units["growth"] / start)
+        return found
+
+    def _release(self, step: int, rectify: Rectify) -> None:
+        earliest = max(2, math.ceil(rectify.from_share * self.decay.steps))
+        started: dict[int, int] = {}
+        for units in self._units.values():
+            for since in units["since"][units["k"] > 0].tolist():
+                started[since] = started.get(since, 0) + 1
+        candidates = []
+        seen = self.statistics()
+        for number, (rate, length) in seen.items():
+            units = self._units[number]
+            fit = (units["k"] >= earliest) & (units["releases"] < rectify.times)
+            fit &= (rate > rectify.rate) & (length > rectify.length)
+            candidates += [(-length[u].item(), number, u) for u in fit.nonzero().flatten().tolist()]
+        room = {since: math.floor(rectify.most * count) for since, count in started.items()}
+        count = 0
+        for _, number, unit in sorted(candidates):  # those that resist most, first
+            units = self._units[number]
+            since = int(units["since"][unit])
+            if room[since] > 0:
+                room[since] -= 1
+                count += 1
+                units["k"][unit] = 0
+                units["releases"][unit] += 1
+                cool_down = self.decay.steps if rectify.cool_down is None else rectify.cool_down
+                units["waits"][unit] = step + cool_down
+        lengths = torch.cat(
+            [length[self._units[n]["k"] > 0] for n, (_, length) in seen.items()] or [torch.zeros(0)]
+        )
+        if count:
+            middle = lengths.median().item() if len(lengths) else 0.0
+            self._log(step, "released", count, median_length=middle)
+
+    def _shrink(self, number: int, which: Tensor, step: int, optimizer: Optimizer | None) -> None:
+        if not which.any():
+            return
+        units = self._units[number]
+        units["k"] += which
+        k, n = units["k"].double(), self.decay.steps
+        now = self.vectors(number).norm(dim=1).cpu()
+        if self.decay.form == "length":
+            factor = units["length"] * (1 - k / n) / now.clamp_min(1e-300)
+        else:
+            factor = (n - k) / (n - k + 1)
+        ends = which & ((units["k"] >= n) | (now < 1e-12))
+        factor = torch.where(ends, 0.0, torch.where(which, factor, 1.0))
+        for member, p in self.parts(number):
+            device = p.device
+            along = torch.ones(p.shape[member.dim], dtype=torch.float64, device=device)
+            index = torch.as_tensor(member.index, device=device)
+            along[index] = factor.to(device)[:, None].expand(index.shape)
+            shape = [1] * p.ndim
+            shape[member.dim] = -1
+            with torch.no_grad():
+                p.mul_(along.to(p.dtype).view(shape))
+                if ends.any():
+                    member.fill_(p, ends, 0.0)  # also of what was not finite
+            if ends.any() and optimizer is not None:
+                for value in optimizer.state.get(p, {}).values():
+                    if isinstance(value, Tensor) and value.shape == p.shape:
+                        member.fill_(value, ends, 0.0)
+        if ends.any():
+            units["gone"] |= ends
+            units["k"][ends] = 0
+            self._log(step, "committed", int(ends.sum()))
+
+    def _log(self, step: int, what: str, count: int, **facts: float) -> None:
+        if not self.log or self.log[-1]["step"] != step:
+            self.log.append({"step": step})
+        row = self.log[-1]
+        row[what] = row.get(what, 0) + count
+        row |= facts
+
+    # --- cuts and files ------------------------------------------------------------------------------------
+
+    def cut(self, graph: Graph, masks: Sequence[Tensor]) -> None:
+        """Follow a cut of the model: (units,) bool per group, True = kept."""
+        self.graph = graph
+        for number, units in self._units.items():
+            self._units[number] = {name: value[masks[number]] for name, value in units.items()}
+        self._before.clear()
+
+    def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """All that evolves."""
+        tensors = {f"{name}.{n}": value for n, units in self._units.items() for name, value in units.items()}
+        return tensors, {"log": self.log, "rectifying": self.rectifying}
+
+    def restore(self, graph: Graph, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> None:
+        """Go on from a state, on the model as it was then."""
+        self.graph = graph
+        self._units = {n: {name: tensors[f"{name}.{n}"].clone() for name in _FIELDS} for n in self.groups}
+        self.log, self.rectifying = list(facts["log"]), bool(facts["rectifying"])
