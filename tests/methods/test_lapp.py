@@ -10,9 +10,9 @@ from torch import nn
 
 from secateur import Budget, Cost, analyze
 from secateur.errors import ModelError, SecateurError
-from secateur.methods.bypass import Bypass, add_bypass_, fold_bypass_, written_out
 from secateur.methods.lapp import LAPP, Step
 from secateur.recipes.models import build_model
+from secateur.surgery.bypass import Bypass, add_bypass_, fold_bypass_, written_out
 from tests.methods.examples import INPUTS, STEPS, Residual, lapp
 from tests.methods.test_training_methods import loop
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -257,3 +258,21 @@ def normalisation_of(text: str | None) -> Normalisation | None:
             f"0.5,0.5,0.5/0.2,0.2,0.2, or: imagenet"
         )
     return Normalisation(mean, std)
+
+
+def options_of(given: list[str] | None) -> dict[str, Any]:
+    """Read `NAME=VALUE`s; a value is JSON, or else text.
+
+    >>> options_of(["bypass=shared", "weight=2.5", "learn=false"])
+    {'bypass': 'shared', 'weight': 2.5, 'learn': False}
+    """
+    options: dict[str, Any] = {}
+    for text in given or ():
+        name, equals, value = text.partition("=")
+        if not equals or not name.isidentifier():
+            raise typer.BadParameter(f"--option {text}: expected NAME=VALUE, such as bypass=shared")
+        try:
+            options[name] = json.loads(value)
+        except ValueError:
+            options[name] = value
+    return options

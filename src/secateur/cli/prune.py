@@ -1,6 +1,6 @@
 """`secateur prune`."""
 
-from typing import Annotated
+from typing import Annotated, Any
 
 from typer import Option
 
@@ -76,10 +76,46 @@ def prune(
             min=1, metavar="N", help="Training images for scores that need gradients.", rich_help_panel=METHOD
         ),
     ] = 512,
+    option: Annotated[
+        list[str] | None,
+        Option(
+            "--option",
+            metavar="NAME=VALUE",
+            help="Of the method, such as bypass=shared; may be repeated. `secateur methods NAME` lists them.",
+            rich_help_panel=METHOD,
+            show_default=False,
+        ),
+    ] = None,
+    decay: Annotated[
+        int,
+        Option(
+            min=1,
+            metavar="N",
+            help="Let units fade over N steps, where the method cuts at once (gradual, depgraph, oto, …).",
+            rich_help_panel=METHOD,
+        ),
+    ] = 1,
+    rectify: Annotated[
+        bool, Option("--rectify", help="Let fading units go that resist.", rich_help_panel=METHOD)
+    ] = False,
     epochs: Annotated[
-        int, Option(min=0, metavar="N", help="Epochs of fine-tuning; 0: none.", rich_help_panel=FINE_TUNING)
+        int,
+        Option(
+            min=0,
+            metavar="N",
+            help="Epochs of fine-tuning, 0: none; of the whole training, if the method prunes during it.",
+            rich_help_panel=FINE_TUNING,
+        ),
     ] = 0,
-    lr: Annotated[float, o.learning_rate(FINE_TUNING)] = 0.01,
+    lr: Annotated[
+        float | None,
+        Option(
+            metavar="X",
+            help="Highest learning rate.",
+            rich_help_panel=FINE_TUNING,
+            show_default="0.01; from scratch 0.1",
+        ),
+    ] = None,
     batch_size: Annotated[int, o.batch_size(FINE_TUNING)] = 128,
     optimizer: Annotated[str, o.optimizer(FINE_TUNING)] = "sgd",
     weight_decay: Annotated[float, o.weight_decay(FINE_TUNING)] = 5e-4,
@@ -118,25 +154,30 @@ def prune(
     normalisation = o.normalisation_of(normalize)
     o.set_threads(threads)
     from secateur.cli.show import interruptible, resume_command, summary, typed_command, watch
+    from secateur.methods import METHODS
     from secateur.recipes.train_config import TrainConfig
     from secateur.runs import PruneConfig, Task, prune_run
 
-    finetune = None
+    during = method in METHODS and METHODS[method].when == "during"
+    training = None
     if epochs:
-        finetune = TrainConfig.finetune(
-            epochs,
-            lr=lr,
-            batch_size=batch_size,
-            optimizer=optimizer,
-            weight_decay=weight_decay,
-            schedule=schedule,
-            label_smoothing=label_smoothing,
-            distill_weight=distill,
-            precision=precision,
-            checkpoint_every=checkpoint_every,
-            seed=seed,
-            **({"warmup_epochs": 0.0} if schedule == "one-cycle" else {}),
-        )
+        scratch = during and weights is None
+        settings: dict[str, Any] = {
+            "epochs": epochs,
+            "lr": lr if lr is not None else 0.1 if scratch else 0.01,
+            "batch_size": batch_size,
+            "optimizer": optimizer,
+            "weight_decay": weight_decay,
+            "schedule": schedule,
+            "label_smoothing": label_smoothing,
+            "distill_weight": distill,
+            "precision": precision,
+            "checkpoint_every": checkpoint_every,
+            "seed": seed,
+        }
+        if schedule == "one-cycle":
+            settings["warmup_epochs"] = 0.0
+        training = TrainConfig(**settings) if scratch else TrainConfig.finetune(**settings)
     config = PruneConfig(
         task=Task(
             model=model,
@@ -161,7 +202,11 @@ def prune(
         min_keep=min_keep,
         round_to=round_to,
         calibration_images=calibration_images,
-        finetune=finetune,
+        options=o.options_of(option),
+        decay=decay,
+        rectify=rectify,
+        train=training if during else None,
+        finetune=None if during else training,
         latency_batch=latency_batch,
     )
     with interruptible(out, resume_command()):

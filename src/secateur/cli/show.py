@@ -103,6 +103,9 @@ def summary(report: "Report", out: Path) -> None:
         )
         if report.finetune_epochs:
             rows.add_row("accuracy, fine-tuned", percent(before, 2), percent(after, 2), points(before, after))
+    elif after is not None:
+        start = "–" if before is None else percent(before, 2)
+        rows.add_row("accuracy", start, percent(after, 2), points(before, after))
     for name, old, new, unit in (
         ("MACs", report.macs_before, report.macs_after, ""),
         ("parameters", report.params_before, report.params_after, ""),

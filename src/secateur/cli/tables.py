@@ -1,18 +1,35 @@
 """`secateur methods`."""
 
+import inspect
+from typing import Annotated
 
-def methods() -> None:
-    """List methods, scores, allocations, built-in models and data sets."""
+from typer import Argument
+
+from secateur.errors import SecateurError, unknown
+
+
+def methods(
+    name: Annotated[
+        str | None,
+        Argument(metavar="[METHOD]", help="Tell about one method and its options.", show_default=False),
+    ] = None,
+) -> None:
+    """List methods, scores, allocations, built-in models and data sets; or one method's options."""
     from rich.table import Table
 
     from secateur.allocate import ALLOCATIONS
-    from secateur.cli.show import print_table
+    from secateur.cli.show import print_table, say
     from secateur.methods import METHODS
     from secateur.recipes.data import list_data
     from secateur.recipes.models import list_models
     from secateur.runs.config import GRANULARITIES
     from secateur.scores import SCORES
 
+    if name is not None:
+        if name not in METHODS:
+            raise SecateurError(unknown("method", name, METHODS))
+        say(inspect.getdoc(METHODS[name].run) or "")
+        return
     rows = Table.grid(padding=(0, 2))
     for title, entries in (
         ("--method", {name: entry.summary for name, entry in METHODS.items()}),

@@ -1,17 +1,44 @@
 """One file per paper or classic: which units go, and when."""
 
-from collections.abc import Callable
+import inspect
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from torch import nn
 
 from secateur.cost import Budget
 from secateur.errors import SecateurError, unknown
 from secateur.graph import Inputs
+from secateur.methods.depgraph import DepGraph
+from secateur.methods.gate_decorator import GateDecorator
+from secateur.methods.gradual import Gradual
+from secateur.methods.lapp import LAPP
 from secateur.methods.oneshot import Pruned, oneshot
+from secateur.methods.oto import HESSO, OTO
+from secateur.methods.paam import PAAM
+from secateur.methods.removal import Decay, Rectify
+from secateur.methods.structured import StructuredMethod
+from secateur.methods.training import TrainingMethod
 
-__all__ = ["METHODS", "Method", "Pruned", "oneshot", "prune"]
+__all__ = [
+    "HESSO",
+    "LAPP",
+    "METHODS",
+    "OTO",
+    "PAAM",
+    "Decay",
+    "DepGraph",
+    "GateDecorator",
+    "Gradual",
+    "Method",
+    "Pruned",
+    "Rectify",
+    "StructuredMethod",
+    "TrainingMethod",
+    "oneshot",
+    "prune",
+]
 
 
 @dataclass(frozen=True)
@@ -19,23 +46,48 @@ class Method:
     """An entry of the table.
 
     Attributes:
-        run: (model, inputs, budget, **options) -> Pruned.
+        run: after training: (model, inputs, budget, **options) -> Pruned. During training: a `StructuredMethod`,
+            made with (model, inputs, budget=…, steps=…, **options).
         summary: one line for lists of choices.
+        when: whether it prunes a trained model, or one that is being trained.
     """
 
-    run: Callable[..., Pruned]
+    run: Callable[..., Any]
     summary: str
+    when: Literal["after", "during"] = "after"
+
+    @property
+    def options(self) -> Mapping[str, Any]:
+        """What may be set, by name, with the defaults; budgets, steps and frozen modules aside."""
+        given = ("model", "inputs", "budget", "steps", "freeze", "data", "loss")
+        parameters = inspect.signature(self.run).parameters
+        return {name: p.default for name, p in parameters.items() if name not in given}
+
+    def check(self, name: str, options: Mapping[str, Any]) -> None:
+        """Raise SecateurError for an option that the method does not have."""
+        for option in options:
+            if option not in self.options:
+                raise SecateurError(f"method {name}: {unknown('option', option, self.options)}")
 
 
 METHODS = {
     "oneshot": Method(oneshot, "score every unit of the trained model once, remove the lowest"),
+    "lapp": Method(
+        LAPP, "learn a threshold per layer under a cost constraint, with a light bypass", "during"
+    ),
+    "paam": Method(PAAM, "attention networks score the filters of all layers at once", "during"),
+    "gradual": Method(Gradual, "remove the lowest units in rounds while training", "during"),
+    "depgraph": Method(DepGraph, "push whole groups towards zero, then cut the lowest", "during"),
+    "oto": Method(OTO, "penalise redundant units and project them to zero (OTOv2)", "during"),
+    "hesso": Method(HESSO, "decay redundant units to zero in periods", "during"),
+    "gate-decorator": Method(GateDecorator, "batch norms as gates that close one after another", "during"),
 }
 
 
 def prune(
     model: nn.Module, inputs: Inputs, *, budget: Budget, method: str = "oneshot", **options: Any
 ) -> Pruned:
-    """Prune a copy of a model to a budget with one of the methods.
+    """Prune a copy of a trained model to a budget with one of the methods that need no training.
 
     Args:
         model: any vision network; it is only read.
@@ -44,8 +96,15 @@ def prune(
         method: a name in `secateur.methods.METHODS`.
         options: of the method; see its docstring (`secateur.methods.oneshot`, …).
     Raises:
-        SecateurError: unknown method; else what the method raises.
+        SecateurError: unknown method, or one that prunes during training; else what the method raises.
     """
     if method not in METHODS:
         raise SecateurError(unknown("method", method, METHODS))
-    return METHODS[method].run(model, inputs, budget, **options)
+    entry = METHODS[method]
+    if entry.when == "during":
+        raise SecateurError(
+            f"method {method} prunes while the model is trained: put secateur.methods.{entry.run.__name__} beside "
+            f"your training loop (see its docstring), or use `secateur prune --method {method} --epochs …`"
+        )
+    pruned: Pruned = entry.run(model, inputs, budget, **options)
+    return pruned

@@ -17,10 +17,10 @@ from torch import Tensor, nn
 from secateur.cost import Budget, Cost
 from secateur.errors import BudgetError, ModelError, SecateurError
 from secateur.graph import Graph, Inputs, analyze
-from secateur.methods.bypass import add_bypass_, fold_bypass_
 from secateur.methods.gates import Gates, norms_after
 from secateur.methods.oneshot import Pruned
 from secateur.methods.structured import StructuredMethod, makers, own_groups
+from secateur.surgery.bypass import add_bypass_, fold_bypass_
 
 DUST = 1e-20
 """What a masked unit passes on while training: nothing in any sum, but enough for the gradient of a ReLU
@@ -232,7 +232,7 @@ class LAPP(StructuredMethod):
         shared = self._options["bypass"] == "shared"
         if self._decided is not None and not shared:
             return ()  # the units are gone
-        return (Gates(self._original if shared else self.model, self.graph, self.targets, self._norms),)
+        return (Gates(self.original if shared else self.model, self.graph, self.targets, self._norms),)
 
     def parameters(self) -> list[nn.Parameter]:
         return [self.threshold]

@@ -41,6 +41,7 @@ class StructuredMethod(TrainingMethod):
         scores: (units,) per group of `whole`, as they were when last looked at; higher = keep.
         limits: the largest allowed cost per bounded measure.
         curves: points of the course of the training, plain JSON.
+        original: a copy of the model at the start.
     """
 
     def __init__(
@@ -66,7 +67,7 @@ class StructuredMethod(TrainingMethod):
         self.curves: list[dict[str, Any]] = []
         self.scores = [torch.zeros(group.units) for group in self.whole.groups]
         self.gates: tuple[Gates, ...] = ()
-        self._original = copy.deepcopy(model)
+        self.original = copy.deepcopy(model)
 
     def aim(self, targets: Sequence[int], least: Sequence[int]) -> None:
         """Say which groups lose units, and how many every group keeps at least.
@@ -193,7 +194,7 @@ class StructuredMethod(TrainingMethod):
                 f"steps, the budget is {self.limits[over[0]]:,}. Finish the training, with after_step() in every step."
             )
         plan, device = self.plan(), next(self.model.parameters()).device
-        original = embed(self._original, self.model.cpu(), self.whole, plan)
+        original = embed(self.original, self.model.cpu(), self.whole, plan)
         verification = verify(original, self.model, self.whole, plan)
         if not verification.ok:
             raise CutError(

@@ -118,6 +118,8 @@ class Report:
         frozen: what was not.
         notes: whatever else the reader must know, one sentence each.
         history: the lines of `metrics.jsonl`, one per epoch.
+        course: how pruning went while the model was trained: points with a "step", the shares of "macs" and
+            "params", "units" per group, and whatever else the method notes per group ("threshold", "scores").
         versions: see `current_versions`.
     """
 
@@ -148,6 +150,7 @@ class Report:
     frozen: Sequence[FrozenGroup] = ()
     notes: Sequence[str] = ()
     history: Sequence[Mapping[str, Any]] = ()
+    course: Sequence[Mapping[str, Any]] = ()
     versions: Mapping[str, str | int] = field(default_factory=dict)
 
     def __post_init__(self) -> None:

@@ -28,7 +28,67 @@ def figures(report: Report) -> dict[str, Figure]:
     if report.history:
         drawn["plot-accuracy"] = accuracy(report)
         drawn["plot-loss"] = loss(report)
+    if report.course:
+        drawn["plot-cost"] = cost(report)
+        drawn["plot-units"] = over_time(report, "units")
+        for key in ("threshold", "scores"):
+            if key in report.course[0]:
+                drawn["plot-learnt"] = over_time(report, key)
     return drawn
+
+
+def cost(report: Report) -> Figure:
+    """MACs and parameters over the steps of the training, as shares of the dense model."""
+    layout = _layout(300)
+    layout["xaxis"] |= {"title": {"text": "optimizer step"}}
+    layout["yaxis"] |= {"ticksuffix": " %", "rangemode": "tozero"}
+    lines = [
+        {
+            "type": "scatter",
+            "mode": "lines",
+            "name": name,
+            "x": [point["step"] for point in report.course],
+            "y": [100 * point[key] for point in report.course],
+            "line": {"color": color},
+            "hovertemplate": f"step %{{x}}: %{{y:.1f}} of the {name}<extra></extra>",
+        }
+        for key, name, color in (("params", "parameters", BEFORE), ("macs", "MACs", AFTER))
+    ]
+    return {"data": lines, "layout": layout}
+
+
+def over_time(report: Report, key: str) -> Figure:
+    """One row per group, one column per point of the course; darker is more.
+
+    Units are shares of the group's first; of several scores of one group the mean is shown.
+    """
+    names = list(report.course[0][key])
+    rows = []
+    for name in names:
+        values = [np.mean(point[key][name]) if point[key].get(name) else 0.0 for point in report.course]
+        first = values[0] if key == "units" and values[0] else 1.0
+        rows.append([round(float(value / first), 4) for value in values])
+    layout = _layout(60 + 18 * len(names))
+    layout["xaxis"] |= {"title": {"text": "optimizer step"}, "showgrid": False}
+    layout["yaxis"] |= {
+        "autorange": "reversed",
+        "tickvals": list(range(len(names))),
+        "ticktext": [_escape(shorten(name)) for name in names],
+        "tickfont": {"size": 11},
+        "showgrid": False,
+    }
+    scale = {"units": [[0, "rgba(21,154,156,0.05)"], [1, AFTER]]}.get(key, [[0, AFTER], [1, REMOVED]])
+    heat = {
+        "type": "heatmap",
+        "x": [point["step"] for point in report.course],
+        "y": list(range(len(names))),
+        "z": rows,
+        "text": [[_escape(name)] * len(report.course) for name in names],
+        "colorscale": scale,
+        "showscale": key != "units",
+        "hovertemplate": "%{text}<br>step %{x}: %{z:.3~f}<extra></extra>",
+    }
+    return {"data": [heat | ({"zmin": 0, "zmax": 1} if key == "units" else {})], "layout": layout}
 
 
 def widths(report: Report) -> Figure:

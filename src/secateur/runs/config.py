@@ -1,7 +1,8 @@
 """What a run is, as data: two runs of equal configuration give equal results."""
 
 import math
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,7 @@ from secateur.allocate import ALLOCATIONS, allowed
 from secateur.cost import Budget, Cost
 from secateur.errors import BudgetError, DataError, FileError, ModelError, SecateurError, unknown
 from secateur.graph import Graph
-from secateur.methods import METHODS
+from secateur.methods import METHODS, Decay, Rectify
 from secateur.recipes.data import Normalisation, list_data
 from secateur.recipes.models import build_model, list_models
 from secateur.recipes.train_config import TrainConfig
@@ -105,7 +106,12 @@ class PruneConfig:
         min_keep: units that every group keeps at least.
         round_to: kept units per group are a multiple of this, or all of them.
         calibration_images: training images, without augmentation, for scores that need gradients.
-        train: how to train the dense model first; None: take it as it is.
+        options: of the method, by name; see its docstring.
+        decay: optimizer steps in which a unit that was chosen fades away; 1: it goes at once. Only for methods
+            with a `removal`.
+        rectify: let fading units go that resist.
+        train: how to train the dense model first; None: take it as it is. With a method that prunes during
+            training: how to train.
         finetune: how to train the cut model; None: leave it as it is. A `distill_weight` above 0 makes the
             dense model its teacher.
         latency_batch: images per pass where latency is measured.
@@ -126,20 +132,32 @@ class PruneConfig:
     min_keep: int = 1
     round_to: int = 1
     calibration_images: int = 512
+    options: Mapping[str, Any] = field(default_factory=dict)
+    decay: int = 1
+    rectify: bool = False
     train: TrainConfig | None = None
     finetune: TrainConfig | None = None
     latency_batch: int = 1
 
     def __post_init__(self) -> None:
+        if self.method not in METHODS:
+            raise SecateurError(unknown("method", self.method, METHODS))
         names: tuple[tuple[str, str, dict[str, Any]], ...] = (
-            ("method", self.method, METHODS),
-            ("score", self.score, SCORES),
+            ("score", self.score, SCORES if self.method == "oneshot" else {}),
             ("allocation", self.allocation, ALLOCATIONS),
             ("granularity", self.granularity, GRANULARITIES),
         )
         for kind, name, choices in names:
-            if name not in choices:
+            if choices and name not in choices:
                 raise SecateurError(unknown(kind, name, choices))
+        self.method_options()
+        if METHODS[self.method].when == "during":
+            if self.train is None:
+                raise SecateurError(f"method {self.method} prunes while the model is trained; give epochs")
+            if self.finetune is not None:
+                raise SecateurError(
+                    f"method {self.method} trains as it prunes; there is no fine-tuning after it"
+                )
         if self.keep_macs is self.keep_params is self.sparsity is None:
             raise BudgetError(
                 "no budget: give at least one of keep-macs, keep-params and sparsity, such as keep-macs 0.5"
@@ -147,6 +165,32 @@ class PruneConfig:
         for what in ("min_keep", "round_to", "calibration_images", "latency_batch"):
             if (number := getattr(self, what)) < 1:
                 raise SecateurError(f"{what.replace('_', '-')} {number}: expected at least 1")
+
+    def method_options(self) -> dict[str, Any]:
+        """What the method is to be run with: its own options, and those that several methods share.
+
+        Raises:
+            SecateurError: the method has no such option.
+        """
+        entry = METHODS[self.method]
+        entry.check(self.method, self.options)
+        chosen = dict(self.options)
+        for option in ("score", "allocation", "min_keep", "round_to"):
+            value = getattr(self, option)
+            if option in entry.options:
+                chosen.setdefault(option, value)
+            elif value != type(self).__dataclass_fields__[option].default:
+                raise SecateurError(f"method {self.method} takes no {option.replace('_', '-')}")
+        if "seed" in entry.options:
+            chosen.setdefault("seed", self.task.seed)
+        if "removal" in entry.options:
+            chosen["removal"] = Decay(self.decay, Rectify() if self.rectify else None)
+        elif self.decay != 1 or self.rectify:
+            able = ", ".join(name for name, other in METHODS.items() if "removal" in other.options)
+            raise SecateurError(f"method {self.method} takes no decay; methods that do: {able}")
+        if self.rectify and self.decay == 1:
+            raise SecateurError("rectify needs units that fade: give decay, the number of steps")
+        return chosen
 
     def to_json(self) -> dict[str, Any]:
         """The fields by name, as plain JSON."""

@@ -1,5 +1,7 @@
 """A pruning run: train if asked, cut, fine-tune if asked, verify, export, measure, report."""
 
+import copy
+import math
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -7,15 +9,16 @@ from typing import Any
 import torch
 from torch import nn
 
+from secateur.cost import Cost
 from secateur.graph import Graph, analyze
-from secateur.methods import prune
+from secateur.methods import METHODS, Pruned, StructuredMethod, prune
 from secateur.plan import Plan
 from secateur.recipes.data import Batches, Dataset
-from secateur.recipes.train import TrainConfig, fit
+from secateur.recipes.train import TrainConfig, fit, training_steps
 from secateur.report import Report, write_report
 from secateur.runs.config import PruneConfig
 from secateur.runs.folder import Mode, RunFolder, Watch, is_main_process
-from secateur.runs.result import compose, exports
+from secateur.runs.result import Counts, compose, exports
 from secateur.runs.subject import Subject, load_subject, measure
 from secateur.scores import SCORES
 from secateur.surgery import save
@@ -48,6 +51,8 @@ def prune_run(
     folder = RunFolder(out, "prune", settings, mode) if is_main_process() else None
     with watch.doing(f"Loading {config.task.data} and building {config.task.model}"):
         subject = load_subject(config.task)
+    if METHODS[config.method].when == "during":
+        return _during(config, subject, folder, out, mode, command, watch)
     dense, data = subject.model, subject.data
     with watch.doing("Choosing what to remove"):
         graph = analyze(dense, subject.inputs, freeze=config.freeze)
@@ -91,7 +96,61 @@ def prune_run(
         exported = folder.once(
             "exports", lambda: exports(dense, small, subject.inputs, config.latency_batch, folder.path)
         )
-    report = compose(config, subject, graph, decision.plan, small, folder, exported)
+    cost, kept = Cost(graph), decision.plan.kept(graph)
+    counts = Counts((cost.macs(), cost.macs(kept)), (cost.params(), cost.params(kept)))
+    report = compose(config, subject, graph, decision.plan, (dense, small), counts, folder, exported)
+    write_report(folder.path, report)
+    return report
+
+
+def _during(
+    config: PruneConfig,
+    subject: Subject,
+    folder: RunFolder | None,
+    out: str | Path,
+    mode: Mode,
+    command: str,
+    watch: Watch,
+) -> Report | None:
+    """A run of a method that prunes while the model is trained."""
+    model, data, settings = subject.model, subject.data, config.to_json()
+    dense = copy.deepcopy(model)
+    assert config.train is not None
+    how = replace(config.train, seed=config.task.seed)
+    with watch.doing("Looking at what may go"):
+        graph = analyze(model, subject.inputs, freeze=config.freeze)
+        method: StructuredMethod = METHODS[config.method].run(
+            model,
+            subject.inputs,
+            budget=config.budget(graph),
+            steps=training_steps(data, how),
+            freeze=config.freeze,
+            **config.method_options(),
+        )
+    if folder:
+        folder.begin(subject.saved_run("prune", command, settings))
+        if config.task.weights is not None:
+            _accuracy("dense model", dense, data, folder, watch)
+    watch.tell(f"Training and pruning: {how.epochs} × {len(data.train):,} images")
+    fit(model, data, how, out, method=method, resume=mode == "resume", progress=watch.bars)
+    model.to(memory_format=torch.contiguous_format)
+    with watch.doing("Verifying"):
+        pruned = method.finish()
+    if not folder:
+        return None
+    pruned.plan.save(folder / "plan.json")
+    save(model, folder / "model.safetensors")
+    folder.once("cut", lambda: _facts(pruned))
+    _accuracy("pruned model", model, data, folder, watch)
+    with watch.doing("Exporting and timing"):
+        exported = folder.once(
+            "exports", lambda: exports(dense, model, subject.inputs, config.latency_batch, folder.path)
+        )
+    pair = (method.original, model)
+    counts = Counts(pruned.macs, pruned.params)
+    report = compose(
+        config, subject, pruned.graph, pruned.plan, pair, counts, folder, exported, method.curves
+    )
     write_report(folder.path, report)
     return report
 
@@ -110,7 +169,7 @@ def _decide(config: PruneConfig, subject: Subject, graph: Graph, folder: RunFold
         plan.check(graph)
         return Decision(plan, folder.known["cut"])
     options: dict[str, Any] = {}
-    if SCORES[config.score].needs_data:
+    if config.method == "oneshot" and SCORES[config.score].needs_data:
         some = subject.data.subset(train_images=min(config.calibration_images, len(subject.data.train)))
         options["data"] = Batches(some.train, batch_size=64, normalisation=some.normalisation)
     pruned = prune(
@@ -118,16 +177,20 @@ def _decide(config: PruneConfig, subject: Subject, graph: Graph, folder: RunFold
         subject.inputs,
         budget=config.budget(graph),
         method=config.method,
-        score=config.score,
-        allocation=config.allocation,
         freeze=config.freeze,
-        min_keep=config.min_keep,
-        round_to=config.round_to,
-        seed=config.task.seed,
+        **config.method_options(),
         **options,
     )
-    scores = {group.name: score.tolist() for group, score in zip(graph.groups, pruned.scores, strict=True)}
-    return Decision(pruned.plan, {"scores": scores, "verification": asdict(pruned.verification)})
+    return Decision(pruned.plan, _facts(pruned))
+
+
+def _facts(pruned: Pruned) -> dict[str, Any]:
+    """What is known about why, as plain JSON."""
+    scores = {
+        group.name: [value if math.isfinite(value) else None for value in score.tolist()]
+        for group, score in zip(pruned.graph.groups, pruned.scores, strict=True)
+    }
+    return {"scores": scores, "verification": asdict(pruned.verification)}
 
 
 def _fit(

@@ -1,6 +1,8 @@
 """What came of a pruning run: exported files, times, and the report that tells it all."""
 
 import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +14,7 @@ from secateur.cost.latency import Latency, compare_latency
 from secateur.errors import ExportError
 from secateur.export import export_onnx, export_program, onnx_runner
 from secateur.graph import Graph
+from secateur.methods import METHODS
 from secateur.plan import Plan
 from secateur.report import FrozenGroup, Group, LatencyPair, Report, Width, current_versions
 from secateur.runs.config import PruneConfig
@@ -65,35 +68,54 @@ def exports(dense: nn.Module, small: nn.Module, inputs: Tensor, batch: int, fold
     return found
 
 
+@dataclass(frozen=True)
+class Counts:
+    """MACs of one image, and parameters: before, after."""
+
+    macs: tuple[int, int]
+    params: tuple[int, int]
+
+
 def compose(
     config: PruneConfig,
     subject: Subject,
     graph: Graph,
     plan: Plan,
-    small: nn.Module,
+    pair: tuple[nn.Module, nn.Module],
+    counts: Counts,
     folder: RunFolder,
     exported: dict[str, Any],
+    course: Sequence[Mapping[str, Any]] = (),
 ) -> Report:
-    """The report of a finished run."""
-    cost, kept = Cost(graph), plan.kept(graph)
+    """The report of a finished run.
+
+    Args:
+        graph: of the first model of the pair.
+        pair: with the widths before and after.
+        course: what a method noted while it pruned a model in training.
+    """
+    whole, small = pair
     cut = folder.known["cut"]
     verification = Verification(**cut["verification"])
-    last = "fine-tuned model" if config.finetune else "cut model"
+    accuracy = {
+        name: folder.known.get(f"accuracy of the {name} model") for name in ("dense", "cut", "pruned")
+    }
+    last = folder.known.get("accuracy of the fine-tuned model", accuracy["cut"])
     weights, onnx = exported["weights_bytes"], exported.get("onnx_bytes", (None, None))
     return Report(
         model=config.task.model,
         dataset=config.task.data,
-        method=f"{config.method}, {config.score}, {config.allocation}",
+        method=_described(config),
         budget=config.budget(graph).bounds,
         seed=config.task.seed,
         command=folder.command,
-        macs_before=cost.macs(),
-        macs_after=cost.macs(kept),
-        params_before=cost.params(),
-        params_after=cost.params(kept),
-        accuracy_before=folder.known["accuracy of the dense model"],
-        accuracy_cut=folder.known["accuracy of the cut model"],
-        accuracy_after=folder.known[f"accuracy of the {last}"],
+        macs_before=counts.macs[0],
+        macs_after=counts.macs[1],
+        params_before=counts.params[0],
+        params_after=counts.params[1],
+        accuracy_before=accuracy["dense"],
+        accuracy_cut=accuracy["cut"],
+        accuracy_after=last if accuracy["pruned"] is None else accuracy["pruned"],
         verify_max_abs_error=verification.max_abs_error,
         verify_rel_error_float32=verification.max_rel_error_float32,
         verify_rel_error_float64=verification.max_rel_error,
@@ -103,16 +125,27 @@ def compose(
         weights_bytes_after=weights[1],
         onnx_bytes_before=onnx[0],
         onnx_bytes_after=onnx[1],
-        widths=_widths(graph, subject.model, small),
+        widths=_widths(graph, whole, small),
         groups=[
             Group(group.name, mask.tolist(), cut["scores"].get(group.name))
             for group, mask in zip(graph.groups, plan.masks(graph), strict=True)
         ],
-        frozen=_frozen(graph, cost, subject.model),
+        frozen=_frozen(graph, Cost(graph), whole),
         notes=[*subject.notes, *_notes(config, graph, verification), *exported["notes"]],
         history=folder.metrics(),
+        course=course,
         versions=current_versions(device()),
     )
+
+
+def _described(config: PruneConfig) -> str:
+    """The method with what was set about it."""
+    if METHODS[config.method].when == "after":
+        return f"{config.method}, {config.score}, {config.allocation}"
+    parts = [config.method, *(f"{name} {value}" for name, value in config.options.items())]
+    if config.decay > 1:
+        parts.append(f"decay over {config.decay} steps" + (", rectified" if config.rectify else ""))
+    return ", ".join(parts)
 
 
 def _pair(measured: list[dict[str, Any]] | None) -> LatencyPair | None:
@@ -156,11 +189,14 @@ def _frozen(graph: Graph, cost: Cost, dense: nn.Module) -> list[FrozenGroup]:
 
 def _notes(config: PruneConfig, graph: Graph, verification: Verification) -> list[str]:
     notes = []
-    if config.task.weights is None and config.train is None:
+    during = METHODS[config.method].when == "during"
+    if during and config.task.weights is None:
+        notes.append("The model was trained from scratch, and pruned meanwhile.")
+    elif config.task.weights is None and config.train is None:
         notes.append("No weights were given: the model was pruned as initialised at random.")
-    if config.finetune is None:
+    if config.finetune is None and not during:
         notes.append("The cut model was not fine-tuned.")
-    elif config.finetune.distill_weight:
+    elif config.finetune is not None and config.finetune.distill_weight:
         notes.append("The dense model taught the cut one while it was fine-tuned.")
     if verification.randomised:
         notes.append(
