@@ -279,3 +279,84 @@ def test_the_demo_is_one_configuration() -> None:
     assert config.task.seed == 3
     assert config.train is not None
     assert config.finetune is not None
+
+
+DURING = PruneConfig(
+    task=TASK,
+    keep_macs=0.6,
+    method="lapp",
+    options={"prune_share": 0.6, "bypass": "none"},
+    train=TrainConfig(epochs=3, batch_size=25, checkpoint_every=1),
+)
+
+
+def test_a_method_that_prunes_in_training_makes_a_whole_run(tmp_path: Path) -> None:
+    report = prune_run(DURING, tmp_path)
+    assert report is not None
+    assert 0.5 < report.macs_after / report.macs_before <= 0.6
+    assert report.is_proven
+    assert report.accuracy_after is not None
+    assert report.accuracy_before is report.accuracy_cut is None
+    assert report.course[-1]["macs"] == report.macs_after / report.macs_before
+    page = (tmp_path / "report.html").read_text()
+    assert all(f'id="{plot}"' in page for plot in ("plot-cost", "plot-units", "plot-learnt"))
+    model = fresh_model("resnet8", 10, 1, 7)
+    load_into(model, tmp_path / "model.safetensors")
+    plan = Plan.load(tmp_path / "plan.json")
+    graph = analyze(build_model("resnet8", in_channels=1), torch.zeros(1, 1, 8, 8))
+    plan.check(graph)
+    assert {g.name: k for g, k in zip(graph.groups, plan.kept(graph), strict=True)} == {
+        g.name: g.units for g in analyze(model, torch.zeros(1, 1, 8, 8)).groups
+    }
+
+
+@pytest.mark.usefixtures("no_exports")
+def test_a_killed_run_of_such_a_method_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from secateur.methods import LAPP
+
+    prune_run(DURING, tmp_path / "whole")
+    advance = LAPP.advance
+
+    def interrupted(self: LAPP) -> None:
+        advance(self)
+        if self.step == 8:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(LAPP, "advance", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            prune_run(DURING, tmp_path / "killed")
+    prune_run(DURING, tmp_path / "killed", mode="resume")
+    assert same_tensors(tmp_path / "killed" / "model.safetensors", tmp_path / "whole" / "model.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"options": {"bypas": "none"}}, "method lapp: unknown option 'bypas'"),
+        ({"options": {"bypass": "wide"}}, "bypass is 'wide'"),
+        ({"round_to": 4}, "method lapp takes no round-to"),
+        ({"decay": 5}, "method lapp takes no decay; methods that do: gradual"),
+        ({"method": "gradual", "options": {}, "rectify": True}, "rectify needs units that fade"),
+        ({"train": None}, "method lapp prunes while the model is trained"),
+        ({"finetune": TrainConfig(epochs=1)}, "no fine-tuning after it"),
+        ({"method": "lap"}, "unknown method 'lap'"),
+    ],
+)
+def test_wrong_settings_of_a_method_are_named(
+    changes: dict[str, object], message: str, tmp_path: Path
+) -> None:
+    with pytest.raises(SecateurError, match=message):
+        prune_run(replace(DURING, **changes), tmp_path / "run")  # type: ignore[arg-type]
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.usefixtures("no_exports")
+def test_decay_reaches_the_method(tmp_path: Path) -> None:
+    config = replace(DURING, method="gradual", options={"rounds": 2}, decay=3, rectify=True)
+    report = prune_run(config, tmp_path)
+    assert report is not None
+    assert report.method == "gradual, rounds 2, decay over 3 steps, rectified"
+    removal = Plan.load(tmp_path / "plan.json").origin["removal"]
+    assert removal["steps"] == 3
+    assert removal["rectify"]["criterion"] == "radial"
