@@ -374,7 +374,7 @@ MISTAKES: list[tuple[str, list[str], Callable[[Path], list[object]], str]] = [
     ("module", ["--model", "no_such_module:f"], nothing, "cannot import 'no_such_module'"),
     ("score", ["--score", "l7"], nothing, "unknown score 'l7'; choose one of: .*l2.*taylor"),
     ("allocation", ["--allocation", "fair"], nothing, "unknown allocation 'fair'; choose one of: global"),
-    ("method", ["--method", "magic"], nothing, "unknown method 'magic'; choose one of: oneshot"),
+    ("method", ["--method", "magic"], nothing, "unknown method 'magic'; choose one of: depgraph"),
     (
         "granularity",
         ["--granularity", "heads"],

@@ -91,7 +91,7 @@ def prune(
         Option(
             min=1,
             metavar="N",
-            help="Let units fade over N steps, where the method cuts at once (gradual, depgraph, oto, …).",
+            help="Fade units over N steps; 1 cuts them at once. For gradual, depgraph, oto, gate-decorator.",
             rich_help_panel=METHOD,
         ),
     ] = 1,
