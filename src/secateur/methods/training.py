@@ -10,7 +10,7 @@
             optimizer.step()
             method.after_step()
             optimizer.zero_grad()
-    small = method.finish().model
+    result = method.finish()
 
 With gradient accumulation the hooks run once per optimizer step, and each micro-step adds its share of the
 penalty. With a gradient scaler, unscale before `before_step`; a step that the scaler skips does not count.
