@@ -25,12 +25,20 @@ class Capture:
     Attributes:
         module: the graph and, as submodules, the bodies of its higher-order operators.
         tensors: placeholder name -> name of the parameter or buffer it stands for.
+        constants: placeholder name -> a tensor that `forward` reads and that is neither of these.
         batch: images in the traced batch; totals over the graph are divided by it.
     """
 
     module: fx.GraphModule
     tensors: dict[str, str]
+    constants: dict[str, Tensor]
     batch: int
+
+    @property
+    def inputs(self) -> list[fx.Node]:
+        """The placeholders of the example inputs' leaves, in order."""
+        given = self.tensors.keys() | self.constants.keys()
+        return [n for n in self.module.graph.find_nodes(op="placeholder") if n.name not in given]
 
 
 def as_call(inputs: Inputs) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -98,7 +106,10 @@ def _export(model: nn.Module, inputs: Inputs) -> Capture:
             continue
         signature = program.graph_signature
         tensors = {**signature.inputs_to_parameters, **signature.inputs_to_buffers}
-        return Capture(program.graph_module, tensors, batch_of(candidate))
+        constants = {
+            name: program.constants[key] for name, key in signature.inputs_to_lifted_tensor_constants.items()
+        }
+        return Capture(program.graph_module, tensors, constants, batch_of(candidate))
     assert failure is not None
     _check_runs(model.eval(), inputs)
     raise CaptureError(

@@ -2,19 +2,21 @@
 
 import hashlib
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
+from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from secateur.errors import CaptureError
-from secateur.graph.capture import Inputs, capture
+from secateur.graph.capture import Capture, Inputs, capture
 from secateur.graph.labels import Atoms, Labels
 from secateur.graph.modules import pad_attributes
 from secateur.graph.propagate import propagate
 from secateur.graph.solve import Solution, solve
+from secateur.graph.trace import Trace
 
 
 @dataclass(frozen=True)
@@ -121,6 +123,7 @@ class Graph:
         unused: parameters that no forward pass reads; they are left alone.
         fingerprint: identifies the names and shapes of the model's tensors.
         inputs: the example inputs.
+        trace: the captured graph with every node's labels, for surgery; no part of what a graph equals.
     """
 
     groups: tuple[Group, ...]
@@ -131,6 +134,7 @@ class Graph:
     unused: tuple[str, ...]
     fingerprint: str
     inputs: Inputs
+    trace: Trace | None = field(default=None, repr=False, compare=False)
 
     def __str__(self) -> str:
         units = sum(group.units for group in self.groups)
@@ -157,7 +161,7 @@ def analyze(model: nn.Module, inputs: Inputs, *, freeze: Sequence[str] = ()) -> 
     labels = Labels()
     names = canonical_names(model)
     captured = capture(model, inputs)
-    propagate(model, captured, labels, names)
+    values = propagate(model, captured, labels, names)
     counted = len(labels.contractions)
     unused = unread(model, labels, names)
     if unused:  # such as auxiliary heads, which only the training-mode forward pass runs
@@ -168,7 +172,7 @@ def analyze(model: nn.Module, inputs: Inputs, *, freeze: Sequence[str] = ()) -> 
         except CaptureError:
             pass  # what training would read is unknown, but so is it to the user: the names are reported
     pin_modules(model, labels, names, freeze)
-    return build(model, inputs, labels, solve(labels), captured.batch, unused)
+    return build(model, inputs, labels, solve(labels), captured, values, unused)
 
 
 def canonical_names(model: nn.Module) -> dict[str, str]:
@@ -209,7 +213,13 @@ def fingerprint(model: nn.Module) -> str:
 
 
 def build(
-    model: nn.Module, inputs: Inputs, labels: Labels, solution: Solution, batch: int, unused: tuple[str, ...]
+    model: nn.Module,
+    inputs: Inputs,
+    labels: Labels,
+    solution: Solution,
+    captured: Capture,
+    values: dict[fx.Node, Any],
+    unused: tuple[str, ...],
 ) -> Graph:
     """Collect units with the same members into groups, and express every width by them."""
     arrays: list[Atoms] = []
@@ -249,7 +259,7 @@ def build(
         params.append(Product(name, int(np.prod(fixed)), tuple(axes[i] for i in cut)))
     macs = []
     for item, indices in zip(labels.contractions, mac_axes, strict=True):
-        full = int(np.prod([len(arrays[i]) for i in indices])) * batch
+        full = int(np.prod([len(arrays[i]) for i in indices])) * captured.batch
         macs.append(Product(item.module, item.macs / full, tuple(axes[i] for i in indices)))
     return Graph(
         groups=tuple(groups),
@@ -260,7 +270,20 @@ def build(
         unused=unused,
         fingerprint=fingerprint(model),
         inputs=inputs,
+        trace=Trace(captured, values, labels.tensors, unit_numbers(solution, unit_sets, arrays)),
     )
+
+
+def unit_numbers(solution: Solution, unit_sets: Sequence[dict[int, Atoms]], arrays: Sequence[Atoms]) -> Atoms:
+    """(atoms,): the number of each atom's unit, counted over all groups; -1 for atoms that stay."""
+    number = np.full(len(solution.root), -1)
+    count = 0
+    for unit_set in unit_sets:
+        axis, index = next(iter(unit_set.items()))
+        number[solution.root[arrays[axis][index[:, 0]]]] = count + np.arange(len(index))
+        count += len(index)
+    result: Atoms = number[solution.root]
+    return result
 
 
 def collect(arrays: Sequence[Atoms], solution: Solution) -> list[dict[int, Atoms]]:
