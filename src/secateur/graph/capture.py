@@ -1,7 +1,7 @@
 """Read a model's graph once, without touching the model."""
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
@@ -74,28 +74,31 @@ def batch_of(inputs: Inputs) -> int:
     return 1
 
 
-def capture(model: nn.Module, inputs: Inputs, *, training: bool = False) -> Capture:
+def capture(
+    model: nn.Module, inputs: Inputs, *, training: bool = False, exact: bool = False
+) -> Capture:
     """Trace `model` on `inputs`; parameters, buffers, modes and hooks stay as they are.
 
     Args:
         model: any module that `torch.export` can read.
         inputs: example inputs; only shapes, dtypes and devices matter.
         training: trace the training-mode forward pass instead of the evaluation-mode one.
+        exact: trace the inputs as they are, instead of a batch of two.
     Raises:
         CaptureError: the inputs do not fit the model, or `forward` depends on the data.
     """
     modes = {module: module.training for module in model.modules()}
     model.train(training)
     try:
-        return _export(model, inputs)
+        return _export(model, (inputs,) if exact else (with_batch(inputs, BATCH), inputs))
     finally:
         for module, mode in modes.items():
             module.training = mode
 
 
-def _export(model: nn.Module, inputs: Inputs) -> Capture:
+def _export(model: nn.Module, candidates: Sequence[Inputs]) -> Capture:
     failure: Exception | None = None
-    for candidate in (with_batch(inputs, BATCH), inputs):  # some models accept only the batch they were given
+    for candidate in candidates:  # some models accept only the batch they were given
         args, kwargs = as_call(candidate)
         try:
             with warnings.catch_warnings():
@@ -111,7 +114,7 @@ def _export(model: nn.Module, inputs: Inputs) -> Capture:
         }
         return Capture(program.graph_module, tensors, constants, batch_of(candidate))
     assert failure is not None
-    _check_runs(model.eval(), inputs)
+    _check_runs(model.eval(), candidates[-1])
     raise CaptureError(
         f"{type(model).__name__} runs, but its graph cannot be captured: {_first_line(failure)}. "
         f"Control flow that depends on tensor values must be removed or replaced by torch.where."

@@ -57,7 +57,7 @@ class Survivors:
             dims = [dim for dim, size in enumerate(alive.shape) if size > 1]
             box = np.ones((), dtype=bool)
             for dim in dims:
-                line = alive.any(axis=tuple(d for d in range(alive.ndim) if d != dim))
+                line: Keep = alive.any(axis=tuple(d for d in range(alive.ndim) if d != dim))  # type: ignore[assignment]
                 box = box & line.reshape([-1 if d == dim else 1 for d in range(alive.ndim)])
                 if not line.all():
                     result[dim] = line & result[dim] if dim in result else line
