@@ -10,7 +10,7 @@ from secateur.errors import CaptureError
 from secateur.graph.capture import Capture
 from secateur.graph.labels import Labels, Value
 from secateur.graph.modules import pad_attributes
-from secateur.graph.rules import RULES, Site, flatten, without_rule
+from secateur.graph.rules import Site, apply, flatten, without_rule
 
 BODIES = ("wrap_with_autocast", "wrap_with_set_grad_enabled")
 """Higher-order operators that run a body once on their operands, whatever else they set."""
@@ -74,7 +74,7 @@ def call(model: nn.Module, node: fx.Node, values: dict[fx.Node, Any], labels: La
     bound |= dict(zip(bound, args, strict=False)) | kwargs
     op = str(node.target).rpartition(".")[0]
     site = Site(op, bound, shapes_of(node), labels, pad_attributes(model, labels.module))
-    result = RULES.get(op, without_rule)(site)
+    result = apply(site)
     if isinstance(node.meta.get("val"), list | tuple) or not isinstance(result, tuple):
         return result
     return result[0] if result else Value(())

@@ -27,8 +27,13 @@ class Solution:
     reasons: dict[int, tuple[str, str]]
 
 
-def solve(labels: Labels) -> Solution:
-    """Close the ties, take the option of each choice that leaves most units, and find what may go."""
+def solve(labels: Labels, attention: str = "heads") -> Solution:
+    """Close the ties, decide the choices one by one, and find what may go.
+
+    Args:
+        attention: what attention products prefer to lose, "heads" or "dims" (of every head); the other one is
+            taken where nothing could be removed. All other choices take the option that leaves most units.
+    """
     first = [a for a, _ in labels.ties]
     second = [b for _, b in labels.ties]
     root = _components(labels.count, np.concatenate([*first, []]), np.concatenate([*second, []]))
@@ -39,9 +44,11 @@ def solve(labels: Labels) -> Solution:
     pinned[root[PINNED]] = True
     for pin in labels.pins:
         pinned[root[pin.atoms]] = True
-    for choice in labels.choices:
-        options = [_merge(root[a], root[b], unit, pinned) for a, b in choice.options.values()]
-        touched, target, _ = min(options, key=lambda option: option[2])
+    for choice in sorted(labels.choices, key=lambda choice: not choice.attention):
+        merges = [(name, _merge(root[a], root[b], unit, pinned)) for name, a, b in choice.options]
+        liked = [merge for name, merge in merges if name == attention and merge.left > 1]
+        best = min(liked or [merge for _, merge in merges], key=lambda merge: merge.lost)
+        touched, target = best.touched, best.target
         lookup = np.arange(labels.count)
         lookup[touched] = target
         for flags in (unit, pinned):
@@ -68,13 +75,29 @@ def _components(count: int, a: Atoms, b: Atoms) -> Atoms:
     return result
 
 
-def _merge(a: Atoms, b: Atoms, unit: Flags, pinned: Flags) -> tuple[Atoms, Atoms, int]:
-    """What tying two lists of roots does: the roots touched, the root each becomes, and the units lost."""
+@dataclass(frozen=True)
+class _Merge:
+    """What tying two lists of roots does.
+
+    Attributes:
+        touched: the roots in the lists.
+        target: the root that each of them becomes.
+        left: units among these.
+        lost: units fewer than before.
+    """
+
+    touched: Atoms
+    target: Atoms
+    left: int
+    lost: int
+
+
+def _merge(a: Atoms, b: Atoms, unit: Flags, pinned: Flags) -> _Merge:
     touched, inverse = np.unique(np.concatenate([a, b]), return_inverse=True)
     local = _components(len(touched), inverse[: len(a)], inverse[len(a) :])
     has_unit = np.zeros(len(touched), dtype=bool)
     has_pin = np.zeros(len(touched), dtype=bool)
     has_unit[local[unit[touched]]] = True
     has_pin[local[pinned[touched]]] = True
-    before = (unit & ~pinned)[touched].sum()
-    return touched, touched[local], int(before - (has_unit & ~has_pin).sum())
+    left = int((has_unit & ~has_pin).sum())
+    return _Merge(touched, touched[local], left, int((unit & ~pinned)[touched].sum()) - left)
