@@ -167,9 +167,9 @@ def analyze(
     """
     if attention not in ("heads", "dims"):
         raise CaptureError(f"attention={attention!r}: expected 'heads' or 'dims'")
+    captured = capture(model, inputs)
     labels = Labels(frozenset(name for name, _ in model.named_parameters()))
     names = canonical_names(model)
-    captured = capture(model, inputs)
     values = propagate(model, captured, labels, names)
     counted = len(labels.contractions)
     unused = unread(model, labels, names)
