@@ -87,7 +87,7 @@ def test_a_grid_that_meets_its_two_axes_is_cut_along_one_of_them() -> None:
     assert found_grid == found_columns * 2
     assert len(set(found_columns)) == 3
     removable = solve(labels).removable
-    assert set(found_rows) == {0}
+    assert not removable[found_rows].any()
     assert removable[found_columns].all()
 
 
@@ -102,7 +102,7 @@ def test_a_single_channel_is_pinned_and_not_forgotten() -> None:
 def test_the_solver_takes_the_option_that_leaves_most_units(shape: tuple[int, int]) -> None:
     labels = Labels()
     grid = labels.fresh(6, unit=True).reshape(shape)
-    labels.choose([("rows", [(grid, grid[:, :1])]), ("columns", [(grid, grid[:1])])])
+    labels.choose({"rows": [(grid, grid[:, :1])], "columns": [(grid, grid[:1])]})
     assert solve(labels).removable.sum() == 3
     labels.pin(grid[:, 0], "a column stays")  # every row holds one of its atoms
     assert solve(labels).removable.sum() == shape[1] - 1

@@ -12,10 +12,11 @@ from itertools import combinations
 
 import numpy as np
 
-from secateur.graph.labels import PINNED, Atoms, Labels, Value, along, first, support
+from secateur.graph.labels import Atoms, Choice, Labels, Value, along, first, support
 
 FIXED = "meets a tensor whose channels are fixed"
-NONE = np.full(1, PINNED, dtype=np.int64)
+OTHER = "its channels are cut along another dim"
+INSTEAD = {"heads": "whole heads are removed instead", "dims": "dims of every head are removed instead"}
 
 
 @dataclass(frozen=True)
@@ -156,30 +157,39 @@ def _choose(
     """Record one option per way; atoms of the result are new and follow the option that is taken."""
     rank = family[0].factor.ndim
     ties: list[list[tuple[Atoms, Atoms]]] = [[] for _ in ways]
+    pinned: list[list[Atoms]] = [[] for _ in ways]
     rows: dict[int, Atoms] = {}
+
+    def follow(atoms: Atoms, dims: frozenset[int]) -> None:
+        """Atoms are those of the dim that is cut, and stay where none of these is."""
+        for number, way in enumerate(ways):
+            cut = next(iter(dims & way), None)
+            if cut is None:
+                pinned[number].append(atoms)
+            else:
+                ties[number].append((atoms, rows[cut]))
+
     for dim in sorted(frozenset().union(*ways)):
         vectors = [first(part.factor, [dim]).ravel() for part in family if dim in part.dims]
         rows[dim] = along(_like(labels, np.stack(vectors)), dim, rank)
-        for way, tie in zip(ways, ties, strict=True):
-            if dim not in way:
-                tie.append((rows[dim], NONE))
+        follow(rows[dim], frozenset({dim}))
     results: dict[frozenset[int], Atoms] = {}
     for part in sorted(family, key=lambda part: len(part.dims & drop)):
         kept = part.dims - drop
         result = part.factor
+        follow(part.factor, part.dims)
         if kept and kept != part.dims:
             pattern = first(part.factor, kept)
             result = _like(labels, pattern.reshape(1, -1)).reshape(pattern.shape)
-        for way, tie in zip(ways, ties, strict=True):
-            cut = part.dims & way
-            tie.append((part.factor, rows[next(iter(cut))] if cut else NONE))
-            if result is not part.factor:
-                cut &= kept
-                tie.append((result, rows[next(iter(cut))] if cut else NONE))
+            follow(result, kept)
         if kept:
             results.setdefault(kept, result)
     names = ["heads" if way & heads else "dims" for way in ways]
-    labels.choose(zip(names, ties, strict=True), attention=bool(heads))
+    options = (
+        labels.option(name, tie, pin, INSTEAD[name] if heads else OTHER)
+        for name, tie, pin in zip(names, ties, pinned, strict=True)
+    )
+    labels.choices.append(Choice(tuple(options), attention=bool(heads)))
     joint.axes.extend(row.ravel() for row in rows.values())
     # A factor whose dims another one has too adds nothing: every option ties the two.
     joint.factors.extend(f for dims, f in results.items() if not any(dims < other for other in results))

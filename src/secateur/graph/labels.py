@@ -7,7 +7,7 @@ and arithmetic only *ties* atoms of its operands (join.py). Nothing here knows a
 """
 
 from bisect import bisect_right
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -44,15 +44,29 @@ class Pin:
 
 
 @dataclass(frozen=True)
-class Choice:
-    """Alternative ways to keep an operation valid; each is a set of ties, and one of them must hold.
+class Option:
+    """One way to keep an operation valid.
 
     Attributes:
-        options: (name, atoms, the atoms they are tied to); names need not differ.
+        name: what is cut then; options of a choice may share a name.
+        ties: atoms that die together, as two lists.
+        pin: atoms that stay, and why.
+    """
+
+    name: str
+    ties: tuple[Atoms, Atoms]
+    pin: Pin
+
+
+@dataclass(frozen=True)
+class Choice:
+    """Alternative ways to keep an operation valid: one of them must hold.
+
+    Attributes:
         attention: the options are "heads" and "dims" of an attention product; these are decided first.
     """
 
-    options: tuple[tuple[str, Atoms, Atoms], ...]
+    options: tuple[Option, ...]
     attention: bool = False
 
 
@@ -133,15 +147,26 @@ class Labels:
         self.pins.append(Pin(np.unique(atoms), reason, self.module))
 
     def choose(
-        self, options: Iterable[tuple[str, Sequence[tuple[Atoms, Atoms]]]], *, attention: bool = False
+        self,
+        options: Mapping[str, Sequence[tuple[Atoms, Atoms]]],
     ) -> None:
-        """One of the options (name, ties) must hold; the solver takes the one that leaves most units."""
-        flat = []
-        for name, ties in options:
-            pairs = [np.broadcast_arrays(a, b) for a, b in ties]
-            atoms = np.concatenate([a.ravel() for a, _ in pairs])
-            flat.append((name, atoms, np.concatenate([b.ravel() for _, b in pairs])))
-        self.choices.append(Choice(tuple(flat), attention))
+        """One of the options must hold; the solver takes the one that leaves most units."""
+        self.choices.append(Choice(tuple(self.option(name, ties) for name, ties in options.items())))
+
+    def option(
+        self,
+        name: str,
+        ties: Sequence[tuple[Atoms, Atoms]],
+        pinned: Sequence[Atoms] = (),
+        reason: str = "",
+    ) -> Option:
+        """One option of a choice, from ties of arrays that broadcast and arrays of atoms that stay."""
+        pairs = [np.broadcast_arrays(a, b) for a, b in ties]
+        return Option(
+            name,
+            (_joined([a for a, _ in pairs]), _joined([b for _, b in pairs])),
+            Pin(np.unique(_joined(pinned)), reason, self.module),
+        )
 
     def value(self, shape: Iterable[int], factors: Iterable[Atoms] = ()) -> Value:
         """A value with its factors reduced to the dims along which they vary.
@@ -214,6 +239,10 @@ class Labels:
             if size > 1
         ]
         return Value(value.shape, tuple(factors), weight=value.tensor in self.parameters)
+
+
+def _joined(arrays: Iterable[Atoms]) -> Atoms:
+    return np.concatenate([np.zeros(0, dtype=np.int64), *(array.ravel() for array in arrays)])
 
 
 def along(atoms: Atoms, dim: int, rank: int) -> Atoms:

@@ -34,33 +34,44 @@ def solve(labels: Labels, attention: str = "heads") -> Solution:
         attention: what attention products prefer to lose, "heads" or "dims" (of every head); the other one is
             taken where nothing could be removed. All other choices take the option that leaves most units.
     """
-    first = [a for a, _ in labels.ties]
-    second = [b for _, b in labels.ties]
-    root = _components(labels.count, np.concatenate([*first, []]), np.concatenate([*second, []]))
-    unit = np.zeros(labels.count, dtype=bool)
-    pinned = np.zeros(labels.count, dtype=bool)
+    first, second = zip(*labels.ties, strict=True) if labels.ties else ((), ())
+    none = np.zeros(0, dtype=np.int64)
+    start = _components(labels.count, np.concatenate([none, *first]), np.concatenate([none, *second]))
+    smallest, index = np.unique(start, return_inverse=True)  # from here on, classes of atoms by number
+    classes = np.arange(len(smallest))
+    unit = np.zeros(len(smallest), dtype=bool)
+    pinned = np.zeros(len(smallest), dtype=bool)
     for atoms in labels.units:
-        unit[root[atoms]] = True
-    pinned[root[PINNED]] = True
-    for pin in labels.pins:
-        pinned[root[pin.atoms]] = True
+        unit[index[atoms]] = True
+    pinned[index[PINNED]] = True
+    pins = list(labels.pins)
+    for pin in pins:
+        pinned[index[pin.atoms]] = True
     for choice in sorted(labels.choices, key=lambda choice: not choice.attention):
-        merges = [(name, _merge(root[a], root[b], unit, pinned)) for name, a, b in choice.options]
-        liked = [merge for name, merge in merges if name == attention and merge.left > 1]
-        best = min(liked or [merge for _, merge in merges], key=lambda merge: merge.lost)
-        touched, target = best.touched, best.target
-        lookup = np.arange(labels.count)
-        lookup[touched] = target
-        for flags in (unit, pinned):
-            np.logical_or.at(flags, target, flags[touched])
-        root = lookup[root]
+        now = classes[index]
+        merges = [
+            (option, _merge(*(now[atoms] for atoms in (*option.ties, option.pin.atoms)), unit, pinned))
+            for option in choice.options
+        ]
+        liked = [merge for merge in merges if merge[0].name == attention and merge[1].left > 1]
+        option, best = min(liked or merges, key=lambda merge: merge[1].lost)
+        np.logical_or.at(unit, best.target, unit[best.touched])
+        np.logical_or.at(pinned, best.target, pinned[best.touched])
+        pinned[now[option.pin.atoms]] = True
+        pinned[best.target[np.isin(best.touched, now[option.pin.atoms])]] = True
+        lookup = np.arange(len(smallest))
+        lookup[best.touched] = best.target
+        classes = lookup[classes]
+        pins.append(option.pin)
+    root = smallest[classes][index]
     reasons: dict[int, tuple[str, str]] = {}
-    for pin in labels.pins:
-        for index in np.unique(root[pin.atoms]).tolist():
-            reasons.setdefault(index, (pin.reason, pin.module))
+    for pin in pins:
+        for number in np.unique(root[pin.atoms]).tolist():
+            reasons.setdefault(number, (pin.reason, pin.module))
     reasons.setdefault(int(root[PINNED]), ("tied to channels that are given, such as the model's input", ""))
     is_root = root == np.arange(labels.count)
-    return Solution(root, unit & ~pinned & is_root, reasons)
+    removable = (unit & ~pinned)[classes][index] & is_root
+    return Solution(root, removable, reasons)
 
 
 def _components(count: int, a: Atoms, b: Atoms) -> Atoms:
@@ -92,12 +103,13 @@ class _Merge:
     lost: int
 
 
-def _merge(a: Atoms, b: Atoms, unit: Flags, pinned: Flags) -> _Merge:
-    touched, inverse = np.unique(np.concatenate([a, b]), return_inverse=True)
-    local = _components(len(touched), inverse[: len(a)], inverse[len(a) :])
+def _merge(a: Atoms, b: Atoms, pins: Atoms, unit: Flags, pinned: Flags) -> _Merge:
+    touched, inverse = np.unique(np.concatenate([a, b, pins]), return_inverse=True)
+    local = _components(len(touched), inverse[: len(a)], inverse[len(a) : 2 * len(a)])
     has_unit = np.zeros(len(touched), dtype=bool)
     has_pin = np.zeros(len(touched), dtype=bool)
     has_unit[local[unit[touched]]] = True
     has_pin[local[pinned[touched]]] = True
+    has_pin[local[inverse[2 * len(a) :]]] = True
     left = int((has_unit & ~has_pin).sum())
     return _Merge(touched, touched[local], left, int((unit & ~pinned)[touched].sum()) - left)

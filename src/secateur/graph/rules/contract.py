@@ -61,10 +61,10 @@ def connect(site: Site, x: Atoms, out: Atoms, into: Atoms, groups: int) -> None:
         labels.tie(source, sink)
         return
     labels.choose(
-        [
-            ("groups", [(source, source[:, :1]), (sink, source[:, :1])]),
-            ("positions", [(source, into[None]), (sink, sink[:1])]),
-        ]
+        {
+            "groups": [(source, source[:, :1]), (sink, source[:, :1])],
+            "positions": [(source, into[None]), (sink, sink[:1])],
+        }
     )
 
 

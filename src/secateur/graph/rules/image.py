@@ -87,7 +87,7 @@ def channel_shuffle(site: Site) -> Result:
     factors = site.restrict(x, [0, 1], "a shuffle of a labelled image dim")
     atoms = labels.axis(Value(x.shape, tuple(factors)), 1).reshape(groups, -1)
     if 1 < groups < x.shape[1]:
-        labels.choose([("groups", [(atoms, atoms[:, :1])]), ("positions", [(atoms, atoms[:1])])])
+        labels.choose({"groups": [(atoms, atoms[:, :1])], "positions": [(atoms, atoms[:1])]})
     return site.value([along(atoms.T.ravel(), 1, len(x.shape))])
 
 

@@ -54,7 +54,7 @@ def group_norm(site: Site) -> Result:
     for factor in factors:
         grid = factor.reshape(groups, -1)
         if 1 < groups < x.shape[1]:
-            labels.choose([("groups", [(grid, grid[:, :1])]), ("positions", [(grid, grid[:1])])])
+            labels.choose({"groups": [(grid, grid[:, :1])], "positions": [(grid, grid[:1])]})
         site.statistic(Value(grid.shape, (grid,)), [1])
     return labels.value(site.shape, [factor.reshape(along(factor, 1, rank).shape) for factor in factors])
 

@@ -19,7 +19,7 @@ def view(site: Site) -> Result:
         dims = support(result)
         if len(dims) > 1 and not np.array_equal(result.squeeze(), factor.squeeze()):
             # a split dim: what survives must be a box, so one of its axes is cut
-            site.labels.choose([(f"axis {dim}", [(result, first(result, [dim]))]) for dim in sorted(dims)])
+            site.labels.choose({f"axis {dim}": [(result, first(result, [dim]))] for dim in sorted(dims)})
         factors.append(result)
     return site.value(factors)
 
