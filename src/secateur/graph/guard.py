@@ -47,14 +47,21 @@ def check_readable(model: nn.Module) -> None:
 
 @contextmanager
 def untouched(model: nn.Module) -> Iterator[None]:
-    """Give every module its attributes back, those included that hooks and forwards set in between."""
-    before = [(module, dict(vars(module))) for module in model.modules()]
+    """Give every module its attributes back, also those that hooks and forwards set or fill in between."""
+    before = []
+    for module in model.modules():
+        attributes = dict(vars(module))
+        containers = [(x, x.copy()) for x in attributes.values() if isinstance(x, dict | list | set)]
+        before.append((module, attributes, containers))
     try:
         yield
     finally:
-        for module, attributes in before:
+        for module, attributes, containers in before:
             vars(module).clear()
             vars(module).update(attributes)
+            for container, content in containers:
+                container.clear()
+                container.extend(content) if isinstance(container, list) else container.update(content)
 
 
 @contextmanager
