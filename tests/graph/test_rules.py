@@ -10,24 +10,8 @@ from torch import Tensor, nn
 import secateur as sc
 from secateur.graph import Graph
 from secateur.surgery.verify import randomise_
+from tests.graph.nets import Net, conv
 from tests.oracles import counted_macs, random_masks, tensors_of, without_units
-
-
-class Net(nn.Module):
-    """Layers by keyword, and a forward given as a function of (layers, x)."""
-
-    def __init__(self, forward, **layers: nn.Module) -> None:
-        super().__init__()
-        for name, layer in layers.items():
-            self.add_module(name, layer)
-        self._function = forward
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self._function(self, x)
-
-
-def conv(i: int, o: int, k: int = 1, **options) -> nn.Conv2d:
-    return nn.Conv2d(i, o, k, padding=k // 2, **options)
 
 
 def shuffle(x: Tensor, groups: int) -> Tensor:

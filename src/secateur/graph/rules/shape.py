@@ -4,7 +4,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from secateur.graph.labels import Atoms, Value, first, reshape, support
+from secateur.graph.join import INSTEAD
+from secateur.graph.labels import Atoms, Choice, Value, first, reshape, support
 from secateur.graph.rules.site import Result, Site, missing, resized, rule
 
 
@@ -13,15 +14,37 @@ from secateur.graph.rules.site import Result, Site, missing, resized, rule
 )
 def view(site: Site) -> Result:
     x = site.first
-    factors = []
+    factors: list[Atoms] = []
+    sources: list[frozenset[int]] = []
     for factor in x.factors:
         result = reshape(factor, x.shape, site.shape)
         dims = support(result)
         if len(dims) > 1 and not np.array_equal(result.squeeze(), factor.squeeze()):
             # a split dim: what survives must be a box, so one of its axes is cut
             site.labels.choose({f"axis {dim}": [(result, first(result, [dim]))] for dim in sorted(dims)})
-        factors.append(result)
+        for number, other in enumerate(factors):
+            if dims & support(other) and not support(factor) & sources[number]:
+                nested = (other, result) if min(sources[number]) < min(support(factor)) else (result, other)
+                factors[number] = merged(site, *nested)
+                sources[number] |= support(factor)
+                break
+        else:
+            factors.append(result)
+            sources.append(support(factor))
     return site.value(factors)
+
+
+def merged(site: Site, outer: Atoms, inner: Atoms) -> Atoms:
+    """Two labelled dims (heads and their width) that become one: positions of it follow one of them."""
+    labels = site.labels
+    both = labels.fresh(int(np.prod(np.broadcast_shapes(outer.shape, inner.shape))))
+    both = both.reshape(np.broadcast_shapes(outer.shape, inner.shape))
+    options = (
+        labels.option("heads", [(both, outer)], [inner], INSTEAD["heads"]),
+        labels.option("dims", [(both, inner)], [outer], INSTEAD["dims"]),
+    )
+    labels.choices.append(Choice(options, attention=True))
+    return both
 
 
 @rule("permute")
