@@ -156,7 +156,7 @@ def torch_pruning(model: nn.Module, x: Tensor, row: Row) -> Any:
         whole = original[name].detach().double()
         alive[name] = torch.zeros(whole.numel(), dtype=torch.bool).index_fill_(0, index.flatten(), True)
         tensor.data = whole.flatten()[index]
-    images = torch.randn(2, *x.shape[1:], dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    images = torch.randn(1, *x.shape[1:], dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         result = outputs(numbered.eval()(images))
     row["macs_kept"] = counted_macs(numbered, x.double()) / row["macs"]
@@ -220,19 +220,22 @@ def outputs(result: Any) -> list[Tensor]:
 
 
 def counted_macs(model: nn.Module, x: Tensor) -> int:
-    """Multiply-adds torch counts while the model runs on one image."""
+    """Multiply-adds torch counts while the model runs on one image; without its values where it needs none."""
     fast = torch.backends.mha.get_fastpath_enabled()
-    training = [p for p in model.parameters() if p.requires_grad]
     torch.backends.mha.set_fastpath_enabled(False)  # a fused encoder layer would not be counted
     try:
-        for parameter in training:  # the counter looks for the gradient function of what modules return
-            parameter.requires_grad_(False)
-        with FlopCounterMode(display=False) as counter, torch.no_grad():
-            model.eval()(x)
+        with torch.device("meta"):
+            return count(copy.deepcopy(model).to("meta"), x.to("meta"))
+    except Exception:  # its forward looks at values, or keeps tensors where `to` does not find them
+        return count(copy.deepcopy(model), x)
     finally:
         torch.backends.mha.set_fastpath_enabled(fast)
-        for parameter in training:
-            parameter.requires_grad_(True)
+
+
+def count(model: nn.Module, x: Tensor) -> int:
+    model.eval().requires_grad_(False)  # the counter looks for the gradient function of what modules return
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        model(x)
     return counter.get_total_flops() // 2 // len(x)
 
 
