@@ -271,7 +271,7 @@ def build(
         params.append(Product(name, int(np.prod(fixed)), tuple(axes[i] for i in cut)))
     macs = []
     for item, indices in zip(labels.contractions, mac_axes, strict=True):
-        full = int(np.prod([len(arrays[i]) for i in indices])) * captured.batch
+        full = int(np.prod([len(arrays[i]) for i in indices])) * (captured.batch if item.batched else 1)
         macs.append(Product(item.module, item.macs / full, tuple(axes[i] for i in indices)))
     return Graph(
         groups=tuple(groups),

@@ -25,13 +25,15 @@ class Value:
         shape: its shape at capture.
         factors: see the top of the file.
         tensor: name, if it is a parameter or buffer.
-        weight: it is computed from parameters alone, such as a standardised convolution kernel.
+        weight: it is computed from parameters and constants alone, such as a standardised kernel.
+        data: it depends on the model's inputs.
     """
 
     shape: tuple[int, ...]
     factors: tuple[Atoms, ...] = ()
     tensor: str | None = None
     weight: bool = False
+    data: bool = False
 
 
 @dataclass(frozen=True)
@@ -88,11 +90,16 @@ class Statistic:
 
 @dataclass(frozen=True)
 class Contraction:
-    """Multiply-adds of one operation: `macs` times the share of every axis that is kept."""
+    """Multiply-adds of one operation: `macs` times the share of every axis that is kept.
+
+    Attributes:
+        batched: done for every image; False for what a forward pass computes once (a table of positions).
+    """
 
     module: str
     macs: int
     axes: tuple[Atoms, ...]
+    batched: bool = True
 
 
 @dataclass(frozen=True)

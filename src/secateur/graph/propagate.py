@@ -10,7 +10,7 @@ from secateur.errors import CaptureError
 from secateur.graph.capture import Capture
 from secateur.graph.labels import Labels, Value
 from secateur.graph.modules import pad_attributes
-from secateur.graph.rules import Site, apply, flatten, without_rule
+from secateur.graph.rules import Site, apply, flatten
 
 BODIES = ("wrap_with_autocast", "wrap_with_set_grad_enabled")
 """Higher-order operators that run a body once on their operands, whatever else they set."""
@@ -25,10 +25,11 @@ def propagate(
         what every node holds: a labelled value, or a tuple of them.
     """
     values: dict[fx.Node, Any] = {}
-    inputs = []
+    inputs, given = [], set(captured.inputs)
     for node in captured.module.graph.find_nodes(op="placeholder"):
         shape = shapes_of(node)[0] if shapes_of(node) else ()
-        inputs.append(Value(shape, tensor=names.get(captured.tensors.get(node.name, ""))))
+        name = names.get(captured.tensors.get(node.name, ""))
+        inputs.append(Value(shape, tensor=name, data=node in given))
     outputs = walk(model, captured.module, inputs, labels, values)
     labels.module = ""
     for value in flatten([outputs]):
@@ -94,7 +95,7 @@ def call_higher_order(
             f"Replace it by ordinary operators."
         )
     operands = {str(index): value for index, value in enumerate(flatten(list(args)))}
-    return without_rule(Site(name, operands, shapes_of(node), labels))
+    return apply(Site(name, operands, shapes_of(node), labels))
 
 
 def resolve(args: Any, values: dict[fx.Node, Any]) -> Any:

@@ -51,8 +51,8 @@ def solve(labels: Labels, attention: str = "heads") -> Solution:
         now = classes[index]
         merges = []
         for option in choice.options:
-            a, b, pin = now[option.ties[0]], now[option.ties[1]], now[option.pin.atoms]
-            merges.append((option, _merge(a, b, pin, unit, pinned)))
+            a, b, stay = now[option.ties[0]], now[option.ties[1]], now[option.pin.atoms]
+            merges.append((option, _merge(a, b, stay, unit, pinned)))
         liked = [merge for merge in merges if merge[0].name == attention and merge[1].left > 1]
         option, best = min(liked or merges, key=lambda merge: merge[1].lost)
         np.logical_or.at(unit, best.target, unit[best.touched])

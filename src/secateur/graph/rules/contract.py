@@ -15,18 +15,33 @@ OVER_IMAGE = "a convolution over a labelled image or batch dim"
 @rule("conv1d", "conv2d", "conv3d")
 def convolution(site: Site) -> Result:
     x, weight = site.labels.exposed(site["input"]), site["weight"]
-    labels, groups = site.labels, site["groups"]
+    labels, groups, rank = site.labels, site["groups"], len(site.shape)
     channel = len(x.shape) - len(weight.shape) + 1  # 0 for an unbatched input
-    x = Value(x.shape, tuple(site.restrict(x, [channel], OVER_IMAGE)))
+    each = [
+        dim for dim in range(rank) if dim < channel or (dim > channel and _pointwise(site, dim - channel - 1))
+    ]
+    factors = site.restrict(x, [*each, channel], OVER_IMAGE)
+    rest = [factor for factor in factors if factor.shape[channel] == 1]
     site.restrict(weight, [0, 1], "positions of a convolution kernel")
     depthwise = groups > 1 and weight.shape[1] == 1
     # A depthwise filter belongs to the channel it reads: it makes no new unit.
     out = labels.axis(weight, 0, "depthwise" if depthwise else "out", unit=not depthwise)
     into = labels.axis(weight, 1, "in")
-    connect(site, labels.axis(x, channel), out, into, groups)
+    connect(site, labels.axis(Value(x.shape, tuple(factors)), channel), out, into, groups)
     add_bias(site, out)
-    site.count(math.prod(site.shape) // site.shape[channel] * math.prod(weight.shape), out, into)
-    return site.value([along(out, channel, len(site.shape))])
+    macs = math.prod(site.shape) // site.shape[channel] * math.prod(weight.shape)
+    site.count(macs, out, into, *(factor.ravel() for factor in rest))
+    return site.value([*rest, along(out, channel, rank)])
+
+
+def _pointwise(site: Site, number: int) -> bool:
+    """Whether an image dim is neither summed over nor resized."""
+    stride, padding = site["stride"], site["padding"]
+    return (
+        site["weight"].shape[number + 2] == 1
+        and stride[min(number, len(stride) - 1)] == 1
+        and (isinstance(padding, str) or padding[min(number, len(padding) - 1)] == 0)
+    )
 
 
 @rule("conv_transpose1d", "conv_transpose2d", "conv_transpose3d")

@@ -63,7 +63,8 @@ class Site:
 
     def count(self, macs: int, *axes: Atoms) -> None:
         """This operator performs `macs` multiply-adds, in proportion to what is kept of each axis."""
-        self.labels.contractions.append(Contraction(self.labels.module, macs, axes))
+        batched = any(value.data for value in self.operands)
+        self.labels.contractions.append(Contraction(self.labels.module, macs, axes, batched))
 
     def statistic(self, value: Value, dims: Collection[int]) -> None:
         """This operator computes statistics over these dims."""
@@ -112,12 +113,12 @@ def rule(*ops: str) -> Callable[[Rule], Rule]:
 def apply(site: Site) -> Result:
     """The labelled outputs of an operator."""
     result = RULES.get(site.op, without_rule)(site)
-    operands = [(v.weight or v.tensor in site.labels.parameters, v.tensor) for v in site.operands]
-    if any(weight for weight, _ in operands) and all(weight or tensor for weight, tensor in operands):
-        if isinstance(result, Value):
-            return replace(result, weight=True)
-        return tuple(replace(value, weight=True) for value in result)
-    return result
+    operands = site.operands
+    data = any(value.data for value in operands)
+    weight = not data and any(v.weight or v.tensor in site.labels.parameters for v in operands)
+    if isinstance(result, Value):
+        return replace(result, weight=weight, data=data)
+    return tuple(replace(value, weight=weight, data=data) for value in result)
 
 
 def flatten(items: Sequence[Any]) -> list[Any]:
