@@ -108,10 +108,10 @@ class Writer:
     def _draft(self, name: str, number: int, calls: Calls) -> Draft:
         module = self._model.get_submodule(name)
         try:
-            captures = [Captured.of(module, *call) for call in calls]
-            base, captured, variants = captures[0], captures[0].listing(), captures[1:]
+            base = Captured.of(module, *calls[0])
+            captured = base.listing()
             double = Captured.of_double(module, *calls[-1])
-            variants += [double] if double else []
+            variants = [double] if double else [Captured.of(module, *call) for call in calls[1:]]
         except CaptureError as error:
             raise CutError(f"{name}: its forward cannot be captured by itself ({error})") from None
         listings = [variant.listing() for variant in variants]

@@ -19,9 +19,9 @@ from secateur.graph import Graph, named_tensors
 from secateur.graph.trace import Survivors
 from secateur.surgery.draft import Draft, Writer
 from secateur.surgery.duplicate import duplicate
-from secateur.surgery.listing import regions
+from secateur.surgery.listing import Listing, regions
 from secateur.surgery.probe import aliases, difference, floats, random_inputs, random_values
-from secateur.surgery.program import refs
+from secateur.surgery.program import NAMES, Named, refs
 from secateur.surgery.rewrite import cut_listing, fixed_program, run_program, tensors_of
 
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-5}
@@ -48,12 +48,29 @@ def settle(
     judge = Judge(model, graph, survivors, torch.float64)
     if judge.holds():
         return {}
-    if not judge.runs_whole(whole()):  # it computes in one precision only
+    if fixes_precision(judge.lines) and not judge.runs_whole(whole()):
         judge = Judge(model, graph, survivors, _precision(model))
         if judge.holds():
             return {}
     writer = Writer(whole(), graph.trace, survivors, graph.inputs)
     return Trial(judge, writer).run()
+
+
+def fixes_precision(lines: Listing) -> bool:
+    """Whether a forward names a precision, or reads a tensor that does not follow the model's."""
+    constants = lines.captured.constants.values()
+    return any(t.is_floating_point() for t in constants) or any(names_dtype(s.args) for s in lines.steps)
+
+
+def names_dtype(arg: Any) -> bool:
+    """Whether an argument holds a floating-point dtype."""
+    if isinstance(arg, list | dict):
+        return any(map(names_dtype, arg.values() if isinstance(arg, dict) else arg))
+    return (
+        isinstance(arg, Named)
+        and arg.kind == "dtype"
+        and (arg.name == "same" or NAMES["dtype"][arg.name].is_floating_point)
+    )
 
 
 def _precision(model: nn.Module) -> torch.dtype:
@@ -83,7 +100,7 @@ class Judge:
     @property
     def given(self) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """The arguments; a copy, since a forward may write to them."""
-        return pytree.tree_map(_clone, self._given)  # type: ignore[no-any-return]
+        return cloned(self._given)  # type: ignore[no-any-return]
 
     def steps(self) -> Iterator[Any]:
         """The results of the captured graph's operators, one by one, and at the end the output."""
@@ -99,6 +116,7 @@ class Judge:
                 )
             yield result
 
+    @functools.cached_property
     def expected(self) -> list[Tensor]:
         """The outputs."""
         with torch.no_grad():
@@ -107,7 +125,7 @@ class Judge:
 
     def holds(self) -> bool:
         """Whether the model's own forward runs and computes the same."""
-        expected = self.expected()
+        expected = self.expected
         try:
             return difference(expected, self.own(self.model, self.values))[1] <= self.tolerance
         except Exception:  # whatever the model's own code raises at widths it was not made for
@@ -152,7 +170,7 @@ class Trial:
                 found = self._judge.own(self._judge.model, self._judge.values)
             except Exception as error:
                 raise self._failure(error) from error
-        if difference(self._judge.expected(), found)[1] > self._judge.tolerance:
+        if difference(self._judge.expected, found)[1] > self._judge.tolerance:
             raise self._failure(None)
         names = self._drafts
         return {n: d for n, d in names.items() if not any(inside(n, other) for other in names)}
@@ -171,7 +189,7 @@ class Trial:
         if not region:
             return own(*args, **kwargs)
         inputs = self._graph.before(region)
-        given = pytree.tree_map(_clone, (args, kwargs))
+        given = cloned((args, kwargs))
         try:
             result = own(*args, **kwargs)
             problem: Exception = CutError("it computes something else")
@@ -300,5 +318,7 @@ def registered(module: nn.Module, constants: Mapping[str, Tensor]) -> Iterator[N
             module._non_persistent_buffers_set.discard(name)
 
 
-def _clone(x: Any) -> Any:
-    return x.clone() if isinstance(x, Tensor) else x
+def cloned(tree: Any) -> Any:
+    """The tree with a copy of every tensor; one that stands in several places stays one."""
+    known: dict[int, Tensor] = {}
+    return pytree.tree_map(lambda x: known.setdefault(id(x), x.clone()) if isinstance(x, Tensor) else x, tree)
