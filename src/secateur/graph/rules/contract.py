@@ -51,13 +51,13 @@ def transposed_convolution(site: Site) -> Result:
     channel = len(x.shape) - len(weight.shape) + 1
     x = Value(x.shape, tuple(site.restrict(x, [channel], OVER_IMAGE)))
     site.restrict(weight, [0, 1], "positions of a convolution kernel")
-    into = labels.axis(weight, 0, "in")
-    depthwise = groups > 1 and weight.shape[1] == 1
-    out = labels.axis(weight, 1, "out", unit=not depthwise)
+    depthwise = groups == weight.shape[0] and weight.shape[1] == 1
+    into = labels.axis(weight, 0, "depthwise" if depthwise else "in")
+    out = labels.axis(weight, 1, "other" if depthwise else "out", unit=not depthwise)
     labels.tie(into, labels.axis(x, channel))
     site.count(math.prod(x.shape) // x.shape[channel] * math.prod(weight.shape), into, out)
     made = np.tile(out, groups)
-    if depthwise and groups == weight.shape[0]:
+    if depthwise:
         made = into
     elif groups > 1:  # every group shares the positions of dim 1, so whole groups stay
         labels.pin(into, "grouped transposed convolution")

@@ -3,7 +3,7 @@
 import numpy as np
 
 from secateur.graph.join import broadcast, join
-from secateur.graph.labels import Atoms, Value, along
+from secateur.graph.labels import Atoms, Value, along, support
 from secateur.graph.rules.site import Result, Site, resized, rule
 
 ROLES = {"weight": "scale", "bias": "shift", "running_mean": "statistic", "running_var": "statistic"}
@@ -59,13 +59,17 @@ def group_norm(site: Site) -> Result:
     return labels.value(site.shape, [factor.reshape(along(factor, 1, rank).shape) for factor in factors])
 
 
-@rule("_weight_norm")
+@rule("_weight_norm", "_weight_norm_interface")
 def weight_norm(site: Site) -> Result:
     """Every slice along `dim` of a kernel is divided by its norm and multiplied by its gain."""
     kernel, gain = site.labels.exposed(site["v"]), site.labels.exposed(site["g"])
     dim = site["dim"] % len(kernel.shape)
-    site.statistic(kernel, [d for d in range(len(kernel.shape)) if d != dim])
-    return site.value(join(site.labels, [kernel, gain]).factors)
+    rest = [d for d in range(len(kernel.shape)) if d != dim]
+    site.statistic(kernel, rest)
+    factors = join(site.labels, [kernel, gain]).factors
+    norms = [factor for factor in factors if not support(factor) & set(rest)]
+    parts = [norms] * (len(site.shapes) - 1)  # the norms that the filters had may be a second output
+    return tuple(site.labels.value(shape, f) for shape, f in zip(site.shapes, [factors, *parts], strict=True))
 
 
 @rule(

@@ -7,6 +7,7 @@ from secateur.graph.labels import Atoms, Pad, Value, along, support
 from secateur.graph.rules.shape import without
 from secateur.graph.rules.site import Result, Site, resized, rule
 
+PICKED = "channels are picked by an index"
 CROPPED = "channels are cropped by numbers written into forward"
 
 
@@ -104,13 +105,9 @@ def index(site: Site) -> Result:
     else:
         indexed = site.dims()
     keep = [dim for dim in range(rank) if dim not in indexed]
-    factors = site.restrict(x, keep, "channels are picked by an index")
     if site.op in ("aten.gather", "aten.take_along_dim"):
-        picks = labels.exposed(site["index" if "index" in site.args else "indices"])
-        picked = tuple(site.restrict(picks, keep, "an index"))
-        shape = tuple(1 if dim in indexed else size for dim, size in enumerate(x.shape))
-        other = tuple(1 if dim in indexed else size for dim, size in enumerate(picks.shape))
-        return site.value(join(labels, [Value(shape, tuple(factors)), Value(other, picked)]).factors)
+        return gather(site, keep)
+    factors = site.restrict(x, keep, PICKED)
     if site.op == "aten.index_select":
         return site.value(factors)
     new = [None] * (len(site.shape) - len(keep))
@@ -118,6 +115,17 @@ def index(site: Site) -> Result:
     front = indexed[0] if together else 0
     order = [*keep[:front], *new, *keep[front:]]
     return site.value([resized(factor, order) for factor in factors])
+
+
+def gather(site: Site, keep: list[int]) -> Result:
+    """The index has the shape of the result; where it is shorter than the tensor, the rest is left out."""
+    x, index = site.first, site.labels.exposed(site["index" if "index" in site.args else "indices"])
+    keep = [dim for dim in keep if x.shape[dim] == index.shape[dim]]
+    operands = []
+    for value in (x, index):
+        shape = tuple(size if dim in keep else 1 for dim, size in enumerate(value.shape))
+        operands.append(Value(shape, tuple(site.restrict(value, keep, PICKED))))
+    return site.value(join(site.labels, operands).factors)
 
 
 @rule("index_add", "index_add_", "index_copy", "index_copy_")
