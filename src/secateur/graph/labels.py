@@ -227,13 +227,17 @@ class Labels:
         if found is None:
             return np.zeros(size, dtype=np.int64)
         if value.weight:
-            self._assign(found, role, unit)
+            if unit:
+                self.units.append(found)
+            self._assign(found, role)
         return found
 
-    def _assign(self, atoms: Atoms, role: str, unit: bool) -> None:
-        """Give the parameter dim that these atoms belong to its role."""
-        name, dim = self._keys[bisect_right(self._starts, int(atoms[0])) - 1]
-        self.tensor_axis(name, dim, len(self.tensors[name, dim]), role, unit=unit)
+    def _assign(self, atoms: Atoms, role: str) -> None:
+        """Give the parameter dim that these atoms belong to, if it is one, its role."""
+        owner = bisect_right(self._starts, int(atoms[0])) - 1
+        if owner >= 0 and np.isin(atoms, self.tensors[self._keys[owner]]).all():
+            if self.roles[self._keys[owner]] == "other":
+                self.roles[self._keys[owner]] = role
 
     def exposed(self, value: Value) -> Value:
         """A parameter as an operand of general arithmetic: every dim gets atoms that can be tied."""
