@@ -11,7 +11,7 @@ from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
 from secateur.errors import CaptureError
-from secateur.graph.guard import check_readable, culprit, plain_outputs, quiet, untouched
+from secateur.graph.guard import check_deterministic, check_readable, culprit, plain_outputs, quiet, untouched
 
 Inputs: TypeAlias = Tensor | tuple[Any, ...] | list[Any] | Mapping[str, Any]
 """Example inputs: one tensor, a tuple of positional arguments, or a mapping of keyword arguments."""
@@ -85,12 +85,15 @@ def capture(model: nn.Module, inputs: Inputs, *, training: bool = False, exact: 
         training: trace the training-mode forward pass instead of the evaluation-mode one.
         exact: trace the inputs as they are, instead of a batch of two.
     Raises:
-        CaptureError: the inputs do not fit the model, or `forward` depends on the data.
+        CaptureError: the inputs do not fit the model, or `forward` depends on the data or on chance.
     """
     check_readable(model)
     with untouched(model):
         model.train(training)
-        return _export(model, (inputs,) if exact else (with_batch(inputs, BATCH), inputs))
+        captured = _export(model, (inputs,) if exact else (with_batch(inputs, BATCH), inputs))
+    if not training:
+        check_deterministic(captured.module)
+    return captured
 
 
 def _export(model: nn.Module, candidates: Sequence[Inputs]) -> Capture:

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch.nn.parameter import is_lazy
 from torch.utils import _pytree as pytree
 
@@ -83,37 +83,61 @@ def quiet() -> Iterator[None]:
 @contextmanager
 def plain_outputs(model: nn.Module) -> Iterator[None]:
     """Inside, the model returns dicts in place of dataclasses, which the exporter knows only if registered."""
-    handle = model.register_forward_hook(lambda module, args, output: opened(output))
+    handle = model.register_forward_hook(lambda module, args, output: plain(output))
     try:
         yield
     finally:
         handle.remove()
 
 
-def opened(output: Any) -> Any:
-    """An output with its dataclasses as dicts.
+def plain(output: Any) -> Any:
+    """The output of a model with its dataclasses as dicts.
 
     Raises:
         CaptureError: it holds an object whose tensors cannot be found.
     """
+    output = opened(output)
+    for leaf in pytree.tree_leaves(output):
+        if leaf is not None and not isinstance(leaf, PLAIN):
+            raise CaptureError(
+                f"the model returns an object of class {type(leaf).__name__}, whose tensors cannot be found; return "
+                f"tensors in tuples, lists, dicts or dataclasses, or wrap the model in a module that does"
+            )
+    return output
+
+
+def opened(tree: Any) -> Any:
+    """The same tree of containers with a dict in the place of every dataclass that is a leaf."""
 
     def leaf(x: Any) -> Any:
         if dataclasses.is_dataclass(x) and not isinstance(x, type):
             return opened({field.name: getattr(x, field.name) for field in dataclasses.fields(x)})
-        if x is None or isinstance(x, PLAIN):
-            return x
-        raise CaptureError(
-            f"the model returns an object of class {type(x).__name__}, whose tensors cannot be found; return tensors "
-            f"in tuples, lists, dicts or dataclasses, or wrap the model in a module that does"
-        )
+        return x
 
-    return pytree.tree_map(leaf, output)
+    return pytree.tree_map(leaf, tree)
 
 
-def output_tensors(output: Any) -> list[Tensor]:
-    """The floating-point tensors in a model's output, without single numbers."""
-    leaves = pytree.tree_leaves(opened(output))
-    return [leaf for leaf in leaves if isinstance(leaf, Tensor) and leaf.is_floating_point() and leaf.ndim]
+def check_deterministic(graph: fx.GraphModule) -> None:
+    """Raise CaptureError if an evaluation-mode graph draws random numbers that it uses."""
+    for node in graph.graph.nodes:
+        target = node.target
+        if not (isinstance(target, torch._ops.OpOverload) and node.users):
+            continue
+        if torch.Tag.nondeterministic_seeded in target.tags and _draws(node, target):
+            stack = list((node.meta.get("nn_module_stack") or {"": ("", None)}).values())
+            raise CaptureError(
+                f"{stack[-1][0] or 'the model'}: its forward is random in evaluation mode ({target}), so that no cut "
+                f"could be compared with the original; let it draw only if self.training"
+            )
+
+
+def _draws(node: fx.Node, op: torch._ops.OpOverload) -> bool:
+    """Whether an operator that can draw random numbers does so with these arguments."""
+    values = {argument.name: argument.default_value for argument in op._schema.arguments}
+    values |= dict(zip(values, node.args, strict=False)) | node.kwargs
+    if not values.get("train", values.get("training", True)):
+        return False
+    return values.get("dropout_p", values.get("p")) != 0
 
 
 def culprit(model: nn.Module, error: BaseException) -> str:

@@ -9,6 +9,7 @@ from torch.utils import _pytree as pytree
 
 from secateur.graph import Graph, named_tensors
 from secateur.graph.capture import BATCH, Inputs, as_call, with_batch
+from secateur.graph.guard import opened
 
 
 def probe_inputs(graph: Graph) -> Inputs:
@@ -72,7 +73,7 @@ def aliases(model: nn.Module, values: dict[str, Tensor]) -> dict[str, Tensor]:
 
 def floats(output: Any) -> list[Tensor]:
     """The floating-point tensors among what a model returns."""
-    leaves = pytree.tree_leaves(output)
+    leaves = pytree.tree_leaves(opened(output))
     return [leaf for leaf in leaves if isinstance(leaf, Tensor) and leaf.is_floating_point() and leaf.ndim]
 
 

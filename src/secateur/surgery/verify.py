@@ -38,7 +38,8 @@ class Verification:
         sensitivity: largest relative difference between the outputs of two images.
         randomised: True when the outputs hardly depend on the image, so that the structure was compared
             on random weights instead.
-        trains: one backward pass through the cut model, in training mode, gave finite gradients.
+        trains: one backward pass through the cut model, in training mode, gave finite gradients, or the
+            original cannot be trained either.
         statistics: "module (operator)" wherever a statistic is taken over channels of which some were removed.
             Empty: the reference is the original with zeros for the removed units. Otherwise it is the
             original's graph with statistics over the survivors.
@@ -126,7 +127,7 @@ def verify(model: nn.Module, cut: nn.Module, graph: Graph, plan: Plan, *, seed: 
         max_rel_error_float32=single.relative,
         sensitivity=errors.sensitivity,
         randomised=randomised,
-        trains=trains(cut, graph, seed),
+        trains=trains(cut, graph, seed) or not trains(model, graph, seed),
         statistics=errors.statistics,
         rewritten=tuple(f"{n} (without {m.lost})" if m.lost else n for n, m in names.items()),
         replayed=errors.replayed,
@@ -224,6 +225,8 @@ def trains(model: nn.Module, graph: Graph, seed: int) -> bool:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         total = torch.stack([t.float().pow(2).mean() for t in floats(trained(*args, **kwargs))]).sum()
+    if not total.requires_grad:  # forward runs under torch.no_grad
+        return False
     total.backward()  # type: ignore[no-untyped-call]
     grads = [p.grad for p in trained.parameters() if p.grad is not None]
     return bool(grads) and all(torch.isfinite(g).all().item() for g in grads)
