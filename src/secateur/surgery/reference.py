@@ -92,7 +92,7 @@ class Site:
     function: Callable[..., Any]
     touched: bool = False
 
-    def call(self, **changed: Any) -> Any:
+    def call(self, /, **changed: Any) -> Any:
         """The operator with some arguments replaced."""
         return self.function(**self.args | changed)
 

@@ -1,7 +1,8 @@
 """Making sure that the user's own forward computes the cut network, and rewriting it where it does not.
 
-The judge is the captured graph at the cut widths, run beside the model on random weights in float64. That a
-forward runs proves little: a scale that it works out from a width is merely a little wrong.
+The judge is the captured graph at the cut widths, run beside the model on random weights, in float64 or, where
+forward names a precision itself, in the model's own. That a forward runs proves little: a scale that it works
+out from a width is merely a little wrong.
 """
 
 import functools
@@ -45,13 +46,9 @@ def settle(
     """
     assert graph.trace is not None
     model = duplicate(model, share=True)  # a forward may keep what it has computed
-    judge = Judge(model, graph, survivors, torch.float64)
+    judge = Judge(model, graph, survivors)
     if judge.holds():
         return {}
-    if fixes_precision(judge.lines) and not judge.runs_whole(whole()):
-        judge = Judge(model, graph, survivors, _precision(model))
-        if judge.holds():
-            return {}
     writer = Writer(whole(), graph.trace, survivors, graph.inputs)
     return Trial(judge, writer).run()
 
@@ -84,14 +81,14 @@ class Judge:
         model: the cut model.
         graph: of the original.
         survivors: of the plan.
-        dtype: precision of the comparison.
     """
 
-    def __init__(self, model: nn.Module, graph: Graph, survivors: Survivors, dtype: torch.dtype) -> None:
+    def __init__(self, model: nn.Module, graph: Graph, survivors: Survivors) -> None:
         assert graph.trace is not None
         self.model = model
-        self.tolerance = TOLERANCE.get(dtype, 0.1)
         self.lines, self.shapes = cut_listing(graph.trace, survivors)
+        dtype = _precision(model) if fixes_precision(self.lines) else torch.float64
+        self.tolerance = TOLERANCE.get(dtype, 0.1)
         self.program = fixed_program(self.lines)
         self.values = random_values(model, 0, dtype)
         self.dtype = dtype
@@ -136,14 +133,6 @@ class Judge:
         args, kwargs = self.given
         with evaluating(model), torch.no_grad(), torch.random.fork_rng(devices=[]):
             return floats(functional_call(model, values, args, kwargs))
-
-    def runs_whole(self, model: nn.Module) -> bool:
-        """Whether the original runs in this precision."""
-        try:
-            self.own(model, random_values(model, 0, self.dtype))
-        except Exception:
-            return False
-        return True
 
 
 class Trial:
