@@ -50,6 +50,14 @@ class Step:
         """Name of the module in whose forward it runs."""
         return module_of(self.node)
 
+    @property
+    def function(self) -> Callable[..., Any]:
+        """What it calls; any operator of a captured graph, whether or not a saved program may call it."""
+        function: Callable[..., Any] = (
+            operator.getitem if self.target == "getitem" else _overload(self.node, self.target)
+        )
+        return function
+
     def as_op(self) -> Op:
         """The operator of a program."""
         if self.target == "getitem":
@@ -89,7 +97,12 @@ class Listing:
 
     @property
     def names(self) -> list[str]:
+        """Names of the tensors."""
         return [self.captured.tensors.get(node.name, node.name) for node in self.tensors]
+
+    def call(self, number: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Run the operator of one step."""
+        return self.steps[number].function(*args, **kwargs)
 
 
 def listing(captured: Capture) -> Listing:
@@ -242,6 +255,16 @@ def _split(step: Step) -> Step:
     return Step(step.node, "aten.split_with_sizes.default", args, step.shapes)
 
 
+def _narrow(step: Step) -> Step:
+    dim, start = step.args["dim"], step.args["start"]
+    if not isinstance(start, int):
+        return step
+    size = _shape(step.node, "self")[dim]
+    first = start % size if start < 0 else start
+    args = {"self": step.args["self"], "dim": dim, "start": first, "end": first + step.args["length"]}
+    return _slice(Step(step.node, "aten.slice.Tensor", args, step.shapes))
+
+
 def _slice(step: Step) -> Step:
     shape = _shape(step.node, "self")
     dim = step.args.get("dim", 0) % len(shape)
@@ -280,6 +303,10 @@ EXPLICIT: dict[str, Callable[[Step], Step]] = {
     "split": _split,
     "chunk": _split,
     "split_with_sizes": _split,
+    "tensor_split": _split,
+    "unsafe_split": _split,
+    "unsafe_chunk": _split,
+    "narrow": _narrow,
     "slice": _slice,
     "select": _select,
     "scaled_dot_product_attention": _attention,

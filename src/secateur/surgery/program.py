@@ -7,6 +7,7 @@ of its inputs' sizes.
 
 import functools
 import math
+import operator
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -16,25 +17,37 @@ from torch import Tensor
 
 OPERATORS = frozenset(
     """
-    abs add add_ addcmul addmm adaptive_avg_pool1d adaptive_avg_pool2d adaptive_avg_pool3d adaptive_max_pool1d
-    adaptive_max_pool2d alias alpha_dropout amax amin arange argmax atan2 avg_pool1d avg_pool2d avg_pool3d
-    baddbmm batch_norm bitwise_and bitwise_not bitwise_or bmm broadcast_to cat celu channel_shuffle chunk clamp
-    clamp_ clamp_max clamp_min clone col2im constant_pad_nd contiguous conv1d conv2d conv3d conv_transpose1d
-    conv_transpose2d conv_transpose3d cos cumsum detach detach_ div div_ dropout dropout_ einsum elu elu_ empty
-    eq erf exp expand expand_as expm1 feature_alpha_dropout feature_dropout fill fill_ flatten flip floor
-    floor_divide fmod full full_like gather ge gelu getitem glu group_norm gt hardsigmoid hardsigmoid_ hardswish
-    hardswish_ hardtanh hardtanh_ im2col index index_select instance_norm layer_norm le leaky_relu leaky_relu_
-    lerp lift_fresh_copy linalg_vector_norm linear linspace log log1p log_softmax logical_and logical_not
-    logical_or logsigmoid logsumexp lt masked_fill masked_fill_ matmul max max_pool1d max_pool2d max_pool3d
-    maximum mean meshgrid min minimum mish mish_ mm movedim mul mul_ ne neg new_empty new_full new_ones
-    new_zeros norm ones ones_like outer pad permute pixel_shuffle pixel_unshuffle pow prelu prod reciprocal
-    relu relu6 relu6_ relu_ remainder repeat repeat_interleave reshape reshape_as rms_norm roll round rsqrt rsub
-    scaled_dot_product_attention select selu selu_ sigmoid sigmoid_ sign silu silu_ sin slice softmax softplus
-    split_with_sizes sqrt square squeeze stack std std_mean sub sub_ sum t tan tanh tanh_ tile to transpose tril
-    triu type_as unbind unflatten unfold unsqueeze upsample_bicubic2d upsample_bilinear2d upsample_linear1d
-    upsample_nearest1d upsample_nearest2d upsample_nearest3d upsample_trilinear3d var var_mean view view_as
-    where zeros zeros_like _softmax _log_softmax _unsafe_view _upsample_bicubic2d_aa _upsample_bilinear2d_aa
-    _weight_norm _to_copy
+    abs adaptive_avg_pool1d adaptive_avg_pool2d adaptive_avg_pool3d adaptive_max_pool1d
+    adaptive_max_pool2d adaptive_max_pool3d add add_ addcdiv addcmul addcmul_ addmm adjoint alias all
+    alpha_dropout amax amin any arange argmax argmin argsort atan2 avg_pool1d avg_pool2d avg_pool3d
+    baddbmm batch_norm bitwise_and bitwise_not bitwise_or bitwise_xor bmm broadcast_to cat cdist ceil celu
+    channel_shuffle chunk clamp clamp_ clamp_max clamp_max_ clamp_min clamp_min_ clone col2im complex
+    concat concatenate constant_pad_nd contiguous conv1d conv2d conv3d conv_transpose1d conv_transpose2d
+    conv_transpose3d copy_ cos cummax cummin cumprod cumsum detach detach_ diagonal div div_ divide dot
+    dropout dropout_ einsum elu elu_ embedding empty empty_like eq erf erf_ exp exp_ expand expand_as
+    expm1 eye feature_alpha_dropout feature_dropout fft_fft2 fft_ifft2 fft_irfft2 fft_rfft2 fill fill_
+    flatten flip floor floor_divide fmod frac full full_like gather ge gelu gelu_ getitem glu grid_sampler
+    grid_sampler_2d group_norm gt hardshrink hardsigmoid hardsigmoid_ hardswish hardswish_ hardtanh
+    hardtanh_ hypot im2col imag index index_add index_copy index_put index_select instance_norm isinf
+    isnan kthvalue layer_norm le leaky_relu leaky_relu_ lerp lerp_ lift_fresh_copy linalg_norm
+    linalg_vector_norm linear linspace log log1p log2 log_ log_sigmoid log_softmax logical_and logical_not
+    logical_or logical_xor logit logsumexp lt mH mT masked_fill masked_fill_ matmul max
+    max_pool1d max_pool1d_with_indices max_pool2d max_pool2d_with_indices max_pool3d
+    max_pool3d_with_indices maximum mean median meshgrid min minimum mish mish_ mm moveaxis movedim mul
+    mul_ multiply mv nan_to_num narrow ne neg neg_ new_empty new_full new_ones new_zeros norm numpy_T ones
+    ones_like outer pad permute pixel_shuffle pixel_unshuffle positive pow pow_ prelu prod ravel real
+    reciprocal reflection_pad1d reflection_pad2d relu relu6 relu6_ relu_ remainder repeat
+    repeat_interleave replication_pad1d replication_pad2d reshape reshape_as rms_norm roll rot90 round
+    rsqrt rsub scaled_dot_product_attention scatter select selu selu_ sigmoid sigmoid_ sign silu silu_ sin
+    slice softmax softplus softshrink sort split_with_sizes sqrt square squeeze squeeze_ stack
+    std std_mean sub sub_ subtract sum swapaxes swapdims t take_along_dim tan tanh tanh_ tanhshrink
+    threshold threshold_ tile to topk transpose transpose_ tril triu true_divide trunc type_as unbind
+    unflatten unfold unsqueeze unsqueeze_ upsample_bicubic2d upsample_bilinear2d upsample_linear1d
+    upsample_nearest1d upsample_nearest2d upsample_nearest3d upsample_trilinear3d var var_mean view
+    view_as view_as_complex view_as_real view_copy where zero_ zeros zeros_like _fused_rms_norm
+    _log_softmax _softmax _to_copy _unsafe_view _upsample_bicubic2d_aa _upsample_bilinear2d_aa
+    _upsample_nearest_exact1d _upsample_nearest_exact2d _upsample_nearest_exact3d _weight_norm
+    _weight_norm_interface
     """.split()
 )
 """Operators that compute tensors from tensors and numbers, and do nothing else."""
@@ -111,8 +124,8 @@ class Op:
     kwargs: tuple[tuple[str, Any], ...] = ()
 
 
-Around = Callable[[int, Callable[..., Any], tuple[Any, ...], dict[str, Any]], Any]
-"""Runs one operator: (its number, the operator, arguments, keyword arguments) -> its result."""
+Around = Callable[[int, tuple[Any, ...], dict[str, Any]], Any]
+"""Runs one operator in place of the program: (its number, arguments, keyword arguments) -> its result."""
 
 
 @dataclass(frozen=True)
@@ -160,8 +173,7 @@ class Program:
         for number, op in enumerate(self.ops):
             args = tuple(resolve(arg) for arg in op.args)
             kwargs = {name: resolve(arg) for name, arg in op.kwargs}
-            function = operator_named(op.target)
-            result = around(number, function, args, kwargs) if around else function(*args, **kwargs)
+            result = around(number, args, kwargs) if around else operator_named(op.target)(*args, **kwargs)
             registers.append(result)
             for spent in self._spent[number]:
                 registers[spent] = None
@@ -220,7 +232,7 @@ def operator_named(target: str) -> Callable[..., Any]:
     tensor([0., 2.])
     """
     if target == "getitem":
-        return _take
+        return operator.getitem
     namespace, _, rest = target.partition(".")
     name, _, overload = rest.partition(".")
     if namespace != "aten" or name not in OPERATORS:
@@ -230,10 +242,6 @@ def operator_named(target: str) -> Callable[..., Any]:
         raise ValueError(f"operator {target!r} does not exist")
     function: Callable[..., Any] = getattr(packet, overload)
     return function
-
-
-def _take(items: Sequence[Any], index: int) -> Any:
-    return items[index]
 
 
 def refs(arg: Any) -> list[int]:

@@ -45,14 +45,14 @@ class Reference:
         with torch.no_grad():
             return self._program.run(leaves, tensors_of(self._lines, named), around=self._around)
 
-    def _around(self, number: int, function: Callable[..., Any], args: Sequence[Any], kwargs: Any) -> Any:
+    def _around(self, number: int, args: Sequence[Any], kwargs: Any) -> Any:
         step = self._lines.steps[number]
         rule = RULES.get(step.op)
         alive = self._alive(step) if rule else {}
         if rule is None or not alive:
-            return function(*args, **kwargs)
-        names = [argument.name for argument in function._schema.arguments]  # type: ignore[attr-defined]
-        site = Site(step, dict(zip(names, args, strict=False)) | kwargs, alive, function)
+            return step.function(*args, **kwargs)
+        names = [argument.name for argument in step.function._schema.arguments]  # type: ignore[attr-defined]
+        site = Site(step, dict(zip(names, args, strict=False)) | kwargs, alive)
         result = rule(site)
         if site.touched:
             self.sites[f"{step.module or 'forward'} ({step.op})"] = None
@@ -82,19 +82,17 @@ class Site:
     Attributes:
         args: by name.
         alive: argument name -> mask; of lists "name.number".
-        function: the operator.
         touched: set by a rule when the removed positions would have mattered.
     """
 
     step: Step
     args: dict[str, Any]
     alive: dict[str, Tensor]
-    function: Callable[..., Any]
     touched: bool = False
 
     def call(self, /, **changed: Any) -> Any:
         """The operator with some arguments replaced."""
-        return self.function(**self.args | changed)
+        return self.step.function(**self.args | changed)
 
     def mask(self, name: str) -> Tensor | None:
         """Over the whole tensor, True where it is left; None if nothing is removed."""

@@ -104,7 +104,7 @@ class Judge:
         tensors = tensors_of(self.lines, aliases(self.model, self.values))
         shapes = iter(self.shapes)
         steps = iter(self.lines.steps)
-        for result in self.program.steps(pytree.tree_leaves(self.given), tensors):
+        for result in self.program.steps(pytree.tree_leaves(self.given), tensors, around=self.lines.call):
             expected, step = next(shapes, ()), next(steps, None)
             if step and isinstance(result, Tensor) and expected and tuple(result.shape) != expected[0]:
                 raise CutError(

@@ -171,7 +171,9 @@ def compare(
             expected = replay or floats(reference.run(given, dict(named_tensors(masked))))
             tensors = tensors_of(lines, aliases(small, {}))
             with torch.no_grad():
-                found = floats(fixed_program(lines).run(pytree.tree_leaves(given), tensors))
+                found = floats(
+                    fixed_program(lines).run(pytree.tree_leaves(given), tensors, around=lines.call)
+                )
     if expected is None or found is None:
         raise CutError(f"{type(model).__name__}: it does not run in {dtype}, so that nothing can be compared")
     if [t.shape for t in expected] != [t.shape for t in found]:
