@@ -7,6 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from secateur.graph.join import broadcast
 from secateur.graph.labels import Labels, Value, along, blocks, compress, reshape
 from secateur.graph.solve import solve
 
@@ -61,7 +62,7 @@ def test_arithmetic_ties_dims_that_meet_and_leaves_broadcast_ones() -> None:
     x = Value((2, 3, 4), (along(channels, 1, 3),))
     y = Value((3, 1), (along(gate, 0, 2),))
     mask = Value((2, 1, 4))
-    out = labels.elementwise([x, y, mask], (2, 3, 4))
+    out = broadcast(labels, [x, y, mask], (2, 3, 4))
     a, b = roots(labels, channels, gate)
     assert a == b
     assert len(set(a)) == 3
@@ -72,18 +73,22 @@ def test_arithmetic_ties_dims_that_meet_and_leaves_broadcast_ones() -> None:
 def test_a_dim_that_meets_one_without_labels_is_pinned() -> None:
     labels = Labels()
     channels = labels.fresh(3, unit=True)
-    labels.elementwise([Value((2, 3), (along(channels, 1, 2),)), Value((3,))], (2, 3))
+    broadcast(labels, [Value((2, 3), (along(channels, 1, 2),)), Value((3,))], (2, 3))
     assert not solve(labels).removable.any()
 
 
-def test_a_grid_that_meets_two_axes_ties_both() -> None:
-    """A (2, 3) grid against separate labels of its rows and of its columns: all six must go together."""
+def test_a_grid_that_meets_its_two_axes_is_cut_along_one_of_them() -> None:
+    """A (2, 3) grid against labels of its rows and of its columns: the columns are more, so the rows stay."""
     labels = Labels()
     rows, columns, grid = labels.fresh(2, unit=True), labels.fresh(3, unit=True), labels.fresh(6, unit=True)
     both = Value((2, 3), (along(rows, 0, 2), along(columns, 1, 2)))
-    labels.elementwise([both, Value((2, 3), (grid.reshape(2, 3),))], (2, 3))
-    found = roots(labels, rows, columns, grid)
-    assert {root for part in found for root in part} == {1}
+    broadcast(labels, [both, Value((2, 3), (grid.reshape(2, 3),))], (2, 3))
+    found_rows, found_columns, found_grid = roots(labels, rows, columns, grid)
+    assert found_grid == found_columns * 2
+    assert len(set(found_columns)) == 3
+    removable = solve(labels).removable
+    assert not removable[found_rows].any()
+    assert removable[found_columns].all()
 
 
 def test_a_single_channel_is_pinned_and_not_forgotten() -> None:

@@ -21,14 +21,15 @@ def case() -> tuple[Network, Graph, sc.Plan]:
 
 
 class FixedView(nn.Module):
-    """Its forward has a size written into it."""
+    """Its forward has a size written into it, and an operator that no rewritten forward may call."""
 
     def __init__(self) -> None:
         super().__init__()
         self.a, self.b = nn.Conv2d(3, 6, 3, padding=1), nn.Conv2d(6, 4, 1)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.b(self.a(x).view(-1, 6, 64).view(-1, 6, 8, 8))
+        y = self.b(self.a(x).view(-1, 6, 64).view(-1, 6, 8, 8))
+        return y * torch.linalg.det(x[:, 0]).view(-1, 1, 1, 1)
 
 
 def test_a_failing_cut_leaves_model_and_optimizer_untouched() -> None:

@@ -1,7 +1,8 @@
 """Read a model's graph once, without touching the model."""
 
-import warnings
-from collections.abc import Mapping
+import contextlib
+import copy
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
@@ -10,6 +11,7 @@ from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
 from secateur.errors import CaptureError
+from secateur.graph.guard import check_deterministic, check_readable, culprit, plain_outputs, quiet, untouched
 
 Inputs: TypeAlias = Tensor | tuple[Any, ...] | list[Any] | Mapping[str, Any]
 """Example inputs: one tensor, a tuple of positional arguments, or a mapping of keyword arguments."""
@@ -25,12 +27,20 @@ class Capture:
     Attributes:
         module: the graph and, as submodules, the bodies of its higher-order operators.
         tensors: placeholder name -> name of the parameter or buffer it stands for.
+        constants: placeholder name -> a tensor that `forward` reads and that is neither of these.
         batch: images in the traced batch; totals over the graph are divided by it.
     """
 
     module: fx.GraphModule
     tensors: dict[str, str]
+    constants: dict[str, Tensor]
     batch: int
+
+    @property
+    def inputs(self) -> list[fx.Node]:
+        """The placeholders of the example inputs' leaves, in order."""
+        given = self.tensors.keys() | self.constants.keys()
+        return [n for n in self.module.graph.find_nodes(op="placeholder") if n.name not in given]
 
 
 def as_call(inputs: Inputs) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -66,57 +76,65 @@ def batch_of(inputs: Inputs) -> int:
     return 1
 
 
-def capture(model: nn.Module, inputs: Inputs, *, training: bool = False) -> Capture:
+def capture(model: nn.Module, inputs: Inputs, *, training: bool = False, exact: bool = False) -> Capture:
     """Trace `model` on `inputs`; parameters, buffers, modes and hooks stay as they are.
 
     Args:
         model: any module that `torch.export` can read.
         inputs: example inputs; only shapes, dtypes and devices matter.
         training: trace the training-mode forward pass instead of the evaluation-mode one.
+        exact: trace the inputs as they are, instead of a batch of two.
     Raises:
-        CaptureError: the inputs do not fit the model, or `forward` depends on the data.
+        CaptureError: the inputs do not fit the model, or `forward` depends on the data or on chance.
     """
-    modes = {module: module.training for module in model.modules()}
-    model.train(training)
-    try:
-        return _export(model, inputs)
-    finally:
-        for module, mode in modes.items():
-            module.training = mode
+    check_readable(model)
+    with untouched(model):
+        model.train(training)
+        captured = _export(model, (inputs,) if exact else (with_batch(inputs, BATCH), inputs))
+    if not training:
+        check_deterministic(captured.module)
+    return captured
 
 
-def _export(model: nn.Module, inputs: Inputs) -> Capture:
+def _export(model: nn.Module, candidates: Sequence[Inputs]) -> Capture:
     failure: Exception | None = None
-    for candidate in (with_batch(inputs, BATCH), inputs):  # some models accept only the batch they were given
+    for candidate in candidates:  # some models accept only the batch they were given
         args, kwargs = as_call(candidate)
         try:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # the exporter warns about its own internals
+            with quiet(), plain_outputs(model):
                 program = torch.export.export(model, args, kwargs, strict=False)
+        except CaptureError:
+            raise
         except Exception as error:
             failure = failure or error
             continue
         signature = program.graph_signature
         tensors = {**signature.inputs_to_parameters, **signature.inputs_to_buffers}
-        return Capture(program.graph_module, tensors, batch_of(candidate))
+        constants = {
+            name: program.constants[key] for name, key in signature.inputs_to_lifted_tensor_constants.items()
+        }
+        return Capture(program.graph_module, tensors, constants, batch_of(candidate))
     assert failure is not None
-    _check_runs(model.eval(), inputs)
+    _check_runs(model, candidates[-1])
     raise CaptureError(
-        f"{type(model).__name__} runs, but its graph cannot be captured: {_first_line(failure)}. "
-        f"Control flow that depends on tensor values must be removed or replaced by torch.where."
+        f"{culprit(model, failure)}: runs, but its graph cannot be captured: {_first_line(failure)}. Control flow "
+        f"that depends on tensor values must be replaced by torch.where, or moved out of the module that is pruned."
     ) from failure
 
 
 def _check_runs(model: nn.Module, inputs: Inputs) -> None:
     args, kwargs = as_call(inputs)
+    with contextlib.suppress(Exception):  # a forward may count its calls in a buffer
+        model = copy.deepcopy(model)
     try:
         with torch.no_grad():
-            model(*args, **kwargs)
+            model.eval()(*args, **kwargs)
     except Exception as error:
-        shapes = [tuple(x.shape) for x in pytree.tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
+        found = [x for x in pytree.tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
+        shapes = [f"{tuple(x.shape)} {x.dtype} on {x.device}".replace("torch.", "") for x in found]
         raise CaptureError(
-            f"{type(model).__name__} does not run on the example inputs of shape {shapes}: "
-            f"{_first_line(error)}. Pass inputs of the shape the model expects."
+            f"{culprit(model, error)}: does not run on the example inputs [{', '.join(shapes)}]: "
+            f"{_first_line(error)}. Pass inputs of the shape, dtype and device the model expects."
         ) from error
 
 

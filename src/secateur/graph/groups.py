@@ -2,19 +2,21 @@
 
 import hashlib
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
+from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from secateur.errors import CaptureError
-from secateur.graph.capture import Inputs, capture
-from secateur.graph.labels import Atoms, Labels
+from secateur.graph.capture import Capture, Inputs, capture
+from secateur.graph.labels import Atoms, Labels, first
 from secateur.graph.modules import pad_attributes
 from secateur.graph.propagate import propagate
 from secateur.graph.solve import Solution, solve
+from secateur.graph.trace import Trace
 
 
 @dataclass(frozen=True)
@@ -118,9 +120,12 @@ class Graph:
         params: one product per parameter: its number of elements.
         macs: one product per contraction: its multiply-adds on one image.
         pads: modules that pad channels with zeros.
+        statistics: "module (operator)" wherever something is computed over channels that may be removed (the
+            mean of a layer norm, the sum of a softmax): without them it is computed over the others.
         unused: parameters that no forward pass reads; they are left alone.
         fingerprint: identifies the names and shapes of the model's tensors.
         inputs: the example inputs.
+        trace: the captured graph with every node's labels, for surgery; no part of what a graph equals.
     """
 
     groups: tuple[Group, ...]
@@ -128,9 +133,11 @@ class Graph:
     params: tuple[Product, ...]
     macs: tuple[Product, ...]
     pads: tuple[PadSite, ...]
+    statistics: tuple[str, ...]
     unused: tuple[str, ...]
     fingerprint: str
     inputs: Inputs
+    trace: Trace | None = field(default=None, repr=False, compare=False)
 
     def __str__(self) -> str:
         units = sum(group.units for group in self.groups)
@@ -142,7 +149,9 @@ class Graph:
         return "\n".join(lines)
 
 
-def analyze(model: nn.Module, inputs: Inputs, *, freeze: Sequence[str] = ()) -> Graph:
+def analyze(
+    model: nn.Module, inputs: Inputs, *, freeze: Sequence[str] = (), attention: str = "heads"
+) -> Graph:
     """Find what may be cut together in a model.
 
     The model is only read: modes, hooks, gradients and buffers stay as they are.
@@ -151,13 +160,17 @@ def analyze(model: nn.Module, inputs: Inputs, *, freeze: Sequence[str] = ()) -> 
         model: any module that `torch.export` can capture.
         inputs: example inputs: a tensor, a tuple of arguments, or a dict of keyword arguments.
         freeze: module names or shell patterns ("layer4.*"); no tensor inside them is changed.
+        attention: what attention loses: whole "heads", or the same "dims" of every head (queries with keys,
+            values with the output projection).
     Raises:
         CaptureError: the graph cannot be read, or a `freeze` pattern names no module.
     """
-    labels = Labels()
-    names = canonical_names(model)
+    if attention not in ("heads", "dims"):
+        raise CaptureError(f"attention={attention!r}: expected 'heads' or 'dims'")
     captured = capture(model, inputs)
-    propagate(model, captured, labels, names)
+    labels = Labels(frozenset(name for name, _ in model.named_parameters()))
+    names = canonical_names(model)
+    values = propagate(model, captured, labels, names)
     counted = len(labels.contractions)
     unused = unread(model, labels, names)
     if unused:  # such as auxiliary heads, which only the training-mode forward pass runs
@@ -168,7 +181,7 @@ def analyze(model: nn.Module, inputs: Inputs, *, freeze: Sequence[str] = ()) -> 
         except CaptureError:
             pass  # what training would read is unknown, but so is it to the user: the names are reported
     pin_modules(model, labels, names, freeze)
-    return build(model, inputs, labels, solve(labels), captured.batch, unused)
+    return build(model, inputs, labels, solve(labels, attention), captured, values, unused)
 
 
 def canonical_names(model: nn.Module) -> dict[str, str]:
@@ -209,22 +222,31 @@ def fingerprint(model: nn.Module) -> str:
 
 
 def build(
-    model: nn.Module, inputs: Inputs, labels: Labels, solution: Solution, batch: int, unused: tuple[str, ...]
+    model: nn.Module,
+    inputs: Inputs,
+    labels: Labels,
+    solution: Solution,
+    captured: Capture,
+    values: dict[fx.Node, Any],
+    unused: tuple[str, ...],
 ) -> Graph:
     """Collect units with the same members into groups, and express every width by them."""
-    arrays: list[Atoms] = []
-    number: dict[int, int] = {}
+    keys = list(labels.tensors)
+    arrays = list(labels.tensors.values())
+    tensor_axes = {key: index for index, key in enumerate(keys)}
+    number: dict[bytes, int] = {}
+    for key, atoms in labels.tensors.items():
+        number.setdefault(solution.root[atoms].tobytes(), tensor_axes[key])
 
     def axis_number(atoms: Atoms) -> int:
-        if id(atoms) not in number:
-            number[id(atoms)] = len(arrays)
+        """An axis whose positions belong to the same units may stand for this one."""
+        axis = number.setdefault(solution.root[atoms].tobytes(), len(arrays))
+        if axis == len(arrays):
             arrays.append(atoms)
-        return number[id(atoms)]
+        return axis
 
-    tensor_axes = {key: axis_number(atoms) for key, atoms in labels.tensors.items()}
     mac_axes = [[axis_number(atoms) for atoms in item.axes] for item in labels.contractions]
     unit_sets = collect(arrays, solution)
-    keys = list(tensor_axes)
     groups: list[Group] = []
     axes = [Axis(len(atoms)) for atoms in arrays]
     for unit_set in unit_sets:
@@ -249,7 +271,7 @@ def build(
         params.append(Product(name, int(np.prod(fixed)), tuple(axes[i] for i in cut)))
     macs = []
     for item, indices in zip(labels.contractions, mac_axes, strict=True):
-        full = int(np.prod([len(arrays[i]) for i in indices])) * batch
+        full = int(np.prod([len(arrays[i]) for i in indices])) * (captured.batch if item.batched else 1)
         macs.append(Product(item.module, item.macs / full, tuple(axes[i] for i in indices)))
     return Graph(
         groups=tuple(groups),
@@ -257,10 +279,24 @@ def build(
         params=tuple(params),
         macs=tuple(macs),
         pads=pad_sites(model, labels, solution, unit_sets, arrays),
+        statistics=statistic_sites(labels, solution),
         unused=unused,
         fingerprint=fingerprint(model),
         inputs=inputs,
+        trace=Trace(captured, values, labels.tensors, unit_numbers(solution, unit_sets, arrays)),
     )
+
+
+def unit_numbers(solution: Solution, unit_sets: Sequence[dict[int, Atoms]], arrays: Sequence[Atoms]) -> Atoms:
+    """(atoms,): the number of each atom's unit, counted over all groups; -1 for atoms that stay."""
+    number = np.full(len(solution.root), -1)
+    count = 0
+    for unit_set in unit_sets:
+        axis, index = next(iter(unit_set.items()))
+        number[solution.root[arrays[axis][index[:, 0]]]] = count + np.arange(len(index))
+        count += len(index)
+    result: Atoms = number[solution.root]
+    return result
 
 
 def collect(arrays: Sequence[Atoms], solution: Solution) -> list[dict[int, Atoms]]:
@@ -313,6 +349,18 @@ def pad_sites(
         ):
             units = [unit_of[root] for root in solution.root[atoms].tolist() if root in unit_of]
             sites.append(PadSite(pad.module, attribute, len(atoms) - len(units), tuple(units)))
+    return tuple(sites)
+
+
+def statistic_sites(labels: Labels, solution: Solution) -> tuple[str, ...]:
+    """Where a statistic is computed over dims along which something may be removed."""
+    sites: dict[str, None] = {}
+    for item in labels.statistics:
+        root = solution.root[item.factor]
+        rest = first(root, [dim for dim in range(root.ndim) if dim not in item.dims])
+        if ((root != rest) & (solution.removable[root] | solution.removable[rest])).any():
+            op = item.op.rpartition(".")[2]
+            sites[f"{item.module} ({op})" if item.module else op] = None
     return tuple(sites)
 
 

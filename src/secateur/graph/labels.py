@@ -3,10 +3,11 @@
 Every tensor carries *factors*: small int64 arrays of its own rank whose dims are either full or 1
 ("uniform along this dim"). The entries are *atoms*; an element is dead when the atom of any of its factors
 is dead. Atom 0 is pinned: it never dies. A shape operation is the same NumPy operation on the small arrays,
-and arithmetic only *ties* atoms of its operands. Nothing here knows an operator by name.
+and arithmetic only *ties* atoms of its operands (join.py). Nothing here knows an operator by name.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from bisect import bisect_right
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -18,11 +19,21 @@ PINNED = 0
 
 @dataclass(frozen=True)
 class Value:
-    """A tensor of the graph: its shape and factors; parameters and buffers also carry their name."""
+    """A tensor of the graph.
+
+    Attributes:
+        shape: its shape at capture.
+        factors: see the top of the file.
+        tensor: name, if it is a parameter or buffer.
+        weight: it is computed from parameters and constants alone, such as a standardised kernel.
+        data: it depends on the model's inputs.
+    """
 
     shape: tuple[int, ...]
     factors: tuple[Atoms, ...] = ()
     tensor: str | None = None
+    weight: bool = False
+    data: bool = False
 
 
 @dataclass(frozen=True)
@@ -35,20 +46,60 @@ class Pin:
 
 
 @dataclass(frozen=True)
-class Choice:
-    """Alternative ways to keep an operation valid; each is a set of ties, and one of them must hold."""
+class Option:
+    """One way to keep an operation valid.
 
-    options: Mapping[str, tuple[Atoms, Atoms]]
+    Attributes:
+        name: what is cut then; options of a choice may share a name.
+        ties: atoms that die together, as two lists.
+        pin: atoms that stay, and why.
+    """
+
+    name: str
+    ties: tuple[Atoms, Atoms]
+    pin: Pin
+
+
+@dataclass(frozen=True)
+class Choice:
+    """Alternative ways to keep an operation valid: one of them must hold.
+
+    Attributes:
+        attention: the options are "heads" and "dims" of an attention product; these are decided first.
+    """
+
+    options: tuple[Option, ...]
+    attention: bool = False
+
+
+@dataclass(frozen=True)
+class Statistic:
+    """A value computed over whole dims: it changes when part of a dim goes, and not because of a zero.
+
+    Attributes:
+        op: the operation, such as "aten.layer_norm".
+        factor: a factor of what it reads.
+        dims: the dims it is computed over.
+    """
+
+    op: str
     module: str
+    factor: Atoms
+    dims: tuple[int, ...]
 
 
 @dataclass(frozen=True)
 class Contraction:
-    """Multiply-adds of one operation: `macs` times the share of every axis that is kept."""
+    """Multiply-adds of one operation: `macs` times the share of every axis that is kept.
+
+    Attributes:
+        batched: done for every image; False for what a forward pass computes once (a table of positions).
+    """
 
     module: str
     macs: int
     axes: tuple[Atoms, ...]
+    batched: bool = True
 
 
 @dataclass(frozen=True)
@@ -67,8 +118,10 @@ class Labels:
     Attributes:
         tensors: (parameter or buffer name, dim) -> one atom per position.
         roles: (name, dim) -> what the dim is for the operation that uses it; the first use decides.
+        parameters: names of the parameters; other named tensors are buffers.
     """
 
+    parameters: frozenset[str] = frozenset()
     tensors: dict[tuple[str, int], Atoms] = field(default_factory=dict)
     roles: dict[tuple[str, int], str] = field(default_factory=dict)
     ties: list[tuple[Atoms, Atoms]] = field(default_factory=list)
@@ -76,9 +129,12 @@ class Labels:
     choices: list[Choice] = field(default_factory=list)
     contractions: list[Contraction] = field(default_factory=list)
     pads: list[Pad] = field(default_factory=list)
+    statistics: list[Statistic] = field(default_factory=list)
     units: list[Atoms] = field(default_factory=list)
     count: int = 1
     module: str = ""
+    _starts: list[int] = field(default_factory=list)
+    _keys: list[tuple[str, int]] = field(default_factory=list)
 
     def fresh(self, count: int, *, unit: bool = False) -> Atoms:
         """New atoms; `unit` marks those that may be removed (the outputs of a layer)."""
@@ -97,16 +153,27 @@ class Labels:
         """These atoms stay, for a reason that the report shows."""
         self.pins.append(Pin(np.unique(atoms), reason, self.module))
 
-    def choose(self, options: Mapping[str, Sequence[tuple[Atoms, Atoms]]]) -> None:
+    def choose(
+        self,
+        options: Mapping[str, Sequence[tuple[Atoms, Atoms]]],
+    ) -> None:
         """One of the options must hold; the solver takes the one that leaves most units."""
-        flat = {}
-        for name, ties in options.items():
-            pairs = [np.broadcast_arrays(a, b) for a, b in ties]
-            flat[name] = (
-                np.concatenate([a.ravel() for a, _ in pairs]),
-                np.concatenate([b.ravel() for _, b in pairs]),
-            )
-        self.choices.append(Choice(flat, self.module))
+        self.choices.append(Choice(tuple(self.option(name, ties) for name, ties in options.items())))
+
+    def option(
+        self,
+        name: str,
+        ties: Sequence[tuple[Atoms, Atoms]],
+        pinned: Sequence[Atoms] = (),
+        reason: str = "",
+    ) -> Option:
+        """One option of a choice, from ties of arrays that broadcast and arrays of atoms that stay."""
+        pairs = [np.broadcast_arrays(a, b) for a, b in ties]
+        return Option(
+            name,
+            (_joined([a for a, _ in pairs]), _joined([b for _, b in pairs])),
+            Pin(np.unique(_joined(pinned)), reason, self.module),
+        )
 
     def value(self, shape: Iterable[int], factors: Iterable[Atoms] = ()) -> Value:
         """A value with its factors reduced to the dims along which they vary.
@@ -124,15 +191,24 @@ class Labels:
 
     def tensor_axis(self, name: str, dim: int, size: int, role: str, *, unit: bool = False) -> Atoms:
         """The atoms along one dim of a parameter or buffer, minted at first use."""
-        self.roles.setdefault((name, dim), role)
         if (name, dim) not in self.tensors:
-            self.tensors[name, dim] = self.fresh(size, unit=unit)
+            self.tensors[name, dim] = self.fresh(size)
+            self._starts.append(int(self.tensors[name, dim][0]) if size else self.count)
+            self._keys.append((name, dim))
+        if self.roles.setdefault((name, dim), role) == "other":
+            self.roles[name, dim] = role
+        if unit:
+            self.units.append(self.tensors[name, dim])
         return self.tensors[name, dim]
 
     def axis(self, value: Value, dim: int, role: str = "other", *, unit: bool = False) -> Atoms:
         """The atoms along one dim, (size,); all pinned where the value carries none.
 
         Where a factor varies along other dims too (heads × width), those are tied first.
+
+        Args:
+            role: what the dim is for, if the value is a parameter or computed from parameters alone.
+            unit: these atoms may be removed: they are the outputs of a layer.
         """
         size = value.shape[dim]
         if value.tensor is not None:
@@ -148,7 +224,20 @@ class Labels:
                 found = rows[:, 0]
             else:
                 self.tie(found, rows[:, 0])
-        return np.zeros(size, dtype=np.int64) if found is None else found
+        if found is None:
+            return np.zeros(size, dtype=np.int64)
+        if value.weight:
+            if unit:
+                self.units.append(found)
+            self._assign(found, role)
+        return found
+
+    def _assign(self, atoms: Atoms, role: str) -> None:
+        """Give the parameter dim that these atoms belong to, if it is one, its role."""
+        owner = bisect_right(self._starts, int(atoms[0])) - 1
+        if owner >= 0 and np.isin(atoms, self.tensors[self._keys[owner]]).all():
+            if self.roles[self._keys[owner]] == "other":
+                self.roles[self._keys[owner]] = role
 
     def exposed(self, value: Value) -> Value:
         """A parameter as an operand of general arithmetic: every dim gets atoms that can be tied."""
@@ -160,38 +249,11 @@ class Labels:
             for dim, size in enumerate(value.shape)
             if size > 1
         ]
-        return Value(value.shape, tuple(factors))
+        return Value(value.shape, tuple(factors), weight=value.tensor in self.parameters)
 
-    def elementwise(self, operands: Sequence[Value], shape: Sequence[int]) -> Value:
-        """Arithmetic with broadcasting: labelled dims that meet are tied, and pinned where one has no label."""
-        aligned = [self._align(self.exposed(operand), len(shape)) for operand in operands]
-        return self.value(shape, self.unify(aligned))
 
-    def unify(self, operands: Sequence[Value], skip: int | None = None) -> list[Atoms]:
-        """Tie the factors of operands of one rank; factors along dim `skip` are left out."""
-        merged: list[Atoms] = []
-        for operand in operands:
-            for factor in operand.factors:
-                if skip is not None and factor.shape[skip] > 1:
-                    continue
-                met = [index for index, other in enumerate(merged) if overlap(factor, other)]
-                for index in met:
-                    self.tie(factor, merged[index])
-                if met:
-                    merged[met[0]] = np.broadcast_arrays(factor, merged[met[0]])[0]
-                else:
-                    merged.append(factor)
-        for factor in merged:
-            for operand in operands:
-                spans = any(f > 1 and s > 1 for f, s in zip(factor.shape, operand.shape, strict=True))
-                if spans and not any(overlap(factor, own) for own in operand.factors):
-                    self.pin(factor, "meets a tensor whose channels are fixed")
-        return merged
-
-    @staticmethod
-    def _align(value: Value, rank: int) -> Value:
-        lead = (1,) * (rank - len(value.shape))
-        return Value(lead + value.shape, tuple(f.reshape(lead + f.shape) for f in value.factors))
+def _joined(arrays: Iterable[Atoms]) -> Atoms:
+    return np.concatenate([np.zeros(0, dtype=np.int64), *(array.ravel() for array in arrays)])
 
 
 def along(atoms: Atoms, dim: int, rank: int) -> Atoms:
@@ -213,15 +275,24 @@ def compress(factor: Atoms) -> Atoms:
     """
     for dim, size in enumerate(factor.shape):
         if size > 1:
-            first = factor.take([0], axis=dim)
-            if (factor == first).all():
-                factor = first
+            row = factor.take([0], axis=dim)
+            if (factor == row).all():
+                factor = row
     return factor
 
 
-def overlap(a: Atoms, b: Atoms) -> bool:
-    """Whether two factors of one rank vary along a common dim."""
-    return any(m > 1 and n > 1 for m, n in zip(a.shape, b.shape, strict=True))
+def support(factor: Atoms) -> frozenset[int]:
+    """The dims along which a factor varies."""
+    return frozenset(dim for dim, size in enumerate(factor.shape) if size > 1)
+
+
+def first(factor: Atoms, keep: Collection[int]) -> Atoms:
+    """The first entry along every dim not in `keep`: tying a factor to it leaves one atom per slice.
+
+    >>> first(np.arange(6).reshape(2, 3), [1])
+    array([[0, 1, 2]])
+    """
+    return factor[tuple(slice(None) if dim in keep else slice(1) for dim in range(factor.ndim))]
 
 
 def reshape(factor: Atoms, shape: Sequence[int], target: Sequence[int]) -> Atoms:

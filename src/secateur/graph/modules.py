@@ -37,7 +37,7 @@ def pad_attributes(model: nn.Module, module: str) -> tuple[str, str] | None:
         return None
 
 
-def mirrored(module: nn.Module, keep: Mapping[tuple[str, int], Keep]) -> dict[str, int]:
+def mirrored(module: nn.Module, keep: Mapping[tuple[str, int], Keep]) -> dict[str, int | tuple[int, ...]]:
     """New values of the attributes of a stock layer whose tensors are cut.
 
     Args:
@@ -54,7 +54,9 @@ def mirrored(module: nn.Module, keep: Mapping[tuple[str, int], Keep]) -> dict[st
         return int(keep[name, dim].sum()) if (name, dim) in keep else tensor.shape[dim]
 
     if isinstance(module, _ConvTransposeNd):
-        return {"in_channels": width("weight", 0), "out_channels": width("weight", 1) * module.groups}
+        read = width("weight", 0)
+        groups = read if module.groups == module.in_channels else module.groups
+        return {"in_channels": read, "out_channels": width("weight", 1) * groups, "groups": groups}
     if isinstance(module, _ConvNd):
         whole = np.ones(module.weight.shape[0], dtype=bool)
         out = keep.get(("weight", 0), whole).reshape(module.groups, -1).sum(1)
@@ -74,6 +76,41 @@ def mirrored(module: nn.Module, keep: Mapping[tuple[str, int], Keep]) -> dict[st
         for name in ("weight", "running_mean"):
             if isinstance(getattr(module, name, None), Tensor):
                 return {"num_features": width(name, 0)}
+    if isinstance(module, nn.GroupNorm):
+        whole = np.ones(module.num_channels, dtype=bool)
+        kept = keep.get(("weight", 0), whole).reshape(module.num_groups, -1).sum(1)
+        return {"num_channels": int(kept.sum()), "num_groups": int((kept > 0).sum())}
+    shape = getattr(module, "normalized_shape", None)
+    if isinstance(shape, tuple) and isinstance(
+        getattr(module, "weight", None), Tensor
+    ):  # LayerNorm and its kin
+        return {"normalized_shape": tuple(width("weight", dim) for dim in range(len(shape)))}
+    if isinstance(module, nn.Embedding):
+        return {"num_embeddings": width("weight", 0), "embedding_dim": width("weight", 1)}
+    if isinstance(module, nn.MultiheadAttention):
+        return _attention(module, keep)
     if isinstance(module, nn.PReLU):
         return {"num_parameters": width("weight", 0)}
     return {}
+
+
+def _attention(
+    module: nn.MultiheadAttention, keep: Mapping[tuple[str, int], Keep]
+) -> dict[str, int | tuple[int, ...]]:
+    """Whole heads that go can be expressed where the embedding shrinks to the width of those left."""
+    if module.in_proj_weight is None:
+        return {}
+    embedding = keep.get(("in_proj_weight", 1), np.ones(module.embed_dim, dtype=bool))
+    rows = keep.get(("in_proj_weight", 0), np.ones(3 * module.embed_dim, dtype=bool))
+    kept = rows.reshape(3, module.num_heads, -1)
+    heads = int(kept.any(axis=(0, 2)).sum())
+    if int(kept[0].sum()) != int(embedding.sum()):
+        return {}
+    width = int(embedding.sum())
+    return {
+        "embed_dim": width,
+        "kdim": width,
+        "vdim": width,
+        "num_heads": heads,
+        "head_dim": width // heads,
+    }

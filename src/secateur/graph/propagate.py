@@ -10,29 +10,43 @@ from secateur.errors import CaptureError
 from secateur.graph.capture import Capture
 from secateur.graph.labels import Labels, Value
 from secateur.graph.modules import pad_attributes
-from secateur.graph.rules import RULES, Site, flatten, without_rule
+from secateur.graph.rules import Site, apply, flatten
 
 BODIES = ("wrap_with_autocast", "wrap_with_set_grad_enabled")
 """Higher-order operators that run a body once on their operands, whatever else they set."""
 
 
-def propagate(model: nn.Module, captured: Capture, labels: Labels, names: Mapping[str, str]) -> None:
-    """Add everything the graph says about `model` to `labels`; `names` maps tied tensors to one name."""
-    inputs = []
+def propagate(
+    model: nn.Module, captured: Capture, labels: Labels, names: Mapping[str, str]
+) -> dict[fx.Node, Any]:
+    """Add everything the graph says about `model` to `labels`; `names` maps tied tensors to one name.
+
+    Returns:
+        what every node holds: a labelled value, or a tuple of them.
+    """
+    values: dict[fx.Node, Any] = {}
+    inputs, given = [], set(captured.inputs)
     for node in captured.module.graph.find_nodes(op="placeholder"):
         shape = shapes_of(node)[0] if shapes_of(node) else ()
-        inputs.append(Value(shape, tensor=names.get(captured.tensors.get(node.name, ""))))
-    outputs = walk(model, captured.module, inputs, labels)
+        name = names.get(captured.tensors.get(node.name, ""))
+        inputs.append(Value(shape, tensor=name, data=node in given))
+    outputs = walk(model, captured.module, inputs, labels, values)
     labels.module = ""
     for value in flatten([outputs]):
         if isinstance(value, Value):
             for factor in labels.exposed(value).factors:
                 labels.pin(factor, "model output")
+    return values
 
 
-def walk(model: nn.Module, graph: fx.GraphModule, inputs: Sequence[Any], labels: Labels) -> Any:
-    """Run a graph on labelled values; returns what its output node holds."""
-    values: dict[fx.Node, Any] = {}
+def walk(
+    model: nn.Module,
+    graph: fx.GraphModule,
+    inputs: Sequence[Any],
+    labels: Labels,
+    values: dict[fx.Node, Any],
+) -> Any:
+    """Run a graph on labelled values, which `values` records; returns what its output node holds."""
     remaining = iter(inputs)
     for node in graph.graph.nodes:
         labels.module = module_of(node) or labels.module
@@ -44,41 +58,44 @@ def walk(model: nn.Module, graph: fx.GraphModule, inputs: Sequence[Any], labels:
                 attribute if isinstance(attribute, fx.GraphModule) else Value(tuple(attribute.shape))
             )
         elif node.op == "call_function":
-            values[node] = call(model, node, resolve(node.args, values), resolve(node.kwargs, values), labels)
+            values[node] = call(model, node, values, labels)
         elif node.op == "output":
             return resolve(node.args, values)[0]
     raise AssertionError("a graph without an output")
 
 
-def call(model: nn.Module, node: fx.Node, args: Any, kwargs: dict[str, Any], labels: Labels) -> Any:
+def call(model: nn.Module, node: fx.Node, values: dict[fx.Node, Any], labels: Labels) -> Any:
+    args, kwargs = resolve(node.args, values), resolve(node.kwargs, values)
     if node.target is operator.getitem:
         return args[0][args[1]]
     schema = getattr(node.target, "_schema", None)
     if schema is None:
-        return call_higher_order(model, node, args, labels)
+        return call_higher_order(model, node, args, labels, values)
     bound = {argument.name: argument.default_value for argument in schema.arguments}
     bound |= dict(zip(bound, args, strict=False)) | kwargs
     op = str(node.target).rpartition(".")[0]
     site = Site(op, bound, shapes_of(node), labels, pad_attributes(model, labels.module))
-    result = RULES.get(op, without_rule)(site)
+    result = apply(site)
     if isinstance(node.meta.get("val"), list | tuple) or not isinstance(result, tuple):
         return result
     return result[0] if result else Value(())
 
 
-def call_higher_order(model: nn.Module, node: fx.Node, args: Any, labels: Labels) -> Any:
+def call_higher_order(
+    model: nn.Module, node: fx.Node, args: Any, labels: Labels, values: dict[fx.Node, Any]
+) -> Any:
     """Walk the body of an operator such as an autocast region; freeze what any other one reads."""
     name = str(node.target)
     body = next((i for i, arg in enumerate(args) if isinstance(arg, fx.GraphModule)), None)
     if name in BODIES and body is not None:
-        return walk(model, args[body], args[body + 1 :], labels)
+        return walk(model, args[body], args[body + 1 :], labels, values)
     if body is not None:
         raise CaptureError(
             f"{labels.module or type(model).__name__}: its forward contains {name}, whose body cannot be counted. "
             f"Replace it by ordinary operators."
         )
     operands = {str(index): value for index, value in enumerate(flatten(list(args)))}
-    return without_rule(Site(name, operands, shapes_of(node), labels))
+    return apply(Site(name, operands, shapes_of(node), labels))
 
 
 def resolve(args: Any, values: dict[fx.Node, Any]) -> Any:

@@ -27,33 +27,51 @@ class Solution:
     reasons: dict[int, tuple[str, str]]
 
 
-def solve(labels: Labels) -> Solution:
-    """Close the ties, take the option of each choice that leaves most units, and find what may go."""
-    first = [a for a, _ in labels.ties]
-    second = [b for _, b in labels.ties]
-    root = _components(labels.count, np.concatenate([*first, []]), np.concatenate([*second, []]))
-    unit = np.zeros(labels.count, dtype=bool)
-    pinned = np.zeros(labels.count, dtype=bool)
+def solve(labels: Labels, attention: str = "heads") -> Solution:
+    """Close the ties, decide the choices one by one, and find what may go.
+
+    Args:
+        attention: what attention products prefer to lose, "heads" or "dims" (of every head); the other one is
+            taken where nothing could be removed. All other choices take the option that leaves most units.
+    """
+    first, second = zip(*labels.ties, strict=True) if labels.ties else ((), ())
+    none = np.zeros(0, dtype=np.int64)
+    start = _components(labels.count, np.concatenate([none, *first]), np.concatenate([none, *second]))
+    smallest, index = np.unique(start, return_inverse=True)  # from here on, classes of atoms by number
+    classes = np.arange(len(smallest))
+    unit = np.zeros(len(smallest), dtype=bool)
+    pinned = np.zeros(len(smallest), dtype=bool)
     for atoms in labels.units:
-        unit[root[atoms]] = True
-    pinned[root[PINNED]] = True
-    for pin in labels.pins:
-        pinned[root[pin.atoms]] = True
-    for choice in labels.choices:
-        options = [_merge(root[a], root[b], unit, pinned) for a, b in choice.options.values()]
-        touched, target, _ = min(options, key=lambda option: option[2])
-        lookup = np.arange(labels.count)
-        lookup[touched] = target
-        for flags in (unit, pinned):
-            np.logical_or.at(flags, target, flags[touched])
-        root = lookup[root]
+        unit[index[atoms]] = True
+    pinned[index[PINNED]] = True
+    pins = list(labels.pins)
+    for pin in pins:
+        pinned[index[pin.atoms]] = True
+    for choice in sorted(labels.choices, key=lambda choice: not choice.attention):
+        now = classes[index]
+        merges = []
+        for option in choice.options:
+            a, b, stay = now[option.ties[0]], now[option.ties[1]], now[option.pin.atoms]
+            merges.append((option, _merge(a, b, stay, unit, pinned)))
+        liked = [merge for merge in merges if merge[0].name == attention and merge[1].left > 1]
+        option, best = min(liked or merges, key=lambda merge: merge[1].lost)
+        np.logical_or.at(unit, best.target, unit[best.touched])
+        np.logical_or.at(pinned, best.target, pinned[best.touched])
+        pinned[now[option.pin.atoms]] = True
+        pinned[best.target[np.isin(best.touched, now[option.pin.atoms])]] = True
+        lookup = np.arange(len(smallest))
+        lookup[best.touched] = best.target
+        classes = lookup[classes]
+        pins.append(option.pin)
+    root = smallest[classes][index]
     reasons: dict[int, tuple[str, str]] = {}
-    for pin in labels.pins:
-        for index in np.unique(root[pin.atoms]).tolist():
-            reasons.setdefault(index, (pin.reason, pin.module))
+    for pin in pins:
+        for number in np.unique(root[pin.atoms]).tolist():
+            reasons.setdefault(number, (pin.reason, pin.module))
     reasons.setdefault(int(root[PINNED]), ("tied to channels that are given, such as the model's input", ""))
     is_root = root == np.arange(labels.count)
-    return Solution(root, unit & ~pinned & is_root, reasons)
+    removable = (unit & ~pinned)[classes][index] & is_root
+    return Solution(root, removable, reasons)
 
 
 def _components(count: int, a: Atoms, b: Atoms) -> Atoms:
@@ -68,13 +86,30 @@ def _components(count: int, a: Atoms, b: Atoms) -> Atoms:
     return result
 
 
-def _merge(a: Atoms, b: Atoms, unit: Flags, pinned: Flags) -> tuple[Atoms, Atoms, int]:
-    """What tying two lists of roots does: the roots touched, the root each becomes, and the units lost."""
-    touched, inverse = np.unique(np.concatenate([a, b]), return_inverse=True)
-    local = _components(len(touched), inverse[: len(a)], inverse[len(a) :])
+@dataclass(frozen=True)
+class _Merge:
+    """What tying two lists of roots does.
+
+    Attributes:
+        touched: the roots in the lists.
+        target: the root that each of them becomes.
+        left: units among these.
+        lost: units fewer than before.
+    """
+
+    touched: Atoms
+    target: Atoms
+    left: int
+    lost: int
+
+
+def _merge(a: Atoms, b: Atoms, pins: Atoms, unit: Flags, pinned: Flags) -> _Merge:
+    touched, inverse = np.unique(np.concatenate([a, b, pins]), return_inverse=True)
+    local = _components(len(touched), inverse[: len(a)], inverse[len(a) : 2 * len(a)])
     has_unit = np.zeros(len(touched), dtype=bool)
     has_pin = np.zeros(len(touched), dtype=bool)
     has_unit[local[unit[touched]]] = True
     has_pin[local[pinned[touched]]] = True
-    before = (unit & ~pinned)[touched].sum()
-    return touched, touched[local], int(before - (has_unit & ~has_pin).sum())
+    has_pin[local[inverse[2 * len(a) :]]] = True
+    left = int((has_unit & ~has_pin).sum())
+    return _Merge(touched, touched[local], left, int((unit & ~pinned)[touched].sum()) - left)

@@ -50,7 +50,10 @@ def made_by(slices: Sequence[Slice]) -> list[Slice]:
     """The slices of the layers that make the units, whose filters the classic scores rank."""
     makers = [s for s in slices if s.role == "out"]
     if not makers:
-        raise ScoreError(f"a group of roles {[s.role for s in slices]} has no layer that makes its units")
+        raise ScoreError(
+            "the weights that make its units are computed from other tensors. Make them parameters again "
+            "(torch.nn.utils.prune.remove, parametrize.remove_parametrizations), or freeze= their module"
+        )
     return makers
 
 
@@ -194,6 +197,9 @@ def score_groups(
         raise ScoreError(
             f"score {score!r} needs gradients on data: pass data=, an iterable of (inputs, targets)"
         )
+    empty = [name for name, parameter in model.named_parameters() if parameter.is_meta]
+    if empty:
+        raise ScoreError(f"{empty[0]} has no values (device meta); load the weights before scoring them")
     generator = torch.Generator().manual_seed(seed)
     batches = gradients(model, data, loss) if entry.needs_data and data is not None else iter([{}])
     parameters = dict(model.named_parameters())

@@ -1,6 +1,5 @@
 """Physical removal: smaller tensors in the user's own module."""
 
-import copy
 from collections.abc import Mapping
 
 import numpy as np
@@ -10,18 +9,22 @@ from torch.optim import Optimizer
 
 from secateur.errors import CutError, PlanError
 from secateur.graph import Graph, fingerprint, mirrored, named_tensors
-from secateur.graph.capture import as_call
 from secateur.graph.groups import PadSite
 from secateur.graph.modules import Keep
 from secateur.plan import Plan
+from secateur.surgery.duplicate import duplicate
 from secateur.surgery.edit import Edit, select, select_states
+from secateur.surgery.known import following
+from secateur.surgery.rewrite import rewrite_
+from secateur.surgery.settle import settle
 
 
 def cut_(model: nn.Module, graph: Graph, plan: Plan, *, optimizer: Optimizer | None = None) -> nn.Module:
     """Remove the units of a plan from the model's tensors, and let its layers' attributes follow.
 
-    The result is the user's own module; it is run once on the example inputs, and any failure leaves model
-    and optimizer as they were.
+    The result is the user's own module. Where its own forward does not compute the cut network, the smallest
+    submodule that will do is rewritten (`rewritten_modules` names them). Any failure leaves model and
+    optimizer as they were.
 
     Args:
         model: the model `graph` was made from; changed in place, parameters keep their identity.
@@ -32,7 +35,7 @@ def cut_(model: nn.Module, graph: Graph, plan: Plan, *, optimizer: Optimizer | N
         the model.
     Raises:
         PlanError: the plan fits neither graph nor model.
-        CutError: the model's own forward cannot run at the new widths.
+        CutError: the model's own forward cannot run at the new widths, and cannot be rewritten.
     """
     masks = plan.masks(graph)
     if fingerprint(model) != graph.fingerprint:
@@ -41,6 +44,8 @@ def cut_(model: nn.Module, graph: Graph, plan: Plan, *, optimizer: Optimizer | N
     edit = Edit(model)
     edit.attributes(layer_attributes(model, keep))
     edit.attributes(pad_widths(graph.pads, masks))
+    assert graph.trace is not None
+    edit.attributes(following(model, graph.trace, graph.trace.survivors(masks)))
     for tensor, dims in tensor_cuts(model, keep):
         edit.tensor(tensor, select(tensor.data, dims))
         if tensor.grad is not None:
@@ -49,14 +54,33 @@ def cut_(model: nn.Module, graph: Graph, plan: Plan, *, optimizer: Optimizer | N
             select_states(edit, optimizer, tensor, dims)
     edit.apply()
     try:
-        _run(model, graph)
+        _settle(model, graph, masks, edit)
     except Exception as error:
         edit.undo()
+        if isinstance(error, CutError):
+            raise
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise CutError(
-            f"{type(model).__name__}: its forward does not run at the new widths ({str(error).splitlines()[0]}). "
-            f"A size is probably written into forward; freeze= the module that holds it. The model is unchanged."
+            f"{type(model).__name__}: the cut cannot be carried out ({reason}). The model is unchanged."
         ) from error
     return model
+
+
+def _settle(model: nn.Module, graph: Graph, masks: list[Tensor], edit: Edit) -> None:
+    """Rewrite the submodules whose own forward does not compute the cut network."""
+    assert graph.trace is not None
+
+    def whole() -> nn.Module:
+        edit.undo()
+        try:
+            return duplicate(model, share=True)
+        finally:
+            edit.apply()
+
+    drafts = settle(model, graph, graph.trace.survivors(masks), whole)
+    for name, draft in drafts.items():
+        module = model.get_submodule(name)
+        edit.done(rewrite_(module, draft.program, draft.constants, draft.lost))
 
 
 def kept_positions(model: nn.Module, graph: Graph, masks: list[Tensor]) -> dict[tuple[str, int], Keep]:
@@ -74,7 +98,9 @@ def kept_positions(model: nn.Module, graph: Graph, masks: list[Tensor]) -> dict[
     return keep
 
 
-def layer_attributes(model: nn.Module, keep: Mapping[tuple[str, int], Keep]) -> dict[str, dict[str, int]]:
+def layer_attributes(
+    model: nn.Module, keep: Mapping[tuple[str, int], Keep]
+) -> dict[str, dict[str, int | tuple[int, ...]]]:
     """Module name -> attributes that change, for every stock layer with a cut tensor."""
     cut = {tensor for tensor, _ in keep}
     first = {id(tensor): name for name, tensor in reversed(named_tensors(model))}
@@ -112,18 +138,6 @@ def tensor_cuts(
     return [(tensors[name], dims) for name, dims in cuts.items()]
 
 
-def _run(model: nn.Module, graph: Graph) -> None:
-    args, kwargs = as_call(graph.inputs)
-    modes = {module: module.training for module in model.modules()}
-    try:
-        model.eval()
-        with torch.no_grad(), torch.random.fork_rng(devices=[]):
-            model(*args, **kwargs)
-    finally:
-        for module, mode in modes.items():
-            module.training = mode
-
-
 def cut_copy(model: nn.Module, graph: Graph, plan: Plan) -> nn.Module:
     """A cut copy; the model stays whole."""
-    return cut_(copy.deepcopy(model), graph, plan)
+    return cut_(duplicate(model), graph, plan)

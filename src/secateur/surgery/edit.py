@@ -1,13 +1,13 @@
 """Changes to a module that are made together and can be taken back."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-Edits = Mapping[str, Mapping[str, int]]
+Edits = Mapping[str, Mapping[str, int | tuple[int, ...]]]
 """Module name -> attribute name -> new value."""
 
 
@@ -21,7 +21,8 @@ class Edit:
     def __init__(self, model: nn.Module) -> None:
         self._model = model
         self._tensors: list[tuple[Tensor, Tensor, Tensor]] = []
-        self._attributes: list[tuple[nn.Module, str, int, int]] = []
+        self._attributes: list[tuple[nn.Module, str, Any, Any]] = []
+        self._undo: list[Callable[[], None]] = []
         self._states: list[tuple[dict[str, Any], str, Tensor, Tensor]] = []
         self._grads: list[tuple[Tensor, Tensor, Tensor]] = []
 
@@ -54,8 +55,14 @@ class Edit:
             ((m, a, new) for m, a, _, new in self._attributes),
         )
 
+    def done(self, undo: Callable[[], None]) -> None:
+        """Note a change that was made after `apply`, by how it is taken back."""
+        self._undo.append(undo)
+
     def undo(self) -> None:
         """Take all changes back."""
+        while self._undo:
+            self._undo.pop()()
         self._set(
             ((t, old) for t, old, _ in self._tensors),
             ((t, old) for t, old, _ in self._grads),
@@ -68,7 +75,7 @@ class Edit:
         tensors: Iterable[tuple[Tensor, Tensor]],
         grads: Iterable[tuple[Tensor, Tensor]],
         states: Iterable[tuple[dict[str, Any], str, Tensor]],
-        attributes: Iterable[tuple[nn.Module, str, int]],
+        attributes: Iterable[tuple[nn.Module, str, Any]],
     ) -> None:
         grads = list(grads)
         for tensor, _ in grads:
@@ -84,8 +91,8 @@ class Edit:
             tensor.grad = value
         for state, name, value in states:
             state[name] = value
-        for module, attribute, number in attributes:
-            setattr(module, attribute, number)
+        for module, attribute, value in attributes:
+            setattr(module, attribute, value)
 
 
 def select(tensor: Tensor, keep: Mapping[int, Tensor]) -> Tensor:

@@ -2,8 +2,9 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from secateur import __version__
 from secateur.errors import FileError
@@ -11,6 +12,10 @@ from secateur.files import read_tensors, write_tensors
 from secateur.graph import mirrored, named_tensors
 from secateur.graph.modules import pad_attributes
 from secateur.surgery.edit import Edit
+from secateur.surgery.known import known_attributes
+from secateur.surgery.program import Program
+from secateur.surgery.program_json import Reader, to_json
+from secateur.surgery.rewrite import CONSTANT, rewrite_, rewritten_modules
 
 FORMAT = "1"
 
@@ -18,8 +23,8 @@ FORMAT = "1"
 def save(model: nn.Module, path: str | Path) -> None:
     """Write a model, cut or not, as one safetensors file that `load` can rebuild.
 
-    Parameters and buffers are the tensors; the integer attributes of layers that follow their shapes are
-    text in the metadata.
+    Parameters and buffers are the tensors; the integer attributes of layers that follow their shapes, and the
+    operators of modules that were rewritten, are text in the metadata.
 
     Args:
         model: any module; it is only read.
@@ -30,6 +35,10 @@ def save(model: nn.Module, path: str | Path) -> None:
     recipe = {
         "class": f"{type(model).__module__}.{type(model).__qualname__}",
         "attributes": shape_attributes(model),
+        "rewritten": {
+            name: {"program": to_json(module.program), "lost": module.lost}
+            for name, module in rewritten_modules(model).items()
+        },
     }
     metadata = {"secateur": __version__, "format": FORMAT, "recipe": json.dumps(recipe)}
     write_tensors(path, dict(named_tensors(model)), metadata)
@@ -50,8 +59,12 @@ def load(model: nn.Module, path: str | Path) -> nn.Module:
     tensors, metadata = read_tensors(path)
     recipe = _recipe(path, metadata)
     own = dict(named_tensors(model))
-    problems = [f"{name} is missing" for name in own if name not in tensors]
-    problems += [f"{name} is unknown to the model" for name in tensors if name not in own]
+    problems, programs = _programs(model, recipe["rewritten"], tensors)
+    constants = {f"{name}.{c}".removeprefix("."): c for name, (_, found) in programs.items() for c in found}
+    problems += [f"{name} is missing" for name in own if name not in tensors]
+    problems += [
+        f"{name} is unknown to the model" for name in tensors if name not in own and name not in constants
+    ]
     for name in own.keys() & tensors.keys():
         here, there = own[name], tensors[name]
         if here.ndim != there.ndim or any(a < b for a, b in zip(here.shape, there.shape, strict=True)):
@@ -61,32 +74,78 @@ def load(model: nn.Module, path: str | Path) -> nn.Module:
         elif here.dtype != there.dtype:
             problems.append(f"{name} is {there.dtype}, the model's is {here.dtype}")
     allowed = shape_attributes(model)
-    for module, values in recipe.items():
+    for module, values in recipe["attributes"].items():
         for attribute, value in values.items():
             most = allowed.get(module, {}).get(attribute)
             if most is None:
                 problems.append(f"attribute {module}.{attribute} is not one that follows a shape")
-            elif type(value) is not int or not 0 <= value <= most:
-                problems.append(f"attribute {module}.{attribute} is {value!r}, expected a number in 0…{most}")
+            elif not _fits(value, most):
+                problems.append(f"attribute {module}.{attribute} is {value!r}, expected {_range(most)}")
     if problems:
         raise _misfit(path, model, problems)
+    attributes = {
+        module: {key: tuple(value) if isinstance(value, list) else value for key, value in values.items()}
+        for module, values in recipe["attributes"].items()
+    }
     edit = Edit(model)
-    edit.attributes(recipe)
+    edit.attributes(attributes)
     for name, tensor in {id(t): (n, t) for n, t in own.items()}.values():
         edit.tensor(tensor, tensors[name].clone().to(tensor.device))  # aligned memory of its own
     edit.apply()
-    wrong = [name for name, values in shape_attributes(model).items() if recipe.get(name, {}) != values]
+    for name, (program, found) in programs.items():
+        rewritten = model.get_submodule(name)
+        lost = str(recipe["rewritten"][name].get("lost", ""))[:200]
+        device = next((t.device for t in rewritten.parameters()), None)
+        edit.done(rewrite_(rewritten, program, {c: t.clone().to(device) for c, t in found.items()}, lost))
+    wrong = [name for name, values in shape_attributes(model).items() if attributes.get(name, {}) != values]
     if wrong:
         edit.undo()
         raise _misfit(path, model, [f"attributes of {name} contradict its tensors" for name in wrong])
     return model
 
 
-def shape_attributes(model: nn.Module) -> dict[str, dict[str, int]]:
+def _programs(
+    model: nn.Module, recipe: dict[str, Any], tensors: dict[str, Tensor]
+) -> tuple[list[str], dict[str, tuple[Program, dict[str, Tensor]]]]:
+    """What is wrong with the programs of a file, and the programs with their constants by module."""
+    problems, programs = [], {}
+    modules = dict(model.named_modules())
+    for name, entry in recipe.items():
+        if name not in modules or not isinstance(entry, dict):
+            problems.append(f"{name} is to be rewritten, and the model has no such module")
+            continue
+        module = modules[name]
+        start = f"{name}.{CONSTANT}".removeprefix(".")
+        found = {
+            CONSTANT + key.removeprefix(start): tensor
+            for key, tensor in tensors.items()
+            if key.startswith(start) and key.removeprefix(start).isdecimal()
+        }
+        reader = Reader([*dict(named_tensors(module)), *found], [n for n, _ in module.named_modules()])
+        try:
+            programs[name] = reader.read(entry.get("program")), found
+        except ValueError as error:
+            problems.append(f"the forward of {name or 'the model'} is not one that may be run: {error}")
+    return problems, programs
+
+
+def _fits(value: Any, most: int | tuple[int, ...]) -> bool:
+    if isinstance(most, tuple):
+        return isinstance(value, list) and len(value) == len(most) and all(map(_fits, value, most))
+    return type(value) is int and 0 <= value <= most
+
+
+def _range(most: int | tuple[int, ...]) -> str:
+    if isinstance(most, tuple):
+        return f"numbers in {', '.join(f'0…{size}' for size in most)}"
+    return f"a number in 0…{most}"
+
+
+def shape_attributes(model: nn.Module) -> dict[str, dict[str, int | tuple[int, ...]]]:
     """Module name -> attributes that follow shapes, as they are now."""
     found = {}
     for name, module in model.named_modules():
-        values = mirrored(module, {})
+        values = mirrored(module, {}) | known_attributes(module)
         pads = pad_attributes(model, name)
         if pads:
             values = {attribute: getattr(module, attribute) for attribute in pads}
@@ -95,16 +154,18 @@ def shape_attributes(model: nn.Module) -> dict[str, dict[str, int]]:
     return found
 
 
-def _recipe(path: str | Path, metadata: dict[str, str]) -> dict[str, dict[str, int]]:
+def _recipe(path: str | Path, metadata: dict[str, str]) -> dict[str, dict[str, Any]]:
     if metadata.get("format") != FORMAT or "recipe" not in metadata:
         raise FileError(
             f"{path}: not a model saved by Secateur (format {metadata.get('format')!r}, expected {FORMAT!r}). "
             f"For ordinary weights, load them into the uncut model."
         )
     try:
-        recipe = json.loads(metadata["recipe"])["attributes"]
-        if not isinstance(recipe, dict) or not all(isinstance(values, dict) for values in recipe.values()):
-            raise TypeError("attributes must be an object of objects")
+        read = json.loads(metadata["recipe"])
+        recipe = {"attributes": read["attributes"], "rewritten": read.get("rewritten", {})}
+        for key, part in recipe.items():
+            if not isinstance(part, dict) or not all(isinstance(values, dict) for values in part.values()):
+                raise TypeError(f"{key} must be an object of objects")
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise FileError(f"{path}: its recipe is damaged ({error!r}); use another copy") from None
     return recipe

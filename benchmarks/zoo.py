@@ -1,0 +1,114 @@
+"""Coverage: every torchvision and timm architecture through capture, cut and proof, beside Torch-Pruning.
+
+    pip install 'secateur[benchmark]'
+    python benchmarks/zoo.py --work runs/zoo --out docs/results/zoo
+
+Every network and tool runs in a process of its own with a limit on processor time and memory. A finished one
+is a line in `results.jsonl` in the working folder and is skipped by the next call; `--again` repeats those
+that failed.
+"""
+
+import argparse
+import json
+import signal
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from fnmatch import fnmatchcase
+from pathlib import Path
+
+import zoo_models
+import zoo_table
+
+TOOLS = ("secateur", "torch-pruning")
+
+WAIT = 3600
+"""Seconds on the clock after which a process is ended, however little processor time it got."""
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--work", type=Path, default=Path("runs/zoo"), help="folder of the results")
+    parser.add_argument("--out", type=Path, help="write OUT.md and OUT.csv from all results")
+    parser.add_argument(
+        "--only", nargs="+", default=["*"], help="shell patterns of networks, such as 'timm/*'"
+    )
+    parser.add_argument("--tools", nargs="+", default=TOOLS, choices=TOOLS)
+    parser.add_argument("--limit", type=int, help="stop after so many runs")
+    parser.add_argument("--jobs", type=int, default=1, help="processes at a time")
+    parser.add_argument(
+        "--seconds",
+        type=float,
+        default=120,
+        help="processor time of one run, plus 0.5 s per million parameters",
+    )
+    parser.add_argument("--memory", type=float, default=14, help="memory limit of one process in GiB")
+    parser.add_argument("--again", action="store_true", help="repeat runs that did not verify")
+    options = parser.parse_args()
+    options.work.mkdir(parents=True, exist_ok=True)
+    names = all_names(options.work / "names.json")
+    results = options.work / "results.jsonl"
+    rows = read(results)
+    todo = [
+        (tool, name)
+        for name in names
+        for tool in options.tools
+        if any(fnmatchcase(name, pattern) for pattern in options.only)
+        and ((name, tool) not in rows or (options.again and not zoo_table.passed(rows[name, tool])))
+    ][: options.limit]
+    with ThreadPoolExecutor(options.jobs) as pool, results.open("a") as file:
+        runs = pool.map(lambda job: run(*job, options.seconds, options.memory), todo)
+        for number, row in enumerate(runs, 1):
+            file.write(json.dumps(row) + "\n")
+            file.flush()
+            print(f"{number}/{len(todo)} {zoo_table.line(row)}", flush=True)
+    if options.out:
+        rows = read(results)
+        zoo_table.write(options.out, [rows[key] for name in names for key in keys(name) if key in rows])
+
+
+def keys(name: str) -> list[tuple[str, str]]:
+    return [(name, tool) for tool in TOOLS]
+
+
+def all_names(cache: Path) -> list[str]:
+    """Finding timm's smallest variants means building all of them, so the list is kept."""
+    if not cache.exists():
+        cache.write_text(json.dumps(zoo_models.names(), indent=0))
+    return list(json.loads(cache.read_text()))
+
+
+def read(path: Path) -> dict[tuple[str, str], dict]:
+    """The last result of every network and tool."""
+    lines = path.read_text().splitlines() if path.exists() else []
+    rows = [json.loads(line) for line in lines]
+    return {(row["model"], row["tool"]): row for row in rows}
+
+
+def run(tool: str, name: str, seconds: float, memory: float) -> dict:
+    """One process; its last line counts, with the reason where it did not end by itself."""
+    script = Path(__file__).with_name("zoo_one.py")
+    command = [sys.executable, "-W", "ignore", str(script), tool, name, str(seconds), str(memory)]
+    start = time.perf_counter()
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    try:
+        printed, errors = process.communicate(timeout=WAIT)
+        ended = f"exit code {process.returncode}: {errors.strip()[-300:]}" if process.returncode else ""
+    except subprocess.TimeoutExpired:
+        process.kill()
+        printed, _ = process.communicate()
+        ended = f"not finished after {WAIT} s on the clock"
+    lines = [text for text in printed.splitlines() if text.startswith("{") and text.endswith("}")]
+    row = json.loads(lines[-1]) if lines else {"model": name, "tool": tool, "stage": "build"}
+    if process.returncode == -signal.SIGXCPU:
+        ended = f"not finished in {row.get('limit_s', seconds):g} s of processor time"
+    if ended:
+        row |= {"error": "Stopped", "message": ended}
+    return row | {"wall_s": time.perf_counter() - start}
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,198 @@
+"""The table of the zoo: one line per network, totals, and every failure with its reason."""
+
+import csv
+import platform
+import re
+from collections import Counter, defaultdict
+from importlib.metadata import version
+from pathlib import Path
+from statistics import median
+
+import torch
+
+from secateur.cost.latency import device_name
+
+Row = dict
+
+COLUMNS = (
+    "model tool stage verified error message where note input params macs groups units prunable_macs "
+    "prunable_params least_macs least_params macs_kept params_kept macs_predicted macs_counted macs_dense_equal "
+    "form rewritten error64 error32 sensitivity trains frozen_units frozen groups_s groups_cpu_s cut_s verify_s "
+    "groups_mib model_mib peak_mib limit_s wall_s"
+).split()
+
+FAMILIES = {
+    "torchvision": "torchvision classification",
+    "segmentation": "torchvision segmentation",
+    "detection": "torchvision detection (dense part)",
+    "timm": "timm",
+}
+
+
+def passed(row: Row) -> bool:
+    """Captured, cut, equal to the masked original, trainable, and of exactly the predicted cost."""
+    if "error" in row or not row.get("verified"):
+        return False
+    return row["tool"] != "secateur" or (
+        row["macs_predicted"] == row["macs_counted"] and bool(row["macs_dense_equal"])
+    )
+
+
+def outcome(row: Row) -> str:
+    """What became of one network, in a few words."""
+    if passed(row):
+        return "exact"
+    if "error" in row:
+        what = "not finished" if row["error"] == "Stopped" else row["error"]
+        return f"{what} in {row['stage']}"
+    if not row.get("verified"):
+        return "wrong output" if row.get("error64", 1) > 1e-9 else "float32 or training"
+    return "MACs differ"
+
+
+def line(row: Row) -> str:
+    """For the terminal."""
+    share = row.get("prunable_macs", row.get("prunable_params"))
+    shown = f"{share:.0%} prunable" if share is not None else ""
+    cells = (
+        row["tool"],
+        row["model"],
+        outcome(row),
+        shown,
+        f"{row.get('wall_s', 0):.0f} s",
+        row.get("message", ""),
+    )
+    return "  ".join(filter(None, cells))[:240]
+
+
+def write(path: Path, rows: list[Row]) -> None:
+    """PATH.csv with every column, PATH.md to be read."""
+    with path.with_suffix(".csv").open("w", newline="") as file:
+        table = csv.DictWriter(file, COLUMNS, extrasaction="ignore", lineterminator="\n")
+        table.writeheader()
+        for row in rows:
+            table.writerow({k: f"{v:.4g}" if isinstance(v, float) else v for k, v in row.items()})
+    path.with_suffix(".md").write_text(render(rows))
+
+
+def render(rows: list[Row]) -> str:
+    ours = [row for row in rows if row["tool"] == "secateur"]
+    peer = {row["model"]: row for row in rows if row["tool"] == "torch-pruning"}
+    lines = [
+        "# Coverage",
+        "",
+        "`python benchmarks/zoo.py --work runs/zoo --out docs/results/zoo`",
+        "",
+        f"{len(ours)} networks, {device_name(torch.device('cpu'))}, one thread per process, torch "
+        f"{torch.__version__}, torchvision {version('torchvision')}, timm {version('timm')}, Torch-Pruning "
+        f"{version('torch-pruning')}, Python {platform.python_version()}, seed 0.",
+        "",
+        "Random weights; parameters that start constant are drawn too, and batch norms hold the statistics of random "
+        "images. Images of 128×128 where the network takes them, otherwise "
+        "of its own size (column *input* of the CSV). Half of the units of every group go, chosen at random. *Exact*: "
+        "the largest difference between the cut model and the masked original is below 1e-9 of the largest output in "
+        "float64 and 1e-3 in float32, a training step gives finite gradients, and the MACs predicted before the cut "
+        "are the ones that torch counts after it. Prunable MACs: share in layers that at least one group shrinks; "
+        "least MACs: what is left with one unit per group. Torch-Pruning runs with its defaults; its survivors are "
+        "traced, and its result is compared in float64 with the original in which all other weights are zero "
+        "(normalisation over channels: over the survivors only). A process may use 60 s of processor time plus half a "
+        "second per million parameters, everything included, and 14 GiB.",
+        "",
+        *totals(ours, peer),
+        "",
+        *failures(ours),
+        "",
+        *frozen(ours),
+        "",
+        "## Every network",
+        "",
+        "| network | Secateur | groups | prunable MACs | least MACs | prunable params | error, float64 | form "
+        "| s to groups | s to cut | analysis, MiB | model, MiB | Torch-Pruning |",
+        "|---|---|---|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    for row in ours:
+        cells = (
+            row["model"],
+            outcome(row),
+            row.get("groups", ""),
+            percent(row, "prunable_macs"),
+            percent(row, "least_macs"),
+            percent(row, "prunable_params"),
+            number(row, "error64", ".0e"),
+            row.get("form", ""),
+            number(row, "groups_s", ".2f"),
+            number(row, "cut_s", ".2f"),
+            number(row, "groups_mib", ".0f"),
+            number(row, "model_mib", ".0f"),
+            outcome(peer[row["model"]]) if row["model"] in peer else "",
+        )
+        lines.append("| " + " | ".join(map(str, cells)) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def totals(ours: list[Row], peer: dict[str, Row]) -> list[str]:
+    """Counts and medians per source."""
+    lines = [
+        "## Totals",
+        "",
+        "| source | networks | captured | exact | share | prunable MACs, median (lowest) | s to groups, median "
+        "(largest) | analysis memory ÷ model, median (largest) | Torch-Pruning exact |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    by_source: dict[str, list[Row]] = defaultdict(list)
+    for row in ours:
+        by_source[FAMILIES[row["model"].partition("/")[0]]].append(row)
+        by_source["all"].append(row)
+    for source, rows in [*((k, v) for k, v in by_source.items() if k != "all"), ("all", by_source["all"])]:
+        good = [row for row in rows if passed(row)]
+        captured = [row for row in rows if "groups" in row]
+        compared = [peer[row["model"]] for row in rows if row["model"] in peer]
+        shares = [row["prunable_macs"] for row in captured] or [0.0]
+        seconds = [row["groups_s"] for row in captured] or [0.0]
+        memory = [row["groups_mib"] / row["model_mib"] for row in captured] or [0.0]
+        lines.append(
+            f"| {source} | {len(rows)} | {len(captured)} | {len(good)} | {len(good) / len(rows):.1%} "
+            f"| {median(shares):.1%} ({min(shares):.1%}) | {median(seconds):.2f} ({max(seconds):.1f}) "
+            f"| {median(memory):.1f} ({max(memory):.1f}) | {sum(map(passed, compared))} of {len(compared)} |"
+        )
+    ends = Counter(re.sub(r" in .*", "", outcome(row)) + stage(row) for row in peer.values())
+    lines += [
+        "",
+        "Torch-Pruning: " + ", ".join(f"{count} {name}" for name, count in ends.most_common()) + ".",
+    ]
+    forms = Counter(row["form"] for row in ours if passed(row))
+    lines += ["", "Form of the exact results: " + ", ".join(f"{n} {f}" for f, n in forms.most_common()) + "."]
+    return lines
+
+
+def stage(row: Row) -> str:
+    return f" in {row['stage']}" if "error" in row else ""
+
+
+def failures(ours: list[Row]) -> list[str]:
+    lines = ["## Failures", ""]
+    rows = [row for row in ours if not passed(row)]
+    lines += [f"- {row['model']}: {outcome(row)}. {row.get('message', '')}".rstrip() for row in rows]
+    return lines if rows else [*lines, "None."]
+
+
+def frozen(ours: list[Row]) -> list[str]:
+    """What stays, over the whole zoo, by reason."""
+    networks: dict[str, set[str]] = defaultdict(set)
+    units = Counter[str]()
+    for row in ours:
+        for reason, count in (row.get("frozen") or {}).items():
+            networks[reason].add(row["model"])
+            units[reason] += count
+    lines = ["## What stays, and why", "", "| reason | networks | channels |", "|---|---|---|"]
+    for reason in sorted(networks, key=lambda r: -len(networks[r])):
+        lines.append(f"| {reason} | {len(networks[reason])} | {units[reason]:,} |")
+    return lines
+
+
+def percent(row: Row, key: str) -> str:
+    return f"{row[key]:.1%}" if key in row else ""
+
+
+def number(row: Row, key: str, form: str) -> str:
+    return format(row[key], form) if key in row else ""

@@ -1,0 +1,153 @@
+"""What keeps a capture honest: models it cannot read are refused by name, and nothing in a model changes."""
+
+import contextlib
+import dataclasses
+import io
+import logging
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.nn.parameter import is_lazy
+from torch.utils import _pytree as pytree
+
+from secateur.errors import CaptureError
+
+NOISY = ("torch.fx.experimental.symbolic_shapes", "torch.export")
+"""Loggers that print the graph of a failed capture; the error that is raised says what matters."""
+
+PLAIN = (Tensor, bool, int, float, complex, str, torch.Size, torch.dtype, torch.device)
+"""What an output may hold besides containers."""
+
+
+def check_readable(model: nn.Module) -> None:
+    """Raise CaptureError for what is not a plain module with tensors of its own."""
+    if not isinstance(model, nn.Module):
+        raise CaptureError(f"the model is a {type(model).__name__}; expected a torch.nn.Module")
+    for name, module in model.named_modules():
+        place = name or type(model).__name__
+        if isinstance(module, torch.jit.ScriptModule):
+            raise CaptureError(f"{place}: is compiled by TorchScript; pass the module it was made from")
+        if type(module).__module__.startswith("torch.ao.nn.quantized"):
+            raise CaptureError(f"{place}: {type(module).__name__} is quantised; prune before quantisation")
+        for local, tensor in [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]:
+            if is_lazy(tensor):
+                raise CaptureError(
+                    f"{place}: {local} of this {type(module).__name__} has no shape yet; run the model once first"
+                )
+            if tensor.is_inference():
+                raise CaptureError(
+                    f"{place}: {local} was made under torch.inference_mode(), where nothing can be traced; "
+                    f"build the model outside it"
+                )
+
+
+@contextmanager
+def untouched(model: nn.Module) -> Iterator[None]:
+    """Give every module its attributes back, also those that hooks and forwards set or fill in between."""
+    before = []
+    for module in model.modules():
+        attributes = dict(vars(module))
+        containers = [(x, x.copy()) for x in attributes.values() if isinstance(x, dict | list | set)]
+        before.append((module, attributes, containers))
+    try:
+        yield
+    finally:
+        for module, attributes, containers in before:
+            vars(module).clear()
+            vars(module).update(attributes)
+            for container, content in containers:
+                container.clear()
+                container.extend(content) if isinstance(container, list) else container.update(content)
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Keep the exporter's remarks about its own internals off the screen."""
+    loggers = [logging.getLogger(name) for name in NOISY]
+    levels = [logger.level for logger in loggers]
+    try:
+        for logger in loggers:
+            logger.setLevel(logging.CRITICAL)
+        with warnings.catch_warnings(), contextlib.redirect_stderr(io.StringIO()):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
+
+
+@contextmanager
+def plain_outputs(model: nn.Module) -> Iterator[None]:
+    """Inside, the model returns dicts in place of dataclasses, which the exporter knows only if registered."""
+    handle = model.register_forward_hook(lambda module, args, output: plain(output))
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def plain(output: Any) -> Any:
+    """The output of a model with its dataclasses as dicts.
+
+    Raises:
+        CaptureError: it holds an object whose tensors cannot be found.
+    """
+    output = opened(output)
+    for leaf in pytree.tree_leaves(output):
+        if leaf is not None and not isinstance(leaf, PLAIN):
+            raise CaptureError(
+                f"the model returns an object of class {type(leaf).__name__}, whose tensors cannot be found; return "
+                f"tensors in tuples, lists, dicts or dataclasses, or wrap the model in a module that does"
+            )
+    return output
+
+
+def opened(tree: Any) -> Any:
+    """The same tree of containers with a dict in the place of every dataclass that is a leaf."""
+
+    def leaf(x: Any) -> Any:
+        if dataclasses.is_dataclass(x) and not isinstance(x, type):
+            return opened({field.name: getattr(x, field.name) for field in dataclasses.fields(x)})
+        return x
+
+    return pytree.tree_map(leaf, tree)
+
+
+def check_deterministic(graph: fx.GraphModule) -> None:
+    """Raise CaptureError if an evaluation-mode graph draws random numbers that it uses."""
+    for node in graph.graph.nodes:
+        target = node.target
+        if not (isinstance(target, torch._ops.OpOverload) and node.users):
+            continue
+        if torch.Tag.nondeterministic_seeded in target.tags and _draws(node, target):
+            stack = list((node.meta.get("nn_module_stack") or {"": ("", None)}).values())
+            raise CaptureError(
+                f"{stack[-1][0] or 'the model'}: its forward is random in evaluation mode ({target}), so that no cut "
+                f"could be compared with the original; let it draw only if self.training"
+            )
+
+
+def _draws(node: fx.Node, op: torch._ops.OpOverload) -> bool:
+    """Whether an operator that can draw random numbers does so with these arguments."""
+    values = {argument.name: argument.default_value for argument in op._schema.arguments}
+    values |= dict(zip(values, node.args, strict=False)) | node.kwargs
+    if not values.get("train", values.get("training", True)):
+        return False
+    return values.get("dropout_p", values.get("p")) != 0
+
+
+def culprit(model: nn.Module, error: BaseException) -> str:
+    """Name and class of the innermost module in whose forward an error was raised."""
+    names = {id(module): name for name, module in model.named_modules()}
+    found, current = model, error.__traceback__
+    while current is not None:
+        owner = current.tb_frame.f_locals.get("self")
+        if isinstance(owner, nn.Module) and id(owner) in names:
+            found = owner
+        current = current.tb_next
+    name = names[id(found)]
+    return f"{name} ({type(found).__name__})" if name else type(found).__name__

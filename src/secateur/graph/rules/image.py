@@ -1,0 +1,106 @@
+"""Operators over image dims, channel by channel: pooling, resizing, patches."""
+
+import re
+
+import numpy as np
+
+from secateur.graph.labels import Atoms, Value, along
+from secateur.graph.rules.site import RULES, Result, Site, resized, rule
+
+
+@rule(
+    *"max_pool1d max_pool2d max_pool3d avg_pool1d avg_pool2d avg_pool3d adaptive_avg_pool1d".split(),
+    *"adaptive_avg_pool2d adaptive_avg_pool3d adaptive_max_pool1d adaptive_max_pool2d".split(),
+    *"adaptive_max_pool3d max_pool1d_with_indices max_pool2d_with_indices max_pool3d_with_indices".split(),
+    *"upsample_nearest1d upsample_nearest2d upsample_nearest3d upsample_bilinear2d upsample_linear1d".split(),
+    *"upsample_bicubic2d upsample_trilinear3d _upsample_bicubic2d_aa _upsample_bilinear2d_aa".split(),
+    *"_upsample_nearest_exact1d _upsample_nearest_exact2d _upsample_nearest_exact3d".split(),
+    *"reflection_pad1d reflection_pad2d replication_pad1d replication_pad2d lp_pool2d".split(),
+)
+def image_op(site: Site) -> Result:
+    """An operator over the last one, two or three dims: its name says how many."""
+    x = site.first
+    found = re.search(r"(\d)d", site.op)
+    assert found is not None
+    lead = range(len(x.shape) - int(found[1]))
+    return site.values(site.restrict(x, lead, f"{site.op} over a labelled image dim"))
+
+
+@rule("grid_sampler", "grid_sampler_2d", "grid_sampler_3d")
+def grid_sampler(site: Site) -> Result:
+    x, grid = site.first, site.labels.exposed(site["grid"])
+    site.restrict(grid, [], "sampling positions")
+    return site.value(site.restrict(x, [0, 1], "sampled over a labelled image dim"))
+
+
+def roi_pool(site: Site) -> Result:
+    """Boxes of every image become the batch; channels pass."""
+    x, *boxes = (site.labels.exposed(value) for value in site.operands)
+    for box in boxes:
+        site.restrict(box, [], "positions of boxes")
+    factors = site.restrict(x, [1], "boxes over a labelled image dim")
+    return tuple(site.labels.value(shape, factors if len(shape) == 4 else []) for shape in site.shapes)
+
+
+RULES["torchvision.roi_align"] = RULES["torchvision.roi_pool"] = roi_pool
+
+
+@rule("im2col")
+def im2col(site: Site) -> Result:
+    """Every channel becomes as many as the kernel has positions."""
+    x = site.first
+    rank = len(x.shape)
+    each = site.shape[-2] // x.shape[-3]
+    factors = site.restrict(x, range(rank - 2), "patches of a labelled image dim")
+    keep = list(range(rank - 1))
+    return site.value([repeated(resized(factor, keep), rank - 3, each) for factor in factors])
+
+
+@rule("col2im")
+def col2im(site: Site) -> Result:
+    x = site.first
+    rank = len(x.shape)
+    channels = site.shape[-3]
+    factors = site.restrict(x, range(rank - 1), "patches of a labelled image dim")
+    return site.value([gathered(site, factor, rank - 2, channels)[..., None] for factor in factors])
+
+
+@rule("pixel_shuffle")
+def pixel_shuffle(site: Site) -> Result:
+    x = site.first
+    rank = len(x.shape)
+    factors = site.restrict(x, range(rank - 2), "pixels of a labelled image dim")
+    return site.value([gathered(site, factor, rank - 3, site.shape[-3]) for factor in factors])
+
+
+@rule("pixel_unshuffle")
+def pixel_unshuffle(site: Site) -> Result:
+    x = site.first
+    rank = len(x.shape)
+    factors = site.restrict(x, range(rank - 2), "pixels of a labelled image dim")
+    return site.value([repeated(factor, rank - 3, site["downscale_factor"] ** 2) for factor in factors])
+
+
+@rule("channel_shuffle")
+def channel_shuffle(site: Site) -> Result:
+    x, labels, groups = site.first, site.labels, site["groups"]
+    factors = site.restrict(x, [0, 1], "a shuffle of a labelled image dim")
+    atoms = labels.axis(Value(x.shape, tuple(factors)), 1).reshape(groups, -1)
+    if 1 < groups < x.shape[1]:
+        labels.choose({"groups": [(atoms, atoms[:, :1])], "positions": [(atoms, atoms[:1])]})
+    return site.value([along(atoms.T.ravel(), 1, len(x.shape))])
+
+
+def repeated(factor: Atoms, dim: int, each: int) -> Atoms:
+    """Every position of a dim `each` times in a row, where the factor varies along it."""
+    return np.repeat(factor, each, axis=dim) if factor.shape[dim] > 1 else factor
+
+
+def gathered(site: Site, factor: Atoms, dim: int, channels: int) -> Atoms:
+    """Runs of equal length along a dim become one position each, so they are tied."""
+    if factor.shape[dim] == 1:
+        return factor
+    runs = np.moveaxis(factor, dim, -1)
+    runs = runs.reshape(*runs.shape[:-1], channels, -1)
+    site.labels.tie(runs, runs[..., :1])
+    return np.moveaxis(runs[..., 0], -1, dim)

@@ -1,0 +1,170 @@
+"""Operators that join tensors, take them apart or pick positions."""
+
+import numpy as np
+
+from secateur.graph.join import join
+from secateur.graph.labels import Atoms, Pad, Value, along, support
+from secateur.graph.rules.shape import without
+from secateur.graph.rules.site import Result, Site, resized, rule
+
+PICKED = "channels are picked by an index"
+CROPPED = "channels are cropped by numbers written into forward"
+
+
+@rule("cat", "concat", "concatenate")
+def cat(site: Site) -> Result:
+    labels = site.labels
+    dim = site["dim"] % len(site.shape)
+    operands = [labels.exposed(value) for value in site["tensors"] if value.shape != (0,)]
+    joined = np.concatenate([labels.axis(operand, dim) for operand in operands])
+    rest = join(labels, [without(operand, dim) for operand in operands]).factors
+    return site.value([*rest, along(joined, dim, len(site.shape))])
+
+
+@rule("stack")
+def stack(site: Site) -> Result:
+    dim = site["dim"] % len(site.shape)
+    operands = [site.labels.exposed(value) for value in site["tensors"]]
+    lifted = [
+        Value(
+            (*value.shape[:dim], 1, *value.shape[dim:]),
+            tuple(np.expand_dims(factor, dim) for factor in value.factors),
+        )
+        for value in operands
+    ]
+    return site.value(join(site.labels, lifted).factors)
+
+
+@rule("chunk", "split", "split_with_sizes", "unsafe_chunk", "unsafe_split", "tensor_split")
+def split(site: Site) -> Result:
+    """The equal parts that `chunk` makes lose the same positions, so that it finds them again after a cut."""
+    x = site.first
+    dim = site.dims()[0]
+    ends = np.cumsum([shape[dim] for shape in site.shapes])[:-1]
+    even = site.op == "aten.chunk" and len({shape[dim] for shape in site.shapes}) == 1
+    parts: list[list[Atoms]] = [[] for _ in site.shapes]
+    for factor in x.factors:
+        whole = factor.shape[dim] == 1
+        pieces = [factor] * len(parts) if whole else np.split(factor, ends, axis=dim)
+        for part, piece in zip(parts, pieces, strict=True):
+            part.append(piece)
+            if even and not whole:
+                site.labels.tie(piece, pieces[0])
+    return tuple(site.labels.value(shape, part) for shape, part in zip(site.shapes, parts, strict=True))
+
+
+@rule("unbind")
+def unbind(site: Site) -> Result:
+    x = site.first
+    dim = site.dims()[0]
+    keep = [d for d in range(len(x.shape)) if d != dim]
+    factors = site.restrict(x, keep, "channels are taken apart one by one")
+    return site.values([resized(factor, keep) for factor in factors])
+
+
+@rule("slice", "narrow")
+def slice_(site: Site) -> Result:
+    x = site.first
+    dim = site.dims()[0]
+    size = x.shape[dim]
+    if site.shape == x.shape:
+        return site.value(x.factors)
+    start = site["start"] or 0
+    start = min(start + size if start < 0 else start, size)
+    factors = x.factors
+    if site.args.get("step", 1) != 1 or not isinstance(start, int):
+        keep = [d for d in range(len(x.shape)) if d != dim]
+        factors = tuple(site.restrict(x, keep, "every other channel is taken"))
+    taken = np.arange(start, start + site.shape[dim])
+    return site.value([f.take(taken, axis=dim) if f.shape[dim] > 1 else f for f in factors])
+
+
+@rule("select")
+def select(site: Site) -> Result:
+    x = site.first
+    dim = site.dims()[0]
+    keep = [d for d in range(len(x.shape)) if d != dim]
+    factors = site.restrict(x, keep, "one channel is selected by its number")
+    return site.value([resized(factor, keep) for factor in factors])
+
+
+@rule("index", "index_select", "embedding", "take_along_dim", "gather")
+def index(site: Site) -> Result:
+    """Dims that are indexed stay; the others pass."""
+    labels = site.labels
+    if site.op == "aten.embedding":
+        labels.axis(site["weight"], 1, "out", unit=True)
+        table = labels.exposed(site["weight"])
+        factors = site.restrict(table, [1], "rows of a table")
+        lead = [None] * (len(site.shape) - 1)
+        return site.value([resized(factor, [*lead, 1]) for factor in factors])
+    x = site.first
+    rank = len(x.shape)
+    if site.op == "aten.index":
+        indexed = [dim for dim, value in enumerate(site["indices"]) if value is not None]
+    else:
+        indexed = site.dims()
+    keep = [dim for dim in range(rank) if dim not in indexed]
+    if site.op in ("aten.gather", "aten.take_along_dim"):
+        return gather(site, keep)
+    factors = site.restrict(x, keep, PICKED)
+    if site.op == "aten.index_select":
+        return site.value(factors)
+    new = [None] * (len(site.shape) - len(keep))
+    together = indexed == list(range(indexed[0], indexed[-1] + 1))
+    front = indexed[0] if together else 0
+    order = [*keep[:front], *new, *keep[front:]]
+    return site.value([resized(factor, order) for factor in factors])
+
+
+def gather(site: Site, keep: list[int]) -> Result:
+    """The index has the shape of the result; where it is shorter than the tensor, the rest is left out."""
+    x, index = site.first, site.labels.exposed(site["index" if "index" in site.args else "indices"])
+    keep = [dim for dim in keep if x.shape[dim] == index.shape[dim]]
+    operands = []
+    for value in (x, index):
+        shape = tuple(size if dim in keep else 1 for dim, size in enumerate(value.shape))
+        operands.append(Value(shape, tuple(site.restrict(value, keep, PICKED))))
+    return site.value(join(site.labels, operands).factors)
+
+
+@rule("index_add", "index_add_", "index_copy", "index_copy_")
+def index_add(site: Site) -> Result:
+    """A source channel and the entry of the index that says where it goes leave together."""
+    labels, x, source = site.labels, site.first, site.labels.exposed(site["source"])
+    dim = site.dims()[0]
+    keep = [d for d in range(len(x.shape)) if d != dim]
+    if len(site["index"].shape) == 1:
+        labels.tie(labels.axis(source, dim), labels.axis(site["index"], 0))
+    whole = Value(x.shape, tuple(site.restrict(x, keep, "positions are written in an index")))
+    return site.value(join(labels, [without(whole, dim), without(source, dim)]).factors)
+
+
+@rule("pad", "constant_pad_nd")
+def pad(site: Site) -> Result:
+    """Zeros around an image leave channels alone; zeros around channels are units of their own.
+
+    Padded channels always hold zero, so they may go wherever the tensor they are added to goes, provided
+    the enclosing module says in two attributes how many there are.
+    """
+    labels, x = site.labels, site.first
+    rank = len(x.shape)
+    widths = {rank - 1 - i // 2: site["pad"][i : i + 2] for i in range(0, len(site["pad"]), 2)}
+    padded = {dim for dim, (before, after) in widths.items() if before or after}
+    zeros = site.args.get("mode", "constant") == "constant" and not site["value"]
+    factors = [factor for factor in x.factors if not support(factor) & padded]
+    for dim in sorted(padded):
+        if all(factor.shape[dim] == 1 for factor in x.factors):
+            continue
+        before, after = widths[dim]
+        atoms = labels.axis(x, dim)
+        if before < 0 or after < 0 or site.args.get("mode", "constant") != "constant":
+            labels.pin(atoms, CROPPED)
+            continue
+        if zeros and site.pad_attributes is not None:
+            front, back = labels.fresh(before), labels.fresh(after)
+            labels.pads.append(Pad(labels.module, front, back))
+        else:
+            front, back = np.zeros(before, dtype=np.int64), np.zeros(after, dtype=np.int64)
+        factors.append(along(np.concatenate([front, atoms, back]), dim, rank))
+    return site.value(factors)

@@ -1,0 +1,136 @@
+"""Operators that arrange the same elements in another shape."""
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from secateur.graph.join import INSTEAD
+from secateur.graph.labels import Atoms, Choice, Value, first, reshape, support
+from secateur.graph.rules.site import Result, Site, missing, resized, rule
+
+
+@rule(
+    "view", "reshape", "_unsafe_view", "flatten", "unflatten", "reshape_as", "view_as", "ravel", "view_copy"
+)
+def view(site: Site) -> Result:
+    x = site.first
+    factors: list[Atoms] = []
+    sources: list[frozenset[int]] = []
+    for factor in x.factors:
+        result = reshape(factor, x.shape, site.shape)
+        dims = support(result)
+        if len(dims) > 1 and not np.array_equal(result.squeeze(), factor.squeeze()):
+            # a split dim: what survives must be a box, so one of its axes is cut
+            site.labels.choose({f"axis {dim}": [(result, first(result, [dim]))] for dim in sorted(dims)})
+        for number, other in enumerate(factors):
+            if dims & support(other) and not support(factor) & sources[number]:
+                nested = (other, result) if min(sources[number]) < min(support(factor)) else (result, other)
+                factors[number] = merged(site, *nested)
+                sources[number] |= support(factor)
+                break
+        else:
+            factors.append(result)
+            sources.append(support(factor))
+    return site.value(factors)
+
+
+def merged(site: Site, outer: Atoms, inner: Atoms) -> Atoms:
+    """Two labelled dims (heads and their width) that become one: positions of it follow one of them."""
+    labels = site.labels
+    both = labels.fresh(int(np.prod(np.broadcast_shapes(outer.shape, inner.shape))))
+    both = both.reshape(np.broadcast_shapes(outer.shape, inner.shape))
+    options = (
+        labels.option("heads", [(both, outer)], [inner], INSTEAD["heads"]),
+        labels.option("dims", [(both, inner)], [outer], INSTEAD["dims"]),
+    )
+    labels.choices.append(Choice(options, attention=True))
+    return both
+
+
+@rule("permute")
+def permute(site: Site) -> Result:
+    return move(site, [dim % len(site.shape) for dim in site["dims"]])
+
+
+@rule("transpose", "swapaxes", "swapdims", "transpose_", "mT", "mH", "adjoint")
+def transpose(site: Site) -> Result:
+    order = list(range(len(site.shape)))
+    a, b = [value for value in site.args.values() if isinstance(value, int)] or [-1, -2]
+    order[a], order[b] = order[b], order[a]
+    return move(site, order)
+
+
+@rule("t", "numpy_T")
+def reverse(site: Site) -> Result:
+    return move(site, list(range(len(site.shape)))[::-1])
+
+
+@rule("movedim", "moveaxis")
+def movedim(site: Site) -> Result:
+    rank = len(site.shape)
+    source, sink = site.dims("source"), site.dims("destination")
+    rest = iter(missing(rank, source))
+    return move(site, [source[sink.index(dim)] if dim in sink else next(rest) for dim in range(rank)])
+
+
+def move(site: Site, order: Sequence[int]) -> Result:
+    return site.value([factor.transpose(order) for factor in site.first.factors])
+
+
+@rule("unsqueeze", "unsqueeze_")
+def unsqueeze(site: Site) -> Result:
+    dim = site["dim"] % len(site.shape)
+    return site.value([np.expand_dims(factor, dim) for factor in site.first.factors])
+
+
+@rule("squeeze", "squeeze_")
+def squeeze(site: Site) -> Result:
+    x = site.first
+    return site.value([reshape(factor, x.shape, site.shape) for factor in x.factors])
+
+
+@rule("expand", "broadcast_to")
+def expand(site: Site) -> Result:
+    x = site.first
+    lead = (1,) * (len(site.shape) - len(x.shape))
+    return site.value([factor.reshape(lead + factor.shape) for factor in x.factors])
+
+
+@rule("repeat", "tile")
+def repeat(site: Site) -> Result:
+    x = site.first
+    rank = len(site.shape)
+    times = site.args.get("repeats") or site.args.get("dims") or []
+    times = [1] * (rank - len(times)) + list(times)
+    lead = (1,) * (rank - len(x.shape))
+
+    def tiled(factor: Atoms) -> Atoms:
+        factor = factor.reshape(lead + factor.shape)
+        return np.tile(factor, [n if size > 1 else 1 for n, size in zip(times, factor.shape, strict=True)])
+
+    return site.value([tiled(factor) for factor in x.factors])
+
+
+@rule("repeat_interleave")
+def repeat_interleave(site: Site) -> Result:
+    x, times = site.first, site.args.get("repeats")
+    if not isinstance(times, int) or site["dim"] is None:
+        return site.value(site.restrict(x, [], "channels are repeated by numbers"))
+    dim = site.dims()[0]
+    return site.value([np.repeat(f, times, axis=dim) if f.shape[dim] > 1 else f for f in x.factors])
+
+
+@rule("unfold")
+def unfold(site: Site) -> Result:
+    """Windows along one dim; their positions become a new last dim."""
+    x = site.first
+    dim = site["dimension"] % len(x.shape)
+    keep = [d for d in range(len(x.shape)) if d != dim]
+    factors = site.restrict(x, keep, "windows over a labelled dim")
+    return site.value([resized(factor, [*range(len(x.shape)), None]) for factor in factors])
+
+
+def without(value: Value, dim: int) -> Value:
+    """A value as it is along the other dims."""
+    shape = tuple(1 if d == dim else size for d, size in enumerate(value.shape))
+    return Value(shape, tuple(factor for factor in value.factors if factor.shape[dim] == 1))

@@ -1,0 +1,86 @@
+"""What the analysis knows about every tensor of the captured graph, kept for those who carry out a plan."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from torch import Tensor, fx
+
+from secateur.errors import CutError
+from secateur.graph.capture import Capture
+from secateur.graph.labels import Atoms, Value
+from secateur.graph.modules import Keep
+
+
+@dataclass(frozen=True)
+class Trace:
+    """The evaluation-mode graph with the labels of every node.
+
+    Attributes:
+        captured: the graph.
+        values: node -> a labelled value, or a tuple of them.
+        tensors: (parameter or buffer name, dim) -> one atom per position.
+        unit: (atoms,), the number of the unit each atom belongs to, counted over all groups; -1 if it stays.
+    """
+
+    captured: Capture
+    values: dict[fx.Node, Any]
+    tensors: dict[tuple[str, int], Atoms]
+    unit: Atoms
+
+    def survivors(self, masks: Sequence[Tensor]) -> "Survivors":
+        """What is left of every tensor under a plan's masks, (units,) bool per group, True = keep."""
+        removed = np.concatenate([*(~mask.cpu().numpy() for mask in masks), [False]])
+        return Survivors(self, removed[self.unit])
+
+
+@dataclass(frozen=True)
+class Survivors:
+    """What is left of every tensor of the graph under one plan.
+
+    Attributes:
+        dead: (atoms,), True for those that are removed.
+    """
+
+    trace: Trace
+    dead: Keep
+
+    def keep(self, value: Value) -> dict[int, Keep]:
+        """Dim -> mask over its positions, for the dims that lose some.
+
+        Raises:
+            CutError: what is left is no box, so that no choice of positions per dim gives it.
+        """
+        result: dict[int, Keep] = {}
+        for alive in self._alive(value):
+            dims = [dim for dim, size in enumerate(alive.shape) if size > 1]
+            box = np.ones((), dtype=bool)
+            for dim in dims:
+                line: Keep = alive.any(axis=tuple(d for d in range(alive.ndim) if d != dim))  # type: ignore[assignment]
+                box = box & line.reshape([-1 if d == dim else 1 for d in range(alive.ndim)])
+                if not line.all():
+                    result[dim] = line & result[dim] if dim in result else line
+            if not (box == alive).all():
+                raise CutError(
+                    f"the survivors of a tensor of shape {value.shape} do not form a rectangle in its dims {dims}"
+                )
+        return result
+
+    def shape(self, value: Value) -> tuple[int, ...]:
+        """The shape of what is left."""
+        keep = self.keep(value)
+        return tuple(int(keep[dim].sum()) if dim in keep else size for dim, size in enumerate(value.shape))
+
+    def _alive(self, value: Value) -> Iterator[Keep]:
+        if value.tensor is not None:
+            rank = len(value.shape)
+            for dim in range(rank):
+                atoms = self.trace.tensors.get((value.tensor, dim))
+                if atoms is not None and self.dead[atoms].any():
+                    yield ~self.dead[atoms].reshape([-1 if d == dim else 1 for d in range(rank)])
+            return
+        for factor in value.factors:
+            dead = self.dead[factor]
+            if dead.any():
+                yield ~dead

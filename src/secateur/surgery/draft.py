@@ -1,0 +1,415 @@
+"""Writing the program of a submodule after a cut, for any batch size and both modes.
+
+The submodule is captured by itself, from the calls that the whole model makes of it: once as in the analysis,
+and again at another batch size, in another precision and in training mode. Numbers that differ between these
+captures are sizes of the batch, precisions, or switches of the training mode; all others are literals.
+"""
+
+import copy
+import itertools
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.utils import _pytree as pytree
+
+from secateur.errors import CaptureError, CutError
+from secateur.graph.capture import BATCH, Capture, Inputs, as_call, capture, with_batch
+from secateur.graph.labels import Value
+from secateur.graph.trace import Survivors, Trace
+from secateur.surgery.listing import Listing, Step, listing, regions
+from secateur.surgery.program import ANYTHING, OPERATORS, Named, Program, Ref, Size, Training
+from secateur.surgery.rewrite import CONSTANT, arguments_of, cut_steps
+
+Calls = list[tuple[tuple[Any, ...], dict[str, Any]]]
+
+SWITCHES = {
+    "dropout": "train",
+    "feature_dropout": "train",
+    "alpha_dropout": "train",
+    "batch_norm": "training",
+}
+"""Operator -> the argument that says whether its module trains."""
+
+
+@dataclass(frozen=True)
+class Draft:
+    """The program of one module after a cut.
+
+    Attributes:
+        constants: buffers to be registered with it.
+        lost: what the module does in training mode and the program does not, in words; "" if nothing.
+    """
+
+    program: Program
+    constants: dict[str, Tensor]
+    lost: str
+
+
+class Writer:
+    """Writes programs for the submodules of a model.
+
+    Args:
+        model: a copy of the whole model, before the cut.
+        trace: of the same model.
+        survivors: of the plan.
+        inputs: example inputs.
+    """
+
+    def __init__(self, model: nn.Module, trace: Trace, survivors: Survivors, inputs: Inputs) -> None:
+        self._model = model.eval()
+        self._trace = trace
+        self._survivors = survivors
+        self._inputs = inputs
+        self._whole = listing(trace.captured)
+        self._regions = regions(self._whole)
+        self._runs: dict[str, list[Calls]] = {}
+
+    def draft(self, name: str) -> Draft:
+        """The program of a submodule; "" is the model itself.
+
+        Raises:
+            CutError: it cannot be written; the message says why.
+        """
+        if name not in self._runs:
+            self._record(name)
+        base, *others = self._runs[name]
+        if not base:
+            raise CutError(f"{name}: it is not called in evaluation mode")
+        drafts = [
+            self._draft(name, number, [calls[number] for calls in (base, *others)])
+            for number in range(len(base))
+        ]
+        if any(draft.program != drafts[0].program for draft in drafts):
+            raise CutError(f"{name}: it is called {len(drafts)} times, in ways that need different programs")
+        return drafts[0]
+
+    def _record(self, name: str) -> None:
+        """Note the calls of a module, and of all others of its class, at two batch sizes."""
+        kind = type(self._model.get_submodule(name))
+        names = [n for n, module in self._model.named_modules() if type(module) is kind]
+        batch = self._trace.captured.batch
+        inputs = (
+            [with_batch(self._inputs, b) for b in (BATCH, BATCH + 1)] if batch == BATCH else [self._inputs]
+        )
+        runs = []
+        for candidate in inputs:
+            args, kwargs = as_call(candidate)
+            with recorded(self._model, names) as calls, torch.no_grad():
+                self._model(*args, **kwargs)
+            runs.append(calls)
+        for n in names:
+            self._runs[n] = [run[n] for run in runs]
+
+    def _draft(self, name: str, number: int, calls: Calls) -> Draft:
+        module = self._model.get_submodule(name)
+        try:
+            base = Captured.of(module, *calls[0])
+            captured = base.listing()
+            double = Captured.of_double(module, *calls[-1])
+            variants = [double] if double else [Captured.of(module, *call) for call in calls[1:]]
+        except CaptureError as error:
+            raise CutError(f"{name}: its forward cannot be captured by itself ({error})") from None
+        listings = [variant.listing() for variant in variants]
+        for other in listings:
+            if [s.target for s in other.steps] != [s.target for s in captured.steps]:
+                raise CutError(f"{name}: its forward does other things for another batch size or precision")
+        values = self._match(name, number, captured)
+        switches, lost = training_switches(module, calls[0], captured)
+        before = [copy.copy(step.args) for step in captured.steps]
+        cut_steps(captured, values, self._survivors)
+        sizes = self._sizes(captured, listings, values)
+        for i, step in enumerate(captured.steps):
+            if step.target != "getitem" and step.op not in OPERATORS:
+                raise CutError(f"{name}: its forward uses {step.target}, which a program may not call")
+            for key, arg in step.args.items():
+                others = [other.steps[i].args.get(key) for other in listings]
+                step.args[key] = sizes.symbolic(arg, before[i].get(key), others, f"{name}: {step.op}")
+            step.args |= {
+                key: Training(m, yes, step.args.get(key, no)) for key, (m, yes, no) in switches[i].items()
+            }
+        return self._finish(captured, base, variants, lost)
+
+    def _finish(self, lines: Listing, base: "Captured", variants: list["Captured"], lost: str) -> Draft:
+        unnamed = [name for name in lines.names if name in base.captured.constants]
+        buffers = {name: f"{CONSTANT}{i}" for i, name in enumerate(unnamed)}
+        program = Program(
+            arguments=varying(base.arguments, [variant.arguments for variant in variants]),
+            inputs=len(lines.inputs),
+            tensors=tuple(buffers.get(name) or name.removeprefix("module.") for name in lines.names),
+            ops=tuple(step.as_op() for step in lines.steps),
+            output=fill(base.output, None, lines.output),
+        )
+        constants = {buffers[name]: base.captured.constants[name].detach().clone() for name in unnamed}
+        return Draft(program, constants, lost)
+
+    def _match(self, name: str, number: int, lines: Listing) -> dict[fx.Node, Any]:
+        """What the analysis knows about the nodes of a module that was captured by itself."""
+        found = [self._whole.steps[i] for i in self._regions.get((name, number), [])]
+        if [s.target for s in found] != [s.target for s in lines.steps]:
+            raise CutError(f"{name}: its forward does other things by itself than within the model")
+        values: dict[fx.Node, Any] = {}
+        for theirs, own in zip(found, lines.steps, strict=True):
+            values[own.node] = self._trace.values.get(theirs.node)
+            for a, b in zip(references(own.args), references(theirs.args), strict=True):
+                node, value = lines.nodes[a.index], self._trace.values.get(self._whole.nodes[b.index])
+                known = values.setdefault(node, value)
+                if isinstance(value, Value) and isinstance(known, Value) and known.shape != value.shape:
+                    raise CutError(f"{name}: its forward does other things by itself than within the model")
+        return values
+
+    def _sizes(self, lines: Listing, others: Sequence[Listing], values: Mapping[fx.Node, Any]) -> "Sizes":
+        """Dims of the inputs that vary and are not cut, with their size in every capture."""
+        table = {}
+        for i, node in enumerate(lines.inputs):
+            value = values.get(node)
+            cut = self._survivors.keep(value) if isinstance(value, Value) else {}
+            shapes = [size_of(listing.inputs[i]) for listing in (lines, *others)]
+            for dim in range(len(shapes[0])):
+                column = [shape[dim] for shape in shapes]
+                if dim not in cut and len(set(column)) > 1:
+                    table[i, dim] = column
+        return Sizes(table)
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Sizes that numbers are expressed by: (input, dim) -> its size in every capture."""
+
+    table: dict[tuple[int, int], list[int]]
+
+    def symbolic(self, arg: Any, base: Any, others: Sequence[Any], where: str) -> Any:
+        """An argument with the numbers that differ between captures expressed by sizes.
+
+        Args:
+            arg: after the cut.
+            base: the same before the cut.
+            others: the same in the other captures.
+            where: for the message.
+        Raises:
+            CutError: a number follows no size.
+        """
+        if isinstance(arg, list):
+            if any(not isinstance(o, list) or len(o) != len(arg) for o in (base, *others)):
+                raise CutError(f"{where} has arguments that differ in number between batch sizes")
+            return [
+                self.symbolic(part, base[i], [other[i] for other in others], where)
+                for i, part in enumerate(arg)
+            ]
+        if all(type(other) is type(base) and other == base for other in others):
+            return arg
+        if isinstance(base, Ref):
+            return arg
+        if isinstance(base, Named):
+            return Named(base.kind, "same")
+        if type(base) is int and type(arg) is int:
+            for count in (1, 2):
+                for dims in itertools.combinations(self.table, count):
+                    first, *rest = (
+                        math.prod(column) for column in zip(*(self.table[d] for d in dims), strict=True)
+                    )
+                    if all(base * size == other * first for size, other in zip(rest, others, strict=True)):
+                        common = math.gcd(arg, first)
+                        return Size(arg // common, first // common, dims)
+        raise CutError(
+            f"{where} has an argument {base!r} that changes with the input and follows none of its sizes"
+        )
+
+
+# --- one module by itself ----------------------------------------------------------------------------------
+
+
+@dataclass
+class Returned:
+    """What a call returned, with `Ref` in place of each tensor; the exporter would reset a plain attribute."""
+
+    tree: Any = None
+
+
+class Call(nn.Module):
+    """A module called with all but its tensors fixed."""
+
+    def __init__(self, module: nn.Module, args: Any, kwargs: Any) -> None:
+        super().__init__()
+        self.module = module
+        self.given = arguments_of(module, args, kwargs)
+        self.tensors: list[Tensor] = []
+        self.arguments = strip(dict(self.given.arguments), self.tensors)
+        self.returned = Returned()
+
+    def forward(self, *tensors: Tensor) -> list[Tensor]:
+        bound = copy.copy(self.given)
+        bound.arguments = fill(self.arguments, self.given.arguments, tensors)
+        leaves: list[Tensor] = []
+        self.returned.tree = strip(self.module(*bound.args, **bound.kwargs), leaves)
+        return leaves
+
+
+@dataclass(frozen=True)
+class Captured:
+    """A capture of one call of one module.
+
+    Attributes:
+        arguments: of the call, with `Ref` in place of each tensor.
+        output: what it returns, likewise.
+    """
+
+    captured: Capture
+    arguments: Any
+    output: Any
+
+    @classmethod
+    def of(cls, module: nn.Module, args: Any, kwargs: Any, *, training: bool = False) -> "Captured":
+        """Capture one call."""
+        call = Call(module, args, kwargs)
+        captured = capture(call, tuple(call.tensors), training=training, exact=True)
+        if ANYTHING in pytree.tree_leaves(call.returned.tree):
+            raise CutError(
+                f"{type(module).__name__}: it returns something else than tensors, and lists and dicts of them"
+            )
+        return cls(captured, call.arguments, call.returned.tree)
+
+    @classmethod
+    def of_double(cls, module: nn.Module, args: Any, kwargs: Any) -> "Captured | None":
+        """Capture one call in float64; None for a module that does not run in it."""
+
+        known: dict[int, Tensor] = {}  # a tensor that is passed twice stays one
+
+        def double(x: Any) -> Any:
+            if not isinstance(x, Tensor) or not x.is_floating_point():
+                return x
+            return known.setdefault(id(x), x.double())
+
+        try:
+            twin = copy.deepcopy(module).double()
+            return cls.of(twin, *pytree.tree_map(double, (args, kwargs)))
+        except (CaptureError, CutError):
+            return None
+
+    def listing(self) -> Listing:
+        """Its operators."""
+        return listing(self.captured)
+
+
+def training_switches(
+    module: nn.Module, call: tuple[Any, Any], lines: Listing
+) -> tuple[list[dict[str, tuple[str, Any, Any]]], str]:
+    """What changes in training mode: per step, argument -> (module, value in training, value otherwise).
+
+    Returns:
+        also what cannot be expressed this way, in words.
+    """
+    try:
+        steps = [
+            step for step in Captured.of(module, *call, training=True).listing().steps if not counts(step)
+        ]
+    except (CaptureError, CutError):
+        steps = []
+    if [s.target for s in steps] == [s.target for s in lines.steps]:
+        result = []
+        for ours, theirs in zip(lines.steps, steps, strict=True):
+            changed = {}
+            for key in ours.args.keys() | theirs.args.keys():
+                no, yes = ours.args.get(key), theirs.args.get(key)
+                if isinstance(no, bool | float | None) and isinstance(yes, bool | float | None) and no != yes:
+                    changed[key] = (owner(ours), yes, no)
+            result.append(changed)
+        return result, ""
+    only = sorted({s.op for s in steps} - {s.op for s in lines.steps})
+    lost = (
+        f"what it does in training mode only ({', '.join(only)})"
+        if only
+        else "what it does in training mode only"
+    )
+    switches = []
+    for step in lines.steps:
+        switch = SWITCHES.get(step.op)
+        switches.append({switch: (owner(step), True, False)} if switch else {})
+    return switches, lost
+
+
+def counts(step: Step) -> bool:
+    """Whether a step only counts batches, as batch norm does in training mode."""
+    return step.op == "add_" and not step.node.args[0].meta["val"].is_floating_point()  # type: ignore[union-attr]
+
+
+def owner(step: Step) -> str:
+    """Name of the module in whose forward a step runs, as seen from the captured one."""
+    return step.module.removeprefix("module").removeprefix(".")
+
+
+def strip(tree: Any, leaves: list[Tensor]) -> Any:
+    """A tree of dicts, lists and tuples with `Ref` in place of each tensor; the tensors go to `leaves`."""
+    if isinstance(tree, Tensor):
+        known = next((i for i, leaf in enumerate(leaves) if leaf is tree), len(leaves))
+        if known == len(leaves):
+            leaves.append(tree)
+        return Ref(known)
+    if type(tree) is dict:
+        return {name: strip(part, leaves) for name, part in tree.items()}
+    if isinstance(tree, torch.Size):
+        return tuple(tree)
+    if type(tree) in (list, tuple):
+        return type(tree)(strip(part, leaves) for part in tree)
+    return tree if tree is None or isinstance(tree, bool | int | float | str) else ANYTHING
+
+
+def fill(tree: Any, given: Any, leaves: Sequence[Any]) -> Any:
+    """The tree with the leaves in place of each `Ref`, and what was given in place of anything."""
+    if isinstance(tree, Ref):
+        return leaves[tree.index]
+    if isinstance(tree, dict):
+        return {name: fill(part, given and given[name], leaves) for name, part in tree.items()}
+    if isinstance(tree, list | tuple):
+        parts = [fill(part, given and given[i], leaves) for i, part in enumerate(tree)]
+        return type(tree)(parts)
+    return given if tree == ANYTHING else tree
+
+
+def varying(tree: Any, others: Sequence[Any]) -> Any:
+    """The tree with anything in place of numbers that differ from those of the others."""
+    if isinstance(tree, dict):
+        return {name: varying(part, [other[name] for other in others]) for name, part in tree.items()}
+    if isinstance(tree, list | tuple):
+        return type(tree)(varying(part, [other[i] for other in others]) for i, part in enumerate(tree))
+    return tree if all(other == tree for other in others) else ANYTHING
+
+
+def size_of(node: fx.Node) -> tuple[int, ...]:
+    """The shape of a placeholder."""
+    value = node.meta.get("val")
+    return tuple(value.shape) if isinstance(value, Tensor) else ()
+
+
+def references(arg: Any) -> Iterator[Ref]:
+    """The registers that an argument reads."""
+    if isinstance(arg, Ref):
+        yield arg
+    elif isinstance(arg, list | tuple):
+        for part in arg:
+            yield from references(part)
+    elif isinstance(arg, dict):
+        for name in sorted(arg):
+            yield from references(arg[name])
+
+
+@contextmanager
+def recorded(model: nn.Module, names: Sequence[str]) -> Iterator[dict[str, Calls]]:
+    """Inside the block, the arguments of every call of some submodules are noted."""
+    calls: dict[str, Calls] = {name: [] for name in names}
+    handles = []
+    for name in names:
+
+        def note(_: nn.Module, args: Any, kwargs: Any, to: Calls = calls[name]) -> None:
+            to.append((args, kwargs))
+
+        handles.append(model.get_submodule(name).register_forward_pre_hook(note, with_kwargs=True))
+    try:
+        yield calls
+    finally:
+        for handle in handles:
+            handle.remove()

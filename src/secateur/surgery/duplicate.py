@@ -1,0 +1,37 @@
+"""Copies of models, made without touching them."""
+
+import copy
+from typing import Any
+
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from secateur.errors import CutError
+from secateur.graph import named_tensors
+
+
+def duplicate(model: nn.Module, *, share: bool = False) -> nn.Module:
+    """A deep copy; tensors that a forward left behind as attributes lose their history.
+
+    Args:
+        model: any module.
+        share: the copy refers to the contents of the model's tensors as they are now.
+    Raises:
+        CutError: something in the model cannot be copied.
+    """
+    memo: dict[int, Any] = {}
+    for _, tensor in named_tensors(model) if share else []:
+        shared = tensor.detach()
+        is_parameter = isinstance(tensor, nn.Parameter)
+        memo[id(tensor)] = nn.Parameter(shared, tensor.requires_grad) if is_parameter else shared
+    for module in model.modules():
+        for leaf in pytree.tree_leaves(vars(module)):
+            if isinstance(leaf, Tensor) and not leaf.is_leaf:
+                memo[id(leaf)] = leaf.detach().clone()
+    try:
+        return copy.deepcopy(model, memo)
+    except Exception as error:
+        raise CutError(
+            f"{type(model).__name__} cannot be copied ({str(error).splitlines()[0]}); remove what cannot be copied "
+            f"from its attributes"
+        ) from error

@@ -1,0 +1,89 @@
+"""Random images and random weights that hide nothing, and how far two sets of outputs are apart."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from secateur.graph import Graph, named_tensors
+from secateur.graph.capture import BATCH, Inputs, as_call, with_batch
+from secateur.graph.guard import opened
+
+
+def probe_inputs(graph: Graph) -> Inputs:
+    """The example inputs at the batch size of the captured graph."""
+    batch = graph.trace.captured.batch if graph.trace else BATCH
+    return with_batch(graph.inputs, BATCH) if batch == BATCH else graph.inputs
+
+
+def random_inputs(graph: Graph, dtype: torch.dtype, seed: int) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Two random images (normal) of the shape of the example inputs; integer inputs as they are."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def random(x: Any) -> Any:
+        if not isinstance(x, Tensor) or not x.is_floating_point():
+            return x
+        return torch.randn(x.shape, generator=generator, dtype=torch.float64).to(x.device, dtype)
+
+    args, kwargs = as_call(probe_inputs(graph))
+    return pytree.tree_map(random, args), pytree.tree_map(random, kwargs)
+
+
+def randomise_(model: nn.Module, seed: int) -> nn.Module:
+    """Give every parameter and batch-norm statistic values that hide nothing; shapes and modes stay."""
+    values = random_values(model, seed)
+    with torch.no_grad():
+        for name, t in [*model.named_parameters(), *model.named_buffers()]:
+            if name in values:
+                t.copy_(values[name])
+    return model
+
+
+def random_values(model: nn.Module, seed: int, dtype: torch.dtype | None = None) -> dict[str, Tensor]:
+    """Name -> random values for every floating-point parameter and buffer, tied ones once.
+
+    Args:
+        model: gives names, shapes and devices; meta tensors get values on the CPU.
+        seed: of the values.
+        dtype: of the values; default: that of each tensor.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    values = {}
+    for name, t in [*model.named_parameters(), *model.named_buffers()]:
+        if not t.is_floating_point():
+            continue
+        noise = torch.randn(t.shape, generator=generator, dtype=torch.float64)
+        if t.ndim > 1:
+            noise *= (2 / max(1, t[0].numel())) ** 0.5
+        elif name.endswith("running_var") or name.endswith("weight"):
+            noise = 1 + 0.5 * noise.tanh()
+        else:
+            noise *= 0.3
+        values[name] = noise.to("cpu" if t.is_meta else t.device, dtype or t.dtype)
+    return values
+
+
+def aliases(model: nn.Module, values: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Values under every name that their tensor has; what has no value is as in the model."""
+    first = {id(t): name for name, t in [*model.named_parameters(), *model.named_buffers()]}
+    return {name: values.get(first[id(t)], t) for name, t in named_tensors(model)}
+
+
+def floats(output: Any) -> list[Tensor]:
+    """The floating-point tensors among what a model returns."""
+    leaves = pytree.tree_leaves(opened(output))
+    return [leaf for leaf in leaves if isinstance(leaf, Tensor) and leaf.is_floating_point() and leaf.ndim]
+
+
+def difference(reference: Sequence[Tensor], result: Sequence[Tensor]) -> tuple[float, float]:
+    """Largest absolute and relative difference; infinite where shapes differ or a value is not finite."""
+    if [t.shape for t in reference] != [t.shape for t in result]:
+        return float("inf"), float("inf")
+    if not all(torch.isfinite(t).all() for t in (*reference, *result)):
+        return float("inf"), float("inf")
+    pairs = zip(reference, result, strict=True)
+    error = max(((a - b).abs().max().item() for a, b in pairs if a.numel()), default=0.0)
+    scale = max((a.abs().max().item() for a in reference if a.numel()), default=0.0)
+    return error, error / scale if scale else error

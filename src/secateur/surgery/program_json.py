@@ -1,0 +1,186 @@
+"""Programs as JSON, and back from a file that nobody vouches for.
+
+Reading builds nothing but literals and the five kinds of argument a program knows, and checks every name
+against a list: operators, precisions, the module's own tensors and submodules.
+"""
+
+import math
+from collections.abc import Collection
+from typing import Any
+
+from secateur.surgery.program import (
+    ANYTHING,
+    LARGEST,
+    LARGEST_TENSOR,
+    LONGEST,
+    NAMES,
+    Named,
+    Op,
+    Program,
+    Ref,
+    Size,
+    Training,
+    operator_named,
+)
+
+DEEPEST = 16
+"""Most levels of lists within lists."""
+
+
+def to_json(program: Program) -> dict[str, Any]:
+    """The program as plain JSON data."""
+    return {
+        "arguments": encode(program.arguments),
+        "inputs": program.inputs,
+        "tensors": list(program.tensors),
+        "ops": [[op.target, encode(list(op.args)), encode(dict(op.kwargs))] for op in program.ops],
+        "output": encode(program.output),
+    }
+
+
+def encode(arg: Any) -> Any:
+    """One argument."""
+    if isinstance(arg, Ref):
+        return {"ref": arg.index}
+    if isinstance(arg, Size):
+        return {"size": [arg.count, arg.per, [list(dim) for dim in arg.dims]]}
+    if isinstance(arg, Training):
+        return {"training": [arg.module, encode(arg.yes), encode(arg.no)]}
+    if isinstance(arg, Named):
+        return {"named": [arg.kind, arg.name]}
+    if isinstance(arg, tuple):
+        return {"tuple": [encode(part) for part in arg]}
+    if isinstance(arg, list):
+        return [encode(part) for part in arg]
+    if isinstance(arg, dict):
+        return {"dict": {name: encode(part) for name, part in arg.items()}}
+    if isinstance(arg, float) and not math.isfinite(arg):
+        return {"float": str(arg)}
+    return arg
+
+
+class Reader:
+    """Reads a program for one module.
+
+    Args:
+        tensors: names of the parameters and buffers that the program may read.
+        modules: names of the submodules whose mode it may ask for.
+    """
+
+    def __init__(self, tensors: Collection[str], modules: Collection[str]) -> None:
+        self._tensors = set(tensors)
+        self._modules = set(modules)
+
+    def read(self, data: Any) -> Program:
+        """The program.
+
+        Raises:
+            ValueError: the data is no program for this module; the message says why.
+        """
+        fields = {"arguments", "inputs", "tensors", "ops", "output"}
+        if not isinstance(data, dict) or data.keys() != fields:
+            raise ValueError(f"a program has exactly the fields {sorted(fields)}")
+        inputs, names, ops = data["inputs"], data["tensors"], data["ops"]
+        if type(inputs) is not int or not 0 <= inputs <= 1000:
+            raise ValueError(f"inputs is {inputs!r}, expected a number in 0…1000")
+        if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+            raise ValueError("tensors must be a list of names")
+        unknown = [name for name in names if name not in self._tensors]
+        if unknown:
+            raise ValueError(f"it reads tensors that the module does not have: {unknown[:3]}")
+        if not isinstance(ops, list) or len(ops) > LONGEST:
+            raise ValueError(f"ops must be a list of at most {LONGEST:,} operators")
+        steps = []
+        for number, op in enumerate(ops):
+            steps.append(self._op(op, inputs, inputs + len(names) + number))
+        return Program(
+            arguments=self._arg(data["arguments"], inputs, inputs),
+            inputs=inputs,
+            tensors=tuple(names),
+            ops=tuple(steps),
+            output=self._arg(data["output"], inputs, inputs + len(names) + len(ops)),
+        )
+
+    def _op(self, data: Any, inputs: int, registers: int) -> Op:
+        if not isinstance(data, list) or len(data) != 3 or not isinstance(data[0], str):
+            raise ValueError(
+                f"an operator is a name, arguments and keyword arguments; found {str(data)[:60]!r}"
+            )
+        target, *rest = data
+        args, kwargs = (self._arg(part, inputs, registers) for part in rest)
+        if not isinstance(args, list) or not isinstance(kwargs, dict):
+            raise ValueError(f"{target}: arguments must be a list, keyword arguments a dict")
+        schema = getattr(operator_named(target), "_schema", None)
+        known = {argument.name for argument in schema.arguments} if schema else set()
+        if kwargs.keys() - known or (len(args) > len(known) if schema else len(args) != 2):
+            raise ValueError(f"{target}: takes other arguments")
+        return Op(target, tuple(args), tuple(kwargs.items()))
+
+    def _arg(self, data: Any, inputs: int, registers: int, depth: int = 0) -> Any:
+        if depth > DEEPEST:
+            raise ValueError("an argument is nested too deeply")
+        if data is None or isinstance(data, bool | float):
+            return data
+        if isinstance(data, int):
+            return self._number(data)
+        if isinstance(data, str):
+            if len(data) > 100:
+                raise ValueError(f"a text of {len(data)} letters")
+            return data
+        if isinstance(data, list):
+            parts = [self._arg(part, inputs, registers, depth + 1) for part in data]
+            sizes = [abs(part) for part in parts if type(part) is int]
+            if len(sizes) > 1 and math.prod(max(1, size) for size in sizes) > LARGEST_TENSOR:
+                raise ValueError(f"sizes {sizes} are larger than any a vision network needs")
+            return parts
+        if not isinstance(data, dict) or len(data) != 1:
+            raise ValueError(f"an argument cannot be {str(data)[:60]!r}")
+        kind, value = next(iter(data.items()))
+        if kind == "ref" and type(value) is int and 0 <= value < registers:
+            return Ref(value)
+        if kind == "named" and isinstance(value, list) and len(value) == 2:
+            return self._named(*value)
+        if kind == "float" and value in ("inf", "-inf", "nan"):
+            return float(value)
+        if kind == "tuple" and isinstance(value, list):
+            return tuple(self._arg(part, inputs, registers, depth + 1) for part in value)
+        if kind == "dict" and isinstance(value, dict):
+            return {name: self._arg(part, inputs, registers, depth + 1) for name, part in value.items()}
+        if kind == "training" and isinstance(value, list) and len(value) == 3 and value[0] in self._modules:
+            yes, no = (self._arg(part, inputs, registers, DEEPEST) for part in value[1:])
+            return Training(value[0], yes, no)
+        if kind == "size" and isinstance(value, list) and len(value) == 3 and isinstance(value[2], list):
+            return self._size(*value, inputs=inputs)
+        raise ValueError(f"an argument cannot be {str(data)[:60]!r}")
+
+    @staticmethod
+    def _number(value: Any) -> int:
+        if type(value) is not int or (abs(value) > LARGEST and value != 2**63 - 1):
+            raise ValueError(f"{value!r} is no number a program may hold")
+        return value
+
+    @staticmethod
+    def _named(kind: Any, name: Any) -> Named:
+        result = Named(str(kind), str(name))
+        allowed = name in NAMES.get(result.kind, {}) or (
+            result.kind in ("dtype", "device") and name == "same"
+        )
+        if not allowed and result != ANYTHING:
+            raise ValueError(f"{result.kind} {result.name!r} is not known")
+        return result
+
+    def _size(self, count: Any, per: Any, dims: list[Any], *, inputs: int) -> Size:
+        if self._number(per) < 1 or len(dims) > 4:
+            raise ValueError("a size is a number times at most 4 dims, over a positive number")
+        pairs = []
+        for pair in dims:
+            if (
+                not isinstance(pair, list)
+                or len(pair) != 2
+                or not all(type(n) is int and n >= 0 for n in pair)
+            ):
+                raise ValueError(f"a dim is a pair of numbers, found {str(pair)[:40]!r}")
+            if pair[0] >= inputs or pair[1] > 16:
+                raise ValueError(f"there is no dim {pair}")
+            pairs.append((pair[0], pair[1]))
+        return Size(self._number(count), per, tuple(pairs))

@@ -1,0 +1,198 @@
+"""Modules whose forward is replaced by a program, because their own cannot express the widths of a cut.
+
+A rewritten module keeps everything of the original: parameters, buffers, submodules, attributes, hooks, and
+its class as a base. Only `forward` is another.
+"""
+
+import functools
+import inspect
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from torch import Tensor, fx, nn
+
+from secateur.errors import CutError
+from secateur.graph.labels import Value
+from secateur.graph.trace import Survivors, Trace
+from secateur.surgery.listing import Listing, Shape, cut_step, listing
+from secateur.surgery.program import ANYTHING, NAMES, Named, Program, Ref
+
+CONSTANT = "rewritten_constant_"
+"""Prefix of the buffers that hold the tensors a rewritten forward reads and that had no name."""
+
+
+class Rewritten(nn.Module):
+    """A module that runs a program in place of its class's forward; see `rewrite_`."""
+
+    program: Program
+    lost: str
+    """What the original forward does in training mode and this one does not, in words."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """What the original forward computes, at other widths."""
+        return run_program(self, self.program, args, kwargs)
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return _rebuild, (original_class(self),), self.__dict__
+
+
+def run_program(module: nn.Module, program: Program, args: Any, kwargs: Any) -> Any:
+    """What a program computes with the tensors of `module` for the arguments of a call of it."""
+    inputs: list[Tensor] = [None] * program.inputs  # type: ignore[list-item]
+    given = arguments_of(module, args, kwargs).arguments
+    _collect(program.arguments, given, inputs, type(module).__name__)
+    tensors = [_tensor(module, name) for name in program.tensors]
+    return program.run(inputs, tensors, lambda name: module.get_submodule(name).training)
+
+
+def original_class(module: nn.Module) -> type[nn.Module]:
+    """The class of a module before it was rewritten."""
+    return type(module).__mro__[2] if isinstance(module, Rewritten) else type(module)
+
+
+_CLASSES: dict[type[nn.Module], type[Rewritten]] = {}
+
+
+def rewritten_class(cls: type[nn.Module]) -> type[Rewritten]:
+    """The class of rewritten modules of one class."""
+    if cls not in _CLASSES:
+
+        @functools.wraps(cls.forward)
+        def forward(self: Rewritten, *args: Any, **kwargs: Any) -> Any:
+            return Rewritten.forward(self, *args, **kwargs)
+
+        namespace = {"forward": forward, "__module__": cls.__module__, "__doc__": cls.__doc__}
+        _CLASSES[cls] = type(f"Rewritten{cls.__name__}", (Rewritten, cls), namespace)
+    return _CLASSES[cls]
+
+
+def _rebuild(cls: type[nn.Module]) -> nn.Module:
+    made = rewritten_class(cls)
+    return made.__new__(made)
+
+
+def rewrite_(
+    module: nn.Module, program: Program, constants: Mapping[str, Tensor], lost: str = ""
+) -> Callable[[], None]:
+    """Let a module run a program instead of its own forward.
+
+    Args:
+        module: keeps its tensors, submodules, attributes and hooks.
+        program: what it runs.
+        constants: tensors that the program reads and that become buffers, outside of the state dict.
+        lost: what the program leaves out, in words.
+    Returns:
+        takes the change back.
+    """
+    before = (
+        dict(module.__dict__),
+        type(module),
+        dict(module._buffers),
+        set(module._non_persistent_buffers_set),
+    )
+
+    def undo() -> None:
+        module.__class__ = before[1]
+        module.__dict__.clear()
+        module.__dict__.update(before[0])
+        module._buffers, module._non_persistent_buffers_set = before[2], before[3]
+
+    for name, tensor in constants.items():
+        module.register_buffer(name, tensor, persistent=False)
+    module.__class__ = rewritten_class(original_class(module))
+    module.program, module.lost = program, lost  # type: ignore[assignment]
+    return undo
+
+
+def rewritten_modules(model: nn.Module) -> dict[str, Rewritten]:
+    """Name -> module, for all that were rewritten."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, Rewritten)}
+
+
+def arguments_of(module: nn.Module, args: Any, kwargs: Any) -> inspect.BoundArguments:
+    """The arguments of a call of `module` by name, those at their default included."""
+    bound = inspect.signature(module.forward).bind(*args, **kwargs)
+    bound.apply_defaults()
+    return bound
+
+
+def _tensor(module: nn.Module, name: str) -> Tensor:
+    """A parameter or buffer by its name."""
+    path, _, last = name.rpartition(".")
+    result: Tensor = getattr(module.get_submodule(path), last)
+    return result
+
+
+def _collect(pattern: Any, given: Any, inputs: list[Tensor], where: str) -> None:
+    """Find the tensors of a call; everything else must be as it was when the module was rewritten."""
+    if isinstance(pattern, Ref) and isinstance(given, Tensor):
+        if inputs[pattern.index] is None or inputs[pattern.index] is given:
+            inputs[pattern.index] = given
+            return
+        pattern = "one tensor in several places"
+    elif isinstance(pattern, dict) and isinstance(given, Mapping) and pattern.keys() == given.keys():
+        for name, part in pattern.items():
+            _collect(part, given[name], inputs, where)
+        return
+    elif isinstance(pattern, list | tuple) and isinstance(given, list | tuple) and len(pattern) == len(given):
+        for part, one in zip(pattern, given, strict=True):
+            _collect(part, one, inputs, where)
+        return
+    elif pattern == ANYTHING or (type(pattern) is type(given) and pattern == given):
+        return
+    raise CutError(
+        f"{where}: its forward was rewritten for a cut, for other arguments: expected {_words(pattern)}, got "
+        f"{_words(given)}. Analyse and cut the model with the inputs it is to be used with."
+    )
+
+
+def _words(x: Any) -> str:
+    return "a tensor" if isinstance(x, Tensor | Ref) else repr(x)[:60]
+
+
+# --- one program for the whole graph, at fixed sizes -------------------------------------------------------
+
+
+def cut_listing(trace: Trace, survivors: Survivors) -> tuple[Listing, list[tuple[Shape, ...]]]:
+    """The captured graph as a cut leaves it, and the shapes of every step's results."""
+    lines = listing(trace.captured)
+    return lines, cut_steps(lines, trace.values, survivors)
+
+
+def fixed_program(lines: Listing) -> Program:
+    """A captured graph as a program for the sizes it was captured at; its precision is that of the tensors."""
+    for step in lines.steps:
+        step.args = _widen(step.args)
+    ops = tuple(step.as_op() for step in lines.steps)
+    return Program(None, len(lines.inputs), tuple(lines.names), ops, lines.output)
+
+
+def tensors_of(lines: Listing, named: Mapping[str, Tensor]) -> list[Tensor]:
+    """What a fixed program reads: named tensors, and the graph's constants in their precision."""
+    like = next((t for t in named.values() if t.is_floating_point()), None)
+
+    def constant(t: Tensor) -> Tensor:
+        return t if like is None else t.to(like.device, like.dtype if t.is_floating_point() else None)
+
+    constants = lines.captured.constants
+    return [named[name] if name in named else constant(constants[name]) for name in lines.names]
+
+
+def cut_steps(lines: Listing, values: Mapping[fx.Node, Any], survivors: Survivors) -> list[tuple[Shape, ...]]:
+    """Let every step follow a cut; returns the shapes of their results."""
+
+    def value_of(ref: Ref) -> Value | None:
+        value = values.get(lines.nodes[ref.index])
+        return value if isinstance(value, Value) else None
+
+    return [cut_step(step, value_of, values.get(step.node), survivors) for step in lines.steps]
+
+
+def _widen(arg: Any) -> Any:
+    if isinstance(arg, Named) and arg.kind == "dtype" and NAMES["dtype"][arg.name].is_floating_point:
+        return Named("dtype", "same")
+    if isinstance(arg, list):
+        return [_widen(part) for part in arg]
+    if isinstance(arg, dict):
+        return {name: _widen(part) for name, part in arg.items()}
+    return arg

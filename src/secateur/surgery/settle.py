@@ -1,0 +1,313 @@
+"""Making sure that the user's own forward computes the cut network, and rewriting it where it does not.
+
+The judge is the captured graph at the cut widths, run beside the model on random weights, in float64 or, where
+forward names a precision itself, in the model's own. That a forward runs proves little: a scale that it works
+out from a width is merely a little wrong.
+"""
+
+import functools
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+from torch.utils import _pytree as pytree
+
+from secateur.errors import CutError
+from secateur.graph import Graph, named_tensors
+from secateur.graph.trace import Survivors
+from secateur.surgery.draft import Draft, Writer
+from secateur.surgery.duplicate import duplicate
+from secateur.surgery.listing import Listing, regions
+from secateur.surgery.probe import aliases, difference, floats, random_inputs, random_values
+from secateur.surgery.program import NAMES, Named, refs
+from secateur.surgery.rewrite import cut_listing, fixed_program, run_program, tensors_of
+
+TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-5}
+"""Largest relative difference of the same operators on the same tensors, by precision."""
+
+
+def settle(
+    model: nn.Module, graph: Graph, survivors: Survivors, whole: Callable[[], nn.Module]
+) -> dict[str, Draft]:
+    """Find the submodules of a cut model that must be rewritten, the smallest ones that will do.
+
+    Args:
+        model: cut; it is not changed.
+        graph: of the original.
+        survivors: of the plan.
+        whole: makes a copy of the original.
+    Returns:
+        module name -> its program; empty if the model's own forward computes the cut network.
+    Raises:
+        CutError: some module can neither run its own forward nor be rewritten.
+    """
+    assert graph.trace is not None
+    model = duplicate(model, share=True)  # a forward may keep what it has computed
+    judge = Judge(model, graph, survivors)
+    if judge.holds():
+        return {}
+    writer = Writer(whole(), graph.trace, survivors, graph.inputs)
+    return Trial(judge, writer).run()
+
+
+def fixes_precision(lines: Listing) -> bool:
+    """Whether a forward names a precision, or reads a tensor that does not follow the model's."""
+    constants = lines.captured.constants.values()
+    return any(t.is_floating_point() for t in constants) or any(names_dtype(s.args) for s in lines.steps)
+
+
+def names_dtype(arg: Any) -> bool:
+    """Whether an argument holds a floating-point dtype."""
+    if isinstance(arg, list | dict):
+        return any(map(names_dtype, arg.values() if isinstance(arg, dict) else arg))
+    return (
+        isinstance(arg, Named)
+        and arg.kind == "dtype"
+        and (arg.name == "same" or NAMES["dtype"][arg.name].is_floating_point)
+    )
+
+
+def _precision(model: nn.Module) -> torch.dtype:
+    return next((t.dtype for _, t in named_tensors(model) if t.is_floating_point()), torch.float32)
+
+
+class Judge:
+    """The cut network as the captured graph says it, on random inputs and weights.
+
+    Args:
+        model: the cut model.
+        graph: of the original.
+        survivors: of the plan.
+    """
+
+    def __init__(self, model: nn.Module, graph: Graph, survivors: Survivors) -> None:
+        assert graph.trace is not None
+        self.model = model
+        self.lines, self.shapes = cut_listing(graph.trace, survivors)
+        dtype = _precision(model) if fixes_precision(self.lines) else torch.float64
+        self.tolerance = TOLERANCE.get(dtype, 0.1)
+        self.program = fixed_program(self.lines)
+        self.values = random_values(model, 0, dtype)
+        self.dtype = dtype
+        self._given = random_inputs(graph, dtype, seed=0)
+
+    @property
+    def given(self) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """The arguments; a copy, since a forward may write to them."""
+        return cloned(self._given)  # type: ignore[no-any-return]
+
+    def steps(self) -> Iterator[Any]:
+        """The results of the captured graph's operators, one by one, and at the end the output."""
+        tensors = tensors_of(self.lines, aliases(self.model, self.values))
+        shapes = iter(self.shapes)
+        steps = iter(self.lines.steps)
+        for result in self.program.steps(pytree.tree_leaves(self.given), tensors, around=self.lines.call):
+            expected, step = next(shapes, ()), next(steps, None)
+            if step and isinstance(result, Tensor) and expected and tuple(result.shape) != expected[0]:
+                raise CutError(
+                    f"{step.module}: {step.op} gives shape {tuple(result.shape)} after the cut, where the "
+                    f"analysis expects {expected[0]}; freeze= this module. The model is unchanged."
+                )
+            yield result
+
+    @functools.cached_property
+    def expected(self) -> list[Tensor]:
+        """The outputs."""
+        with torch.no_grad():
+            *_, output = self.steps()
+        return floats(output)
+
+    def holds(self) -> bool:
+        """Whether the model's own forward runs and computes the same."""
+        expected = self.expected
+        try:
+            return difference(expected, self.own(self.model, self.values))[1] <= self.tolerance
+        except Exception:  # whatever the model's own code raises at widths it was not made for
+            return False
+
+    def own(self, model: nn.Module, values: dict[str, Tensor]) -> list[Tensor]:
+        """The outputs of a model's own forward."""
+        args, kwargs = self.given
+        with evaluating(model), torch.no_grad(), torch.random.fork_rng(devices=[]):
+            return floats(functional_call(model, values, args, kwargs))
+
+
+class Trial:
+    """One pass of the cut model in which every call of a submodule is checked, and made good if need be.
+
+    The captured graph runs beside the model, so that inputs and outputs of every call are known. A module
+    that fails, or computes something else, though its inputs are right, gets a program; if none can be
+    written, the module that contains it does.
+    """
+
+    def __init__(self, judge: Judge, writer: Writer) -> None:
+        self._judge = judge
+        self._writer = writer
+        self._drafts: dict[str, Draft] = {}
+        self._reasons: dict[str, str] = {}
+        self._calls: dict[str, int] = {}
+        self._regions = regions(judge.lines)
+        self._graph = Lockstep(judge)
+
+    def run(self) -> dict[str, Draft]:
+        """Module name -> program."""
+        with guarded(self._judge.model, self._guard), torch.no_grad():
+            try:
+                found = self._judge.own(self._judge.model, self._judge.values)
+            except Exception as error:
+                raise self._failure(error) from error
+        if difference(self._judge.expected, found)[1] > self._judge.tolerance:
+            raise self._failure(None)
+        names = self._drafts
+        return {n: d for n, d in names.items() if not any(inside(n, other) for other in names)}
+
+    def _failure(self, error: Exception | None) -> CutError:
+        name, reason = next(iter(self._reasons.items()), ("", str(error or "it computes something else")))
+        where = name or type(self._judge.model).__name__
+        return CutError(
+            f"{where}: its forward does not run at the new widths, and it could not be rewritten: "
+            f"{reason.splitlines()[0]}. freeze={where!r} leaves it whole. The model is unchanged."
+        )
+
+    def _guard(self, name: str, module: nn.Module, own: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        number = self._calls[name] = self._calls.get(name, -1) + 1
+        region = range(len(self._judge.lines.steps)) if not name else self._regions.get((name, number))
+        if not region:
+            return own(*args, **kwargs)
+        inputs = self._graph.before(region)
+        given = cloned((args, kwargs))
+        try:
+            result = own(*args, **kwargs)
+            problem: Exception = CutError("it computes something else")
+            if self._agree(floats(result), self._graph.after(region)):
+                return result
+        except Exception as error:
+            problem = error
+        if name and not self._agree(floats((args, kwargs)), inputs):
+            raise problem  # a module before this one went wrong
+        try:
+            draft = self._drafts.get(name) or self._writer.draft(name)
+            result = self._run(module, draft, *given)
+            if not self._agree(floats(result), self._graph.after(region)):
+                raise CutError("the rewritten forward computes something else")
+        except Exception as error:
+            self._reasons.setdefault(name, f"{error} (its own forward: {problem})")
+            raise problem from error
+        self._drafts[name] = draft
+        return result
+
+    def _run(self, module: nn.Module, draft: Draft, args: Any, kwargs: Any) -> Any:
+        constants = {name: self._like(t) for name, t in draft.constants.items()}
+        with registered(module, constants):
+            return run_program(module, draft.program, args, kwargs)
+
+    def _like(self, t: Tensor) -> Tensor:
+        return t.to(self._judge.dtype) if t.is_floating_point() else t
+
+    def _agree(self, found: Sequence[Tensor], known: Sequence[Tensor]) -> bool:
+        """Whether every tensor equals one of those known."""
+        return all(any(difference([k], [f])[1] <= self._judge.tolerance for k in known) for f in found)
+
+
+class Lockstep:
+    """The captured graph, run step by step as far as the model has come; values are kept while they are read."""
+
+    def __init__(self, judge: Judge) -> None:
+        lines = judge.lines
+        self._first = len(lines.nodes) - len(lines.steps)
+        self._reads = [refs(list(step.args.values())) for step in lines.steps]
+        self._last = {index: i for i, read in enumerate(self._reads) for index in read}
+        self._last |= dict.fromkeys(refs(lines.output), len(lines.steps))
+        self._inputs = pytree.tree_leaves(judge.given)
+        self._values: dict[int, Any] = dict(enumerate(self._inputs))
+        self._steps = judge.steps()
+        self._done = 0
+
+    def before(self, region: Sequence[int]) -> list[Tensor]:
+        """What the steps of a region read from outside it."""
+        self._advance(region[0])
+        own = {self._first + i for i in region}
+        return self._tensors(index for i in region for index in self._reads[i] if index not in own)
+
+    def after(self, region: Sequence[int]) -> list[Tensor]:
+        """What later steps read from a region."""
+        self._advance(region[-1] + 1)
+        return self._tensors(
+            self._first + i for i in region if self._last.get(self._first + i, -1) > region[-1]
+        )
+
+    def _tensors(self, indices: Iterable[int]) -> list[Tensor]:
+        found = {index: self._values.get(index) for index in indices}
+        return floats(list(found.values()))
+
+    def _advance(self, step: int) -> None:
+        while self._done < step:
+            self._values[self._first + self._done] = next(self._steps)
+            for index in self._reads[self._done]:
+                if self._last[index] <= self._done:
+                    self._values.pop(index, None)
+            self._done += 1
+
+
+def inside(name: str, other: str) -> bool:
+    """Whether one module is a submodule of another, by name."""
+    return name != other and (not other or name.startswith(f"{other}."))
+
+
+@contextmanager
+def guarded(model: nn.Module, guard: Callable[..., Any]) -> Iterator[None]:
+    """Inside the block, every call of a submodule goes through `guard(name, module, own forward, args, kwargs)`."""
+    before = {module: module.__dict__.get("forward") for module in model.modules()}
+    try:
+        for name, module in model.named_modules():
+
+            def forward(
+                *args: Any,
+                name: str = name,
+                module: nn.Module = module,
+                own: Any = module.forward,
+                **kwargs: Any,
+            ) -> Any:
+                return guard(name, module, own, args, kwargs)
+
+            module.__dict__["forward"] = functools.wraps(module.forward)(forward)
+        yield
+    finally:
+        for module, own in before.items():
+            module.__dict__.pop("forward")
+            if own is not None:
+                module.__dict__["forward"] = own
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Inside the block, the model is in evaluation mode; afterwards every module is in its own again."""
+    modes = {module: module.training for module in model.modules()}
+    try:
+        model.eval()
+        yield
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
+
+
+@contextmanager
+def registered(module: nn.Module, constants: Mapping[str, Tensor]) -> Iterator[None]:
+    """Inside the block, a module has some more buffers."""
+    try:
+        for name, tensor in constants.items():
+            module.register_buffer(name, tensor, persistent=False)
+        yield
+    finally:
+        for name in constants:
+            module._buffers.pop(name, None)
+            module._non_persistent_buffers_set.discard(name)
+
+
+def cloned(tree: Any) -> Any:
+    """The tree with a copy of every tensor; one that stands in several places stays one."""
+    known: dict[int, Tensor] = {}
+    return pytree.tree_map(lambda x: known.setdefault(id(x), x.clone()) if isinstance(x, Tensor) else x, tree)

@@ -1,0 +1,116 @@
+"""Hugging Face vision models from small configurations: dataclass outputs, keyword inputs, their own attention."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import nn
+
+import secateur as sc
+from secateur.surgery.verify import randomise_
+from tests.oracles import random_masks, tensors_of, twin, without_units
+
+transformers = pytest.importorskip("transformers")
+
+SIZE = 32
+TOKENS = {"image_size": SIZE, "patch_size": 8, "num_hidden_layers": 2, "num_attention_heads": 4}
+WIDTHS = {"hidden_size": 32, "intermediate_size": 48}
+
+
+def vit() -> nn.Module:
+    return transformers.ViTForImageClassification(transformers.ViTConfig(**TOKENS, **WIDTHS))
+
+
+def deit() -> nn.Module:
+    return transformers.DeiTForImageClassificationWithTeacher(transformers.DeiTConfig(**TOKENS, **WIDTHS))
+
+
+def dinov2() -> nn.Module:
+    config = transformers.Dinov2Config(**TOKENS, hidden_size=32, mlp_ratio=2)
+    return transformers.Dinov2ForImageClassification(config)
+
+
+def swin() -> nn.Module:
+    config = transformers.SwinConfig(
+        image_size=SIZE, patch_size=2, embed_dim=16, depths=[2, 2], num_heads=[2, 4], window_size=4
+    )
+    return transformers.SwinForImageClassification(config)
+
+
+def convnext() -> nn.Module:
+    config = transformers.ConvNextConfig(num_stages=2, hidden_sizes=[16, 24], depths=[1, 2])
+    return transformers.ConvNextForImageClassification(config)
+
+
+def segformer() -> nn.Module:
+    config = transformers.SegformerConfig(
+        num_encoder_blocks=2,
+        depths=[1, 1],
+        sr_ratios=[2, 1],
+        hidden_sizes=[16, 32],
+        patch_sizes=[7, 3],
+        strides=[4, 2],
+        num_attention_heads=[2, 4],
+        mlp_ratios=[2, 2],
+        decoder_hidden_size=24,
+        num_labels=5,
+    )
+    return transformers.SegformerForSemanticSegmentation(config)
+
+
+def mobilevit() -> nn.Module:
+    config = transformers.MobileViTConfig(
+        image_size=64,
+        hidden_sizes=[16, 20, 24],
+        neck_hidden_sizes=[8, 8, 12, 16, 20, 24, 40],
+        num_attention_heads=2,
+    )
+    return transformers.MobileViTForImageClassification(config)
+
+
+MODELS = {f.__name__: f for f in (vit, deit, dinov2, swin, convnext, segformer, mobilevit)}
+
+
+@pytest.fixture(params=MODELS.values(), ids=MODELS)
+def make(request: pytest.FixtureRequest) -> Callable[[], nn.Module]:
+    return request.param
+
+
+def built(make: Callable[[], nn.Module]) -> tuple[nn.Module, torch.Tensor]:
+    torch.manual_seed(0)
+    model = randomise_(make(), 0).double().eval()
+    size = getattr(model.config, "image_size", SIZE)
+    return model, torch.randn(2, 3, size, size, dtype=torch.float64)
+
+
+def test_a_random_cut_computes_what_is_left(make: Callable[[], nn.Module], tmp_path) -> None:
+    model, x = built(make)
+    graph = sc.analyze(model, {"pixel_values": x})
+    plan = sc.Plan.of(graph, random_masks(graph, 0))
+    expected = without_units(model, graph, plan, x)
+    cut = sc.cut_(twin(model), graph, plan)
+    with torch.no_grad():
+        found = tensors_of(cut(pixel_values=x))
+    for a, b in zip(expected, found, strict=True):
+        assert ((a - b).abs().max() / a.abs().max()).item() < 1e-9
+    sc.save(cut, tmp_path / "cut.safetensors")
+    loaded = sc.load(built(make)[0], tmp_path / "cut.safetensors")
+    with torch.no_grad():
+        for a, b in zip(found, tensors_of(loaded(pixel_values=x)), strict=True):
+            assert torch.equal(a, b)
+
+
+def test_half_of_the_macs(make: Callable[[], nn.Module]) -> None:
+    model, x = built(make)
+    pruned = sc.prune(model.float(), {"pixel_values": x.float()}, budget=sc.Budget(macs=0.5))
+    assert pruned.verification.ok
+    assert 0.4 < pruned.macs[1] / pruned.macs[0] <= 0.5
+    with torch.no_grad():
+        assert type(pruned.model(pixel_values=x.float())) is type(model(pixel_values=x.float()))
+
+
+def test_most_of_the_network_is_prunable(make: Callable[[], nn.Module]) -> None:
+    """With one unit left in every group, less than a quarter of the multiply-adds remain."""
+    model, x = built(make)
+    cost = sc.Cost(sc.analyze(model, {"pixel_values": x}))
+    assert cost.macs([1] * len(cost.full)) < 0.25 * cost.macs()
