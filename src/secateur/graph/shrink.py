@@ -40,4 +40,5 @@ def shrink(graph: Graph, model: nn.Module, masks: Sequence[Tensor]) -> Graph:
         PadSite(p.module, p.attribute, p.base, tuple((g, int(rank[g][u])) for g, u in p.units if masks[g][u]))
         for p in graph.pads
     )
-    return replace(graph, groups=groups, pads=pads, fingerprint=fingerprint(model))
+    trace = graph.trace.after(masks) if graph.trace else None
+    return replace(graph, groups=groups, pads=pads, fingerprint=fingerprint(model), trace=trace)

@@ -1,7 +1,7 @@
 """What the analysis knows about every tensor of the captured graph, kept for those who carry out a plan."""
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -22,17 +22,31 @@ class Trace:
         values: node -> a labelled value, or a tuple of them.
         tensors: (parameter or buffer name, dim) -> one atom per position.
         unit: (atoms,), the number of the unit each atom belongs to, counted over all groups; -1 if it stays.
+        gone: (atoms,), True for those that earlier cuts removed; None: there were none.
     """
 
     captured: Capture
     values: dict[fx.Node, Any]
     tensors: dict[tuple[str, int], Atoms]
     unit: Atoms
+    gone: Keep | None = None
 
     def survivors(self, masks: Sequence[Tensor]) -> "Survivors":
         """What is left of every tensor under a plan's masks, (units,) bool per group, True = keep."""
         removed = np.concatenate([*(~mask.cpu().numpy() for mask in masks), [False]])
-        return Survivors(self, removed[self.unit])
+        dead = removed[self.unit]
+        return Survivors(self, dead if self.gone is None else dead | self.gone)
+
+    def so_far(self) -> "Survivors":
+        """What earlier cuts left."""
+        return Survivors(self, np.zeros(len(self.unit), dtype=bool) if self.gone is None else self.gone)
+
+    def after(self, masks: Sequence[Tensor]) -> "Trace":
+        """The trace for a model that was cut by masks, whose further cuts speak of the units that are left."""
+        kept = np.concatenate([*(mask.cpu().numpy() for mask in masks), [True]])
+        stays = kept[self.unit]
+        number = np.where(stays & (self.unit >= 0), (np.cumsum(kept) - 1)[self.unit], -1)
+        return replace(self, unit=number, gone=self.survivors(masks).dead)
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from torch import nn
 
 from secateur.graph import mirrored
 from secateur.graph.trace import Survivors, Trace
-from secateur.surgery.listing import listing, regions
+from secateur.surgery.listing import regions
 from secateur.surgery.rewrite import Rewritten, cut_listing
 
 KNOWN = frozenset(
@@ -38,7 +38,7 @@ def known_attributes(module: nn.Module) -> dict[str, int]:
 
 def following(model: nn.Module, trace: Trace, survivors: Survivors) -> dict[str, dict[str, int]]:
     """Module name -> attributes that change with a cut."""
-    before, (after, _) = listing(trace.captured), cut_listing(trace, survivors)
+    (before, _), (after, _) = cut_listing(trace, trace.so_far()), cut_listing(trace, survivors)
     places = regions(before)
     edits: dict[str, dict[str, int]] = {}
     for name, module in model.named_modules():

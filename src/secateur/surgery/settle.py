@@ -49,6 +49,11 @@ def settle(
     judge = Judge(model, graph, survivors)
     if judge.holds():
         return {}
+    if graph.trace.gone is not None:
+        raise CutError(
+            f"{type(model).__name__}: its own forward cannot express the new widths, and a model that was cut before "
+            f"cannot be rewritten. Remove everything in one cut. The model is unchanged."
+        )
     writer = Writer(whole(), graph.trace, survivors, graph.inputs)
     return Trial(judge, writer).run()
 
