@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from secateur.cli import check, demo, export, inspect, prune, tables, train
+from secateur.cli import check, compare, demo, export, inspect, prune, tables, train
 
 __all__ = ["main"]
 
@@ -45,6 +45,7 @@ def secateur(
 
 app.command(rich_help_panel="Prune")(demo.demo)
 app.command(rich_help_panel="Prune")(prune.prune)
+app.command(rich_help_panel="Prune")(compare.compare)
 app.command(rich_help_panel="Also")(train.train)
 app.command(rich_help_panel="Also")(inspect.inspect)
 app.command("eval", rich_help_panel="Also")(check.evaluate)

@@ -4,6 +4,7 @@ config = PruneConfig(task=Task(model="resnet20", data="digits"), train=TrainConf
 report = prune_run(config, "runs/first")        # runs/first/report.html, model.safetensors, model.onnx, …
 """
 
+from secateur.runs.compare import Arm, Comparison, compare
 from secateur.runs.config import PruneConfig, Task, TrainRunConfig
 from secateur.runs.demo import demo_config
 from secateur.runs.folder import Mode, RunFolder, SavedRun, Watch
@@ -12,6 +13,8 @@ from secateur.runs.subject import Subject, fresh_model, load_into, load_subject
 from secateur.runs.train import train_run
 
 __all__ = [
+    "Arm",
+    "Comparison",
     "Mode",
     "PruneConfig",
     "RunFolder",
@@ -20,6 +23,7 @@ __all__ = [
     "Task",
     "TrainRunConfig",
     "Watch",
+    "compare",
     "demo_config",
     "fresh_model",
     "load_into",

@@ -115,6 +115,7 @@ class PruneConfig:
         finetune: how to train the cut model; None: leave it as it is. A `distill_weight` above 0 makes the
             dense model its teacher.
         latency_batch: images per pass where latency is measured.
+        exports: also write ONNX and `torch.export` files, and measure latency.
     Raises:
         SecateurError: an unknown name or a number out of range. What budgets can be reached is only known
             once the model has been analysed: see `budget`.
@@ -138,6 +139,7 @@ class PruneConfig:
     train: TrainConfig | None = None
     finetune: TrainConfig | None = None
     latency_batch: int = 1
+    exports: bool = True
 
     def __post_init__(self) -> None:
         if self.method not in METHODS:

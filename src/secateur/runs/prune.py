@@ -92,10 +92,7 @@ def prune_run(
         return None
     save(small, folder / "model.safetensors")
     _accuracy("fine-tuned model" if config.finetune else "cut model", small, data, folder, watch)
-    with watch.doing("Exporting and timing"):
-        exported = folder.once(
-            "exports", lambda: exports(dense, small, subject.inputs, config.latency_batch, folder.path)
-        )
+    exported = _exported(config, dense, small, subject, folder, watch)
     cost, kept = Cost(graph), decision.plan.kept(graph)
     counts = Counts((cost.macs(), cost.macs(kept)), (cost.params(), cost.params(kept)))
     report = compose(config, subject, graph, decision.plan, (dense, small), counts, folder, exported)
@@ -142,10 +139,7 @@ def _during(
     save(model, folder / "model.safetensors")
     folder.once("cut", lambda: _facts(pruned))
     _accuracy("pruned model", model, data, folder, watch)
-    with watch.doing("Exporting and timing"):
-        exported = folder.once(
-            "exports", lambda: exports(dense, model, subject.inputs, config.latency_batch, folder.path)
-        )
+    exported = _exported(config, dense, model, subject, folder, watch)
     pair = (method.original, model)
     counts = Counts(pruned.macs, pruned.params)
     report = compose(
@@ -153,6 +147,18 @@ def _during(
     )
     write_report(folder.path, report)
     return report
+
+
+def _exported(
+    config: PruneConfig, dense: nn.Module, small: nn.Module, subject: Subject, folder: RunFolder, watch: Watch
+) -> dict[str, Any]:
+    if not config.exports:
+        return {"notes": []}
+    with watch.doing("Exporting and timing"):
+        found: dict[str, Any] = folder.once(
+            "exports", lambda: exports(dense, small, subject.inputs, config.latency_batch, folder.path)
+        )
+    return found
 
 
 @dataclass(frozen=True)

@@ -101,7 +101,7 @@ def compose(
         name: folder.known.get(f"accuracy of the {name} model") for name in ("dense", "cut", "pruned")
     }
     last = folder.known.get("accuracy of the fine-tuned model", accuracy["cut"])
-    weights, onnx = exported["weights_bytes"], exported.get("onnx_bytes", (None, None))
+    weights, onnx = exported.get("weights_bytes", (None, None)), exported.get("onnx_bytes", (None, None))
     return Report(
         model=config.task.model,
         dataset=config.task.data,
@@ -119,7 +119,7 @@ def compose(
         verify_max_abs_error=verification.max_abs_error,
         verify_rel_error_float32=verification.max_rel_error_float32,
         verify_rel_error_float64=verification.max_rel_error,
-        latency_pytorch=_pair(exported["latency_pytorch"]),
+        latency_pytorch=_pair(exported.get("latency_pytorch")),
         latency_onnxruntime=_pair(exported.get("latency_onnxruntime")),
         weights_bytes_before=weights[0],
         weights_bytes_after=weights[1],

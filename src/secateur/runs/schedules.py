@@ -1,0 +1,68 @@
+"""Training schedules by name, the same for every method of a comparison."""
+
+from dataclasses import dataclass
+from typing import Any
+
+from secateur.errors import SecateurError, unknown
+from secateur.recipes.train_config import TrainConfig
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """How long and how to train, from scratch or on from weights.
+
+    Args:
+        summary: one line for lists of choices.
+        train_images: of the training set, balanced over the classes; None: all.
+        epochs: of the whole training, whatever the method does with them.
+        tune_epochs: where trained weights are given.
+        lr, tune_lr: the highest learning rates of both.
+        schedule: of the learning rate.
+        weight_decay, batch_size: as in `TrainConfig`.
+        dense_share: share of the epochs that a method which prunes trained models trains the dense one.
+    """
+
+    summary: str
+    train_images: int | None
+    epochs: int
+    tune_epochs: int
+    lr: float = 0.1
+    tune_lr: float = 0.02
+    schedule: str = "one-cycle"
+    weight_decay: float = 5e-4
+    batch_size: int = 128
+    dense_share: float = 0.5
+
+    def train(self, *, epochs: int | None = None, tune: bool = False, **changes: Any) -> TrainConfig:
+        """Settings for training from scratch, or for training on."""
+        settings: dict[str, Any] = {
+            "epochs": epochs or (self.tune_epochs if tune else self.epochs),
+            "lr": self.tune_lr if tune else self.lr,
+            "schedule": self.schedule,
+            "weight_decay": self.weight_decay,
+            "batch_size": self.batch_size,
+        }
+        return TrainConfig(**settings | changes)
+
+
+SCHEDULES = {
+    "tiny": Schedule("for trying things out: 1,000 images, 2 epochs", 1000, 2, 2, batch_size=50),
+    "short": Schedule("for CPUs: 12,800 images, 10 epochs of 100 steps", 12_800, 10, 5),
+    "standard": Schedule("for one GPU: all images, 40 epochs", None, 40, 20),
+    "paper": Schedule(
+        "as papers train CIFAR networks: all images, 200 epochs",
+        None,
+        200,
+        100,
+        tune_lr=0.01,
+        schedule="cosine",
+    ),
+}
+"""A short schedule ranks methods; it does not reproduce a paper."""
+
+
+def schedule_named(name: str) -> Schedule:
+    """Look a schedule up."""
+    if name not in SCHEDULES:
+        raise SecateurError(unknown("schedule", name, SCHEDULES))
+    return SCHEDULES[name]
