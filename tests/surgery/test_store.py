@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ import secateur as sc
 from secateur.errors import FileError
 from secateur.files import read_tensors, write_tensors
 from secateur.recipes.models import build_model
+from secateur.surgery.bypass import add_bypass_
 from tests.networks import network
 
 REBUILD = """
@@ -129,3 +131,58 @@ def test_a_folder_that_is_not_there(saved, tmp_path) -> None:
     model, _ = saved
     with pytest.raises(FileError, match="could not be written"):
         sc.save(model, tmp_path / "none" / "m.safetensors")
+
+
+def bypassed(tmp_path: Path) -> Path:
+    """A file of a network with a full bypass, some of whose channels are gone."""
+    model = build_model("resnet8", in_channels=1)
+    add_bypass_(model, [("block1.conv1", "block1.bn1")], "full")
+    graph = sc.analyze(model, torch.zeros(1, 1, 8, 8))
+    masks = [torch.ones(group.units, dtype=torch.bool) for group in graph.groups]
+    number = next(n for n, g in enumerate(graph.groups) if g.name == "block1.conv1.conv")
+    masks[number][[1, 4, 5]] = False
+    sc.save(sc.cut_(model, graph, sc.Plan.of(graph, masks)), tmp_path / "m.safetensors")
+    return tmp_path / "m.safetensors"
+
+
+def test_a_bypass_is_rebuilt(tmp_path: Path) -> None:
+    file = bypassed(tmp_path)
+    torch.manual_seed(5)
+    model = sc.load(build_model("resnet8", in_channels=1), file)
+    assert model.block1.conv1.index.tolist() == [i for i in range(16) if i not in (1, 4, 5)]
+    again = tmp_path / "again.safetensors"
+    sc.save(model, again)
+    first, second = read_tensors(file), read_tensors(again)
+    assert first[1] == second[1]
+    assert all(torch.equal(t, second[0][n]) for n, t in first[0].items())
+    assert model(torch.randn(2, 1, 8, 8)).shape == (2, 10)
+
+
+@pytest.mark.parametrize(
+    ("recipe", "message"),
+    [
+        ({"block1.conv1": {"norm": "block1.conv2"}}, "followed by Conv2d"),
+        ({"block1": {"norm": "block1.bn1"}}, "an ordinary convolution"),
+        ({"nowhere": {"norm": "block1.bn1"}}, "an ordinary convolution"),
+    ],
+)
+def test_a_hostile_bypass_is_refused(recipe: dict[str, object], message: str, tmp_path: Path) -> None:
+    tensors, metadata = read_tensors(bypassed(tmp_path))
+    changed = json.loads(metadata["recipe"]) | {"bypasses": recipe}
+    write_tensors(tmp_path / "h.safetensors", tensors, metadata | {"recipe": json.dumps(changed)})
+    model = build_model("resnet8", in_channels=1)
+    names = [name for name, _ in model.named_modules()]
+    with pytest.raises(FileError, match=message):
+        sc.load(model, tmp_path / "h.safetensors")
+    assert [name for name, _ in model.named_modules()] == names
+
+
+def test_a_hostile_index_is_refused(tmp_path: Path) -> None:
+    tensors, metadata = read_tensors(bypassed(tmp_path))
+    tensors["block1.conv1.index"] = tensors["block1.conv1.index"] + 100
+    write_tensors(tmp_path / "h.safetensors", tensors, metadata)
+    model = build_model("resnet8", in_channels=1)
+    names = [name for name, _ in model.named_modules()]
+    with pytest.raises(FileError, match="distinct, ascending channels"):
+        sc.load(model, tmp_path / "h.safetensors")
+    assert [name for name, _ in model.named_modules()] == names

@@ -29,13 +29,14 @@ class Bypass(nn.Module):
         conv: the convolution, without groups.
         norm: the batch norm that reads it.
         form: "full" or "shared".
+        norm_name: where the norm was.
     """
 
     index: Tensor
 
-    def __init__(self, conv: nn.Conv2d, norm: nn.BatchNorm2d, form: Form) -> None:
+    def __init__(self, conv: nn.Conv2d, norm: nn.BatchNorm2d, form: Form, norm_name: str = "") -> None:
         super().__init__()
-        self.conv, self.norm, self.form = conv, norm, form
+        self.conv, self.norm, self.form, self.norm_name = conv, norm, form, norm_name
         width = conv.out_channels
         weight = conv.weight
         self.side = nn.Conv2d(
@@ -77,20 +78,30 @@ def add_bypass_(model: nn.Module, layers: Sequence[tuple[str, str]], form: Form)
     Raises:
         ModelError: a layer is not a plain 2-d convolution followed by a batch norm.
     """
+    modules = dict(model.named_modules())
     for conv_name, norm_name in layers:
-        conv, norm = model.get_submodule(conv_name), model.get_submodule(norm_name)
+        conv, norm = modules.get(conv_name), modules.get(norm_name)
         if type(conv) is not nn.Conv2d or conv.groups > 1 or type(norm) is not nn.BatchNorm2d:
             raise ModelError(
                 f"{conv_name}: a bypass needs an ordinary convolution followed by a batch norm; got "
                 f"{type(conv).__name__} followed by {type(norm).__name__}"
             )
     for conv_name, norm_name in layers:
-        conv, norm = model.get_submodule(conv_name), model.get_submodule(norm_name)
+        conv, norm = modules[conv_name], modules[norm_name]
         assert isinstance(conv, nn.Conv2d)
         assert isinstance(norm, nn.BatchNorm2d)
-        model.set_submodule(conv_name, Bypass(conv, norm, form).train(conv.training))
+        model.set_submodule(conv_name, Bypass(conv, norm, form, norm_name).train(conv.training))
         model.set_submodule(norm_name, nn.Identity())
     return [name for name, _ in layers]
+
+
+def remove_bypass_(model: nn.Module, layers: Sequence[tuple[str, str]]) -> None:
+    """Put convolutions and norms back where they were; what a bypass computed is lost."""
+    for conv_name, norm_name in layers:
+        bypass = model.get_submodule(conv_name)
+        assert isinstance(bypass, Bypass)
+        model.set_submodule(conv_name, bypass.conv)
+        model.set_submodule(norm_name, bypass.norm)
 
 
 def fold_bypass_(model: nn.Module, layers: Sequence[tuple[str, str]]) -> None:

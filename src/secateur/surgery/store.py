@@ -7,10 +7,11 @@ from typing import Any
 from torch import Tensor, nn
 
 from secateur import __version__
-from secateur.errors import FileError
+from secateur.errors import FileError, ModelError
 from secateur.files import read_tensors, write_tensors
 from secateur.graph import mirrored, named_tensors
 from secateur.graph.modules import pad_attributes
+from secateur.surgery.bypass import Bypass, add_bypass_, remove_bypass_
 from secateur.surgery.edit import Edit
 from secateur.surgery.known import known_attributes
 from secateur.surgery.program import Program
@@ -39,6 +40,11 @@ def save(model: nn.Module, path: str | Path) -> None:
             name: {"program": to_json(module.program), "lost": module.lost}
             for name, module in rewritten_modules(model).items()
         },
+        "bypasses": {
+            name: {"norm": module.norm_name}
+            for name, module in model.named_modules()
+            if isinstance(module, Bypass) and module.form == "full"
+        },
     }
     metadata = {"secateur": __version__, "format": FORMAT, "recipe": json.dumps(recipe)}
     write_tensors(path, dict(named_tensors(model)), metadata)
@@ -58,6 +64,21 @@ def load(model: nn.Module, path: str | Path) -> nn.Module:
     """
     tensors, metadata = read_tensors(path)
     recipe = _recipe(path, metadata)
+    layers = [(name, str(entry.get("norm"))) for name, entry in recipe["bypasses"].items()]
+    try:
+        add_bypass_(model, layers, "full")
+    except ModelError as error:
+        raise _misfit(path, model, [str(error)]) from None
+    try:
+        return _load(model, path, tensors, recipe)
+    except FileError:
+        remove_bypass_(model, layers)
+        raise
+
+
+def _load(
+    model: nn.Module, path: str | Path, tensors: dict[str, Tensor], recipe: dict[str, dict[str, Any]]
+) -> nn.Module:
     own = dict(named_tensors(model))
     problems, programs = _programs(model, recipe["rewritten"], tensors)
     constants = {f"{name}.{c}".removeprefix("."): c for name, (_, found) in programs.items() for c in found}
@@ -73,6 +94,11 @@ def load(model: nn.Module, path: str | Path) -> nn.Module:
             )
         elif here.dtype != there.dtype:
             problems.append(f"{name} is {there.dtype}, the model's is {here.dtype}")
+    for name, module in model.named_modules():
+        if isinstance(module, Bypass) and f"{name}.index" in tensors:
+            index = tensors[f"{name}.index"].tolist()
+            if index != sorted(set(index)) or not all(0 <= i < module.side.out_channels for i in index):
+                problems.append(f"{name}.index must hold distinct, ascending channels of the bypass")
     allowed = shape_attributes(model)
     for module, values in recipe["attributes"].items():
         for attribute, value in values.items():
@@ -162,7 +188,11 @@ def _recipe(path: str | Path, metadata: dict[str, str]) -> dict[str, dict[str, A
         )
     try:
         read = json.loads(metadata["recipe"])
-        recipe = {"attributes": read["attributes"], "rewritten": read.get("rewritten", {})}
+        recipe = {
+            "attributes": read["attributes"],
+            "rewritten": read.get("rewritten", {}),
+            "bypasses": read.get("bypasses", {}),
+        }
         for key, part in recipe.items():
             if not isinstance(part, dict) or not all(isinstance(values, dict) for values in part.values()):
                 raise TypeError(f"{key} must be an object of objects")
