@@ -349,14 +349,14 @@ class Regroup(Piece):
     def __init__(self, channels: int, rng: random.Random) -> None:
         super().__init__()
         self.channels, self.conv = channels, nn.Conv2d(channels, channels, 1)
-        self.how = rng.randrange(3)
+        self.how = rng.choice(("tokens", "halves", "expand") if channels % 2 == 0 else ("tokens", "expand"))
 
     def forward(self, x: Tensor) -> Tensor:
         n, c, h, w = x.shape
         y = self.conv(x)
-        if self.how == 0:
+        if self.how == "tokens":
             return y.flatten(2).transpose(1, 2).reshape(n, h, w, c).permute(0, 3, 1, 2)
-        if self.how == 1:
+        if self.how == "halves":
             return y.reshape(n, 2, c // 2, h * w).flatten(1, 2).unflatten(2, (h, w))
         return y.unsqueeze(1).expand(-1, 2, -1, -1, -1).mean(1) + x
 
@@ -455,30 +455,79 @@ class Attention(Tokens):
         self.qkv = nn.Linear(channels, 3 * inner) if self.fused else None
         self.parts = nn.ModuleList([] if self.fused else [nn.Linear(channels, inner) for _ in range(3)])
         self.project = nn.Linear(inner, channels)
-        self.bias = nn.Parameter(torch.zeros(self.heads, 1, SIZE * SIZE)) if rng.random() < 0.4 else None
+        self.bias = nn.Parameter(torch.randn(self.heads, 1, SIZE * SIZE)) if rng.random() < 0.4 else None
+        self.derived = rng.random() < 0.5  # sizes and scale worked out from the tensors at hand
 
     def mix(self, x: Tensor) -> Tensor:
         n, t, _ = x.shape
+        width = -1 if self.derived else self.width
         if self.qkv is not None:
-            q, k, v = self.qkv(x).reshape(n, t, 3, self.heads, self.width).permute(2, 0, 3, 1, 4).unbind(0)
+            q, k, v = self.qkv(x).reshape(n, t, 3, self.heads, width).permute(2, 0, 3, 1, 4).unbind(0)
         else:
-            q, k, v = (part(x).view(n, t, self.heads, self.width).transpose(1, 2) for part in self.parts)
+            q, k, v = (part(x).view(n, t, self.heads, width).transpose(1, 2) for part in self.parts)
         if self.library:
             y = F.scaled_dot_product_attention(q, k, v, attn_mask=self.bias)
         else:
-            scores = q @ k.transpose(-2, -1) * self.width**-0.5
+            scores = q @ k.transpose(-2, -1) * (q.shape[-1] if self.derived else self.width) ** -0.5
             y = (scores if self.bias is None else scores + self.bias).softmax(-1) @ v
-        return self.project(y.transpose(1, 2).reshape(n, t, self.heads * self.width))
+        return self.project(y.transpose(1, 2).flatten(2))
 
 
 @block
 class StockAttention(Tokens):
     def __init__(self, channels: int, rng: random.Random) -> None:
         super().__init__(channels, rng)
-        self.attention = nn.MultiheadAttention(channels, 2, batch_first=True)
+        heads = rng.choice([h for h in (2, 3, 5) if channels % h == 0] or [1])
+        self.attention = nn.MultiheadAttention(channels, heads, batch_first=True)
 
     def mix(self, x: Tensor) -> Tensor:
         return self.attention(x, x, x, need_weights=False)[0]
+
+
+@block
+class Window(Piece):
+    """Swin: attention in shifted windows with a table of relative positions, one column per head."""
+
+    def __init__(self, channels: int, rng: random.Random) -> None:
+        super().__init__()
+        self.channels, self.heads, self.side = channels, rng.choice((1, 2)), rng.choice((2, 4))
+        self.shift = rng.choice((0, 1))
+        self.norm = nn.LayerNorm(channels)
+        self.qkv, self.project = nn.Linear(channels, 3 * 4 * self.heads), nn.Linear(4 * self.heads, channels)
+        span = 2 * self.side - 1
+        self.table = nn.Parameter(torch.randn(span * span, self.heads))
+        place = torch.cartesian_prod(torch.arange(self.side), torch.arange(self.side))
+        offset = place[:, None] - place[None] + self.side - 1
+        self.register_buffer("index", offset[..., 0] * span + offset[..., 1])
+
+    def forward(self, x: Tensor) -> Tensor:
+        n, c, h, w = x.shape
+        s, count = self.side, self.side * self.side
+        y = torch.roll(self.norm(x.permute(0, 2, 3, 1)), (-self.shift, -self.shift), (1, 2))
+        y = y.view(n, h // s, s, w // s, s, c).transpose(2, 3).reshape(-1, count, c)
+        q, k, v = self.qkv(y).view(len(y), count, 3, self.heads, 4).permute(2, 0, 3, 1, 4).unbind(0)
+        bias = self.table[self.index.view(-1)].view(count, count, self.heads).permute(2, 0, 1)
+        y = (
+            ((q @ k.transpose(-2, -1) * 0.5 + bias).softmax(-1) @ v)
+            .transpose(1, 2)
+            .reshape(len(y), count, -1)
+        )
+        y = self.project(y).view(n, h // s, w // s, s, s, c).transpose(2, 3).reshape(n, h, w, c)
+        return x + torch.roll(y, (self.shift, self.shift), (1, 2)).permute(0, 3, 1, 2)
+
+
+@block
+class Unfolded(Piece):
+    """A convolution spelled out: neighbourhoods become channels, and a matrix mixes them."""
+
+    def __init__(self, channels: int, rng: random.Random) -> None:
+        super().__init__()
+        self.channels = rng.choice((4, 8))
+        self.weight = nn.Linear(channels * 9, self.channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        columns = F.unfold(x, 3, padding=1).transpose(1, 2)
+        return self.weight(columns).transpose(1, 2).unflatten(2, x.shape[2:]).relu()
 
 
 @block

@@ -197,6 +197,20 @@ def test_heads_mixed_by_a_linear_layer_are_two_groups() -> None:
         torch.testing.assert_close(tensors_of(cut(INPUT)), without_units(model, graph, plan, INPUT))
 
 
+def test_a_stock_layer_stays_itself_where_it_can_express_the_cut() -> None:
+    """Two of four heads and half of the stream: what is left is a smaller nn.MultiheadAttention."""
+    model = network("stock")
+    graph = sc.analyze(model, INPUT)
+    masks = [torch.arange(group.units) < group.units // 2 for group in graph.groups]
+    cut = sc.cut_(copy.deepcopy(model), graph, sc.Plan.of(graph, masks))
+    layer = cut.a.attn
+    assert type(layer) is nn.MultiheadAttention
+    assert (layer.num_heads, layer.head_dim, layer.embed_dim) == (2, 2, 4)
+    with torch.no_grad():
+        expected = without_units(model, graph, sc.Plan.of(graph, masks), INPUT)
+        torch.testing.assert_close(tensors_of(cut(INPUT)), expected)
+
+
 def test_the_frozen_side_of_a_choice_is_named() -> None:
     reasons = {item.reason for item in sc.analyze(network("one key for all heads"), INPUT).frozen}
     assert reasons == {"model output", "whole heads are removed instead (in a)"}

@@ -1,14 +1,15 @@
 """Label arrays against full arrays: one label per element, every operation done by NumPy itself."""
 
+import itertools
 import math
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from secateur.graph.join import broadcast
-from secateur.graph.labels import Labels, Value, along, blocks, compress, reshape
+from secateur.graph.join import broadcast, join
+from secateur.graph.labels import Labels, Value, along, blocks, compress, first, reshape
 from secateur.graph.solve import solve
 
 SHAPES = st.lists(st.sampled_from([1, 2, 3, 4, 6]), min_size=1, max_size=4).map(tuple)
@@ -106,3 +107,61 @@ def test_the_solver_takes_the_option_that_leaves_most_units(shape: tuple[int, in
     assert solve(labels).removable.sum() == 3
     labels.pin(grid[:, 0], "a column stays")  # every row holds one of its atoms
     assert solve(labels).removable.sum() == shape[1] - 1
+
+
+@st.composite
+def products(draw) -> tuple[list[tuple[list[list[int]], set[int]]], list[int], list[int], bool]:
+    """Operands as factors, each a list of dims it varies along, and dims without labels; sizes; dims dropped."""
+    sizes = draw(st.lists(st.sampled_from([2, 3]), min_size=2, max_size=4))
+    operands = []
+    for _ in range(draw(st.integers(1, 3))):
+        dims = draw(st.permutations(range(len(sizes))))
+        cuts = sorted(draw(st.sets(st.integers(0, len(dims)), max_size=3)))
+        factors = [list(dims[a:b]) for a, b in itertools.pairwise([0, *cuts]) if a < b]
+        plain = draw(st.sets(st.integers(0, len(sizes) - 1), max_size=1))
+        operands.append((factors, plain))
+    drop = draw(st.sets(st.integers(0, len(sizes) - 1), max_size=2))
+    return operands, sizes, sorted(drop), draw(st.booleans())
+
+
+@settings(max_examples=300, deadline=None)
+@given(products(), st.integers(0, 2**32 - 1))
+def test_operands_of_a_product_lose_the_same_positions(product, seed) -> None:
+    """Remove any units after solving: along every dim all operands and the result have the same survivors."""
+    operands, sizes, drop, attention = product
+    labels = Labels()
+    values = []
+    for factors, plain in operands:
+        present = plain.union(*factors)
+        shape = [size if dim in present else 1 for dim, size in enumerate(sizes)]
+        arrays = []
+        for dims in factors:
+            small = [size if dim in dims else 1 for dim, size in enumerate(sizes)]
+            arrays.append(labels.fresh(math.prod(small), unit=True).reshape(small))
+            if len(dims) > 1:  # as `view` does where it splits a dim
+                labels.choose({f"axis {dim}": [(arrays[-1], first(arrays[-1], [dim]))] for dim in dims})
+        values.append(Value(tuple(shape), tuple(arrays)))
+    heads = [dim for dim in range(len(sizes)) if dim not in drop] if attention else []
+    result = join(labels, values, drop, heads)
+    solution = solve(labels)
+    free = np.flatnonzero(solution.removable)
+    removed = np.random.default_rng(seed).permutation(free)[: -(-len(free) // 4)]
+    dead = np.isin(solution.root, removed)
+    shape = tuple(1 if dim in drop else size for dim, size in enumerate(sizes))
+    results = Value(shape, tuple(result.factors))
+    lines: dict[int, np.ndarray] = {}
+    for value in [*values, results]:
+        alive = np.ones(value.shape, dtype=bool)
+        for factor in value.factors:
+            alive &= ~dead[factor]
+        if not alive.any():
+            return  # everything is gone; groups never lose their last unit
+        box = np.ones((), dtype=bool)
+        for dim, size in enumerate(value.shape):
+            if size > 1 and (value is not results or any(v.shape[dim] > 1 for v in values)):
+                line = alive.any(axis=tuple(d for d in range(alive.ndim) if d != dim))
+                assert (line == lines.setdefault(dim, line)).all()
+                box = box & line.reshape([-1 if d == dim else 1 for d in range(alive.ndim)])
+        assert (alive == box).all()
+    share = math.prod(np.mean(~dead[axis]) for axis in result.axes)
+    assert share == pytest.approx(math.prod(line.mean() for line in lines.values()))

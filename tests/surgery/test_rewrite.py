@@ -448,3 +448,23 @@ def test_a_module_that_cannot_be_rewritten_is_named() -> None:
         sc.cut_(model, graph, sc.Plan.of(graph, random_masks(graph, 0)))
     torch.testing.assert_close(model.state_dict(), before, rtol=0, atol=0)
     assert type(model[0]) is Odd
+
+
+def test_a_submodule_that_is_handed_a_buffer_is_rewritten_by_itself() -> None:
+    class Toned(FixedView):
+        def forward(self, x: Tensor, tone: Tensor) -> Tensor:
+            return super().forward(x) * tone
+
+    class Outer(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = Toned()
+            self.register_buffer("tone", torch.linspace(1, 2, 8))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.inner(x, self.tone)
+
+    model, x = Outer().eval(), torch.randn(2, 3, 8, 8)
+    graph, plan, cut = cut_down(model, x)
+    assert list(rewritten_modules(cut)) == ["inner"]
+    assert sc.verify(model, cut, graph, plan).ok

@@ -31,6 +31,10 @@ def check_readable(model: nn.Module) -> None:
         place = name or type(model).__name__
         if isinstance(module, torch.jit.ScriptModule):
             raise CaptureError(f"{place}: is compiled by TorchScript; pass the module it was made from")
+        if isinstance(module, nn.DataParallel | nn.parallel.DistributedDataParallel):
+            raise CaptureError(
+                f"{place}: is wrapped in {type(module).__name__}; prune its .module and wrap the result again"
+            )
         if type(module).__module__.startswith("torch.ao.nn.quantized"):
             raise CaptureError(f"{place}: {type(module).__name__} is quantised; prune before quantisation")
         for local, tensor in [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]:

@@ -235,9 +235,10 @@ class Labels:
     def _assign(self, atoms: Atoms, role: str) -> None:
         """Give the parameter dim that these atoms belong to, if it is one, its role."""
         owner = bisect_right(self._starts, int(atoms[0])) - 1
-        if owner >= 0 and np.isin(atoms, self.tensors[self._keys[owner]]).all():
-            if self.roles[self._keys[owner]] == "other":
-                self.roles[self._keys[owner]] = role
+        if owner < 0 or not np.isin(atoms, self.tensors[self._keys[owner]]).all():
+            return
+        if self.roles[self._keys[owner]] == "other":
+            self.roles[self._keys[owner]] = role
 
     def exposed(self, value: Value) -> Value:
         """A parameter as an operand of general arithmetic: every dim gets atoms that can be tied."""

@@ -40,7 +40,7 @@ OPERATORS = frozenset(
     repeat_interleave replication_pad1d replication_pad2d reshape reshape_as rms_norm roll rot90 round
     rsqrt rsub scaled_dot_product_attention scatter select selu selu_ sigmoid sigmoid_ sign silu silu_ sin
     slice softmax softplus softshrink sort split_with_sizes sqrt square squeeze squeeze_ stack
-    std std_mean sub sub_ subtract sum swapaxes swapdims t take_along_dim tan tanh tanh_ tanhshrink
+    std std_mean sub sub_ subtract sum swapaxes swapdims t take_along_dim tan tanh tanh_
     threshold threshold_ tile to topk transpose transpose_ tril triu true_divide trunc type_as unbind
     unflatten unfold unsqueeze unsqueeze_ upsample_bicubic2d upsample_bilinear2d upsample_linear1d
     upsample_nearest1d upsample_nearest2d upsample_nearest3d upsample_trilinear3d var var_mean view

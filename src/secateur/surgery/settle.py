@@ -96,6 +96,7 @@ class Judge:
         self.tolerance = TOLERANCE.get(dtype, 0.1)
         self.program = fixed_program(self.lines)
         self.values = random_values(model, 0, dtype)
+        self.tensors = tensors_of(self.lines, aliases(model, self.values))
         self.dtype = dtype
         self._given = random_inputs(graph, dtype, seed=0)
 
@@ -106,10 +107,11 @@ class Judge:
 
     def steps(self) -> Iterator[Any]:
         """The results of the captured graph's operators, one by one, and at the end the output."""
-        tensors = tensors_of(self.lines, aliases(self.model, self.values))
         shapes = iter(self.shapes)
         steps = iter(self.lines.steps)
-        for result in self.program.steps(pytree.tree_leaves(self.given), tensors, around=self.lines.call):
+        for result in self.program.steps(
+            pytree.tree_leaves(self.given), self.tensors, around=self.lines.call
+        ):
             expected, step = next(shapes, ()), next(steps, None)
             if step and isinstance(result, Tensor) and expected and tuple(result.shape) != expected[0]:
                 raise CutError(
@@ -226,8 +228,7 @@ class Lockstep:
         self._reads = [refs(list(step.args.values())) for step in lines.steps]
         self._last = {index: i for i, read in enumerate(self._reads) for index in read}
         self._last |= dict.fromkeys(refs(lines.output), len(lines.steps))
-        self._inputs = pytree.tree_leaves(judge.given)
-        self._values: dict[int, Any] = dict(enumerate(self._inputs))
+        self._values: dict[int, Any] = dict(enumerate([*pytree.tree_leaves(judge.given), *judge.tensors]))
         self._steps = judge.steps()
         self._done = 0
 

@@ -81,9 +81,12 @@ class Verification:
     def __str__(self) -> str:
         verdict = "equal" if self.ok else "NOT equal"
         over = " with statistics over the survivors" if self.statistics else ""
+        trains = (
+            "" if self.trains else "; it cannot be trained: a training-mode pass fails or gives no gradients"
+        )
         return (
             f"{verdict} to the masked original{over}: max error {self.max_abs_error:.1e} in float64 "
-            f"({self.max_rel_error:.1e} relative), {self.max_abs_error_float32:.1e} in float32; {self.form}"
+            f"({self.max_rel_error:.1e} relative), {self.max_abs_error_float32:.1e} in float32; {self.form}{trains}"
         )
 
 
@@ -226,7 +229,11 @@ def trains(model: nn.Module, graph: Graph, seed: int) -> bool:
     args, kwargs = random_inputs(graph, torch.float32, seed)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        total = torch.stack([t.float().pow(2).mean() for t in floats(trained(*args, **kwargs))]).sum()
+        try:
+            found = floats(trained(*args, **kwargs))
+        except RuntimeError:  # such as an auxiliary head, for training only, that the analysis could not read
+            return False
+    total = torch.stack([t.float().pow(2).mean() for t in found]).sum()
     if not total.requires_grad:  # forward runs under torch.no_grad
         return False
     total.backward()  # type: ignore[no-untyped-call]
