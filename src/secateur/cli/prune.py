@@ -70,6 +70,14 @@ def prune(
         ),
     ] = 1,
     freeze: o.Freeze = None,
+    attention: Annotated[
+        str,
+        Option(
+            metavar="NAME",
+            help="What attention loses: whole heads, or the same dims of every head.",
+            rich_help_panel=METHOD,
+        ),
+    ] = "heads",
     calibration_images: Annotated[
         int,
         Option(
@@ -199,6 +207,7 @@ def prune(
         allocation=allocation,
         granularity=granularity,
         freeze=tuple(freeze or ()),
+        attention=attention,
         min_keep=min_keep,
         round_to=round_to,
         calibration_images=calibration_images,

@@ -60,6 +60,7 @@ def oneshot(
     data: Iterable[tuple[Tensor, Tensor]] | None = None,
     loss: Callable[[Tensor, Tensor], Tensor] = nn.functional.cross_entropy,
     freeze: Sequence[str] = (),
+    attention: str = "heads",
     min_keep: int = 1,
     round_to: int = 1,
     seed: int = 0,
@@ -75,6 +76,7 @@ def oneshot(
         data: (inputs, targets) batches, for scores that need gradients.
         loss: of (outputs, targets), a mean over the batch.
         freeze: module names or shell patterns that no cut may touch.
+        attention: what attention loses: whole "heads", or the same "dims" of every head.
         min_keep: units that every group keeps at least.
         round_to: kept units per group are a multiple of this, or all of them.
         seed: for random scores and verification.
@@ -89,7 +91,7 @@ def oneshot(
     >>> pruned.macs, pruned.model[0].out_channels
     ((13536, 6768), 4)
     """
-    graph = analyze(model, inputs, freeze=freeze)
+    graph = analyze(model, inputs, freeze=freeze, attention=attention)
     scores = score_groups(model, graph, score, seed=seed, data=data, loss=loss)
     cost = Cost(graph)
     relative = not SCORES[score].comparable
@@ -102,6 +104,7 @@ def oneshot(
         "allocation": allocation,
         "budget": {name: value for name, value in asdict(budget).items() if value is not None},
         "freeze": list(freeze),
+        "attention": attention,
         "min_keep": min_keep,
         "round_to": round_to,
         "seed": seed,

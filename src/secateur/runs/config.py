@@ -103,6 +103,7 @@ class PruneConfig:
         allocation: a name in `secateur.allocate.ALLOCATIONS`.
         granularity: a name in `GRANULARITIES`.
         freeze: module names or shell patterns that no cut may touch.
+        attention: what attention loses: whole "heads", or the same "dims" of every head.
         min_keep: units that every group keeps at least.
         round_to: kept units per group are a multiple of this, or all of them.
         calibration_images: training images, without augmentation, for scores that need gradients.
@@ -130,6 +131,7 @@ class PruneConfig:
     allocation: str = "global"
     granularity: str = "channels"
     freeze: tuple[str, ...] = ()
+    attention: str = "heads"
     min_keep: int = 1
     round_to: int = 1
     calibration_images: int = 512
@@ -148,6 +150,7 @@ class PruneConfig:
             ("score", self.score, SCORES if self.method == "oneshot" else {}),
             ("allocation", self.allocation, ALLOCATIONS),
             ("granularity", self.granularity, GRANULARITIES),
+            ("attention", self.attention, dict.fromkeys(("heads", "dims"), "")),
         )
         for kind, name, choices in names:
             if choices and name not in choices:
@@ -177,7 +180,7 @@ class PruneConfig:
         entry = METHODS[self.method]
         entry.check(self.method, self.options)
         chosen = dict(self.options)
-        for option in ("score", "allocation", "min_keep", "round_to"):
+        for option in ("score", "allocation", "attention", "min_keep", "round_to"):
             value = getattr(self, option)
             if option in entry.options:
                 chosen.setdefault(option, value)

@@ -55,7 +55,7 @@ def prune_run(
         return _during(config, subject, folder, out, mode, command, watch)
     dense, data = subject.model, subject.data
     with watch.doing("Choosing what to remove"):
-        graph = analyze(dense, subject.inputs, freeze=config.freeze)
+        graph = analyze(dense, subject.inputs, freeze=config.freeze, attention=config.attention)
         decision = _decide(
             config, subject, graph, folder
         )  # a rehearsal, if the weights are yet to be trained

@@ -198,6 +198,14 @@ def _notes(config: PruneConfig, graph: Graph, verification: Verification) -> lis
         notes.append("The cut model was not fine-tuned.")
     elif config.finetune is not None and config.finetune.distill_weight:
         notes.append("The dense model taught the cut one while it was fine-tuned.")
+    if verification.rewritten:
+        notes.append(f"The model's own forward cannot express the new widths: {verification.form}.")
+    if verification.statistics:
+        shown = ", ".join(verification.statistics[:3]) + (", …" if len(verification.statistics) > 3 else "")
+        notes.append(
+            f"Statistics change: {len(verification.statistics)} operators take them over channels of which some are "
+            f"gone ({shown}), so the reference takes them over the channels that are left."
+        )
     if verification.randomised:
         notes.append(
             "The model's answers hardly depend on its input, so cut and masked model were also compared with "
