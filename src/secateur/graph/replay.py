@@ -145,14 +145,19 @@ class Program:
                 return values[node]
             if node.name in self._owned:
                 name = self._owned[node.name]
-                return tensors[name] if name in tensors else self._tensor(name)
+                return tensors[name] if name in tensors else self.tensor(name)
             if node.name in self._constants:
                 return self._constants[node.name]
             return getattr(self._module, str(node.target))  # the body of a higher-order operator
 
         return look
 
-    def _tensor(self, name: str) -> Tensor:
+    def owner(self, node: object) -> str | None:
+        """The parameter or buffer that a node of the graph stands for, if it does."""
+        return self._owned.get(node.name) if isinstance(node, fx.Node) else None
+
+    def tensor(self, name: str) -> Tensor:
+        """A parameter or buffer of the model."""
         owner, _, own = name.rpartition(".")
         return getattr(self.model.get_submodule(owner), own)  # type: ignore[no-any-return]
 
@@ -189,7 +194,7 @@ class Program:
         base = base or {}
         entering: dict[int, list[int]] = {}
         for number, candidate in enumerate(candidates):
-            names = {name for variant in candidate for name in variant}
+            names = set(candidate[0]) if len(candidate) else set()
             first = next((i for i, step in enumerate(self.steps) if step.tensors & names), None)
             if first is not None:
                 entering.setdefault(first, []).append(number)
@@ -199,7 +204,7 @@ class Program:
             for number in entering.get(position, ()):
                 some = candidates[number]
                 for start in range(0, len(some), batched):
-                    chunk = [{**base, **variant} for variant in some[start : start + batched]]
+                    chunk = [{**base, **some[i]} for i in range(start, min(start + batched, len(some)))]
                     outputs = self._suffix(position, values, chunk, len(x))
                     for offset, output in enumerate(outputs):
                         yield number, start + offset, output
