@@ -80,7 +80,7 @@ class RDSettings:
     points: int = 60
     solver: str = "hull"
     min_density: float = 0.01
-    steps: int = 12
+    steps: int = 8
     pattern: tuple[int, int] | None = None
     corrections: int = 0
 

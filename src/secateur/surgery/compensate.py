@@ -17,7 +17,7 @@ from torch import Tensor, fx
 from secateur.graph.replay import Program, Step, Tensors, Values
 from secateur.surgery.leastsquares import Moments, choose, solve
 
-POSITIONS = 64
+POSITIONS = 32
 """Positions of each image that a convolution is fitted on: more of one image add little."""
 
 _FLOOR = 1e-2  # of a norm's scale, where its inverse amplifies what other branches got wrong
@@ -160,6 +160,7 @@ def compensate(
     choices: Mapping[str, Tensor | Choice],
     *,
     start: Tensors | None = None,
+    keep: Mapping[str, Tensor] | None = None,
 ) -> Compensated:
     """Prune the layers of a network one after the other, and solve what remains of each again.
 
@@ -168,6 +169,7 @@ def compensate(
         batches: calibration images, (n, …) each.
         choices: weight name -> its mask, or how to choose it at the point where it is solved.
         start: tensors that the pruned network already differs in.
+        keep: name -> bool of a tensor's shape; where it is False the tensor is zero and stays so.
     Source: layerwise reconstruction as in He et al. 2017, arXiv:1707.06168, with the pruned network's inputs and
         the dense network's targets.
     Differs: the targets of branches that are added up make up for one another; offsets go into biases or norms.
@@ -182,7 +184,8 @@ def compensate(
             choice = choices[layer.weight]
             mask = choice if isinstance(choice, Tensor) else choice(fitted)
             result.fitted[layer.weight], result.masks[layer.weight] = fitted, mask
-            result.tensors.update(fitted.solved(mask))
+            found = fitted.solved(mask)
+            result.tensors.update({n: t * keep[n] if keep and n in keep else t for n, t in found.items()})
         for ours, theirs in zip(pruned, dense, strict=True):
             program.run(step, theirs)
             program.run(step, ours, result.tensors)

@@ -64,7 +64,7 @@ def solve(moments: Moments, mask: Tensor) -> Tensor:
         (o, k), float64, exactly zero off the mask.
     """
     w = torch.zeros(mask.shape, dtype=torch.float64)
-    for rows, index, found, _ in _systems(moments, mask, inverse=False):
+    for rows, index, found, _ in _systems(moments, mask, torch.float64):
         w[rows] = w[rows].scatter(1, index, found)
     return w * mask
 
@@ -102,39 +102,87 @@ def choose(moments: Sequence[Moments], count: int, *, steps: int = 8, mask: Tens
 def prices(moments: Moments, mask: Tensor) -> Tensor:
     """What removing each weight alone costs once the others are re-solved, (o, k); -1 off the mask."""
     price = torch.full(mask.shape, -1.0, dtype=torch.float64)
-    for rows, index, found, spread in _systems(moments, mask, inverse=True):
-        price[rows] = price[rows].scatter(1, index, found.square() / spread)
+    for rows, index, found, spread in _systems(moments, mask, torch.float32):
+        price[rows] = price[rows].scatter(1, index, (found.square() / spread).double())
     return price.masked_fill(~mask, -1.0)
 
 
+def block_prices(moments: Moments, alive: Tensor, blocks: Tensor) -> Tensor:
+    """What removing blocks of inputs costs all outputs together, each block alone, the rest solved again.
+
+        sum over outputs of w[c]^T inverse(inverse(A[S, S])[c, c]) w[c]
+
+    Args:
+        alive: (k,) bool, S.
+        blocks: (units, positions), the inputs c of each unit; all alive, or none.
+    Returns:
+        (units,), a share of the targets' power; infinite for blocks that are gone.
+    """
+    columns = alive.nonzero().flatten()
+    place = torch.full(alive.shape, -1, dtype=torch.long)
+    place[columns] = torch.arange(len(columns))
+    eye = moments.damping * torch.eye(len(columns), dtype=torch.float64)
+    inverse = torch.cholesky_inverse(torch.linalg.cholesky(moments.a[columns[:, None], columns] + eye))
+    w = (moments.b + moments.damping * moments.before.double())[:, columns] @ inverse
+    live = alive[blocks].all(1)
+    at = place[blocks[live]]  # live units, positions
+    inner = inverse[at[:, :, None], at[:, None, :]]
+    parts = w[:, at].permute(1, 2, 0)  # live units, positions, outputs
+    cost = (parts * torch.linalg.solve(inner, parts)).sum((1, 2))
+    price = torch.full((len(blocks),), float("inf"), dtype=torch.float64)
+    price[live] = cost / moments.power.sum().clamp_min(1e-30)
+    return price
+
+
 def _systems(
-    moments: Moments, mask: Tensor, *, inverse: bool
-) -> Iterator[tuple[slice, Tensor, Tensor, Tensor]]:
-    """Outputs by the batch: (rows, support, weights on it, diagonal of the inverse); supports are padded."""
+    moments: Moments, mask: Tensor, dtype: torch.dtype
+) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor]]:
+    """Outputs by the batch: (rows, support, weights on it, diagonal of the inverse); supports are padded.
+
+    In float32, which is enough to rank weights; in float64 without the inverse, to solve for them.
+    """
     outputs, size = mask.shape
+    ranking = dtype == torch.float32
+    a = (moments.a + moments.damping * torch.eye(size, dtype=torch.float64)).to(dtype)
+    b = (moments.b + moments.damping * moments.before.double()).to(dtype)
+    if bool((mask == mask[:1]).all()):  # one system for all outputs, as where whole inputs are gone
+        columns = mask[0].nonzero().flatten()
+        if len(columns):
+            factor = _factor(a[columns[:, None], columns])
+            found = torch.cholesky_solve(b[:, columns].T, factor).T
+            spread = torch.cholesky_inverse(factor).diagonal() if ranking else torch.ones_like(found[0])
+            yield torch.arange(outputs), columns.expand(outputs, -1), found, spread.expand(outputs, -1)
+        return
     counts = mask.sum(1)
     order = mask.to(torch.uint8).sort(dim=1, descending=True, stable=True).indices
-    eye = torch.eye(size, dtype=torch.float64)
-    a = moments.a + moments.damping * eye
-    b = moments.b + moments.damping * moments.before.double()
-    if bool(mask.all()):  # one system for all outputs
-        factor = torch.linalg.cholesky(a)
-        spread = (
-            torch.cholesky_inverse(factor).diagonal() if inverse else torch.ones(size, dtype=torch.float64)
-        )
-        yield slice(0, outputs), order, torch.cholesky_solve(b.T, factor).T, spread.expand(outputs, size)
-        return
+    by_length = counts.sort(stable=True).indices  # rows of one length share a batch without padding
     for start in range(0, outputs, _ROWS):
-        rows = slice(start, start + _ROWS)
+        rows = by_length[start : start + _ROWS]
         longest = int(counts[rows].max())
         if not longest:
             continue
         index = order[rows, :longest]
-        real = (torch.arange(longest) < counts[rows, None]).double()
+        real = (torch.arange(longest) < counts[rows, None]).to(dtype)
         system = a[index[:, :, None], index[:, None, :]] * real[:, :, None] * real[:, None, :]
-        factor = torch.linalg.cholesky(system + torch.diag_embed(1 - real))
+        factor = _factor(system + torch.diag_embed(1 - real))
         found = torch.cholesky_solve((b[rows].gather(1, index) * real)[:, :, None], factor)[:, :, 0] * real
-        spread = (
-            torch.cholesky_inverse(factor).diagonal(dim1=1, dim2=2) if inverse else torch.ones_like(found)
-        )
+        spread = torch.ones_like(found)
+        if ranking:  # squared columns of the inverse factor
+            half = torch.linalg.solve_triangular(
+                factor, torch.eye(longest, dtype=dtype).expand_as(factor), upper=False
+            )
+            spread = half.square().sum(1)
         yield rows, index, found, spread
+
+
+def _factor(system: Tensor) -> Tensor:
+    """The Cholesky factor; where rounding has made a system indefinite, of the system with more damping."""
+    factor, info = torch.linalg.cholesky_ex(system)
+    share = 1e-4
+    while bool(info.any()):
+        mean = system.diagonal(dim1=-2, dim2=-1).mean(-1)[..., None, None]
+        eye = torch.eye(system.shape[-1], dtype=system.dtype)
+        factor, info = torch.linalg.cholesky_ex(system + share * mean * eye)
+        share *= 10
+    result: Tensor = factor
+    return result
