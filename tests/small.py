@@ -33,7 +33,13 @@ class ResidualNet(nn.Module):
 
 
 def residual_net(width: int = 8, images: int = 16) -> tuple[nn.Module, torch.Tensor]:
-    """The network with weights that hide nothing, in evaluation mode, and images for it."""
+    """The network with weights that hide nothing and norms that fit its images, in evaluation mode."""
     torch.manual_seed(0)
-    model = randomise_(ResidualNet(width), 0).eval()
-    return model, torch.randn(images, 3, 12, 12)
+    model = randomise_(ResidualNet(width), 0)
+    x = torch.randn(images, 3, 12, 12)
+    norms = [module for module in model.modules() if isinstance(module, nn.BatchNorm2d)]
+    for norm in norms:
+        norm.momentum = 1.0
+    with torch.no_grad():
+        model.train()(x)
+    return model.eval(), x

@@ -240,4 +240,5 @@ def interpolated(
     positive = curve[curve > 0]
     floor = (positive.min() if len(positive) else 1.0) * 1e-2
     values = np.exp(np.interp(-np.log(grid), -np.log(kept), np.log(curve + floor))) - floor
+    values[0] = curve[0]  # exactly, which a logarithm is not
     return grid.copy(), np.maximum.accumulate(np.clip(values, 0.0, None))

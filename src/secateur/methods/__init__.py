@@ -10,8 +10,9 @@ from secateur.cost import Budget
 from secateur.errors import SecateurError, unknown
 from secateur.graph import Inputs
 from secateur.methods.oneshot import Pruned, oneshot
+from secateur.methods.rd_channels import rd
 
-__all__ = ["METHODS", "Method", "Pruned", "oneshot", "prune"]
+__all__ = ["METHODS", "Method", "Pruned", "oneshot", "prune", "rd"]
 
 
 @dataclass(frozen=True)
@@ -29,6 +30,7 @@ class Method:
 
 METHODS = {
     "oneshot": Method(oneshot, "score every unit of the trained model once, remove the lowest"),
+    "rd": Method(rd, "choose widths by measured distortion curves, and make up for what is cut"),
 }
 
 

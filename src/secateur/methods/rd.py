@@ -184,18 +184,12 @@ def prune_weights(
     settings = settings or RDSettings()
     if allocation not in WEIGHT_CHOICES:
         raise BudgetError(unknown("allocation", allocation, WEIGHT_CHOICES))
-    if not 0 < sparsity < 1:
-        raise BudgetError(f"sparsity {sparsity:g}: expected a share above 0 and below 1")
     model = copy.deepcopy(model).eval()
     if previous is not None:
         previous.apply_(model)
     program = Program(model, batches[0])
-    weights = {layer.weight: program.tensor(layer.weight).detach() for layer in layers(program)}
-    if not weights:
-        raise BudgetError("nothing can be pruned: the model has no convolution or linear layer with weights")
-    alive = _alive(weights, previous)
-    total = int((1 - sparsity) * sum(w.numel() for w in weights.values()) + 1e-9)
-    task = _Task(program, tuple(batches), weights, alive, total, settings, tick)
+    task = task_of(program, batches, sparsity, settings, previous=previous, tick=tick)
+    weights, alive, total = task.weights, task.alive, task.total
     found: Curves | None = None
     solution: Solution | None = None
     if allocation == "rd":
@@ -242,9 +236,36 @@ def _alive(weights: Mapping[str, Tensor], previous: WeightPlan | None) -> dict[s
     return {n: earlier.get(n, torch.ones(w.shape, dtype=torch.bool)) for n, w in weights.items()}
 
 
+def task_of(
+    program: Program,
+    batches: Sequence[Tensor],
+    sparsity: float,
+    settings: RDSettings,
+    *,
+    previous: WeightPlan | None = None,
+    tick: Tick | None = None,
+) -> "Task":
+    """The layers of a program, and how many of their weights a sparsity leaves."""
+    if not 0 < sparsity < 1:
+        raise BudgetError(f"sparsity {sparsity:g}: expected a share above 0 and below 1")
+    weights = {layer.weight: program.tensor(layer.weight).detach() for layer in layers(program)}
+    if not weights:
+        raise BudgetError("nothing can be pruned: the model has no convolution or linear layer with weights")
+    total = int((1 - sparsity) * sum(w.numel() for w in weights.values()) + 1e-9)
+    return Task(program, tuple(batches), weights, _alive(weights, previous), total, settings, tick)
+
+
 @dataclass(frozen=True)
-class _Task:
-    """One pruning to one total."""
+class Task:
+    """One pruning to one total.
+
+    Attributes:
+        program: of the dense model.
+        batches: calibration images.
+        weights: parameter name -> what it is before.
+        alive: what may stay of it.
+        total: weights to keep in all.
+    """
 
     program: Program
     batches: tuple[Tensor, ...]

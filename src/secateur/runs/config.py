@@ -10,13 +10,15 @@ from secateur.cost import Budget, Cost
 from secateur.errors import BudgetError, DataError, FileError, ModelError, SecateurError, unknown
 from secateur.graph import Graph
 from secateur.methods import METHODS
+from secateur.methods.rd import COMPENSATIONS, WEIGHT_CHOICES
 from secateur.recipes.data import Normalisation, list_data
 from secateur.recipes.models import build_model, list_models
 from secateur.recipes.train_config import TrainConfig
 from secateur.scores import SCORES
 
 GRANULARITIES = {
-    "channels": "output channels of convolutions and linear layers, and all that depends on them"
+    "channels": "output channels of convolutions and linear layers, and all that depends on them",
+    "weights": "single weights of convolutions and linear layers: smaller files, but no faster models",
 }
 """What one unit may be -> one line for lists of choices."""
 
@@ -100,7 +102,9 @@ class PruneConfig:
         method: a name in `secateur.methods.METHODS`.
         score: a name in `secateur.scores.SCORES`.
         allocation: a name in `secateur.allocate.ALLOCATIONS`.
-        granularity: a name in `GRANULARITIES`.
+        granularity: a name in `GRANULARITIES`. For "weights", the budget is `sparsity`, the allocation a name in
+            `secateur.methods.rd.WEIGHT_CHOICES`.
+        compensation: a name in `secateur.methods.rd.COMPENSATIONS`, for method "rd" and for single weights.
         freeze: module names or shell patterns that no cut may touch.
         min_keep: units that every group keeps at least.
         round_to: kept units per group are a multiple of this, or all of them.
@@ -122,6 +126,7 @@ class PruneConfig:
     score: str = "l2"
     allocation: str = "global"
     granularity: str = "channels"
+    compensation: str = "least-squares"
     freeze: tuple[str, ...] = ()
     min_keep: int = 1
     round_to: int = 1
@@ -134,7 +139,8 @@ class PruneConfig:
         names: tuple[tuple[str, str, dict[str, Any]], ...] = (
             ("method", self.method, METHODS),
             ("score", self.score, SCORES),
-            ("allocation", self.allocation, ALLOCATIONS),
+            ("allocation", self.allocation, WEIGHT_CHOICES if self.granularity == "weights" else ALLOCATIONS),
+            ("compensation", self.compensation, COMPENSATIONS),
             ("granularity", self.granularity, GRANULARITIES),
         )
         for kind, name, choices in names:
@@ -143,6 +149,10 @@ class PruneConfig:
         if self.keep_macs is self.keep_params is self.sparsity is None:
             raise BudgetError(
                 "no budget: give at least one of keep-macs, keep-params and sparsity, such as keep-macs 0.5"
+            )
+        if self.granularity == "weights" and (self.sparsity is None or self.keep_macs or self.keep_params):
+            raise BudgetError(
+                "granularity weights: the budget is sparsity, the share of weights that go, such as 0.8"
             )
         for what in ("min_keep", "round_to", "calibration_images", "latency_batch"):
             if (number := getattr(self, what)) < 1:

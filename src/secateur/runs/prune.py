@@ -109,8 +109,10 @@ def _decide(config: PruneConfig, subject: Subject, graph: Graph, folder: RunFold
         plan = Plan.load(folder / "plan.json")
         plan.check(graph)
         return Decision(plan, folder.known["cut"])
-    options: dict[str, Any] = {}
-    if SCORES[config.score].needs_data:
+    options: dict[str, Any] = {"score": config.score, "allocation": config.allocation}
+    if config.method == "rd":
+        options = {"compensation": config.compensation}
+    if config.method == "rd" or SCORES[config.score].needs_data:
         some = subject.data.subset(train_images=min(config.calibration_images, len(subject.data.train)))
         options["data"] = Batches(some.train, batch_size=64, normalisation=some.normalisation)
     pruned = prune(
@@ -118,8 +120,6 @@ def _decide(config: PruneConfig, subject: Subject, graph: Graph, folder: RunFold
         subject.inputs,
         budget=config.budget(graph),
         method=config.method,
-        score=config.score,
-        allocation=config.allocation,
         freeze=config.freeze,
         min_keep=config.min_keep,
         round_to=config.round_to,
