@@ -63,9 +63,8 @@ def test_a_finished_run_resumes_to_the_same_model(sparse: Path) -> None:
 
 @pytest.mark.slow
 def test_baselines_and_channels_share_the_command(tmp_path: Path) -> None:
-    invoke(
-        f"prune {DIGITS} --granularity weights --allocation lamp --compensation none --sparsity 0.5 --out {tmp_path / 'lamp'}"
-    )
+    lamp = "--granularity weights --allocation lamp --compensation none --sparsity 0.5"
+    invoke(f"prune {DIGITS} {lamp} --out {tmp_path / 'lamp'}")
     assert json.loads((tmp_path / "lamp" / "report.json").read_text())["weights"]["curves"] == []
     invoke(f"prune {DIGITS} --method rd --keep-macs 0.5 --out {tmp_path / 'rd'}")
     report = json.loads((tmp_path / "rd" / "report.json").read_text())

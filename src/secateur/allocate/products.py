@@ -6,13 +6,13 @@ ResNets the streams, is searched over, and the rest is solved for each choice.
 """
 
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 
-from secateur.allocate.knapsack import Curve, Problem, hull
+from secateur.allocate.knapsack import Curve, Problem, Solution, hull, milp
 from secateur.cost import Cost
 from secateur.errors import BudgetError
 from secateur.graph import Product
@@ -21,6 +21,11 @@ EXHAUSTIVE = 1000
 """Choices of the widths searched over that are tried at most, before it becomes a descent."""
 
 _FEWEST = 5  # levels of each group searched over; where even these are too many choices, it is a descent
+
+POLISHED = 1e-3
+"""Gap above which the groups that are not searched over are solved exactly."""
+
+Solver = Callable[[Problem, Mapping[str, float]], Solution]
 
 Widths = npt.NDArray[np.int64]
 
@@ -99,9 +104,11 @@ def choose_widths(
         tried = [thinned(len(levels[g]), most) for g in fixed]
         found = [task.solved(choice) for choice in itertools.product(*tried)]
         solved = [choice for choice in found if choice is not None]
-        best = min(solved, key=lambda choice: choice.distortion)
+        best = task.polished(min(solved, key=lambda choice: choice.distortion))
         return Choice(best.kept, best.distortion, min(choice.bound for choice in solved))
-    best = min((task.descended(start) for start in task.starts()), key=lambda choice: choice.distortion)
+    best = task.polished(
+        min((task.descended(s) for s in task.starts()), key=lambda choice: choice.distortion)
+    )
     return Choice(best.kept, best.distortion, float("-inf"))
 
 
@@ -111,7 +118,8 @@ def thinned(count: int, most: int) -> list[int]:
     >>> thinned(9, 3)
     [0, 4, 8]
     """
-    return sorted({round(i * (count - 1) / max(1, most - 1)) for i in range(min(count, most))})
+    many = min(count, most)
+    return sorted({round(i * (count - 1) / max(1, many - 1)) for i in range(many)})
 
 
 @dataclass(frozen=True)
@@ -124,7 +132,13 @@ class _Inner:
     limit: float
     fixed: tuple[int, ...]
 
-    def solved(self, choice: Sequence[int]) -> Choice | None:
+    def polished(self, choice: Choice) -> Choice:
+        """The same with the exact optimum of all groups that are not searched over, if that is better."""
+        levels = [self.levels[g].tolist().index(choice.kept[g]) for g in self.fixed]
+        exact = self.solved(levels, milp) if choice.gap > POLISHED else None
+        return exact if exact is not None and exact.distortion < choice.distortion else choice
+
+    def solved(self, choice: Sequence[int], solver: Solver = hull) -> Choice | None:
         """The best widths of all other groups, when those searched over take these levels; None if none fit."""
         free = [g for g in range(len(self.levels)) if g not in self.fixed]
         kept = [0] * len(self.levels)
@@ -148,7 +162,7 @@ class _Inner:
             tuple(self.curves[g] for g in free),
             {self.measure: tuple(costs)},
         )
-        solution = hull(problem, {self.measure: left})
+        solution = solver(problem, {self.measure: left})
         for group, level in zip(free, solution.levels, strict=True):
             kept[group] = int(self.levels[group][level])
         return Choice(tuple(kept), own + solution.distortion, own + solution.bound)
