@@ -37,7 +37,10 @@ def prune(
     sparsity: Annotated[
         float | None,
         Option(
-            metavar="X", help="Share of the channels that go.", rich_help_panel=BUDGET, show_default=False
+            metavar="X",
+            help="Share of the channels, or of the weights, that go.",
+            rich_help_panel=BUDGET,
+            show_default=False,
         ),
     ] = None,
     method: Annotated[
@@ -57,6 +60,15 @@ def prune(
     granularity: Annotated[
         str, Option(metavar="NAME", help="What one unit is.", rich_help_panel=METHOD)
     ] = "channels",
+    compensation: Annotated[
+        str,
+        Option(
+            metavar="NAME",
+            help="What the remaining weights do without training, for method rd and for single weights: none, "
+            "batch-norm or least-squares.",
+            rich_help_panel=METHOD,
+        ),
+    ] = "least-squares",
     min_keep: Annotated[
         int, Option(min=1, metavar="N", help="Units that every group keeps at least.", rich_help_panel=METHOD)
     ] = 1,
@@ -81,7 +93,10 @@ def prune(
     calibration_images: Annotated[
         int,
         Option(
-            min=1, metavar="N", help="Training images for scores that need gradients.", rich_help_panel=METHOD
+            min=1,
+            metavar="N",
+            help="Training images for scores that need gradients and for method rd.",
+            rich_help_panel=METHOD,
         ),
     ] = 512,
     option: Annotated[
@@ -164,7 +179,7 @@ def prune(
     from secateur.cli.show import interruptible, resume_command, summary, typed_command, watch
     from secateur.methods import METHODS
     from secateur.recipes.train_config import TrainConfig
-    from secateur.runs import PruneConfig, Task, prune_run
+    from secateur.runs import PruneConfig, Task, prune_run, weights_run
 
     during = method in METHODS and METHODS[method].when == "during"
     training = None
@@ -206,6 +221,7 @@ def prune(
         score=score,
         allocation=allocation,
         granularity=granularity,
+        compensation=compensation,
         freeze=tuple(freeze or ()),
         attention=attention,
         min_keep=min_keep,
@@ -219,6 +235,7 @@ def prune(
         latency_batch=latency_batch,
     )
     with interruptible(out, resume_command()):
-        report = prune_run(config, out, mode=mode, command=typed_command(), watch=watch(no_progress))
+        run = weights_run if config.granularity == "weights" else prune_run
+        report = run(config, out, mode=mode, command=typed_command(), watch=watch(no_progress))
     if report:
         summary(report, out)

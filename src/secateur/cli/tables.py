@@ -20,6 +20,7 @@ def methods(
     from secateur.allocate import ALLOCATIONS
     from secateur.cli.show import print_table, say
     from secateur.methods import METHODS
+    from secateur.methods.rd import COMPENSATIONS, WEIGHT_CHOICES
     from secateur.recipes.data import list_data
     from secateur.recipes.models import list_models
     from secateur.runs.config import GRANULARITIES
@@ -36,6 +37,8 @@ def methods(
         ("--score", {name: entry.summary for name, entry in SCORES.items()}),
         ("--allocation", {name: entry.summary for name, entry in ALLOCATIONS.items()}),
         ("--granularity", GRANULARITIES),
+        ("--granularity weights --allocation", WEIGHT_CHOICES),
+        ("--compensation", COMPENSATIONS),
     ):
         rows.add_row(f"[bold]{title}[/]")
         for name, summary in entries.items():

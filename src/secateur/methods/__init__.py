@@ -17,6 +17,7 @@ from secateur.methods.lapp import LAPP
 from secateur.methods.oneshot import Pruned, oneshot
 from secateur.methods.oto import HESSO, OTO
 from secateur.methods.paam import PAAM
+from secateur.methods.rd_channels import rd
 from secateur.methods.removal import Decay, Rectify
 from secateur.methods.structured import StructuredMethod
 from secateur.methods.training import TrainingMethod
@@ -38,6 +39,7 @@ __all__ = [
     "TrainingMethod",
     "oneshot",
     "prune",
+    "rd",
 ]
 
 
@@ -59,7 +61,7 @@ class Method:
     @property
     def options(self) -> Mapping[str, Any]:
         """What may be set, by name, with the defaults; budgets, steps and frozen modules aside."""
-        given = ("model", "inputs", "budget", "steps", "freeze", "data", "loss")
+        given = ("model", "inputs", "budget", "steps", "freeze", "data", "loss", "curves", "tick")
         parameters = inspect.signature(self.run).parameters
         return {name: p.default for name, p in parameters.items() if name not in given}
 
@@ -72,6 +74,7 @@ class Method:
 
 METHODS = {
     "oneshot": Method(oneshot, "score every unit of the trained model once, remove the lowest"),
+    "rd": Method(rd, "choose widths by measured distortion curves, and make up for what is cut"),
     "lapp": Method(
         LAPP, "learn a threshold per layer under a cost constraint, with a light bypass", "during"
     ),

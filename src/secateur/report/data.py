@@ -99,6 +99,49 @@ class LatencyPair:
         return {"before": before, "after": after, "speed_up": self.speed_up}
 
 
+@dataclass(frozen=True)
+class LayerCurve:
+    """How far the output moves when one layer alone keeps so many weights.
+
+    Attributes:
+        layer: which.
+        kept: (levels,), descending.
+        distortion: (levels,), mean over the calibration images.
+    """
+
+    layer: str
+    kept: Sequence[int]
+    distortion: Sequence[float]
+
+    def to_json(self) -> dict[str, Any]:
+        """The fields by name."""
+        return dict(self.__dict__)
+
+
+@dataclass(frozen=True)
+class WeightFacts:
+    """What became of single weights.
+
+    Attributes:
+        total, kept: weights that were up for removal, and those that stay.
+        layers: name -> the same of each layer.
+        curves: of each layer, where they were measured.
+        predicted: distortion by the sum of the curves.
+        measured: distortion of the pruned model.
+    """
+
+    total: int
+    kept: int
+    layers: Mapping[str, tuple[int, int]]
+    curves: Sequence[LayerCurve] = ()
+    predicted: float | None = None
+    measured: float | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        """The fields by name."""
+        return dict(self.__dict__)
+
+
 @dataclass(frozen=True, kw_only=True)
 class Report:
     """Everything the page and the JSON file say. Accuracies are fractions, 0..1.
@@ -113,6 +156,7 @@ class Report:
         verify_rel_error_float32, verify_rel_error_float64: the same, relative to the largest output.
         latency_pytorch, latency_onnxruntime: before and after, by the clock.
         weights_bytes_before, weights_bytes_after, onnx_bytes_before, onnx_bytes_after: file sizes.
+        weights: what became of single weights, if these were pruned.
         widths: every layer whose width could change, in order of execution.
         groups: every group that was up for removal, in the same order.
         frozen: what was not.
@@ -145,6 +189,7 @@ class Report:
     weights_bytes_after: int | None = None
     onnx_bytes_before: int | None = None
     onnx_bytes_after: int | None = None
+    weights: WeightFacts | None = None
     widths: Sequence[Width] = ()
     groups: Sequence[Group] = ()
     frozen: Sequence[FrozenGroup] = ()
@@ -178,12 +223,16 @@ class Report:
     def outcome(self) -> str:
         """What came of it, in half a sentence."""
         parts = [f"{100 * self.macs_after / self.macs_before:.1f} % of the MACs kept"]
+        if self.weights is not None:
+            parts = [f"{100 * self.weights.kept / self.weights.total:.1f} % of the weights kept"]
         if self.accuracy_before is not None and self.accuracy_after is not None:
             accuracy = f"accuracy {100 * self.accuracy_before:.2f} % → {100 * self.accuracy_after:.2f} %"
             if n := self.finetune_epochs:
                 accuracy += f" (after {n} {'epoch' if n == 1 else 'epochs'} of fine-tuning)"
             parts.append(accuracy)
-        if self.verify_max_abs_error is None:
+        if self.weights is not None:
+            pass  # nothing is cut, so there is nothing to verify
+        elif self.verify_max_abs_error is None:
             parts.append("not verified against the masked model")
         elif self.is_proven:
             parts.append(f"proven equal to the masked model (max error {self.verify_max_abs_error:.0e})")

@@ -9,7 +9,7 @@ from typing import Any, TypeAlias
 
 import numpy as np
 
-from secateur.report.data import Group, Report
+from secateur.report.data import Group, Report, WeightFacts
 
 Figure: TypeAlias = dict[str, Any]
 
@@ -25,6 +25,10 @@ def figures(report: Report) -> dict[str, Figure]:
         drawn["plot-widths"] = widths(report)
     if scored := [group for group in report.groups if group.scores is not None]:
         drawn["plot-scores"] = scores(scored)
+    if report.weights is not None:
+        drawn["plot-densities"] = densities(report.weights)
+        if report.weights.curves:
+            drawn["plot-curves"] = curves(report.weights)
     if report.history:
         drawn["plot-accuracy"] = accuracy(report)
         drawn["plot-loss"] = loss(report)
@@ -111,6 +115,74 @@ def widths(report: Report) -> Figure:
         ],
         "layout": layout,
     }
+
+
+def densities(facts: WeightFacts) -> Figure:
+    """One bar per layer: the share of its weights that stays."""
+    names, counts = list(facts.layers), list(facts.layers.values())
+    layout = _layout(300)
+    layout["bargap"] = 0.15
+    layout["xaxis"] |= _whole("layer, from input to output", len(names)) | {"showgrid": False}
+    layout["yaxis"] |= {"title": {"text": "weights kept"}, "ticksuffix": " %", "range": [0, 100]}
+    hover = [
+        f"{_escape(name)}<br>{kept:,} of {total:,} weights ({100 * kept / total:.1f} %)"
+        for name, (total, kept) in zip(names, counts, strict=True)
+    ]
+    bars = {
+        "type": "bar",
+        "x": list(range(1, len(names) + 1)),
+        "y": [round(100 * kept / total, 3) for total, kept in counts],
+        "hovertext": hover,
+        "hoverinfo": "text",
+        "marker": {"color": AFTER},
+    }
+    return {"data": [bars], "layout": layout}
+
+
+def curves(facts: WeightFacts) -> Figure:
+    """One line per layer: distortion over the share kept, and a mark where the plan left it."""
+    data = []
+    for curve in facts.curves:
+        total, kept = facts.layers[curve.layer]
+        x = [100 * k / total for k in curve.kept]
+        positive = [(a, d) for a, d in zip(x, curve.distortion, strict=True) if d > 0]
+        if not positive:
+            continue
+        name = _escape(shorten(curve.layer))
+        line = {
+            "type": "scatter", "mode": "lines", "name": name, "x": [a for a, _ in positive],
+            "y": [d for _, d in positive], "line": {"color": AFTER, "width": 1}, "opacity": 0.6,
+            "hovertemplate": f"{name}<br>%{{x:.3~g}} % kept: %{{y:.3~g}}<extra></extra>",
+        }  # fmt: skip
+        share = np.log([a for a, _ in positive][::-1])
+        there = np.exp(np.interp(np.log(100 * kept / total), share, np.log([d for _, d in positive][::-1])))
+        mark = {
+            "type": "scatter", "mode": "markers", "x": [100 * kept / total], "y": [float(there)],
+            "marker": {"color": REMOVED, "size": 6},
+            "hovertemplate": f"{name}<br>chosen: %{{x:.3~g}} % kept<extra></extra>",
+        }  # fmt: skip
+        data += [line, mark]
+    layout = _layout(340)
+    layout["xaxis"] |= {"type": "log", "title": {"text": "weights kept, %"}}
+    layout["yaxis"] |= {"type": "log", "title": {"text": "distortion"}, "exponentformat": "power"}
+    return {"data": data, "layout": layout}
+
+
+def additivity(predicted: list[float], measured: list[float]) -> Figure:
+    """Measured over predicted distortion, one point per allocation, and the line where they are equal."""
+    low, high = min([*predicted, *measured]), max([*predicted, *measured])
+    layout = _layout(420)
+    layout["xaxis"] |= {"type": "log", "title": {"text": "predicted: sum of the layers' own distortions"}}
+    layout["yaxis"] |= {"type": "log", "title": {"text": "measured with all layers pruned"}}
+    equal = {
+        "type": "scatter", "mode": "lines", "x": [low, high], "y": [low, high],
+        "line": {"color": BEFORE, "dash": "dot"}, "hoverinfo": "skip",
+    }  # fmt: skip
+    points = {
+        "type": "scatter", "mode": "markers", "x": predicted, "y": measured, "marker": {"color": AFTER, "size": 8},
+        "hovertemplate": "predicted %{x:.3~g}, measured %{y:.3~g}<extra></extra>",
+    }  # fmt: skip
+    return {"data": [equal, points], "layout": layout}
 
 
 def scores(groups: list[Group]) -> Figure:

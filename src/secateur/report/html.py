@@ -1,10 +1,11 @@
 """The report as one HTML page: style, pictures and the library that draws them are all inside it."""
 
+import json
 from dataclasses import dataclass
 
 from secateur.cost.latency import Latency
 from secateur.report.data import LatencyPair, Report
-from secateur.report.figures import figures
+from secateur.report.figures import Figure, figures
 
 
 @dataclass(frozen=True)
@@ -45,6 +46,21 @@ def render(report: Report) -> str:
         figures=figures(report),
         unscored=sum(1 for group in report.groups if group.scores is None),
         plotly=markupsafe.Markup(plotly.offline.get_plotlyjs()),
+    )
+
+
+def one_figure(title: str, figure: Figure) -> str:
+    """A page of one picture, which needs no network and no other file."""
+    import markupsafe
+    import plotly.offline
+
+    script = json.dumps(figure).replace("</", "<\\/")
+    return (
+        f"<!doctype html><html lang='en'><meta charset='utf-8'><title>{markupsafe.escape(title)}</title>"
+        f"<body style='font-family: system-ui, sans-serif; max-width: 48rem; margin: 2rem auto'>"
+        f"<h1 style='font-size: 1.2rem'>{markupsafe.escape(title)}</h1><div id='plot'></div>"
+        f"<script>{plotly.offline.get_plotlyjs()}</script>"
+        f"<script>const f = {script}; Plotly.newPlot('plot', f.data, f.layout);</script></body></html>"
     )
 
 
@@ -90,6 +106,8 @@ def _tiles(report: Report) -> list[tuple[str, str, str]]:
         ("MACs kept", percent(report.macs_after / macs), f"of {si(macs)}"),
         ("parameters kept", percent(report.params_after / params), f"of {si(params)}"),
     ]
+    if (facts := report.weights) is not None:
+        tiles = [("weights kept", percent(facts.kept / facts.total), f"of {si(facts.total)}")]
     if (after := report.accuracy_after) is not None:
         tiles.append(("accuracy", percent(after, 2), points(report.accuracy_before, after)))
     if pair := report.latency_pytorch:
@@ -104,6 +122,10 @@ def _rows(report: Report) -> list[Row]:
         if value is not None:
             old_text = "–" if before is None else percent(before, 2)
             rows.append(Row(name, old_text, percent(value, 2), points(before, value)))
+    if (facts := report.weights) is not None:
+        share = f"{percent(facts.kept / facts.total)} kept"
+        exact = f"{facts.total:,}", f"{facts.kept:,}"
+        rows.append(Row("Weights that are not zero", si(facts.total), si(facts.kept), share, *exact))
     for name, old, new, unit in (
         ("MACs per image", report.macs_before, report.macs_after, ""),
         ("Parameters", report.params_before, report.params_after, ""),

@@ -11,6 +11,7 @@ from secateur.runs.folder import Mode, RunFolder, SavedRun, Watch
 from secateur.runs.prune import prune_run
 from secateur.runs.subject import Subject, fresh_model, load_into, load_subject
 from secateur.runs.train import train_run
+from secateur.runs.weights import additivity_run, weights_run
 
 __all__ = [
     "Arm",
@@ -23,6 +24,7 @@ __all__ = [
     "Task",
     "TrainRunConfig",
     "Watch",
+    "additivity_run",
     "compare",
     "demo_config",
     "fresh_model",
@@ -30,4 +32,5 @@ __all__ = [
     "load_subject",
     "prune_run",
     "train_run",
+    "weights_run",
 ]

@@ -11,13 +11,15 @@ from secateur.cost import Budget, Cost
 from secateur.errors import BudgetError, DataError, FileError, ModelError, SecateurError, unknown
 from secateur.graph import Graph
 from secateur.methods import METHODS, Decay, Rectify
+from secateur.methods.rd import COMPENSATIONS, WEIGHT_CHOICES
 from secateur.recipes.data import Normalisation, list_data
 from secateur.recipes.models import build_model, list_models
 from secateur.recipes.train_config import TrainConfig
 from secateur.scores import SCORES
 
 GRANULARITIES = {
-    "channels": "output channels of convolutions and linear layers, and all that depends on them"
+    "channels": "output channels of convolutions and linear layers, and all that depends on them",
+    "weights": "single weights of convolutions and linear layers: smaller files, but no faster models",
 }
 """What one unit may be -> one line for lists of choices."""
 
@@ -101,7 +103,9 @@ class PruneConfig:
         method: a name in `secateur.methods.METHODS`.
         score: a name in `secateur.scores.SCORES`.
         allocation: a name in `secateur.allocate.ALLOCATIONS`.
-        granularity: a name in `GRANULARITIES`.
+        granularity: a name in `GRANULARITIES`. For "weights", the budget is `sparsity`, the allocation a name in
+            `secateur.methods.rd.WEIGHT_CHOICES`.
+        compensation: a name in `secateur.methods.rd.COMPENSATIONS`, for method "rd" and for single weights.
         freeze: module names or shell patterns that no cut may touch.
         attention: what attention loses: whole "heads", or the same "dims" of every head.
         min_keep: units that every group keeps at least.
@@ -130,6 +134,7 @@ class PruneConfig:
     score: str = "l2"
     allocation: str = "global"
     granularity: str = "channels"
+    compensation: str = "least-squares"
     freeze: tuple[str, ...] = ()
     attention: str = "heads"
     min_keep: int = 1
@@ -148,7 +153,8 @@ class PruneConfig:
             raise SecateurError(unknown("method", self.method, METHODS))
         names: tuple[tuple[str, str, dict[str, Any]], ...] = (
             ("score", self.score, SCORES if self.method == "oneshot" else {}),
-            ("allocation", self.allocation, ALLOCATIONS),
+            ("allocation", self.allocation, WEIGHT_CHOICES if self.granularity == "weights" else ALLOCATIONS),
+            ("compensation", self.compensation, COMPENSATIONS),
             ("granularity", self.granularity, GRANULARITIES),
             ("attention", self.attention, dict.fromkeys(("heads", "dims"), "")),
         )
@@ -167,6 +173,10 @@ class PruneConfig:
             raise BudgetError(
                 "no budget: give at least one of keep-macs, keep-params and sparsity, such as keep-macs 0.5"
             )
+        if self.granularity == "weights" and (self.sparsity is None or self.keep_macs or self.keep_params):
+            raise BudgetError(
+                "granularity weights: the budget is sparsity, the share of weights that go, such as 0.8"
+            )
         for what in ("min_keep", "round_to", "calibration_images", "latency_batch"):
             if (number := getattr(self, what)) < 1:
                 raise SecateurError(f"{what.replace('_', '-')} {number}: expected at least 1")
@@ -178,9 +188,15 @@ class PruneConfig:
             SecateurError: the method has no such option.
         """
         entry = METHODS[self.method]
+        if self.granularity == "weights":
+            if self.method != "oneshot":
+                raise SecateurError(
+                    f"method {self.method} removes channels; single weights go with method oneshot"
+                )
+            return {}
         entry.check(self.method, self.options)
         chosen = dict(self.options)
-        for option in ("score", "allocation", "attention", "min_keep", "round_to"):
+        for option in ("score", "allocation", "attention", "compensation", "min_keep", "round_to"):
             value = getattr(self, option)
             if option in entry.options:
                 chosen.setdefault(option, value)

@@ -20,7 +20,7 @@ Mode = Literal["new", "resume", "overwrite"]
 
 _LARGEST = 64 * 2**20  # bytes of a JSON file that are read at most
 _OWN = re.compile(
-    r"(config|plan|progress|report)\.json|report\.html|metrics\.jsonl|(dense|model)\.safetensors|model\.(onnx|pt2)"
+    r"(config|plan|progress|report)\.json|report\.html|metrics\.jsonl|(dense|model|cut|masks)\.safetensors|model\.(onnx|pt2)"
     r"|(train|finetune)\.checkpoint\.safetensors|\.[\w.]+\.[0-9a-f]{8}\.tmp\.\w+"
     r"|tensorboard(/(train|finetune)(/events\.out\.tfevents\.[^/]+)?)?"
 )

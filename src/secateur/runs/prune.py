@@ -175,7 +175,7 @@ def _decide(config: PruneConfig, subject: Subject, graph: Graph, folder: RunFold
         plan.check(graph)
         return Decision(plan, folder.known["cut"])
     options: dict[str, Any] = {}
-    if config.method == "oneshot" and SCORES[config.score].needs_data:
+    if config.method == "rd" or (config.method == "oneshot" and SCORES[config.score].needs_data):
         some = subject.data.subset(train_images=min(config.calibration_images, len(subject.data.train)))
         options["data"] = Batches(some.train, batch_size=64, normalisation=some.normalisation)
     pruned = prune(

@@ -1,9 +1,14 @@
-"""Cut models on disk: tensors and the recipe of their shapes, no pickle and no code."""
+"""Pruned models on disk: tensors and the recipe of their shapes, no pickle and no code.
+
+A tensor with many zeros is stored as its other values and one bit per place.
+"""
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from secateur import __version__
@@ -11,6 +16,7 @@ from secateur.errors import FileError, ModelError
 from secateur.files import read_tensors, write_tensors
 from secateur.graph import mirrored, named_tensors
 from secateur.graph.modules import pad_attributes
+from secateur.surgery.bits import pack, unpack
 from secateur.surgery.bypass import Bypass, add_bypass_, remove_bypass_
 from secateur.surgery.edit import Edit
 from secateur.surgery.known import known_attributes
@@ -19,13 +25,16 @@ from secateur.surgery.program_json import Reader, to_json
 from secateur.surgery.rewrite import CONSTANT, rewrite_, rewritten_modules
 
 FORMAT = "1"
+_VALUES, _PLACES = ":values", ":places"
+_OVERHEAD = 200  # bytes that one more tensor takes in the header of the file
 
 
 def save(model: nn.Module, path: str | Path) -> None:
-    """Write a model, cut or not, as one safetensors file that `load` can rebuild.
+    """Write a model, cut, masked or neither, as one safetensors file that `load` can rebuild bit for bit.
 
-    Parameters and buffers are the tensors; the integer attributes of layers that follow their shapes, and the
-    operators of modules that were rewritten, are text in the metadata.
+    Parameters and buffers are the tensors, without their zeros where that is smaller; the integer attributes
+    of layers that follow their shapes, and the operators of modules that were rewritten, are text in the
+    metadata.
 
     Args:
         model: any module; it is only read.
@@ -46,8 +55,32 @@ def save(model: nn.Module, path: str | Path) -> None:
             if isinstance(module, Bypass) and module.form == "full"
         },
     }
+    stored: dict[str, Tensor] = {}
+    sparse: dict[str, list[int]] = {}
+    for name, tensor in named_tensors(model):
+        places = filled(tensor)
+        if places is None:
+            stored[name] = tensor
+            continue
+        sparse[name] = list(tensor.shape)
+        stored[name + _VALUES] = tensor.detach()[places]
+        stored[name + _PLACES] = pack(places.cpu())
+    if sparse:
+        recipe["sparse"] = sparse
     metadata = {"secateur": __version__, "format": FORMAT, "recipe": json.dumps(recipe)}
-    write_tensors(path, dict(named_tensors(model)), metadata)
+    write_tensors(path, stored, metadata)
+
+
+def filled(tensor: Tensor) -> Tensor | None:
+    """Which places are not zero, as bool of its shape; None if storing all of it takes less room.
+
+    A negative zero counts as a value, so that nothing is lost.
+    """
+    if not tensor.is_floating_point() or not tensor.ndim:
+        return None
+    places = tensor.detach().ne(0) | tensor.detach().signbit()
+    saved = (tensor.numel() - int(places.sum())) * tensor.element_size()
+    return places if saved > tensor.numel() / 8 + _OVERHEAD else None
 
 
 def load(model: nn.Module, path: str | Path) -> nn.Module:
@@ -80,6 +113,7 @@ def _load(
     model: nn.Module, path: str | Path, tensors: dict[str, Tensor], recipe: dict[str, dict[str, Any]]
 ) -> nn.Module:
     own = dict(named_tensors(model))
+    tensors = _densified(path, tensors, recipe["sparse"], own)
     problems, programs = _programs(model, recipe["rewritten"], tensors)
     constants = {f"{name}.{c}".removeprefix("."): c for name, (_, found) in programs.items() for c in found}
     problems += [f"{name} is missing" for name in own if name not in tensors]
@@ -181,6 +215,7 @@ def shape_attributes(model: nn.Module) -> dict[str, dict[str, int | tuple[int, .
 
 
 def _recipe(path: str | Path, metadata: dict[str, str]) -> dict[str, dict[str, Any]]:
+    """Attributes, programs and bypasses by module, and shapes of tensors that are stored without their zeros."""
     if metadata.get("format") != FORMAT or "recipe" not in metadata:
         raise FileError(
             f"{path}: not a model saved by Secateur (format {metadata.get('format')!r}, expected {FORMAT!r}). "
@@ -188,17 +223,40 @@ def _recipe(path: str | Path, metadata: dict[str, str]) -> dict[str, dict[str, A
         )
     try:
         read = json.loads(metadata["recipe"])
-        recipe = {
-            "attributes": read["attributes"],
-            "rewritten": read.get("rewritten", {}),
-            "bypasses": read.get("bypasses", {}),
-        }
+        optional = {key: read.get(key, {}) for key in ("rewritten", "bypasses", "sparse")}
+        recipe = {"attributes": read["attributes"], **optional}
         for key, part in recipe.items():
-            if not isinstance(part, dict) or not all(isinstance(values, dict) for values in part.values()):
+            if not isinstance(part, dict):
+                raise TypeError(f"{key} must be an object")
+            if key != "sparse" and not all(isinstance(values, dict) for values in part.values()):
                 raise TypeError(f"{key} must be an object of objects")
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise FileError(f"{path}: its recipe is damaged ({error!r}); use another copy") from None
     return recipe
+
+
+def _densified(
+    path: str | Path, tensors: dict[str, Tensor], sparse: dict[str, Any], own: Mapping[str, Tensor]
+) -> dict[str, Tensor]:
+    """All tensors with their zeros; none becomes larger than the model's own."""
+    whole = dict(tensors)
+    for name, shape in sparse.items():
+        try:
+            values, packed = whole.pop(name + _VALUES), whole.pop(name + _PLACES)
+            limit = own[name].shape
+            if len(shape) != len(limit) or any(
+                type(n) is not int or not 0 <= n <= most for n, most in zip(shape, limit, strict=True)
+            ):
+                raise ValueError(f"shape {shape}, the model's is {tuple(limit)}")
+            places = unpack(packed, tuple(shape))
+            if values.shape != (int(places.sum()),):
+                raise ValueError(f"{values.numel()} values for {int(places.sum())} places")
+        except (KeyError, ValueError, TypeError) as error:
+            raise FileError(
+                f"{path}: tensor {name!r} is damaged or does not fit ({error!r}); use another copy"
+            ) from None
+        whole[name] = torch.zeros(places.shape, dtype=values.dtype).masked_scatter_(places, values)
+    return whole
 
 
 def _misfit(path: str | Path, model: nn.Module, problems: list[str]) -> FileError:

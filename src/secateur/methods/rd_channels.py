@@ -1,0 +1,333 @@
+"""Rate–distortion pruning of channels: curves per group, widths as one problem, consumers solved again."""
+
+import copy
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from secateur.allocate.distortion import Curves, Tick, interpolated, joint, key_of, measure
+from secateur.allocate.products import Choice, choose_widths
+from secateur.allocate.table import allowed
+from secateur.cost import Budget, Cost
+from secateur.errors import BudgetError, CutError, ScoreError, SecateurError, unknown
+from secateur.graph import Graph, Group, Inputs, Member, analyze
+from secateur.graph.replay import Program, Tensors
+from secateur.methods.oneshot import Pruned
+from secateur.methods.rd import COMPENSATIONS, passes
+from secateur.plan import Plan
+from secateur.surgery import verify
+from secateur.surgery.compensate import Fitted, compensate, layers, reestimate
+from secateur.surgery.cut import cut_copy
+from secateur.surgery.leastsquares import block_prices
+
+
+@dataclass(frozen=True)
+class PrunedByCurves(Pruned):
+    """A pruned model, and what was measured to choose its widths.
+
+    Attributes:
+        curves: distortion of each group at each level.
+        predicted: distortion by the sum of the curves.
+        measured: mean distortion of the pruned model on the calibration images.
+        gap: how far the widths may be from the best sum; infinite if nothing is proven.
+    """
+
+    curves: Curves
+    predicted: float
+    measured: float
+    gap: float
+
+
+@torch.no_grad()
+def rd(
+    model: nn.Module,
+    inputs: Inputs,
+    budget: Budget,
+    *,
+    data: Iterable[Tensor | tuple[Tensor, Tensor]] | None = None,
+    compensation: str = "least-squares",
+    distortion: str = "kl",
+    exponent: float = 0.5,
+    levels: int = 9,
+    freeze: Sequence[str] = (),
+    min_keep: int = 1,
+    round_to: int = 1,
+    seed: int = 0,
+    curves: str | Path | None = None,
+    tick: Tick | None = None,
+) -> PrunedByCurves:
+    """Prune a copy of a trained model to a budget, widths chosen by measured distortion curves.
+
+    For each group of channels and several widths, the distance of the outputs is measured when only that group is
+    pruned, with the layers that read it solved again. Widths of least summed distance within the budget are then
+    cut together, and all remaining weights solved again.
+
+    Args:
+        model: one image tensor in, logits out; it is only read.
+        inputs: example inputs, such as torch.randn(1, 3, 224, 224).
+        budget: one bound; it is met from below.
+        data: calibration images, or (images, targets), batch by batch; a few hundred images from training.
+        compensation: a name in `secateur.methods.rd.COMPENSATIONS`.
+        distortion: a name in `secateur.allocate.distortion.DISTORTIONS`.
+        exponent: of the mean distortion before curves are added up.
+        levels: widths measured per group.
+        freeze: module names or shell patterns that no cut may touch.
+        min_keep: units that every group keeps at least.
+        round_to: kept units per group are a multiple of this, or all of them.
+        seed: of the images for verification.
+        curves: file that curves are read from if they are of these weights, images and settings, and written to.
+        tick: is told (passes done, of how many) while curves are measured.
+    Raises:
+        CaptureError, BudgetError, ScoreError: see `analyze`, `choose_widths`; no data.
+        CutError: the model's forward cannot run at other widths, or the result is not equal.
+    Source: after Xu et al. 2023, arXiv:2308.10438, which prunes single weights.
+    Differs: whole channels, chosen by what their removal costs the layers that read them once these are solved
+        again; costs are products of widths.
+    """
+    if data is None:
+        raise ScoreError("method 'rd' measures on data: pass data=, batches of images")
+    if len(budget.bounds) != 1:
+        raise BudgetError(f"method 'rd' takes one bound, got {', '.join(budget.bounds)}; give one of them")
+    if compensation not in COMPENSATIONS:
+        raise SecateurError(unknown("compensation", compensation, COMPENSATIONS))
+    batches = [x if isinstance(x, Tensor) else x[0] for x in data]
+    model = copy.deepcopy(model).eval()
+    graph = analyze(model, inputs, freeze=freeze)
+    if not graph.groups:
+        raise BudgetError(
+            "nothing can be pruned: the model has no group of removable units (see graph.frozen)"
+        )
+    cost = Cost(graph)
+    ((bound, _),) = budget.bounds.items()
+    limit = budget.limits({bound: cost.of(bound)})[bound]
+    program = Program(model, batches[0])
+    settings = {
+        "compensation": compensation, "distortion": distortion, "levels": levels, "freeze": list(freeze),
+        "min_keep": min_keep, "round_to": round_to, "granularity": "channels",
+    }  # fmt: skip
+    key = key_of(model, batches, settings)
+    orders, widths = ranked(program, graph, batches, levels, min_keep, round_to)
+    if curves is not None and Path(curves).exists():
+        found = Curves.load(curves, key)
+    else:
+        found = measured(program, graph, batches, orders, widths, compensation, distortion, key, tick)
+        if curves is not None:
+            found.save(curves)
+    choice = decided(cost, graph, found, exponent, bound, limit, min_keep, round_to)
+    masks = [keep_first(order, kept) for order, kept in zip(orders, choice.kept, strict=True)]
+    origin = {"method": "rd", **settings, "exponent": exponent, "budget": dict(budget.bounds), "seed": seed}
+    plan = Plan.of(graph, masks, origin)
+    tensors = compensated(program, graph, plan, batches, compensation)
+    moved = float(joint(program, batches, tensors, distortion=distortion).mean())
+    for name, tensor in tensors.items():
+        program.tensor(name).copy_(tensor)
+    small = cut_copy(model, graph, plan)
+    with torch.enable_grad():
+        verification = verify(model, small, graph, plan, seed=seed)
+    if not verification.ok:
+        raise CutError(f"{type(model).__name__}: the cut model is {verification}. Please report this model.")
+    kept = plan.kept(graph)
+    return PrunedByCurves(
+        small,
+        plan,
+        graph,
+        [rank_of(order) for order in orders],
+        verification,
+        macs=(cost.macs(), cost.macs(kept)),
+        params=(cost.params(), cost.params(kept)),
+        curves=found,
+        predicted=choice.distortion ** (1 / exponent),
+        measured=moved,
+        gap=choice.gap,
+    )
+
+
+def ranked(
+    program: Program, graph: Graph, batches: Sequence[Tensor], levels: int, min_keep: int, round_to: int
+) -> tuple[list[Tensor], list[Any]]:
+    """Per group: its units in the order in which they stay, best first; and the widths to measure, descending."""
+    whole = {
+        layer.weight: torch.ones_like(program.tensor(layer.weight), dtype=torch.bool)
+        for layer in layers(program)
+    }
+    fitted = compensate(program, batches, whole).fitted
+    orders, widths = [], []
+    for group in graph.groups:
+        orders.append(order_of(program, group, fitted))
+        possible = np.array(allowed(group.units, min_keep, round_to))
+        wanted = np.geomspace(group.units, possible[0], levels)
+        nearest = possible[np.abs(possible[None] - wanted[:, None]).argmin(1)]
+        widths.append(np.unique(nearest)[::-1].astype(np.int64))
+    return orders, widths
+
+
+def order_of(program: Program, group: Group, fitted: Mapping[str, Fitted]) -> Tensor:
+    """The units of a group, the one that is hardest to do without first.
+
+    Units leave one at a time, the one whose loss costs the layers that read it least once these are solved again.
+    Without such a layer, units with the smallest filters leave first.
+    """
+    readers = [m for m in group.members if m.role == "in" and m.tensor in fitted and m.dim == 1]
+    readers = [m for m in readers if len(fitted[m.tensor].moments) == 1]
+    if not readers:
+        makers = [m for m in group.members if m.role == "out"] or list(group.members)
+        norm = sum(m.take(program.tensor(m.tensor)).square().sum(1) for m in makers)
+        assert isinstance(norm, Tensor)
+        return norm.cpu().sort(descending=True, stable=True).indices
+    blocks = [columns_of(m, program.tensor(m.tensor)) for m in readers]
+    alive = [torch.ones(fitted[m.tensor].moments[0].a.shape[0], dtype=torch.bool) for m in readers]
+    gone: list[int] = []
+    at_once = max(1, group.units // 32)
+    while len(gone) < group.units - 1:
+        price = torch.zeros(group.units, dtype=torch.float64)
+        for m, block, live in zip(readers, blocks, alive, strict=True):
+            price += block_prices(fitted[m.tensor].moments[0], live, block)
+        for unit in price.sort(stable=True).indices[: min(at_once, group.units - 1 - len(gone))].tolist():
+            gone.append(unit)
+            for block, live in zip(blocks, alive, strict=True):
+                live[block[unit]] = False
+    last = [unit for unit in range(group.units) if unit not in set(gone)]
+    return torch.tensor([*last, *gone[::-1]])
+
+
+def columns_of(member: Member, weight: Tensor) -> Tensor:
+    """Columns of the flattened weight (o, k) that read each unit, (units, positions)."""
+    each = weight[0, 0].numel()
+    index = torch.as_tensor(member.index)
+    return (index[:, :, None] * each + torch.arange(each)).flatten(1)
+
+
+def keep_first(order: Tensor, count: int) -> Tensor:
+    """(units,) bool: the first of an order stay."""
+    mask = torch.zeros(len(order), dtype=torch.bool)
+    mask[order[:count]] = True
+    return mask
+
+
+def rank_of(order: Tensor) -> Tensor:
+    """Scores that an order stands for, (units,): higher = stays longer."""
+    score = torch.empty(len(order))
+    score[order] = torch.arange(len(order), 0, -1, dtype=torch.float32)
+    return score
+
+
+def measured(
+    program: Program,
+    graph: Graph,
+    batches: Sequence[Tensor],
+    orders: Sequence[Tensor],
+    widths: Sequence[Any],
+    compensation: str,
+    distortion: str,
+    key: str,
+    tick: Tick | None,
+) -> Curves:
+    """The distortion of each group at each width, every other group whole."""
+    whole = {
+        layer.weight: torch.ones_like(program.tensor(layer.weight), dtype=torch.bool)
+        for layer in layers(program)
+    }
+    fitted = compensate(program, batches, whole).fitted if compensation == "least-squares" else {}
+    candidates: list[Sequence[Tensors]] = []
+    for group, order, width in zip(graph.groups, orders, widths, strict=True):
+        variants: list[Tensors] = []
+        for kept in width[1:].tolist():
+            keep = positions(program, [group], [keep_first(order, kept)])
+            tensors = {n: program.tensor(n) * k for n, k in keep.items()}
+            for name in keep.keys() & fitted.keys():
+                found = fitted[name].solved(keep[name])
+                tensors |= {n: t * keep[n] if n in keep else t for n, t in found.items()}
+            variants.append(tensors)
+        candidates.append(variants)
+    images = measure(
+        program, batches, candidates, distortion=distortion, batched=passes(batches[0]), tick=tick
+    )
+    zero = np.zeros((1, sum(len(x) for x in batches)))
+    names = tuple(group.name for group in graph.groups)
+    return Curves(names, tuple(widths), tuple(np.concatenate([zero, v]) for v in images), key)
+
+
+def decided(
+    cost: Cost,
+    graph: Graph,
+    curves: Curves,
+    exponent: float,
+    bound: str,
+    limit: float,
+    min_keep: int,
+    round_to: int,
+) -> Choice:
+    """Widths of least summed distortion within the limit, then single units as long as one more fits."""
+    levels, values = [], []
+    for group, kept, curve in zip(graph.groups, curves.kept, curves.reduced(), strict=True):
+        grid, value = interpolated(kept, curve**exponent, 4 * len(kept))
+        possible = np.isin(grid, allowed(group.units, min_keep, round_to))
+        levels.append(grid[possible])
+        values.append(value[possible])
+    choice = choose_widths(cost, curves.names, levels, values, bound, limit)
+    kept_now = list(choice.kept)
+    while True:  # widths between the levels
+        best: tuple[float, int, int] | None = None
+        for g, group in enumerate(graph.groups):
+            wider = [w for w in allowed(group.units, min_keep, round_to) if w > kept_now[g]]
+            if not wider:
+                continue
+            trial = [*kept_now[:g], wider[0], *kept_now[g + 1 :]]
+            if cost.of(bound, trial) > limit:
+                continue
+            now, then = (float(np.interp(-w, -levels[g], values[g])) for w in (kept_now[g], wider[0]))
+            price = cost.of(bound, trial) - cost.of(bound, kept_now)
+            gain = (now - then) / max(price, 1)
+            if best is None or gain > best[0]:
+                best = gain, g, wider[0]
+        if best is None:
+            break
+        kept_now[best[1]] = best[2]
+    total = sum(float(np.interp(-k, -lv, v)) for k, lv, v in zip(kept_now, levels, values, strict=True))
+    return Choice(tuple(kept_now), min(total, choice.distortion), choice.bound)
+
+
+def positions(program: Program, groups: Sequence[Group], masks: Sequence[Tensor]) -> dict[str, Tensor]:
+    """Parameter name -> bool of its shape, False where a removed unit lies."""
+    owned = dict(program.model.named_parameters())
+    keep: dict[str, Tensor] = {}
+    for group, mask in zip(groups, masks, strict=True):
+        if mask.all():
+            continue
+        for member in group.members:
+            if member.tensor in owned:
+                if member.tensor not in keep:
+                    keep[member.tensor] = torch.ones_like(owned[member.tensor], dtype=torch.bool)
+                member.fill_(keep[member.tensor], ~mask, 0)
+    return keep
+
+
+@torch.no_grad()
+def compensated(
+    program: Program, graph: Graph, plan: Plan, batches: Sequence[Tensor], compensation: str
+) -> dict[str, Tensor]:
+    """The tensors of the masked network that make up for what a plan removes; removed units stay zero.
+
+    Args:
+        program: of the dense model.
+        graph: of the same model.
+        plan: any plan for it, whatever chose it.
+        batches: calibration images, (n, …) each.
+        compensation: a name in `secateur.methods.rd.COMPENSATIONS`.
+    """
+    keep = positions(program, graph.groups, plan.masks(graph))
+    start = {name: program.tensor(name) * k for name, k in keep.items()}
+    if compensation == "none":
+        return start
+    if compensation == "batch-norm":
+        return reestimate(program, batches, start)
+    masks = {
+        layer.weight: keep.get(layer.weight, torch.ones_like(program.tensor(layer.weight), dtype=torch.bool))
+        for layer in layers(program)
+    }
+    return compensate(program, batches, masks, start=start, keep=keep).tensors
