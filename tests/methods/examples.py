@@ -15,8 +15,8 @@ from secateur.methods.oto import HESSO, OTO
 from secateur.methods.paam import PAAM
 from secateur.methods.removal import Decay, Rectify
 from secateur.methods.structured import StructuredMethod
-from secateur.recipes.data import Dataset, Normalisation, Split
 from secateur.recipes.train import FitResult, TrainConfig, fit, training_steps
+from tests.recipes.test_train import toy_data
 
 CONFIG = TrainConfig(epochs=3, batch_size=16, lr=0.05, checkpoint_every=2)
 INPUTS = torch.zeros(1, 3, 8, 8)
@@ -50,21 +50,7 @@ class Block(nn.Module):
         return torch.relu(x + self.bn2(self.conv2(y)))
 
 
-def data() -> Dataset:
-    """Three classes by the brightest channel; 71 images, so that the last batch of 16 has 7."""
-    generator = torch.Generator().manual_seed(0)
-
-    def split(count: int) -> Split:
-        labels = torch.arange(count) % 3
-        images = torch.randint(0, 160, (count, 3, 8, 8), generator=generator, dtype=torch.uint8)
-        images[torch.arange(count), labels] += 60
-        return Split(images, labels)
-
-    whitening = Normalisation((0.4,) * 3, (0.25,) * 3)
-    return Dataset("toy", split(71), split(30), ("r", "g", "b"), whitening, "shift+flip")
-
-
-STEPS = training_steps(data(), CONFIG)
+STEPS = training_steps(toy_data(), CONFIG)
 
 Make = Callable[[nn.Module], StructuredMethod]
 
@@ -131,4 +117,4 @@ def train(
     """Train a fresh model with a method in the built-in loop."""
     model = Residual(seed)
     method = make(model)
-    return method, fit(model, data(), config, folder, method=method, resume=resume, progress=False)
+    return method, fit(model, toy_data(), config, folder, method=method, resume=resume, progress=False)

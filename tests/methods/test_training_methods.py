@@ -13,7 +13,8 @@ from secateur import Budget, analyze, cut_
 from secateur.errors import BudgetError, TrainingError
 from secateur.methods.training import TrainingMethod
 from secateur.recipes.train import fit
-from tests.methods.examples import CONFIG, INPUTS, METHODS, STEPS, Make, Residual, data, lapp, train
+from tests.methods.examples import CONFIG, INPUTS, METHODS, STEPS, Make, Residual, lapp, train
+from tests.recipes.test_train import toy_data
 
 every_method = pytest.mark.parametrize("make", METHODS.values(), ids=METHODS)
 
@@ -83,7 +84,7 @@ def test_a_resumed_run_equals_an_uninterrupted_one(make: Make, tmp_path: Path) -
 
         method.advance = kill  # type: ignore[method-assign]
         with pytest.raises(Killed):
-            fit(model, data(), CONFIG, tmp_path / str(stop), method=method, progress=False)
+            fit(model, toy_data(), CONFIG, tmp_path / str(stop), method=method, progress=False)
         assert hooks(model) == 0
         again, resumed = train(make, tmp_path / str(stop), resume=True, seed=1)
         whole, expected = train(make, tmp_path / "whole")
@@ -140,9 +141,9 @@ def test_the_optimizer_must_know_the_bypass() -> None:
 def test_the_method_must_be_for_this_training(tmp_path: Path) -> None:
     model = Residual()
     with pytest.raises(TrainingError, match="another model"):
-        fit(Residual(), data(), CONFIG, tmp_path, method=lapp()(model), progress=False)
+        fit(Residual(), toy_data(), CONFIG, tmp_path, method=lapp()(model), progress=False)
     with pytest.raises(TrainingError, match=f"expected this model and {STEPS} steps"):
-        fit(model, data(), CONFIG, tmp_path, method=lapp(steps=7)(model), progress=False)
+        fit(model, toy_data(), CONFIG, tmp_path, method=lapp(steps=7)(model), progress=False)
 
 
 def test_an_unreachable_budget_says_what_can_be_reached() -> None:

@@ -7,7 +7,7 @@ Everything else is our choice, and an option.
 """
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from fnmatch import fnmatchcase
 from typing import Any, Literal
 
@@ -19,6 +19,7 @@ from secateur.errors import BudgetError, ModelError, SecateurError
 from secateur.graph import Graph, Inputs, analyze
 from secateur.methods.gates import Gates, norms_after
 from secateur.methods.oneshot import Pruned
+from secateur.methods.options import Numbers, check_options
 from secateur.methods.structured import StructuredMethod, makers, own_groups
 from secateur.surgery.bypass import add_bypass_, fold_bypass_
 
@@ -33,7 +34,7 @@ _NAMES = {
     "constraint": ("linear", "log"),
     "threshold_optimizer": ("adam", "sgd"),
 }
-_NUMBERS: dict[str, tuple[Callable[[Any], bool], str]] = {
+_NUMBERS: Numbers = {
     "prune_share": (lambda v: 0 < v <= 1, "above 0, at most 1"),
     "hold_share": (lambda v: 0 <= v < 1, "at least 0, below 1"),
     "temperature": (lambda v: v > 0, "above 0"),
@@ -129,7 +130,11 @@ class LAPP(StructuredMethod):
             "remove_every": remove_every,
             "min_share": min_share,
         }
-        _check(self._options)
+        check_options("LAPP", self._options, _NAMES, _NUMBERS)
+        if self._options["remove_every"] and self._options["bypass"] == "shared":
+            raise SecateurError(
+                "LAPP: remove_every does not go with bypass='shared', whose units leave at the end"
+            )
         if budget.units is not None:
             raise BudgetError("LAPP: the budget bounds units; expected macs, params or both")
         plain = analyze(model, inputs, freeze=freeze)
@@ -410,20 +415,3 @@ def _candidates(
     if not found:
         raise ModelError("LAPP: no prunable convolution is followed by a batch norm; use bypass='none'")
     return found
-
-
-def _check(options: Mapping[str, Any]) -> None:
-    for name, choices in _NAMES.items():
-        if options[name] not in choices:
-            raise SecateurError(f"LAPP: {name} is {options[name]!r}; expected one of {', '.join(choices)}")
-    for name, (holds, expected) in _NUMBERS.items():
-        try:
-            fits = holds(options[name])
-        except TypeError:
-            fits = False
-        if not fits:
-            raise SecateurError(f"LAPP: {name} is {options[name]!r}; expected {expected}")
-    if options["remove_every"] and options["bypass"] == "shared":
-        raise SecateurError(
-            "LAPP: remove_every does not go with bypass='shared', whose units leave at the end"
-        )

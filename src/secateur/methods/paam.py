@@ -9,7 +9,7 @@ selects filters. Formulas and settings are our choice, and options.
 """
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 import torch
@@ -21,6 +21,7 @@ from secateur.errors import SecateurError
 from secateur.graph import Inputs
 from secateur.methods.gates import Gates, last_layers, norms_after
 from secateur.methods.oneshot import Pruned
+from secateur.methods.options import Numbers, check_options
 from secateur.methods.structured import StructuredMethod, own_groups
 
 
@@ -176,7 +177,14 @@ class PAAM(StructuredMethod):
             "least": least,
             "seed": seed,
         }
-        _check(self._options)
+        check_options("PAAM", self._options, _NAMES, _NUMBERS)
+        if (
+            self._options["ramp_share"] > self._options["return_share"]
+            and self._options["regime"] == "alternate"
+        ):
+            raise SecateurError(
+                "PAAM: ramp_share is above return_share; the budget must be reached before the cut"
+            )
         if (budget is None) == (mass is None):
             raise SecateurError("PAAM: give either a budget or mass, the share of the scores to keep")
         super().__init__(model, inputs, budget=budget, steps=steps, freeze=freeze)
@@ -417,7 +425,7 @@ _NAMES = {
     "regime": ("alternate", "joint"),
     "scorer": ("attention", "additive", "dot", "linear", "free"),
 }
-_NUMBERS: dict[str, tuple[Callable[[Any], bool], str]] = {
+_NUMBERS: Numbers = {
     "hidden": (lambda v: v >= 1, "at least 1"),
     "leak": (lambda v: v > 0, "above 0"),
     "weight": (lambda v: v >= 0, "at least 0"),
@@ -429,20 +437,3 @@ _NUMBERS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "mass": (lambda v: v is None or 0 < v < 1, "None or above 0 and below 1"),
     "least": (lambda v: v >= 1, "at least 1"),
 }
-
-
-def _check(options: Mapping[str, Any]) -> None:
-    for name, choices in _NAMES.items():
-        if options[name] not in choices:
-            raise SecateurError(f"PAAM: {name} is {options[name]!r}; expected one of {', '.join(choices)}")
-    for name, (holds, expected) in _NUMBERS.items():
-        try:
-            fits = holds(options[name])
-        except TypeError:
-            fits = False
-        if not fits:
-            raise SecateurError(f"PAAM: {name} is {options[name]!r}; expected {expected}")
-    if options["ramp_share"] > options["return_share"] and options["regime"] == "alternate":
-        raise SecateurError(
-            "PAAM: ramp_share is above return_share; the budget must be reached before the cut"
-        )
