@@ -178,6 +178,18 @@ class GateDecorator(RemovalMethod):
             self.drop()
             self.melt()
 
+    def remove(self, masks: Sequence[Tensor]) -> None:
+        """Cut with ordinary norms in place, which the graph was made with: the tensors are the same."""
+        models = (self.model, *self.followers)
+        gated = [m for model in models for m in model.modules() if type(m) is GatedBatchNorm2d]
+        for module in gated:
+            module.__class__ = nn.BatchNorm2d  # type: ignore[assignment]
+        try:
+            super().remove(masks)
+        finally:
+            for module in gated:
+                module.__class__ = GatedBatchNorm2d
+
     def melt(self) -> None:
         """Back to ordinary batch norms; their shifts start afresh in the optimizer."""
         for model in (self.model, *self.followers):
