@@ -136,7 +136,7 @@ def totals(ours: list[Row], peer: dict[str, Row]) -> list[str]:
         "## Totals",
         "",
         "| source | networks | captured | exact | share | prunable MACs, median (lowest) | s to groups, median "
-        "(largest), of the clock | of the processor | analysis memory ÷ model, median (largest) | Torch-Pruning exact |",
+        "(largest), clock | processor | analysis memory ÷ model, median (largest) | Torch-Pruning exact |",
         "|---|---|---|---|---|---|---|---|---|---|",
     ]
     by_source: dict[str, list[Row]] = defaultdict(list)
