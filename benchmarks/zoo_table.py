@@ -136,8 +136,8 @@ def totals(ours: list[Row], peer: dict[str, Row]) -> list[str]:
         "## Totals",
         "",
         "| source | networks | captured | exact | share | prunable MACs, median (lowest) | s to groups, median "
-        "(largest) | analysis memory ÷ model, median (largest) | Torch-Pruning exact |",
-        "|---|---|---|---|---|---|---|---|---|",
+        "(largest), clock | processor | analysis memory ÷ model, median (largest) | Torch-Pruning exact |",
+        "|---|---|---|---|---|---|---|---|---|---|",
     ]
     by_source: dict[str, list[Row]] = defaultdict(list)
     for row in ours:
@@ -149,10 +149,12 @@ def totals(ours: list[Row], peer: dict[str, Row]) -> list[str]:
         compared = [peer[row["model"]] for row in rows if row["model"] in peer]
         shares = [row["prunable_macs"] for row in captured] or [0.0]
         seconds = [row["groups_s"] for row in captured] or [0.0]
+        busy = [row["groups_cpu_s"] for row in captured] or [0.0]
         memory = [row["groups_mib"] / row["model_mib"] for row in captured] or [0.0]
         lines.append(
             f"| {source} | {len(rows)} | {len(captured)} | {len(good)} | {len(good) / len(rows):.1%} "
             f"| {median(shares):.1%} ({min(shares):.1%}) | {median(seconds):.2f} ({max(seconds):.1f}) "
+            f"| {median(busy):.2f} ({max(busy):.1f}) "
             f"| {median(memory):.1f} ({max(memory):.1f}) | {sum(map(passed, compared))} of {len(compared)} |"
         )
     ends = Counter(re.sub(r" in .*", "", outcome(row)) + stage(row) for row in peer.values())

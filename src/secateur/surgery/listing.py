@@ -148,7 +148,10 @@ def _list(graph: fx.GraphModule, environment: dict[fx.Node, Any], result: Listin
 
 def _list_body(node: fx.Node, body: fx.GraphModule, environment: dict[fx.Node, Any], result: Listing) -> Any:
     if str(node.target) not in BODIES or ("autocast" in str(node.target) and node.args[2]):
-        raise CutError(f"{module_of(node)}: its forward contains {node.target}, which cannot be rewritten")
+        raise CutError(
+            f"{module_of(node) or 'the model'}: its forward opens a region ({node.target}) in which no result can be "
+            f"compared; open it around the call of the model instead"
+        )
     args = _resolve(node.args, environment)
     operands = args[next(i for i, arg in enumerate(args) if arg is body) + 1 :]
     inner = dict(zip(body.graph.find_nodes(op="placeholder"), operands, strict=True))

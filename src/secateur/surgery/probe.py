@@ -11,6 +11,9 @@ from secateur.graph import Graph, named_tensors
 from secateur.graph.capture import BATCH, Inputs, as_call, with_batch
 from secateur.graph.guard import opened
 
+STATISTICS = ("running_mean", "running_var")
+"""Buffers that normalisation layers learn."""
+
 
 def probe_inputs(graph: Graph) -> Inputs:
     """The example inputs at the batch size of the captured graph."""
@@ -42,7 +45,10 @@ def randomise_(model: nn.Module, seed: int) -> nn.Module:
 
 
 def random_values(model: nn.Module, seed: int, dtype: torch.dtype | None = None) -> dict[str, Tensor]:
-    """Name -> random values for every floating-point parameter and buffer, tied ones once.
+    """Name -> values for every floating-point parameter and buffer, tied ones once.
+
+    Parameters and batch-norm statistics are random; other buffers (a table, a mask, the mean of the images) are
+    part of the method and keep theirs.
 
     Args:
         model: gives names, shapes and devices; meta tensors get values on the CPU.
@@ -51,8 +57,12 @@ def random_values(model: nn.Module, seed: int, dtype: torch.dtype | None = None)
     """
     generator = torch.Generator().manual_seed(seed)
     values = {}
+    constants = {name for name, _ in model.named_buffers() if not name.endswith(STATISTICS)}
     for name, t in [*model.named_parameters(), *model.named_buffers()]:
         if not t.is_floating_point():
+            continue
+        if name in constants and not t.is_meta:
+            values[name] = t.to(dtype or t.dtype)
             continue
         noise = torch.randn(t.shape, generator=generator, dtype=torch.float64)
         if t.ndim > 1:

@@ -8,6 +8,7 @@ from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from secateur.graph.capture import BATCH
 from secateur.graph.labels import Atoms, Contraction, Labels, Statistic, Value, first, support
 
 
@@ -114,11 +115,20 @@ def apply(site: Site) -> Result:
     """The labelled outputs of an operator."""
     result = RULES.get(site.op, without_rule)(site)
     operands = site.operands
-    data = any(value.data for value in operands)
+    data = any(value.data for value in operands) or repeats_per_image(site)
     weight = not data and any(v.weight or v.tensor in site.labels.parameters for v in operands)
     if isinstance(result, Value):
         return replace(result, weight=weight, data=data)
     return tuple(replace(value, weight=weight, data=data) for value in result)
+
+
+def repeats_per_image(site: Site) -> bool:
+    """Whether an operator repeats one tensor for every image of the traced batch."""
+    if site.op.removeprefix("aten.") not in ("expand", "expand_as", "broadcast_to", "repeat"):
+        return False
+    shape = site.operands[0].shape
+    lead = (1,) * (len(site.shape) - len(shape)) + tuple(shape)
+    return bool(lead) and lead[0] == 1 and site.shape[0] == BATCH
 
 
 def flatten(items: Sequence[Any]) -> list[Any]:

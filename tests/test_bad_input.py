@@ -1,0 +1,372 @@
+"""Models and inputs at the edge: each works, or is refused by a message that names the module and the way out.
+
+Whatever happens, the user's model is as it was: tensors, modes, hooks, gradients and attributes.
+"""
+
+import copy
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrizations, prune
+
+import secateur as sc
+from secateur.errors import BudgetError, CaptureError, CutError, ScoreError, SecateurError
+from secateur.methods import Pruned
+
+X = torch.randn(1, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+BUDGET = sc.Budget(macs=0.6)
+
+
+def network(*middle: nn.Module) -> nn.Sequential:
+    """Four convolutions; `middle` sits before the last but one."""
+    torch.manual_seed(0)
+    return nn.Sequential(
+        nn.Conv2d(3, 8, 3, padding=1),
+        nn.ReLU(),
+        nn.Conv2d(8, 8, 3, padding=1),
+        *middle,
+        nn.ReLU(),
+        nn.Conv2d(8, 8, 3, padding=1),
+        nn.ReLU(),
+        nn.Conv2d(8, 4, 1),
+    )
+
+
+def state(model: nn.Module) -> dict[str, object]:
+    """Everything about a model that a user could miss."""
+    hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+    return {
+        "modes": [module.training for module in model.modules()],
+        "hooks": [[list(getattr(module, name)) for name in hooks] for module in model.modules()],
+        "attributes": [sorted(vars(module)) for module in model.modules()],
+        "numbers": [
+            {k: v for k, v in vars(module).items() if isinstance(v, int | float | str)}
+            for module in model.modules()
+        ],
+        "requires_grad": [p.requires_grad for p in model.parameters()],
+        "identity": [id(t) for t in (*model.parameters(), *model.buffers())],
+    }
+
+
+@contextmanager
+def unchanged(model: nn.Module) -> Iterator[None]:
+    before, tensors = state(model), copy.deepcopy(model.state_dict())
+    grads = [p.grad for p in model.parameters()]
+    try:
+        yield
+    finally:
+        assert state(model) == before
+        assert [p.grad for p in model.parameters()] == grads
+        after = model.state_dict()
+        assert list(after) == list(tensors)
+        for name, tensor in tensors.items():
+            assert tensor.is_meta or torch.equal(tensor, after[name]), name
+
+
+def pruned(model: nn.Module, inputs: object = X) -> Pruned:
+    """Prune, with the model watched; the result has been verified."""
+    with unchanged(model):
+        result = sc.prune(model, inputs, budget=BUDGET)
+    assert result.verification.ok
+    assert result.macs[1] <= 0.6 * result.macs[0]
+    return result
+
+
+def refused(model: nn.Module, error: type[SecateurError], match: str, inputs: object = X) -> None:
+    with unchanged(model), pytest.raises(error, match=match):
+        sc.prune(model, inputs, budget=BUDGET)
+
+
+# --- control flow that depends on the data -----------------------------------------------------------------
+
+
+class Branch(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x.relu() if x.sum() > 0 else x
+
+
+class Repeat(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        for _ in range(int(x.mean().abs()) + 1):
+            x = x.relu()
+        return x
+
+
+class ToNumpy(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.from_numpy(x.detach().numpy())
+
+
+@pytest.mark.parametrize("kind", [Branch, Repeat, ToNumpy])
+def test_control_flow_on_data_names_the_module(
+    kind: type[nn.Module], capfd: pytest.CaptureFixture[str]
+) -> None:
+    refused(network(kind()), CaptureError, rf"^3 \({kind.__name__}\): .* cannot be captured: .* torch.where")
+    assert capfd.readouterr() == ("", "")
+
+
+def test_noise_in_evaluation_mode_is_named() -> None:
+    class Noise(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x + torch.randn_like(x)
+
+    refused(network(Noise()), CaptureError, r"^3: its forward is random in evaluation mode \(aten.randn_like")
+
+
+# --- inputs and outputs ------------------------------------------------------------------------------------
+
+
+class Fusion(nn.Module):
+    """Two images and a number in, a nest of containers out."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.body = nn.Conv2d(3, 8, 1), nn.Conv2d(1, 8, 1), network()[2:]
+
+    def forward(self, image: Tensor, depth: Tensor, scale: float = 1.0) -> object:
+        y = self.body(self.a(image) + scale * self.b(depth))
+        return {"logits": [y, None], "count": 3, "name": "fusion"}
+
+
+@pytest.mark.parametrize("form", [tuple, list, dict])
+def test_several_inputs_and_nested_outputs(form: type) -> None:
+    depth = torch.randn(1, 1, 8, 8)
+    inputs = {"depth": depth, "image": X, "scale": 0.5} if form is dict else form([X, depth, 0.5])
+    result = pruned(Fusion().eval(), inputs)
+    assert result.model.a.out_channels == result.model.b.out_channels < 8
+
+
+def test_a_missing_input_is_named() -> None:
+    refused(
+        Fusion(), CaptureError, "Fusion: does not run on .*missing 1 required positional argument: 'depth'"
+    )
+
+
+@dataclass
+class Answer:
+    logits: Tensor
+    auxiliary: Tensor | None = None
+
+
+class Answering(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = network()
+
+    def forward(self, x: Tensor) -> Answer:
+        return Answer(self.body(x))
+
+
+def test_a_dataclass_output_keeps_its_class() -> None:
+    result = pruned(Answering())
+    answer = result.model(X)
+    assert isinstance(answer, Answer)
+    assert answer.logits.shape == (1, 4, 8, 8)
+
+
+def test_an_output_without_visible_tensors_is_refused() -> None:
+    class Box:
+        def __init__(self, content: Tensor) -> None:
+            self.content = content
+
+    class Boxing(Answering):
+        def forward(self, x: Tensor) -> Box:
+            return Box(self.body(x))
+
+    refused(
+        Boxing(), CaptureError, "returns an object of class Box, .* dicts or dataclasses, or wrap the model"
+    )
+
+
+# --- weights that are not plain parameters -----------------------------------------------------------------
+
+
+WRAPPED: dict[str, Callable[[nn.Module], nn.Module]] = {
+    "weight norm": parametrizations.weight_norm,
+    "spectral norm": parametrizations.spectral_norm,
+    "orthogonal": parametrizations.orthogonal,
+}
+
+
+@pytest.mark.parametrize("how", WRAPPED)
+def test_parametrised_layers_stay_or_shrink_right(how: str) -> None:
+    model = network()
+    WRAPPED[how](model[4])
+    result = pruned(model.eval())
+    assert result.model[0].out_channels < 8
+
+
+def test_tied_weights_stay_tied() -> None:
+    model = network()
+    model[4].weight = model[2].weight
+    result = pruned(model)
+    assert result.model[4].weight is result.model[2].weight
+    assert result.model[2].weight.shape == (result.model[2].out_channels, result.model[2].in_channels, 3, 3)
+
+
+def test_a_weight_computed_by_a_hook_is_named() -> None:
+    model = network()
+    prune.l1_unstructured(model[2], "weight", amount=0.5)
+    refused(model, ScoreError, r"group '2': .* computed from other tensors.*torch.nn.utils.prune.remove")
+
+
+def test_a_mask_made_permanent_is_just_a_weight() -> None:
+    model = network()
+    prune.l1_unstructured(model[2], "weight", amount=0.5)
+    prune.remove(model[2], "weight")
+    pruned(model)
+
+
+# --- state of the model ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_the_mode_is_kept_and_makes_no_difference(training: bool) -> None:
+    model = network(nn.BatchNorm2d(8), nn.Dropout(0.5)).train(training)
+    model[0].eval()
+    result = pruned(model)
+    assert [m.training for m in result.model.modules()] == [m.training for m in model.modules()]
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16], ids=str)
+def test_other_precisions(dtype: torch.dtype) -> None:
+    result = pruned(network(nn.BatchNorm2d(8)).to(dtype), X.to(dtype))
+    assert {p.dtype for p in result.model.parameters()} == {dtype}
+
+
+def test_inputs_of_another_dtype_are_named() -> None:
+    refused(
+        network().double(), CaptureError, r"0 \(Conv2d\): does not run on .*\(1, 3, 8, 8\) float32 on cpu"
+    )
+
+
+def test_hooks_run_in_the_cut_model_and_leave_nothing_behind() -> None:
+    model, seen = network(), []
+    model[0].register_forward_hook(lambda module, args, output: output * 2)
+    model[2].register_forward_pre_hook(lambda module, args: setattr(module, "last", args[0].detach()))
+    handle = model[4].register_full_backward_hook(lambda *args: seen.append(1))
+    result = pruned(model)
+    assert not hasattr(model[2], "last")
+    result.model(X).sum().backward()
+    assert result.model[2].last.shape[1] == result.model[0].out_channels
+    assert seen
+    handle.remove()
+
+
+def test_a_forward_that_counts_its_calls_is_not_counted_up() -> None:
+    class Counting(Answering):
+        def __init__(self) -> None:
+            super().__init__()
+            self.calls = 0
+            self.register_buffer("steps", torch.zeros((), dtype=torch.long))
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.calls += 1
+            self.steps += 1
+            return self.body(x)
+
+    pruned(Counting())
+    refused(Counting(), CaptureError, "does not run on", torch.randn(1, 5, 8, 8))
+
+
+def test_a_cache_filled_by_forward_stays_empty() -> None:
+    class Caching(Answering):
+        def __init__(self) -> None:
+            super().__init__()
+            self.by_size: dict[int, Tensor] = {}
+            self.seen: list[Tensor] = []
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.seen.append(x)
+            y = self.body[0](x)
+            if len(x) not in self.by_size:
+                self.by_size[len(x)] = y * 2
+            return self.body[1:](y)
+
+    model = Caching()
+    sc.analyze(model, X)
+    assert not model.seen
+    assert not model.by_size
+
+
+def test_frozen_parameters_are_cut_and_stay_frozen() -> None:
+    model = network().requires_grad_(False)
+    model[4].requires_grad_(True)
+    result = pruned(model)
+    assert [p.requires_grad for p in result.model.parameters()] == [
+        p.requires_grad for p in model.parameters()
+    ]
+
+
+def test_gradients_are_cut_along_and_the_original_keeps_its_own() -> None:
+    model = network()
+    model(X).sum().backward()
+    result = pruned(model)
+    assert all(p.grad is None or p.grad.shape == p.shape for p in result.model.parameters())
+
+
+def test_a_forward_without_gradients_can_be_pruned() -> None:
+    class Inference(Answering):
+        @torch.no_grad()
+        def forward(self, x: Tensor) -> Tensor:
+            return self.body(x)
+
+    pruned(Inference())
+
+
+def test_an_already_pruned_model_is_pruned_further() -> None:
+    once = pruned(network()).model
+    twice = pruned(once).model
+    assert sum(p.numel() for p in twice.parameters()) < sum(p.numel() for p in once.parameters())
+
+
+def test_a_precision_that_forward_sets_itself_is_named() -> None:
+    class Mixed(Answering):
+        def forward(self, x: Tensor) -> Tensor:
+            with torch.autocast("cpu", dtype=torch.bfloat16):
+                return self.body(x)
+
+    refused(Mixed(), CutError, r"^the model: its forward opens a region .*around the call of the model")
+
+
+# --- what is no model, or none with weights -----------------------------------------------------------------
+
+
+def inference_network() -> nn.Module:
+    with torch.inference_mode():
+        return network()
+
+
+REFUSED: dict[str, tuple[Callable[[], nn.Module], str]] = {
+    "scripted": (lambda: torch.jit.script(network()), "TorchScript; pass the module it was made from"),
+    "parallel": (lambda: nn.DataParallel(network()), "^DataParallel: is wrapped .*prune its .module"),
+    "lazy": (lambda: nn.Sequential(nn.LazyConv2d(4, 3)), "^0: weight of this LazyConv2d has no shape yet"),
+    "inference": (inference_network, r"^0: weight was made under torch.inference_mode\(\)"),
+}
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("kind", REFUSED)
+def test_models_that_cannot_be_read(kind: str) -> None:
+    make, message = REFUSED[kind]
+    with pytest.raises(CaptureError, match=message):
+        sc.prune(make(), X, budget=BUDGET)
+
+
+def test_something_that_is_no_module() -> None:
+    with pytest.raises(CaptureError, match=r"function; expected a torch.nn.Module"):
+        sc.prune(lambda x: x, X, budget=BUDGET)
+
+
+def test_a_model_without_values_is_analysed_but_not_pruned() -> None:
+    model = network().to("meta")
+    assert len(sc.analyze(model, X.to("meta")).groups) == 3
+    refused(model, ScoreError, r"^0.weight has no values \(device meta\)", X.to("meta"))
+
+
+def test_a_model_with_nothing_to_prune() -> None:
+    refused(nn.Sequential(nn.Conv2d(3, 4, 1)), BudgetError, "nothing can be pruned")
