@@ -1,0 +1,259 @@
+"""A model's forward pass as a list of steps, run with some tensors replaced, or from the middle.
+
+What happens before the first step that reads a replaced tensor is the same for every replacement, so it is
+run once; only the rest is run again, for several replacements in one batch if the graph allows it.
+"""
+
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from secateur.errors import CaptureError
+
+Tensors = Mapping[str, Tensor]
+"""Parameter or buffer name -> the tensor that takes its place."""
+
+Values = dict[fx.Node, Any]
+"""What the steps so far have computed, as far as later steps read it."""
+
+
+@dataclass(frozen=True)
+class Step:
+    """One operator of the forward pass.
+
+    Attributes:
+        node: of the captured graph.
+        tensors: names of the parameters and buffers it reads.
+        done: values that no later step reads.
+    """
+
+    node: fx.Node
+    tensors: frozenset[str]
+    done: tuple[fx.Node, ...]
+
+
+class Program:
+    """The evaluation-mode forward pass of a model with one input and one output.
+
+    Args:
+        model: its parameters and buffers are read when a step runs, not copied.
+        x: an example batch, (n, …); n is the only batch size if the graph cannot be captured for all.
+    Raises:
+        CaptureError: the graph cannot be captured, or computes something else than the model.
+
+    Attributes:
+        steps: in the order in which they run.
+        batch: the only number of images the graph takes; None: any.
+    """
+
+    def __init__(self, model: nn.Module, x: Tensor) -> None:
+        self.model = model
+        self.batch: int | None = None
+        program = self._captured(x)
+        signature = program.graph_signature
+        self._owned = {**signature.inputs_to_parameters, **signature.inputs_to_buffers}
+        constants = {**program.constants}
+        self._constants = {
+            node: constants[name] for node, name in signature.inputs_to_lifted_tensor_constants.items()
+        }
+        self._module = program.graph_module
+        self._inputs = [
+            node
+            for node in self._module.graph.nodes
+            if node.op == "placeholder" and node.name in signature.user_inputs
+        ]
+        self._output = next(node for node in self._module.graph.nodes if node.op == "output")
+        self.steps = self._listed()
+
+    def _captured(self, x: Tensor) -> torch.export.ExportedProgram:
+        modes = {module: module.training for module in self.model.modules()}
+        self.model.eval()
+        failure: Exception | None = None
+        try:
+            for dynamic in ({0: torch.export.Dim.AUTO}, None):
+                try:
+                    with warnings.catch_warnings(), torch.no_grad():
+                        warnings.simplefilter("ignore")  # the exporter warns about its own internals
+                        program = torch.export.export(
+                            self.model, (x,), dynamic_shapes=(dynamic,) if dynamic else None, strict=False
+                        )
+                        half = x[: len(x) // 2] if dynamic else x
+                        same = torch.allclose(
+                            program.module()(half), self.model(half), rtol=1e-3, atol=1e-4, equal_nan=True
+                        )
+                    if same:
+                        self.batch = None if dynamic else len(x)
+                        return program
+                    failure = CaptureError("the captured graph computes something else")
+                except Exception as error:
+                    failure = failure or error
+        finally:
+            for module, mode in modes.items():
+                module.training = mode
+        raise CaptureError(
+            f"{type(self.model).__name__}: its forward pass cannot be captured as one tensor in, one tensor out "
+            f"({str(failure).strip().splitlines()[0] if str(failure).strip() else failure!r})."
+        ) from failure
+
+    def _listed(self) -> list[Step]:
+        nodes = [n for n in self._module.graph.nodes if n.op not in ("placeholder", "output", "get_attr")]
+        kept = set(self._output.all_input_nodes)
+        last: dict[fx.Node, int] = {}
+        for number, node in enumerate(nodes):
+            for read in node.all_input_nodes:
+                last[read] = number
+        ends: dict[int, list[fx.Node]] = {}
+        for node, number in last.items():
+            if node not in kept and node.name not in self._owned and node.op != "get_attr":
+                ends.setdefault(number, []).append(node)
+        return [
+            Step(
+                node,
+                frozenset(self._owned[r.name] for r in node.all_input_nodes if r.name in self._owned),
+                tuple(ends.get(number, ())),
+            )
+            for number, node in enumerate(nodes)
+        ]
+
+    def begin(self, x: Tensor) -> Values:
+        """The values before the first step."""
+        return {self._inputs[0]: x}
+
+    def run(self, step: Step, values: Values, tensors: Tensors | None = None) -> Any:
+        """Run one step, with some tensors replaced; `values` gets its result."""
+        values[step.node] = self.compute(step, values, tensors)
+        for node in step.done:
+            values.pop(node, None)
+        return values.get(step.node)
+
+    def compute(self, step: Step, values: Values, tensors: Tensors | None = None) -> Any:
+        """The result of one step."""
+        look = self.reader(values, tensors or {})
+        args = fx.map_arg(step.node.args, look)
+        kwargs = fx.map_arg(step.node.kwargs, look)
+        return step.node.target(*args, **kwargs)  # type: ignore[operator]
+
+    def reader(self, values: Values, tensors: Tensors) -> Callable[[fx.Node], Any]:
+        """How a step finds what it reads."""
+
+        def look(node: fx.Node) -> Any:
+            if node in values:
+                return values[node]
+            if node.name in self._owned:
+                name = self._owned[node.name]
+                return tensors[name] if name in tensors else self.tensor(name)
+            if node.name in self._constants:
+                return self._constants[node.name]
+            return getattr(self._module, str(node.target))  # the body of a higher-order operator
+
+        return look
+
+    def owner(self, node: object) -> str | None:
+        """The parameter or buffer that a node of the graph stands for, if it does."""
+        return self._owned.get(node.name) if isinstance(node, fx.Node) else None
+
+    def tensor(self, name: str) -> Tensor:
+        """A parameter or buffer of the model."""
+        owner, _, own = name.rpartition(".")
+        return getattr(self.model.get_submodule(owner), own)  # type: ignore[no-any-return]
+
+    def result(self, values: Values) -> Tensor:
+        """The output, after the last step."""
+        found = [values[node] for node in self._output.all_input_nodes]
+        return found[0]  # type: ignore[no-any-return]
+
+    def __call__(self, x: Tensor, tensors: Tensors | None = None) -> Tensor:
+        """The model's output with some tensors replaced: (n, …) -> (n, …)."""
+        values = self.begin(x)
+        for step in self.steps:
+            self.run(step, values, tensors)
+        return self.result(values)
+
+    def variants(
+        self,
+        x: Tensor,
+        candidates: Sequence[Sequence[Tensors]],
+        base: Tensors | None = None,
+        *,
+        batched: int = 1,
+    ) -> Iterator[tuple[int, int, Tensor]]:
+        """The outputs with each candidate's tensors replaced in turn, running only what each one changes.
+
+        Args:
+            x: (n, …).
+            candidates: sets of variants; all variants of a set replace tensors of the same names.
+            base: tensors that are replaced in all of them.
+            batched: variants of a set that share one pass.
+        Returns:
+            an iterator of (set, variant, output), set by set in the order in which they enter the pass.
+        """
+        base = base or {}
+        entering: dict[int, list[int]] = {}
+        for number, candidate in enumerate(candidates):
+            names = set(candidate[0]) if len(candidate) else set()
+            first = next((i for i, step in enumerate(self.steps) if step.tensors & names), None)
+            if first is not None:
+                entering.setdefault(first, []).append(number)
+        batched = batched if self.batch is None else 1
+        values = self.begin(x)
+        for position, step in enumerate(self.steps):
+            for number in entering.get(position, ()):
+                some = candidates[number]
+                for start in range(0, len(some), batched):
+                    chunk = [{**base, **some[i]} for i in range(start, min(start + batched, len(some)))]
+                    outputs = self._suffix(position, values, chunk, len(x))
+                    for offset, output in enumerate(outputs):
+                        yield number, start + offset, output
+            self.run(step, values, base)
+
+    def _suffix(
+        self, position: int, values: Values, variants: Sequence[Tensors], images: int
+    ) -> Sequence[Tensor]:
+        """The outputs of several variants from one step to the end, all in one batch."""
+        count, changed = len(variants), {name for variant in variants for name in variant}
+        if count == 1:
+            own = dict(values)
+            for step in self.steps[position:]:
+                self.run(step, own, variants[0])
+            return [self.result(own)]
+        shared = dict(values)  # values of the prefix, one for all variants
+        stacked: Values = {}  # values of the suffix, variant by variant along the batch
+        for step in self.steps[position:]:
+            reads = [node for node in step.node.all_input_nodes if node in shared or node in stacked]
+            if step.tensors & changed:
+                parts = []
+                for number, variant in enumerate(variants):
+                    rows = slice(number * images, (number + 1) * images)
+                    seen = {
+                        node: shared[node] if node in shared else _rows(stacked[node], rows, count * images)
+                        for node in reads
+                    }
+                    parts.append(self.compute(step, seen, variant))
+                stacked[step.node] = torch.cat(parts)
+            elif any(node in stacked for node in reads):
+                for node in reads:
+                    if node in shared:
+                        stacked[node] = _repeated(shared.pop(node), count, images)
+                stacked[step.node] = self.compute(step, stacked, variants[0])
+            else:
+                shared[step.node] = self.compute(step, shared, variants[0])
+            for node in step.done:
+                shared.pop(node, None)
+                stacked.pop(node, None)
+        return list(torch.split(self.result(stacked), images))
+
+
+def _rows(value: Any, rows: slice, total: int) -> Any:
+    """One variant's part of a value of the batch."""
+    return value[rows] if isinstance(value, Tensor) and value.ndim and len(value) == total else value
+
+
+def _repeated(value: Any, count: int, images: int) -> Any:
+    """A value of the prefix once for each variant; the number of images itself becomes that of the batch."""
+    if isinstance(value, Tensor) and value.ndim and len(value) == images:
+        return value.repeat(count, *[1] * (value.ndim - 1))
+    return value * count if isinstance(value, int) and value == images else value

@@ -1,0 +1,140 @@
+"""Weights of one layer that reproduce its target with some of them gone, by least squares.
+
+With inputs x (k,) and targets t (o,) over many rows, A = cov(x, x) and B = cov(t, x), each output's weights w
+on its support S minimise
+
+    E (t - w x - b)^2 + d * |w - w0|^2    =>    w[S] = (A[S, S] + d I)^-1 (B[S] + d w0[S])
+
+so that one pair of matrices serves every mask of the layer.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+DAMPING = 1e-3
+"""d as a share of the mean of A's diagonal."""
+
+_ROWS = 16  # outputs solved at a time: k * k numbers each
+
+
+@dataclass(frozen=True)
+class Moments:
+    """What least squares needs to know of one layer, (or of one of the groups of a grouped layer).
+
+    Attributes:
+        a: (k, k), float64, second moments of the inputs, centred if the layer has an offset.
+        b: (o, k), the same of targets and inputs.
+        power: (o,), the same of targets.
+        mean_x: (k,), mean input; zero if the layer has no offset.
+        mean_t: (o,), mean target; zero likewise.
+        before: (o, k), the weights the layer came with: the solution is drawn towards them, weakly.
+    """
+
+    a: Tensor
+    b: Tensor
+    power: Tensor
+    mean_x: Tensor
+    mean_t: Tensor
+    before: Tensor
+
+    @property
+    def damping(self) -> float:
+        return DAMPING * float(self.a.diagonal().mean()) or DAMPING
+
+    def error(self, w: Tensor) -> float:
+        """Mean squared error of the outputs, summed over them, as a share of their power."""
+        w = w.double()
+        error = self.power - 2 * (w * self.b).sum(1) + ((w @ self.a) * w).sum(1)
+        return float(error.sum().clamp_min(0) / self.power.sum().clamp_min(1e-30))
+
+    def offset(self, w: Tensor) -> Tensor:
+        """The offset that gives the outputs the targets' means, (o,)."""
+        return self.mean_t - w.double() @ self.mean_x
+
+
+def solve(moments: Moments, mask: Tensor) -> Tensor:
+    """The best weights on a mask.
+
+    Args:
+        mask: (o, k), True = keep.
+    Returns:
+        (o, k), float64, exactly zero off the mask.
+    """
+    w = torch.zeros(mask.shape, dtype=torch.float64)
+    for rows, index, found, _ in _systems(moments, mask, inverse=False):
+        w[rows] = w[rows].scatter(1, index, found)
+    return w * mask
+
+
+def choose(moments: Sequence[Moments], count: int, *, steps: int = 8, mask: Tensor | None = None) -> Tensor:
+    """Which `count` weights of a layer to keep, by eliminating those that cost least once the rest is re-solved.
+
+    Removing weight j of an output and re-solving the others costs w[j]^2 / inverse(A[S, S])[j, j]. In each of
+    the steps, which shrink the layer by equal ratios, the cheapest of all outputs go together.
+
+    Args:
+        moments: of the layer, or of each of its groups.
+        mask: (o, k): only these may stay.
+    Returns:
+        (o, k) bool.
+    Source: Hassibi & Stork 1993, second-order derivatives for network pruning; per layer as in Frantar & Alistarh
+        2022, arXiv:2208.11580.
+    Differs: many weights leave at once, several rows compete, and the inverse is made anew in every step.
+    """
+    shape = sum(len(m.b) for m in moments), moments[0].b.shape[1]
+    mask = torch.ones(shape, dtype=torch.bool) if mask is None else mask
+    alive = int(mask.sum())
+    for step in range(1, steps + 1):
+        goal = max(count, round(alive * (count / alive) ** (step / steps))) if count else 0
+        if goal < int(mask.sum()):
+            price = torch.cat(
+                [prices(m, part) for m, part in zip(moments, mask.chunk(len(moments)), strict=True)]
+            )
+            mask = torch.zeros(mask.numel(), dtype=torch.bool)
+            mask[price.flatten().sort(descending=True, stable=True).indices[:goal]] = True
+            mask = mask.view(shape)
+    return mask
+
+
+def prices(moments: Moments, mask: Tensor) -> Tensor:
+    """What removing each weight alone costs once the others are re-solved, (o, k); -1 off the mask."""
+    price = torch.full(mask.shape, -1.0, dtype=torch.float64)
+    for rows, index, found, spread in _systems(moments, mask, inverse=True):
+        price[rows] = price[rows].scatter(1, index, found.square() / spread)
+    return price.masked_fill(~mask, -1.0)
+
+
+def _systems(
+    moments: Moments, mask: Tensor, *, inverse: bool
+) -> Iterator[tuple[slice, Tensor, Tensor, Tensor]]:
+    """Outputs by the batch: (rows, support, weights on it, diagonal of the inverse); supports are padded."""
+    outputs, size = mask.shape
+    counts = mask.sum(1)
+    order = mask.to(torch.uint8).sort(dim=1, descending=True, stable=True).indices
+    eye = torch.eye(size, dtype=torch.float64)
+    a = moments.a + moments.damping * eye
+    b = moments.b + moments.damping * moments.before.double()
+    if bool(mask.all()):  # one system for all outputs
+        factor = torch.linalg.cholesky(a)
+        spread = (
+            torch.cholesky_inverse(factor).diagonal() if inverse else torch.ones(size, dtype=torch.float64)
+        )
+        yield slice(0, outputs), order, torch.cholesky_solve(b.T, factor).T, spread.expand(outputs, size)
+        return
+    for start in range(0, outputs, _ROWS):
+        rows = slice(start, start + _ROWS)
+        longest = int(counts[rows].max())
+        if not longest:
+            continue
+        index = order[rows, :longest]
+        real = (torch.arange(longest) < counts[rows, None]).double()
+        system = a[index[:, :, None], index[:, None, :]] * real[:, :, None] * real[:, None, :]
+        factor = torch.linalg.cholesky(system + torch.diag_embed(1 - real))
+        found = torch.cholesky_solve((b[rows].gather(1, index) * real)[:, :, None], factor)[:, :, 0] * real
+        spread = (
+            torch.cholesky_inverse(factor).diagonal(dim1=1, dim2=2) if inverse else torch.ones_like(found)
+        )
+        yield rows, index, found, spread
