@@ -10,8 +10,9 @@ from secateur.cost import Budget
 from secateur.errors import SecateurError, unknown
 from secateur.graph import Inputs
 from secateur.methods.oneshot import Pruned, oneshot
+from secateur.methods.precrop import preconfig, precrop
 
-__all__ = ["METHODS", "Method", "Pruned", "oneshot", "prune"]
+__all__ = ["METHODS", "Method", "Pruned", "oneshot", "preconfig", "precrop", "prune"]
 
 
 @dataclass(frozen=True)
@@ -29,6 +30,8 @@ class Method:
 
 METHODS = {
     "oneshot": Method(oneshot, "score every unit of the trained model once, remove the lowest"),
+    "precrop": Method(precrop, "choose narrower widths before training, and draw fresh weights"),
+    "preconfig": Method(preconfig, "choose other proportions before training; some layers grow"),
 }
 
 

@@ -49,7 +49,7 @@ def cut_(model: nn.Module, graph: Graph, plan: Plan, *, optimizer: Optimizer | N
             select_states(edit, optimizer, tensor, dims)
     edit.apply()
     try:
-        _run(model, graph)
+        run_once(model, graph)
     except Exception as error:
         edit.undo()
         raise CutError(
@@ -112,7 +112,8 @@ def tensor_cuts(
     return [(tensors[name], dims) for name, dims in cuts.items()]
 
 
-def _run(model: nn.Module, graph: Graph) -> None:
+def run_once(model: nn.Module, graph: Graph) -> None:
+    """Run the model on the example inputs in evaluation mode; modes stay as they were."""
     args, kwargs = as_call(graph.inputs)
     modes = {module: module.training for module in model.modules()}
     try:
