@@ -12,7 +12,11 @@ from secateur.graph import Graph
 from secateur.methods.initial import INITIAL_SCORES, prune_initial, random_filters, random_weights
 from secateur.methods.precrop import DENSITIES, design, preconfig, precrop
 from secateur.recipes.models import build_model
+from secateur.recipes.models.densenet import CifarDenseNet
+from secateur.recipes.models.mobilenet import CifarMobileNetV2
 from secateur.recipes.models.resnet import CifarResNet
+from secateur.recipes.models.shufflenet import CifarShuffleNetV2
+from secateur.recipes.models.vgg import CifarVGG16
 from tests.oracles import counted_macs, counted_params
 
 X = torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(0))
@@ -60,6 +64,73 @@ def test_the_narrow_network_is_what_the_design_says(resnet8: nn.Module, streams:
     assert all(
         torch.equal(p, q) for p, q in zip(pruned.model.parameters(), again.model.parameters(), strict=True)
     )
+
+
+FAMILIES = {
+    "resnet": lambda: CifarResNet(1, "B"),
+    "mobilenet": lambda: CifarMobileNetV2(width=0.25),
+    "densenet": lambda: CifarDenseNet(4, (2, 2, 2)),
+    "shufflenet": lambda: CifarShuffleNetV2((8, 16, 32), last=64),
+    "vgg": lambda: CifarVGG16(widths=(8, 8, 12, 12, 16, 16, 16, 24, 24, 24, 24, 24, 24)),
+    "grouped": lambda: nn.Sequential(
+        nn.Conv2d(3, 16, 3, padding=1),
+        Block(nn.Conv2d(16, 12, 1), nn.Conv2d(12, 24, 3, padding=1, groups=3), nn.Conv2d(24, 16, 1)),
+        nn.Conv2d(16, 128, 3, stride=8),
+        nn.Conv2d(128, 16, 1),
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+        nn.Linear(16, 10),
+    ),
+}
+
+
+class Block(nn.Module):
+    def __init__(self, *body: nn.Module) -> None:
+        super().__init__()
+        self.body = nn.Sequential(*body)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x + self.body(x)
+
+
+@pytest.mark.parametrize("method", ["precrop", "preconfig"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_kind_of_block_changes_its_widths(family: str, method: str) -> None:
+    torch.manual_seed(0)
+    model, x = (
+        FAMILIES[family](),
+        torch.randn(2, 3, 32 if family == "vgg" else 16, 32 if family == "vgg" else 16),
+    )
+    pruned = prune(model, x, budget=Budget(params=0.6), method=method)
+    assert pruned.verification.ok
+    assert counted_macs(pruned.model, x) == pruned.macs[1]
+    assert counted_params(pruned.model) == pruned.params[1]
+    assert 0.5 < pruned.params[1] / pruned.params[0] <= 0.6
+    assert pruned.macs[1] <= pruned.macs[0]
+    if method == "preconfig":
+        widths = pruned.plan.origin["widths"]
+        units = {group.name: group.units for group in analyze(model, x).groups}
+        assert any(widths[name] > units[name] for name in units)
+    loss = pruned.model.train()(x).square().mean()
+    loss.backward()
+    assert all(torch.isfinite(p.grad).all() for p in pruned.model.parameters() if p.grad is not None)
+
+
+def test_the_gates_of_squeeze_excitation_are_no_residual_stream() -> None:
+    vision = pytest.importorskip("torchvision")
+    model, x = vision.models.regnet_y_400mf(), torch.randn(1, 3, 64, 64)  # no stage at 1 × 1
+    found = design(model, x, {"macs": Cost(g := analyze(model, x)).macs() // 2}, graph=g)
+    widths = dict(zip((group.name for group in g.groups), found.widths, strict=True))
+    units = {group.name: group.units for group in g.groups}
+    for name, count in units.items():
+        share = widths[name] / count
+        if name.endswith("se.fc1"):  # follows the hidden width, up to rounding
+            hidden = widths.get(name[: -len("se.fc1")] + "b.0", widths[name[: -len("se.fc1")] + "a.0"])
+            whole = units.get(name[: -len("se.fc1")] + "b.0", units[name[: -len("se.fc1")] + "a.0"])
+            assert abs(share - hidden / whole) < 2 / count + 2 / whole
+        elif name.startswith("stem") or name.endswith("proj.0"):
+            assert share == 1
+    assert any(widths[name] < count for name, count in units.items() if name.endswith("f.a.0"))
 
 
 def test_a_shared_share_of_a_residual_network_is_the_plain_narrow_one() -> None:

@@ -302,19 +302,15 @@ def land(
     least = np.array([level[0] for level in levels], dtype=float)
     most = np.array([level[-1] for level in levels], dtype=float)
 
-    def soft(measure: str, kept: Vector) -> float:
-        if extra and measure in extra:
-            return extra[measure][0](kept)
-        return cost.soft(measure, torch.as_tensor(kept)).item()
-
-    bounds = {**limits, **{name: limit for name, (_, limit) in (extra or {}).items()}}
+    spent = {**{m: _spent(cost, m) for m in limits}, **{m: f for m, (f, _) in (extra or {}).items()}}
+    bounds = {**limits, **{m: limit for m, (_, limit) in (extra or {}).items()}}
 
     def over(kept: Vector) -> list[str]:
-        return [m for m, limit in bounds.items() if soft(m, kept) > limit * (1 + 1e-12)]
+        return [m for m, limit in bounds.items() if spent[m](kept) > limit * (1 + 1e-12)]
 
     if over(least):
         reach = ", ".join(
-            f"{m}: {limit:,} asked for, {soft(m, least):,.6g} to {soft(m, units):,.6g} reachable"
+            f"{m}: {limit:,} asked for, {spent[m](least):,.6g} to {spent[m](units):,.6g} reachable"
             for m, limit in bounds.items()
         )
         raise BudgetError(
@@ -333,12 +329,12 @@ def land(
         return np.array([level[i] for level, i in zip(levels, place, strict=True)], dtype=float)
 
     while bad := over(kept()):
-        before = {m: soft(m, kept()) for m in bad}
+        before = {m: spent[m](kept()) for m in bad}
         for group in sorted(range(len(place)), key=lambda g: -levels[g][place[g]] / wish[g]):
             if place[group] == 0:
                 continue
             place[group] -= 1
-            if any(soft(m, kept()) < cost_before for m, cost_before in before.items()):
+            if any(spent[m](kept()) < cost_before for m, cost_before in before.items()):
                 break
             place[group] += 1
     closed: set[int] = set()
@@ -353,6 +349,10 @@ def land(
             place[group] -= 1
             closed.add(group)
     return [int(n) for n in kept()]
+
+
+def _spent(cost: Cost, measure: str) -> Callable[[Vector], float]:
+    return lambda kept: cost.soft(measure, torch.as_tensor(kept)).item()
 
 
 def _levels(units: int, min_keep: int, round_to: int, cap: float) -> list[int]:

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from secateur.allocate.density import Densities, Layer, by_formula, costs_of, layer_table, optimal
+from secateur.allocate.density import Densities, Layer, Vector, by_formula, costs_of, layer_table, optimal
 from secateur.allocate.weights import WEIGHT_ALLOCATIONS
 from secateur.allocate.widths import Widths, fit_shares, land
 from secateur.cost import Budget, Cost
@@ -136,6 +136,9 @@ def design(
 ) -> Design:
     """Choose widths; nothing is cut.
 
+    Closed forms are solved again for a budget that one factor scales until the widths they lead to cost what is
+    allowed; of densities by scores and given ones, the factor scales the shares of the groups.
+
     Args:
         model: untrained; only read.
         inputs: example inputs.
@@ -162,22 +165,47 @@ def design(
     widths = Widths(graph, layers)
     tied = widths.streams([name for name, m in model.named_modules() if getattr(m, "groups", 1) > 1])
     keep = [] if streams == "shared" else tied
+    measures = list(limits) or ["params"]
+    weigh = sum(costs_of(layers, m) / costs_of(layers, m).sum() for m in measures if m != "units")
+    times = (
+        np.array([latency[0].get(layer.name, 0.0) for layer in layers]) if latency else np.zeros(len(layers))
+    )
+
+    def milliseconds(kept: Vector) -> float:
+        return float(times @ widths.densities(kept / widths.units))
+
+    def fitted(p: Mapping[str, float]) -> Vector:
+        shared = streams == "shared"
+        return fit_shares(widths, p, streams=tied, shared=shared, rule=rule, cap=cap, weigh=weigh)
+
     if isinstance(densities, str):
         able = [layer for layer, can in zip(layers, widths.change(keep), strict=True) if can]
         bounds = layer_bounds(able, limits, {m: cost.of(m) for m in limits})
-        targets = layer_densities(model, inputs, able, bounds, densities, cap=cap, latency=latency, **options)
+
+        def wanted(factor: float) -> Densities:
+            scaled = {m: factor * bound for m, bound in bounds.items()}
+            slower = (latency[0], factor * latency[1]) if latency else None
+            return layer_densities(model, inputs, able, scaled, densities, cap=cap, latency=slower, **options)
+
+        def fits(shares: Vector) -> bool:
+            kept = torch.as_tensor(shares * widths.units)
+            met = all(cost.soft(m, kept).item() <= limit for m, limit in limits.items())
+            return met and (latency is None or milliseconds(kept.numpy()) <= latency[1])
+
+        targets = wanted(1.0)
+        shares = fitted(targets)
+        if densities not in INITIAL_SCORES:  # formulas are quick: they are asked again, for more or less
+            low, high = -1.5, 1.5  # logarithm of the factor
+            for _ in range(14):
+                middle = (low + high) / 2
+                trial = _or_nothing(wanted, float(np.exp(middle)))
+                if trial and fits(better := fitted(trial)):
+                    low, shares = middle, better
+                else:
+                    high = middle
     else:
         targets = {name: float(p) for name, p in densities.items()}
-    measures = list(limits) or ["params"]
-    weigh = sum(costs_of(layers, m) / costs_of(layers, m).sum() for m in measures if m != "units")
-    shares = fit_shares(
-        widths, targets, streams=tied, shared=streams == "shared", rule=rule, cap=cap, weigh=weigh
-    )
-    times = np.array([latency[0].get(layer.name, 0.0) for layer in layers]) if latency else None
-
-    def milliseconds(kept: np.ndarray) -> float:
-        return 0.0 if times is None else float(times @ widths.densities(kept / widths.units))
-
+        shares = fitted(targets)
     kept = land(
         cost,
         shares,
@@ -197,6 +225,13 @@ def design(
         macs=(cost.macs(), cost.macs(kept)),
         params=(cost.params(), cost.params(kept)),
     )
+
+
+def _or_nothing(wanted: Callable[[float], Densities], factor: float) -> Densities:
+    try:
+        return wanted(factor)
+    except BudgetError:  # less than one weight per layer
+        return {}
 
 
 def precrop(
