@@ -216,6 +216,16 @@ def test_preconfig_grows_some_layers_within_both_budgets() -> None:
     assert max(preconfig(dense, X, Budget(params=0.7), cap=1.0).plan.origin["widths"].values()) <= 64
 
 
+def test_two_budgets_are_both_used() -> None:
+    model = CifarResNet(3)
+    graph = analyze(model, X)
+    cost = Cost(graph)
+    limits = {"macs": cost.macs(), "params": int(0.8 * cost.params())}
+    found = design(model, X, limits, graph=graph, cap=2.0)
+    assert 0.99 < found.macs[1] / limits["macs"] <= 1
+    assert 0.99 < found.params[1] / limits["params"] <= 1
+
+
 def test_measured_latency_is_a_budget_too(resnet8: nn.Module, graph: Graph) -> None:
     times = {"block1.conv1": 3.0, "block1.conv2": 3.0, "block3.conv1": 1.0}
     found = design(resnet8, X, {}, graph=graph, latency=(times, 4.0))

@@ -38,6 +38,10 @@ STREAMS = {
 """What happens to residual streams -> one line for lists of choices."""
 
 
+REPEATS = 12
+"""Times that a formula is asked again for other amounts; after a few the cost hardly moves."""
+
+
 @dataclass(frozen=True)
 class Design:
     """Widths of a network that is not built yet.
@@ -136,8 +140,8 @@ def design(
 ) -> Design:
     """Choose widths; nothing is cut.
 
-    Closed forms are solved again for a budget that one factor scales until the widths they lead to cost what is
-    allowed; of densities by scores and given ones, the factor scales the shares of the groups.
+    Formulas are asked again for more or less of each cost until the widths they lead to cost what is allowed; what
+    still differs, and what scores or given densities lead to, is corrected by one factor for all shares (`land`).
 
     Args:
         model: untrained; only read.
@@ -182,27 +186,31 @@ def design(
         able = [layer for layer, can in zip(layers, widths.change(keep), strict=True) if can]
         bounds = layer_bounds(able, limits, {m: cost.of(m) for m in limits})
 
-        def wanted(factor: float) -> Densities:
-            scaled = {m: factor * bound for m, bound in bounds.items()}
-            slower = (latency[0], factor * latency[1]) if latency else None
-            return layer_densities(model, inputs, able, scaled, densities, cap=cap, latency=slower, **options)
+        if latency is not None:
+            bounds["latency_ms"] = latency[1]
+        fixed = {m: limits[m] - bound for m, bound in bounds.items() if m in limits}
 
-        def fits(shares: Vector) -> bool:
-            kept = torch.as_tensor(shares * widths.units)
-            met = all(cost.soft(m, kept).item() <= limit for m, limit in limits.items())
-            return met and (latency is None or milliseconds(kept.numpy()) <= latency[1])
+        def wanted(allowed: Mapping[str, float]) -> Densities:
+            own = {m: bound for m, bound in allowed.items() if m in limits}
+            timed = (latency[0], allowed["latency_ms"]) if latency else None
+            return layer_densities(model, inputs, able, own, densities, cap=cap, latency=timed, **options)
 
-        targets = wanted(1.0)
+        def spent(measure: str, shares: Vector) -> float:
+            if measure == "latency_ms":
+                return milliseconds(shares * widths.units)
+            return cost.soft(measure, torch.as_tensor(shares * widths.units)).item() - fixed[measure]
+
+        targets = wanted(bounds)
         shares = fitted(targets)
-        if densities not in INITIAL_SCORES:  # formulas are quick: they are asked again, for more or less
-            low, high = -1.5, 1.5  # logarithm of the factor
-            for _ in range(14):
-                middle = (low + high) / 2
-                trial = _or_nothing(wanted, float(np.exp(middle)))
-                if trial and fits(better := fitted(trial)):
-                    low, shares = middle, better
-                else:
-                    high = middle
+        allowed = dict(bounds)
+        for _ in range(REPEATS if densities not in INITIAL_SCORES else 0):
+            for m, bound in bounds.items():
+                factor = bound / max(spent(m, shares), 0.1 * bound)
+                allowed[m] = min(max(factor * allowed[m], 0.1 * bound), 10 * bound)
+            try:
+                shares = fitted(wanted(allowed))
+            except BudgetError:  # less than one weight per layer
+                break
     else:
         targets = {name: float(p) for name, p in densities.items()}
         shares = fitted(targets)
@@ -225,13 +233,6 @@ def design(
         macs=(cost.macs(), cost.macs(kept)),
         params=(cost.params(), cost.params(kept)),
     )
-
-
-def _or_nothing(wanted: Callable[[float], Densities], factor: float) -> Densities:
-    try:
-        return wanted(factor)
-    except BudgetError:  # less than one weight per layer
-        return {}
 
 
 def precrop(
