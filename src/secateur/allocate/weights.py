@@ -103,6 +103,33 @@ def erk(weights: Mapping[str, Tensor], total: int) -> dict[str, float]:
         whole |= full
 
 
+def smart_ratio(weights: Mapping[str, Tensor], total: int) -> dict[str, float]:
+    """Keep less of later layers, by a formula of their place alone; three tenths of a last linear layer.
+
+        density of layer l  ~  (L - l + 1)^2 + (L - l + 1),   l from the input, 1 … L
+
+    Source: Su et al. 2020, arXiv:2009.11094, sec. 4 (smart ratios), and the code released with it.
+    Differs: what would fill a layer beyond its size goes to the layers behind it, and where those are full to
+    the first ones; VGG gets no further division by l^2.
+    """
+    names = list(weights)
+    sizes = {name: float(w.numel()) for name, w in weights.items()}
+    last = names[-1]
+    fixed = 0.3 * sizes[last] if weights[last].ndim == 2 and 0.6 * sizes[last] < total else 0.0
+    rest = names[:-1] if fixed and len(names) > 1 else names
+    places = {name: len(rest) - number for number, name in enumerate(rest)}
+    ask = {name: (place**2 + place) * sizes[name] for name, place in places.items()}
+    scale = (total - (fixed if rest != names else 0.0)) / sum(ask.values())
+    shares = {name: scale * ask[name] for name in rest}
+    over = 0.0
+    for name in [*rest, *rest]:
+        shares[name], over = (
+            min(sizes[name], shares[name] + over),
+            max(0.0, shares[name] + over - sizes[name]),
+        )
+    return shares if rest == names else {**shares, last: min(sizes[last], fixed + over)}
+
+
 def _ranked(scores: Mapping[str, Tensor], total: int) -> dict[str, float]:
     """How many of the `total` highest scores are in each layer; of equals, the first."""
     order = torch.cat([s.double().cpu() for s in scores.values()]).sort(descending=True, stable=True).indices
@@ -117,6 +144,7 @@ WEIGHT_ALLOCATIONS: dict[str, WeightAllocation] = {
     "erk": WeightAllocation(erk, "in proportion to the sum of a layer's dims (Erdős–Rényi kernel)"),
     "global": WeightAllocation(global_magnitude, "rank the weights of all layers together by magnitude"),
     "lamp": WeightAllocation(lamp, "rank them by magnitude relative to the layer's larger weights"),
+    "smart-ratio": WeightAllocation(smart_ratio, "less of later layers, by a formula of their place alone"),
     "uniform": WeightAllocation(uniform, "keep the same share of every layer"),
     "uniform+": WeightAllocation(uniform_plus, "uniform, but the first layer whole and a fifth of the last"),
 }

@@ -59,6 +59,12 @@ class Cost:
         """Parameters for real-valued unit counts, (groups,); a float64 scalar with a gradient."""
         return self._params(kept)
 
+    def soft(self, measure: str, kept: Tensor) -> Tensor:
+        """One of the measures by name for real-valued unit counts, (groups,)."""
+        if measure == "units":
+            return kept.sum()
+        return self.soft_macs(kept) if measure == "macs" else self.soft_params(kept)
+
     def layers(self, kept: Kept | None = None) -> dict[str, int]:
         """Multiply-adds per layer for one image; calls of the same layer add up."""
         values = self._macs.each(self._counts(kept)).tolist()

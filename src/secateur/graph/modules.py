@@ -114,3 +114,42 @@ def _attention(
         "num_heads": heads,
         "head_dim": width // heads,
     }
+
+
+def resized(module: nn.Module, sizes: Mapping[tuple[str, int], int], new_groups: int = 0) -> dict[str, int]:
+    """New values of the attributes of a stock layer whose tensors grow.
+
+    Args:
+        module: a layer with its tensors still as they were.
+        sizes: (own tensor name, dim) -> new size, for dims that grow only.
+        new_groups: groups that a grouped convolution gains.
+    Returns:
+        attribute name -> new value.
+    Raises:
+        CutError: not a stock layer: what its attributes must become is unknown.
+    """
+
+    def width(name: str, dim: int) -> int:
+        return sizes.get((name, dim), getattr(module, name).shape[dim])
+
+    if isinstance(module, _ConvTransposeNd) and module.groups == 1:
+        return {"in_channels": width("weight", 0), "out_channels": width("weight", 1)}
+    if isinstance(module, _ConvNd) and not isinstance(module, _ConvTransposeNd):
+        groups = module.groups + new_groups
+        return {
+            "out_channels": width("weight", 0),
+            "in_channels": width("weight", 1) * groups,
+            "groups": groups,
+        }
+    if isinstance(module, nn.Linear):
+        return {"out_features": width("weight", 0), "in_features": width("weight", 1)}
+    if isinstance(module, _NormBase):
+        for name in ("weight", "running_mean"):
+            if isinstance(getattr(module, name, None), Tensor):
+                return {"num_features": width(name, 0)}
+    if isinstance(module, nn.PReLU):
+        return {"num_parameters": width("weight", 0)}
+    raise CutError(
+        f"{type(module).__name__} cannot be widened: only stock convolutions, linear layers, batch norms and PReLU "
+        f"can. Freeze it, or allow no growth (cap=1)."
+    )

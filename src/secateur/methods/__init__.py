@@ -17,6 +17,7 @@ from secateur.methods.lapp import LAPP
 from secateur.methods.oneshot import Pruned, oneshot
 from secateur.methods.oto import HESSO, OTO
 from secateur.methods.paam import PAAM
+from secateur.methods.precrop import preconfig, precrop
 from secateur.methods.rd_channels import rd
 from secateur.methods.removal import Decay, Rectify
 from secateur.methods.structured import StructuredMethod
@@ -38,6 +39,8 @@ __all__ = [
     "StructuredMethod",
     "TrainingMethod",
     "oneshot",
+    "preconfig",
+    "precrop",
     "prune",
     "rd",
 ]
@@ -48,22 +51,33 @@ class Method:
     """An entry of the table.
 
     Attributes:
-        run: after training: (model, inputs, budget, **options) -> Pruned. During training: a `StructuredMethod`,
-            made with (model, inputs, budget=…, steps=…, **options).
+        run: before and after training: (model, inputs, budget, **options) -> Pruned. During training: a
+            `StructuredMethod`, made with (model, inputs, budget=…, steps=…, **options).
         summary: one line for lists of choices.
-        when: whether it prunes a trained model, or one that is being trained.
+        when: whether it prunes a trained model, one that is being trained, or one that is yet to be.
     """
 
     run: Callable[..., Any]
     summary: str
-    when: Literal["after", "during"] = "after"
+    when: Literal["before", "during", "after"] = "after"
 
     @property
     def options(self) -> Mapping[str, Any]:
         """What may be set, by name, with the defaults; budgets, steps and frozen modules aside."""
-        given = ("model", "inputs", "budget", "steps", "freeze", "data", "loss", "curves", "tick")
+        given = (
+            "model",
+            "inputs",
+            "budget",
+            "steps",
+            "freeze",
+            "data",
+            "loss",
+            "curves",
+            "tick",
+            "initialise",
+        )
         parameters = inspect.signature(self.run).parameters
-        return {name: p.default for name, p in parameters.items() if name not in given}
+        return {n: p.default for n, p in parameters.items() if n not in given and p.kind is not p.VAR_KEYWORD}
 
     def check(self, name: str, options: Mapping[str, Any]) -> None:
         """Raise SecateurError for an option that the method does not have."""
@@ -75,6 +89,8 @@ class Method:
 METHODS = {
     "oneshot": Method(oneshot, "score every unit of the trained model once, remove the lowest"),
     "rd": Method(rd, "choose widths by measured distortion curves, and make up for what is cut"),
+    "precrop": Method(precrop, "choose narrower widths before training, and draw fresh weights", "before"),
+    "preconfig": Method(preconfig, "choose other proportions before training; some layers grow", "before"),
     "lapp": Method(
         LAPP, "learn a threshold per layer under a cost constraint, with a light bypass", "during"
     ),

@@ -6,11 +6,10 @@ from typing import Any, Self
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
 
 from secateur.errors import ModelError
 from secateur.graph import Graph, Inputs
-from secateur.graph.capture import as_call
+from secateur.surgery.probe import run_once
 
 _NORMS = (nn.modules.batchnorm._BatchNorm,)
 
@@ -37,25 +36,11 @@ def norms_after(model: nn.Module, inputs: Inputs) -> dict[str, str]:
         if not any(True for _ in module.children()):
             note(name, module)
     try:
-        run(model, inputs)
+        run_once(model, inputs)
     finally:
         for handle in handles:
             handle.remove()
     return found
-
-
-def run(model: nn.Module, inputs: Inputs) -> Any:
-    """One evaluation-mode forward pass that leaves modes and random numbers as they were."""
-    device = next((t.device for t in model.state_dict().values()), torch.device("cpu"))
-    args, kwargs = pytree.tree_map(lambda x: x.to(device) if isinstance(x, Tensor) else x, as_call(inputs))
-    modes = {module: module.training for module in model.modules()}
-    try:
-        model.eval()
-        with torch.no_grad(), torch.random.fork_rng(devices=[]):
-            return model(*args, **kwargs)
-    finally:
-        for module, mode in modes.items():
-            module.training = mode
 
 
 class Gate:

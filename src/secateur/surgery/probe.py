@@ -97,3 +97,17 @@ def difference(reference: Sequence[Tensor], result: Sequence[Tensor]) -> tuple[f
     error = max(((a - b).abs().max().item() for a, b in pairs if a.numel()), default=0.0)
     scale = max((a.abs().max().item() for a in reference if a.numel()), default=0.0)
     return error, error / scale if scale else error
+
+
+def run_once(model: nn.Module, inputs: Inputs) -> Any:
+    """One evaluation-mode forward pass that leaves modes and random numbers as they were."""
+    device = next((t.device for t in model.state_dict().values()), torch.device("cpu"))
+    args, kwargs = pytree.tree_map(lambda x: x.to(device) if isinstance(x, Tensor) else x, as_call(inputs))
+    modes = {module: module.training for module in model.modules()}
+    try:
+        model.eval()
+        with torch.no_grad(), torch.random.fork_rng(devices=[]):
+            return model(*args, **kwargs)
+    finally:
+        for module, mode in modes.items():
+            module.training = mode

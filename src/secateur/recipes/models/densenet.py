@@ -71,6 +71,9 @@ class CifarDenseNet(nn.Module):
         self.bn = nn.BatchNorm2d(width)
         self.relu = nn.ReLU()
         self.fc = nn.Linear(width, classes)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
         initialise_(self)
 
     def forward(self, x: Tensor) -> Tensor:

@@ -63,6 +63,9 @@ class CifarMobileNetV2(nn.Module):
         layers.append(_conv_bn_relu(i, last, 1))
         self.features = nn.Sequential(*layers)
         self.classifier = nn.Sequential(nn.Dropout(0.2), nn.Linear(last, classes))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
         initialise_(self)
 
     def forward(self, x: Tensor) -> Tensor:

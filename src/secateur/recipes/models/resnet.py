@@ -98,6 +98,9 @@ class CifarResNet(nn.Module):
         self.layer2 = _stage(widths[0], widths[1], 2, blocks, shortcut)
         self.layer3 = _stage(widths[1], widths[2], 2, blocks, shortcut)
         self.fc = nn.Linear(widths[2], classes)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
         initialise_(self)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -157,6 +160,9 @@ class TinyResNet8(nn.Module):
         self.block2 = TinyBlock(16, 32, 2)
         self.block3 = TinyBlock(32, 64, 2)
         self.fc = nn.Linear(64, classes)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
         initialise_(self)
 
     def forward(self, x: Tensor) -> Tensor:

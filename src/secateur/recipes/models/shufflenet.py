@@ -65,6 +65,9 @@ class CifarShuffleNetV2(nn.Module):
         self.stage4 = _stage(widths[1], widths[2], 4)
         self.conv5 = _conv_bn_relu(widths[2], last, 1)
         self.fc = nn.Linear(last, classes)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
         initialise_(self)
 
     def forward(self, x: Tensor) -> Tensor:

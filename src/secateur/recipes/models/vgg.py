@@ -40,6 +40,9 @@ class CifarVGG16(nn.Module):
             i = o
         self.features = nn.Sequential(*layers)
         self.classifier = nn.Linear(i, classes)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
         initialise_(self)
 
     def forward(self, x: Tensor) -> Tensor:

@@ -1,0 +1,187 @@
+"""What one step of training costs: multiply-adds, memory and time, measured on the model itself."""
+
+import copy
+import statistics
+import time
+import weakref
+from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode
+
+from secateur.cost.latency import device_name
+from secateur.errors import SecateurError
+
+Holding = Callable[[nn.Module], AbstractContextManager[Any]]
+"""model -> what its training runs in, such as `WeightPlan.holding`."""
+
+
+@dataclass(frozen=True)
+class TrainingCost:
+    """One step of SGD with momentum on one batch.
+
+    Attributes:
+        macs: multiply-adds of forward and backward pass.
+        peak_bytes: largest sum of all tensors alive at once: weights, gradients, momentum, activations. On a GPU what
+            the allocator handed out at most; on a CPU without the work space inside operators.
+        seconds: median over the steps.
+        batch: images.
+        device: its name.
+    """
+
+    macs: int
+    peak_bytes: int
+    seconds: float
+    batch: int
+    device: str
+
+
+def training_cost(
+    model: nn.Module,
+    batch: tuple[Tensor, Tensor],
+    *,
+    loss: Callable[[Tensor, Tensor], Tensor] = nn.functional.cross_entropy,
+    holding: Holding | None = None,
+    steps: int = 5,
+    warmup: int = 2,
+) -> TrainingCost:
+    """Train a copy of a model for a few steps and measure.
+
+    Args:
+        model: only read; the copy trains on its device.
+        batch: inputs and targets, on that device.
+        loss: of (outputs, targets).
+        holding: for masked models, what holds their masks, such as `plan.holding`.
+        steps: timed.
+        warmup: steps before, not timed; MACs and memory are taken from one more.
+    Raises:
+        SecateurError: no step to time.
+    """
+    if steps < 1 or warmup < 1:
+        raise SecateurError(f"training cost: steps {steps}, warmup {warmup}; expected at least 1 each")
+    trained, (x, y) = copy.deepcopy(model).train(), batch
+    with (holding or nullcontext)(trained):
+        optimizer = torch.optim.SGD(trained.parameters(), lr=1e-3, momentum=0.9)
+
+        def step() -> None:
+            loss(trained(x), y).backward()  # type: ignore[no-untyped-call]
+            optimizer.step()
+            optimizer.zero_grad()
+
+        for _ in range(warmup):
+            step()
+        with FlopCounterMode(display=False) as counter:
+            step()
+        peak = _peak_bytes(step, trained, optimizer, batch)
+        seconds = []
+        for _ in range(steps):
+            _wait(x.device)
+            start = time.perf_counter()
+            step()
+            _wait(x.device)
+            seconds.append(time.perf_counter() - start)
+    macs = counter.get_total_flops() // 2
+    return TrainingCost(macs, peak, statistics.median(seconds), len(x), device_name(x.device))
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def _peak_bytes(
+    step: Callable[[], None], model: nn.Module, optimizer: torch.optim.Optimizer, batch: tuple[Tensor, Tensor]
+) -> int:
+    device = batch[0].device
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        step()
+        return int(torch.cuda.max_memory_allocated(device))
+    state = [t for own in optimizer.state.values() for t in own.values() if isinstance(t, Tensor)]
+    with Alive([*model.parameters(), *model.buffers(), *state, *batch]) as alive:
+        step()
+    peak: int = alive.peak
+    return peak
+
+
+class Alive(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Within the context, counts the bytes of all tensors that operators return and that are still referenced.
+
+    Args:
+        present: tensors that exist already.
+    Attributes:
+        now: bytes alive.
+        peak: the most there were.
+    """
+
+    def __init__(self, present: Iterable[Tensor]) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.now: int = 0
+        self.peak: int = 0
+        self._known: dict[int, Any] = {}
+        for tensor in present:
+            self._see(tensor)
+
+    def _see(self, tensor: Tensor) -> None:
+        storage = tensor.untyped_storage()
+        key, size = storage._cdata, storage.nbytes()
+        if key in self._known:
+            return
+
+        def gone(_: object) -> None:
+            self.now -= size
+            del self._known[key]
+
+        self._known[key] = weakref.ref(storage, gone)
+        self.now += size
+        self.peak = max(self.peak, self.now)
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for leaf in pytree.tree_leaves(result):
+            if isinstance(leaf, Tensor):
+                self._see(leaf)
+        return result
+
+
+def layer_times(model: nn.Module, x: Tensor, names: Iterable[str], *, repeats: int = 5) -> dict[str, float]:
+    """Milliseconds that each layer takes in the forward pass, the median over the repeats.
+
+    Args:
+        model: only read, in evaluation mode.
+        x: a batch.
+        names: of modules; their times are for the whole batch.
+        repeats: after one that is not timed.
+    """
+    began: dict[str, float] = {}
+    took: dict[str, list[float]] = {name: [] for name in names}
+    timed = copy.deepcopy(model).eval()  # hooks stay on the copy
+
+    def before(name: str) -> Callable[..., None]:
+        def hook(*_: object) -> None:
+            _wait(x.device)
+            began[name] = time.perf_counter()
+
+        return hook
+
+    def after(name: str) -> Callable[..., None]:
+        def hook(*_: object) -> None:
+            _wait(x.device)
+            took[name].append(1e3 * (time.perf_counter() - began[name]))
+
+        return hook
+
+    for name in took:
+        module = timed.get_submodule(name)
+        module.register_forward_pre_hook(before(name))
+        module.register_forward_hook(after(name))
+    with torch.no_grad():
+        for _ in range(repeats + 1):
+            timed(x)
+    return {name: statistics.median(values[1:] or [0.0]) for name, values in took.items()}

@@ -1,0 +1,242 @@
+"""Pruning single weights of a network before it is trained, and what papers compare it with.
+
+`prune_initial` keeps the best weights by a score. At given densities, `random_weights` keeps as many at random and
+`random_filters` whole filters at random; `precrop` with the same densities makes the layers narrower instead. All
+masks are `WeightPlan`s, which hold through training with `with plan.holding(model):`.
+"""
+
+import copy
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+
+import torch
+from torch import Tensor, nn
+
+from secateur.allocate.density import Densities, Layer, costs_of, layer_table, ranked
+from secateur.cost import Budget, Cost
+from secateur.errors import BudgetError, ScoreError, unknown
+from secateur.graph import Inputs, analyze
+from secateur.scores.initial import Loss, Synflow, grasp, snip
+from secateur.surgery.weights import WeightPlan, top
+
+INITIAL_SCORES = {
+    "synflow": "paths through the weight, signs dropped; iterated, needs no data",
+    "snip": "first-order reaction of the loss to the weight's removal; needs data",
+    "grasp": "what the removal does to the norm of the gradient; needs data",
+    "magnitude": "absolute value",
+    "random": "random numbers: the control",
+}
+"""Scores of weights before training -> one line for lists of choices."""
+
+
+@dataclass(frozen=True)
+class Sparse:
+    """A network with single weights at zero before its training.
+
+    Attributes:
+        model: a copy of the user's, masked.
+        plan: which weights stay; train within `plan.holding(model)`.
+        densities: share of weights that each layer keeps.
+        macs: before, after; zeros count as saved, although dense kernels do multiply by them.
+        params: before, after.
+    """
+
+    model: nn.Module
+    plan: WeightPlan
+    densities: Densities
+    macs: tuple[int, int]
+    params: tuple[int, int]
+
+    def __str__(self) -> str:
+        counts = [("MACs", *self.macs), ("parameters", *self.params)]
+        return "\n".join(f"{n}: {a:,} -> {b:,} ({b / a:.1%} kept, as zeros)" for n, a, b in counts)
+
+
+def prune_initial(
+    model: nn.Module,
+    inputs: Inputs,
+    budget: Budget,
+    *,
+    score: str = "synflow",
+    data: Iterable[tuple[Tensor, Tensor]] | None = None,
+    loss: Loss = nn.functional.cross_entropy,
+    freeze: Sequence[str] = (),
+    rounds: int = 100,
+    seed: int = 0,
+) -> Sparse:
+    """Set single weights of convolutions and linear layers of a fresh network to zero.
+
+    Args:
+        model: untrained; it is only read.
+        inputs: example inputs.
+        budget: of parameters, MACs or both; a weight at zero costs nothing.
+        score: a name in `INITIAL_SCORES`.
+        data: (inputs, targets) batches for "snip" and "grasp"; ten images per class are usual.
+        loss: of (outputs, targets), a mean over the batch.
+        freeze: module names or shell patterns; their weights stay.
+        rounds: of scoring and removing for "synflow"; the others score once.
+        seed: of random scores.
+    Raises:
+        BudgetError: out of reach, or not of parameters and MACs.
+        ScoreError: unknown score, or one that needs data and got none.
+    """
+    graph = analyze(model, inputs, freeze=freeze)
+    layers = tuple(
+        layer for layer in layer_table(graph, classifier=True) if not _frozen(model, layer, freeze)
+    )
+    cost = Cost(graph)
+    dense = {name: cost.of(name) for name in budget.bounds}
+    bounds = layer_bounds(layers, budget.limits(dense), dense)
+    masks = initial_masks(
+        model, inputs, layers, bounds, score, data=data, loss=loss, rounds=rounds, seed=seed
+    )
+    origin = {
+        "method": score,
+        "budget": budget.bounds,
+        "freeze": list(freeze),
+        "rounds": rounds,
+        "seed": seed,
+    }
+    plan = WeightPlan.of(model, masks, origin)
+    found = densities_of(layers, masks)
+    gone = [1 - found[layer.name] for layer in layers]
+    macs, params = (round(float(costs_of(layers, m) @ gone)) for m in ("macs", "params"))
+    return Sparse(
+        plan.apply_(copy.deepcopy(model)),
+        plan,
+        found,
+        macs=(cost.macs(), cost.macs() - macs),
+        params=(cost.params(), cost.params() - params),
+    )
+
+
+def _frozen(model: nn.Module, layer: Layer, freeze: Sequence[str]) -> bool:
+    parts = layer.name.split(".")
+    paths = [".".join(parts[: n + 1]) for n in range(len(parts))]
+    return any(fnmatchcase(path, pattern) for path in paths for pattern in freeze)
+
+
+def layer_bounds(
+    layers: Sequence[Layer], limits: Mapping[str, int], dense: Mapping[str, int]
+) -> dict[str, float]:
+    """What is left of each budget for the weights of these layers, once everything else is paid for.
+
+    Raises:
+        BudgetError: nothing is left, or the budget bounds something that weights do not cost.
+    """
+    bounds = {}
+    for measure, limit in limits.items():
+        if measure not in ("macs", "params"):
+            raise BudgetError(f"budget {measure}: densities follow from macs and params; give one of these")
+        own = float(costs_of(layers, measure).sum())
+        bounds[measure] = limit - (dense[measure] - own)
+        if bounds[measure] <= 0:
+            raise BudgetError(
+                f"budget {measure}: {limit:,} asked for, but what no layer of weights costs is already "
+                f"{dense[measure] - own:,.0f} (biases, norms, the classifier, what is frozen). Ask for more."
+            )
+    return bounds
+
+
+def initial_masks(
+    model: nn.Module,
+    inputs: Inputs,
+    layers: Sequence[Layer],
+    bounds: Mapping[str, float],
+    score: str,
+    *,
+    data: Iterable[tuple[Tensor, Tensor]] | None = None,
+    loss: Loss = nn.functional.cross_entropy,
+    rounds: int = 100,
+    seed: int = 0,
+) -> dict[str, Tensor]:
+    """The best weights of all layers within the budget, by weight name; bool, True = keep.
+
+    With "synflow" what is left shrinks by the same factor in each of the rounds, and scores are taken again.
+
+    Args:
+        layers: from `layer_table`.
+        bounds: what these layers may cost together, in "params" and "macs".
+        model, inputs, score, data, loss, rounds, seed: as for `prune_initial`.
+    """
+    if score not in INITIAL_SCORES:
+        raise ScoreError(unknown("score", score, INITIAL_SCORES))
+    if rounds < 1:
+        raise ScoreError(f"score {score!r}: rounds is {rounds}; expected at least 1")
+    names = [layer.weight for layer in layers]
+    each = {
+        "params": dict.fromkeys(names, 1.0),
+        "macs": {layer.weight: layer.macs / layer.weights for layer in layers},
+    }
+    if score == "synflow":
+        flow = Synflow(model, inputs, names)
+        total = {m: float(costs_of(layers, m).sum()) for m in bounds}
+        masks = {name: torch.ones_like(w, dtype=torch.bool, device="cpu") for name, w in flow.whole.items()}
+        for number in range(1, rounds + 1):
+            now = {
+                m: total[m] * min(1.0, bound / total[m]) ** (number / rounds) for m, bound in bounds.items()
+            }
+            scores = {n: s.cpu().masked_fill(~masks[n], -1.0) for n, s in flow(masks).items()}
+            masks = ranked(scores, each, now)
+        return masks
+    if score in ("snip", "grasp"):
+        if data is None:
+            raise ScoreError(f"score {score!r} needs data: pass data=, an iterable of (inputs, targets)")
+        scores = (snip if score == "snip" else grasp)(model, names, list(data), loss)
+    else:
+        parameters = dict(model.named_parameters())
+        generator = torch.Generator().manual_seed(seed)
+        scores = {
+            n: parameters[n].detach().abs()
+            if score == "magnitude"
+            else torch.rand(parameters[n].shape, generator=generator)
+            for n in names
+        }
+    return ranked(scores, each, bounds)
+
+
+def densities_of(layers: Sequence[Layer], masks: Mapping[str, Tensor]) -> Densities:
+    """Share of weights that each layer keeps."""
+    return {layer.name: int(masks[layer.weight].sum()) / layer.weights for layer in layers}
+
+
+def random_weights(model: nn.Module, densities: Mapping[str, float], *, seed: int = 0) -> WeightPlan:
+    """Keep a share of each layer's weights at random.
+
+    Args:
+        model: its layers' weights are `<layer>.weight`.
+        densities: per layer, by name.
+        seed: of the choice.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    masks = {}
+    for name, w in _weights(model, densities).items():
+        count = max(1, round(densities[name] * w.numel()))
+        masks[f"{name}.weight"] = top(torch.rand(w.shape, generator=generator), count)
+    return WeightPlan.of(model, masks, {"method": "random-weights", "seed": seed})
+
+
+def random_filters(model: nn.Module, densities: Mapping[str, float], *, seed: int = 0) -> WeightPlan:
+    """Keep a share of each layer's filters at random, whole; the others are zero.
+
+    Args:
+        model, densities, seed: as for `random_weights`.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    masks = {}
+    for name, w in _weights(model, densities).items():
+        count = max(1, round(densities[name] * len(w)))
+        mask = top(torch.rand(len(w), generator=generator), count)
+        masks[f"{name}.weight"] = mask.view(-1, *[1] * (w.ndim - 1)).expand(w.shape).clone()
+    return WeightPlan.of(model, masks, {"method": "random-filters", "seed": seed})
+
+
+def _weights(model: nn.Module, densities: Mapping[str, float]) -> dict[str, Tensor]:
+    parameters = dict(model.named_parameters())
+    for name, density in densities.items():
+        if f"{name}.weight" not in parameters or not 0 < density <= 1:
+            raise BudgetError(
+                f"density {density} of layer {name!r}: expected a layer of the model and a share above 0, at most 1"
+            )
+    return {name: parameters[f"{name}.weight"] for name in densities}

@@ -1,0 +1,59 @@
+"""What a training step costs, against counts by hand."""
+
+import pytest
+import torch
+from torch import nn
+
+from secateur import Budget
+from secateur.cost.training import layer_times, training_cost
+from secateur.errors import SecateurError
+from secateur.methods.initial import prune_initial
+
+
+def batch(n: int = 4) -> tuple[torch.Tensor, torch.Tensor]:
+    return torch.randn(n, 50), torch.zeros(n, dtype=torch.int64)
+
+
+def test_a_linear_layer_costs_two_passes_and_a_chain_three() -> None:
+    one = nn.Linear(50, 20, bias=False)
+    assert (
+        training_cost(one, batch(), steps=1).macs == 2 * 4 * 50 * 20
+    )  # nobody asks for the input's gradient
+    two = nn.Sequential(nn.Linear(50, 30, bias=False), nn.ReLU(), nn.Linear(30, 20, bias=False))
+    assert training_cost(two, batch(), steps=1).macs == 4 * (2 * 50 * 30 + 3 * 30 * 20)
+
+
+def test_peak_memory_holds_weights_gradients_momentum_and_activations() -> None:
+    small, large = (
+        nn.Linear(50, 1000, bias=False),
+        nn.Sequential(nn.Linear(50, 1000, bias=False), *[nn.Tanh()] * 5),
+    )
+    weights = 4 * 50 * 1000
+    peak = training_cost(small, batch(), steps=1).peak_bytes
+    assert 3 * weights < peak < 4.5 * weights
+    more = (
+        training_cost(large, batch(64), steps=1).peak_bytes
+        - training_cost(small, batch(64), steps=1).peak_bytes
+    )
+    assert 4 * 64 * 1000 * 4 <= more <= 4 * 64 * 1000 * 6  # five more activations, one more alive in backward
+
+
+def test_masks_cost_as_much_as_the_dense_network() -> None:
+    model = nn.Sequential(nn.Linear(50, 30), nn.ReLU(), nn.Linear(30, 20))
+    before = [p.clone() for p in model.parameters()]
+    sparse = prune_initial(model, torch.zeros(1, 50), Budget(params=0.5), score="magnitude")
+    dense = training_cost(model, batch(), steps=1)
+    masked = training_cost(sparse.model, batch(), steps=1, holding=sparse.plan.holding)
+    assert (masked.macs, masked.batch) == (dense.macs, 4)
+    assert masked.peak_bytes >= dense.peak_bytes
+    assert all(torch.equal(p, q) for p, q in zip(model.parameters(), before, strict=True))
+    with pytest.raises(SecateurError, match="at least 1"):
+        training_cost(model, batch(), steps=0)
+
+
+def test_layer_times_name_every_layer_and_leave_no_hook() -> None:
+    model = nn.Sequential(nn.Linear(50, 300), nn.ReLU(), nn.Linear(300, 20))
+    times = layer_times(model, batch(256)[0], ["0", "2"], repeats=3)
+    assert list(times) == ["0", "2"]
+    assert all(t > 0 for t in times.values())
+    assert not model[0]._forward_hooks
