@@ -360,3 +360,45 @@ def test_decay_reaches_the_method(tmp_path: Path) -> None:
     removal = Plan.load(tmp_path / "plan.json").origin["removal"]
     assert removal["steps"] == 3
     assert removal["rectify"]["criterion"] == "radial"
+
+
+def test_widths_before_training_make_a_whole_run(tmp_path: Path) -> None:
+    config = PruneConfig(
+        task=TASK,
+        keep_macs=0.5,
+        method="precrop",
+        finetune=TrainConfig(epochs=2, batch_size=25, checkpoint_every=1),
+    )
+    report = prune_run(config, tmp_path)
+    assert report is not None
+    assert report.macs_after / report.macs_before <= 0.5
+    assert report.accuracy_before is report.accuracy_cut is None
+    assert report.accuracy_after is not None
+    assert [line["phase"] for line in report.history] == ["train", "train"]
+
+
+@pytest.mark.usefixtures("no_exports")
+def test_what_the_method_made_of_the_weights_is_what_is_measured(tmp_path: Path) -> None:
+    """Method rd solves the remaining weights again; the run must not cut the original a second time."""
+    trained = TrainRunConfig(
+        task=replace(TASK, train_images=400), train=TrainConfig(epochs=4, batch_size=25, lr=0.05)
+    )
+    train_run(trained, tmp_path / "dense")
+    task = replace(TASK, weights=tmp_path / "dense" / "model.safetensors")
+    options = {"levels": 3}
+    found = {}
+    for compensation in ("none", "least-squares"):
+        config = PruneConfig(
+            task=task,
+            keep_macs=0.5,
+            method="rd",
+            compensation=compensation,
+            options=options,
+            calibration_images=64,
+        )
+        prune_run(config, tmp_path / compensation)
+        found[compensation], _ = read_tensors(tmp_path / compensation / "cut.safetensors")
+        final, _ = read_tensors(tmp_path / compensation / "model.safetensors")
+        assert all(torch.equal(t, final[name]) for name, t in found[compensation].items())
+    assert found["none"].keys() == found["least-squares"].keys()
+    assert not torch.equal(found["none"]["fc.weight"], found["least-squares"]["fc.weight"])

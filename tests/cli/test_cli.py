@@ -123,6 +123,7 @@ def report_of(folder: Path) -> dict[str, Any]:
 def test_a_run_writes_one_folder(pruned: Path) -> None:
     assert {path.name for path in pruned.iterdir()} == {
         "config.json",
+        "cut.safetensors",
         "finetune.checkpoint.safetensors",
         "metrics.jsonl",
         "model.onnx",

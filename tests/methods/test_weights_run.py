@@ -13,7 +13,7 @@ from secateur.surgery import load
 from secateur.surgery.weights import WeightPlan
 
 DIGITS = (
-    "--model resnet20 --data digits --train-images 200 --test-images 50 --calibration-images 32 --no-progress"
+    "--model resnet8 --data digits --train-images 100 --test-images 50 --calibration-images 16 --no-progress"
 )
 
 
@@ -34,7 +34,7 @@ def sparse(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_a_run_leaves_masks_a_sparse_model_and_a_report(sparse: Path) -> None:
     plan = WeightPlan.load(sparse / "masks.safetensors")
     assert plan.kept == int(0.2 * plan.weights)
-    model = load(build_model("resnet20", classes=10, in_channels=1), sparse / "model.safetensors")
+    model = load(build_model("resnet8", classes=10, in_channels=1), sparse / "model.safetensors")
     plan.check(model)
     for name, mask in plan.masks.items():
         assert (model.get_parameter(name)[~mask] == 0).all()
@@ -76,7 +76,7 @@ def test_baselines_and_channels_share_the_command(tmp_path: Path) -> None:
 def test_additivity_is_told_and_drawn(tmp_path: Path) -> None:
     page = tmp_path / "additivity.html"
     text = invoke(
-        f"additivity --model resnet20 --data digits --sparsity 0.5 --draws 3 --calibration-images 16 --no-progress "
+        f"additivity --model resnet8 --data digits --sparsity 0.5 --draws 3 --calibration-images 16 --no-progress "
         f"--compensation none --json --picture {page}"
     )
     found = json.loads(text)

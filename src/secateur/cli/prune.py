@@ -181,10 +181,11 @@ def prune(
     from secateur.recipes.train_config import TrainConfig
     from secateur.runs import PruneConfig, Task, prune_run, weights_run
 
-    during = method in METHODS and METHODS[method].when == "during"
+    when = METHODS[method].when if method in METHODS else "after"
+    during = when == "during"
     training = None
     if epochs:
-        scratch = during and weights is None
+        scratch = when != "after" and weights is None
         settings: dict[str, Any] = {
             "epochs": epochs,
             "lr": lr if lr is not None else 0.1 if scratch else 0.01,

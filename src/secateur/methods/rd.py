@@ -196,7 +196,7 @@ def prune_weights(
         found = task.curves(curves)
         counts, solution = task.solved(found)
     else:
-        counts = allocate_weights({n: w * alive[n] for n, w in weights.items()}, total, allocation)
+        counts = allocate_weights({n: w.cpu() * alive[n] for n, w in weights.items()}, total, allocation)
         counts = landed(
             {n: min(count, int(alive[n].sum())) for n, count in counts.items()},
             {n: int(mask.sum()) for n, mask in alive.items()},
@@ -324,7 +324,7 @@ class Task:
         """The layer's masks, from all that is alive downwards."""
         w, mask = self.weights[name], self.alive[name]
         if self.settings.pattern is not None:
-            other = pattern_mask(torch.where(mask, w.abs(), -1.0), *self.settings.pattern)
+            other = pattern_mask(torch.where(mask, w.abs().cpu(), -1.0), *self.settings.pattern)
             return [mask] if other is None else [mask, other & mask]
         size = int(mask.sum())
         least = min(size, max(1, int(np.ceil(self.settings.min_density * w.numel() - 1e-9))))
@@ -332,7 +332,7 @@ class Task:
         masks = [mask]
         for count in make(size, self.settings.levels, least)[1:].tolist():
             if self.settings.selection == "magnitude" or fitted is None:
-                masks.append(top(torch.where(mask, w.abs(), -1.0), count))
+                masks.append(top(torch.where(mask, w.abs().cpu(), -1.0), count))
             else:
                 masks.append(fitted.chosen(count, masks[-1], steps=2))
         return masks
@@ -373,11 +373,11 @@ class Task:
             if counts[name] == size:
                 fixed[name] = self.alive[name]
             elif settings.pattern is not None:
-                mask = pattern_mask(torch.where(self.alive[name], w.abs(), -1.0), *settings.pattern)
+                mask = pattern_mask(torch.where(self.alive[name], w.abs().cpu(), -1.0), *settings.pattern)
                 assert mask is not None
                 fixed[name] = mask & self.alive[name]
             elif settings.selection == "magnitude":
-                fixed[name] = top(torch.where(self.alive[name], w.abs(), -1.0), counts[name])
+                fixed[name] = top(torch.where(self.alive[name], w.abs().cpu(), -1.0), counts[name])
         if settings.compensation == "least-squares":
             choices: dict[str, Tensor | Choice] = {n: fixed.get(n, choice(n)) for n in self.weights}
             done = compensate(self.program, self.batches, choices)
@@ -413,12 +413,12 @@ class Task:
                     mask = (
                         fitted[name].chosen(k, inside, steps=4)
                         if name in fitted
-                        else top(torch.where(inside, w.abs(), -1.0), k)
+                        else top(torch.where(inside, w.abs().cpu(), -1.0), k)
                     )
                     variants.append(
                         fitted[name].solved(mask)
                         if self.settings.compensation == "least-squares" and name in fitted
-                        else {name: w * mask}
+                        else {name: w * mask.to(w.device)}
                     )
                 kept.append(others)
                 candidates.append(variants)

@@ -52,7 +52,7 @@ def rd(
     data: Iterable[Tensor | tuple[Tensor, Tensor]] | None = None,
     compensation: str = "least-squares",
     distortion: str = "kl",
-    exponent: float = 0.5,
+    exponents: Sequence[float] = (0.5, 1.0),
     levels: int = 9,
     freeze: Sequence[str] = (),
     min_keep: int = 1,
@@ -74,7 +74,7 @@ def rd(
         data: calibration images, or (images, targets), batch by batch; a few hundred images from training.
         compensation: a name in `secateur.methods.rd.COMPENSATIONS`.
         distortion: a name in `secateur.allocate.distortion.DISTORTIONS`.
-        exponent: of the mean distortion before curves are added up.
+        exponents: of the mean distortion before curves are added up; of several, the one whose widths measure best.
         levels: widths measured per group.
         freeze: module names or shell patterns that no cut may touch.
         min_keep: units that every group keeps at least.
@@ -118,12 +118,25 @@ def rd(
         found = measured(program, graph, batches, orders, widths, compensation, distortion, key, tick)
         if curves is not None:
             found.save(curves)
-    choice = decided(cost, graph, found, exponent, bound, limit, min_keep, round_to)
-    masks = [keep_first(order, kept) for order, kept in zip(orders, choice.kept, strict=True)]
-    origin = {"method": "rd", **settings, "exponent": exponent, "budget": dict(budget.bounds), "seed": seed}
-    plan = Plan.of(graph, masks, origin)
-    tensors = compensated(program, graph, plan, batches, compensation)
-    moved = float(joint(program, batches, tensors, distortion=distortion).mean())
+    best: tuple[float, float, Choice, Plan, dict[str, Tensor]] | None = None
+    for exponent in exponents:
+        choice = decided(cost, graph, found, exponent, bound, limit, min_keep, round_to)
+        masks = [keep_first(order, kept) for order, kept in zip(orders, choice.kept, strict=True)]
+        origin = {
+            "method": "rd",
+            **settings,
+            "exponent": exponent,
+            "budget": dict(budget.bounds),
+            "seed": seed,
+        }
+        plan = Plan.of(graph, masks, origin)
+        tensors = compensated(program, graph, plan, batches, compensation)
+        moved = float(joint(program, batches, tensors, distortion=distortion).mean())
+        if best is None or moved < best[0]:
+            best = moved, exponent, choice, plan, tensors
+    if best is None:
+        raise SecateurError("exponents: got none; give at least one, such as (0.5, 1.0)")
+    moved, exponent, choice, plan, tensors = best
     for name, tensor in tensors.items():
         program.tensor(name).copy_(tensor)
     small = cut_copy(model, graph, plan)

@@ -134,7 +134,7 @@ class Comparison:
             train = plan.train(tune=not scratch, **how)
         elif not scratch:
             finetune = plan.train(tune=True, **how)
-        elif arm.before:
+        elif arm.before or METHODS[arm.method].when == "before":
             finetune = plan.train(**how)
         else:
             first = max(1, round(plan.dense_share * plan.epochs))

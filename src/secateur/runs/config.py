@@ -169,6 +169,8 @@ class PruneConfig:
                 raise SecateurError(
                     f"method {self.method} trains as it prunes; there is no fine-tuning after it"
                 )
+        elif METHODS[self.method].when == "before" and self.train is not None:
+            raise SecateurError(f"method {self.method} prunes before training; give `finetune`, not `train`")
         if self.keep_macs is self.keep_params is self.sparsity is None:
             raise BudgetError(
                 "no budget: give at least one of keep-macs, keep-params and sparsity, such as keep-macs 0.5"

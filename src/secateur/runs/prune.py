@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from torch import nn
 
-from secateur.cost import Cost
 from secateur.graph import Graph, analyze
 from secateur.methods import METHODS, Pruned, StructuredMethod, prune
 from secateur.plan import Plan
@@ -21,8 +20,7 @@ from secateur.runs.folder import Mode, RunFolder, Watch, is_main_process
 from secateur.runs.result import Counts, compose, exports
 from secateur.runs.subject import Subject, load_subject, measure
 from secateur.scores import SCORES
-from secateur.surgery import save
-from secateur.surgery.cut import cut_copy
+from secateur.surgery import load, save
 
 
 def prune_run(
@@ -51,51 +49,51 @@ def prune_run(
     folder = RunFolder(out, "prune", settings, mode) if is_main_process() else None
     with watch.doing(f"Loading {config.task.data} and building {config.task.model}"):
         subject = load_subject(config.task)
-    if METHODS[config.method].when == "during":
+    when = METHODS[config.method].when
+    if when == "during":
         return _during(config, subject, folder, out, mode, command, watch)
     dense, data = subject.model, subject.data
     with watch.doing("Choosing what to remove"):
         graph = analyze(dense, subject.inputs, freeze=config.freeze, attention=config.attention)
-        decision = _decide(
-            config, subject, graph, folder
-        )  # a rehearsal, if the weights are yet to be trained
+        config.budget(graph)
+        decision = None
+        if config.train is None or config.method != "rd":  # if the weights are yet to be trained, a rehearsal
+            decision = _decide(config, subject, graph, folder)
     if folder:
         folder.begin(subject.saved_run("prune", command, settings))
 
     if config.train is not None:
         watch.tell(f"Training: {config.train.epochs} × {len(data.train):,} images")
         _fit(dense, data, replace(config.train, seed=config.task.seed), out, "train", mode, watch)
-        decision = _decide(config, subject, graph, folder)
-    small = cut_copy(dense, graph, decision.plan)
+        with watch.doing("Choosing what to remove"):
+            decision = _decide(config, subject, graph, folder)
+    assert decision is not None
+    small = decision.model
     if folder:
         if config.train is not None:
             save(dense, folder / "dense.safetensors")
+        if not (folder.resumed and "cut" in folder.known):
+            save(small, folder / "cut.safetensors")
         folder.once("cut", lambda: decision.facts)
         decision.plan.save(folder / "plan.json")
-        _accuracy("dense model", dense, data, folder, watch)
-        _accuracy("cut model", small, data, folder, watch)
+        if when == "after":
+            _accuracy("dense model", dense, data, folder, watch)
+            _accuracy("cut model", small, data, folder, watch)
 
     if config.finetune is not None:
-        watch.tell(f"Fine-tuning: {config.finetune.epochs} × {len(data.train):,} images")
-        teacher = dense if config.finetune.distill_weight > 0 else None
-        _fit(
-            small,
-            data,
-            replace(config.finetune, seed=config.task.seed),
-            out,
-            "finetune",
-            mode,
-            watch,
-            teacher,
-        )
+        doing = "Training" if when == "before" else "Fine-tuning"
+        watch.tell(f"{doing}: {config.finetune.epochs} × {len(data.train):,} images")
+        how = replace(config.finetune, seed=config.task.seed)
+        teacher = dense if how.distill_weight > 0 else None
+        _fit(small, data, how, out, "train" if when == "before" else "finetune", mode, watch, teacher)
     if not folder:
         return None
     save(small, folder / "model.safetensors")
-    _accuracy("fine-tuned model" if config.finetune else "cut model", small, data, folder, watch)
+    last = "pruned" if when == "before" else "fine-tuned" if config.finetune else "cut"
+    _accuracy(f"{last} model", small, data, folder, watch)
     exported = _exported(config, dense, small, subject, folder, watch)
-    cost, kept = Cost(graph), decision.plan.kept(graph)
-    counts = Counts((cost.macs(), cost.macs(kept)), (cost.params(), cost.params(kept)))
-    report = compose(config, subject, graph, decision.plan, (dense, small), counts, folder, exported)
+    counts = Counts(tuple(decision.facts["macs"]), tuple(decision.facts["params"]))
+    report = compose(config, subject, decision.graph, decision.plan, (dense, small), counts, folder, exported)
     write_report(folder.path, report)
     return report
 
@@ -163,19 +161,36 @@ def _exported(
 
 @dataclass(frozen=True)
 class Decision:
-    """What goes, and in plain JSON what is known about why: `scores` by group, `verification`."""
+    """What goes from which graph, the model without it, and in plain JSON what is known about why."""
 
     plan: Plan
+    graph: Graph
+    model: nn.Module
     facts: dict[str, Any]
 
 
 def _decide(config: PruneConfig, subject: Subject, graph: Graph, folder: RunFolder | None) -> Decision:
-    if folder and folder.resumed and "cut" in folder.known and (folder / "plan.json").exists():
+    after = (
+        METHODS[config.method].when == "after"
+    )  # what comes before training is cheap, and drawn from the seed
+    if (
+        after
+        and folder
+        and folder.resumed
+        and "cut" in folder.known
+        and (folder / "cut.safetensors").exists()
+    ):
         plan = Plan.load(folder / "plan.json")
         plan.check(graph)
-        return Decision(plan, folder.known["cut"])
+        small = load(copy.deepcopy(subject.model), folder / "cut.safetensors")
+        return Decision(plan, graph, small, folder.known["cut"])
     options: dict[str, Any] = {}
-    if config.method == "rd" or (config.method == "oneshot" and SCORES[config.score].needs_data):
+    needs_data = (
+        config.method == "rd"
+        or (config.method == "oneshot" and SCORES[config.score].needs_data)
+        or config.options.get("densities") in ("snip", "grasp")
+    )
+    if needs_data:
         some = subject.data.subset(train_images=min(config.calibration_images, len(subject.data.train)))
         options["data"] = Batches(some.train, batch_size=64, normalisation=some.normalisation)
     pruned = prune(
@@ -187,16 +202,17 @@ def _decide(config: PruneConfig, subject: Subject, graph: Graph, folder: RunFold
         **config.method_options(),
         **options,
     )
-    return Decision(pruned.plan, _facts(pruned))
+    return Decision(pruned.plan, pruned.graph, pruned.model, _facts(pruned))
 
 
 def _facts(pruned: Pruned) -> dict[str, Any]:
-    """What is known about why, as plain JSON."""
+    """What is known about the cut, as plain JSON."""
     scores = {
         group.name: [value if math.isfinite(value) else None for value in score.tolist()]
         for group, score in zip(pruned.graph.groups, pruned.scores, strict=True)
     }
-    return {"scores": scores, "verification": asdict(pruned.verification)}
+    facts = {"scores": scores, "verification": asdict(pruned.verification)}
+    return facts | {"macs": list(pruned.macs), "params": list(pruned.params)}
 
 
 def _fit(

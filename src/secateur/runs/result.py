@@ -189,12 +189,15 @@ def _frozen(graph: Graph, cost: Cost, dense: nn.Module) -> list[FrozenGroup]:
 
 def _notes(config: PruneConfig, graph: Graph, verification: Verification) -> list[str]:
     notes = []
-    during = METHODS[config.method].when == "during"
+    when = METHODS[config.method].when
+    during = when == "during"
     if during and config.task.weights is None:
         notes.append("The model was trained from scratch, and pruned meanwhile.")
+    elif when == "before" and config.finetune is not None:
+        notes.append("The model was cut before training, drawn afresh, and trained once.")
     elif config.task.weights is None and config.train is None:
         notes.append("No weights were given: the model was pruned as initialised at random.")
-    if config.finetune is None and not during:
+    if config.finetune is None and when == "after":
         notes.append("The cut model was not fine-tuned.")
     elif config.finetune is not None and config.finetune.distill_weight:
         notes.append("The dense model taught the cut one while it was fine-tuned.")

@@ -60,15 +60,17 @@ class Fitted:
         layer: which.
         moments: one per group of the layer.
         dense: what the tensor that holds the offset was before.
+        device: where the model is; moments are on the CPU.
     """
 
     layer: Layer
     moments: tuple[Moments, ...]
     dense: Tensor | None
+    device: torch.device
 
     def solved(self, mask: Tensor) -> dict[str, Tensor]:
         """The layer's tensors for a mask of its weight, (o, i, …)."""
-        rows = mask.flatten(1).chunk(len(self.moments))
+        rows = mask.cpu().flatten(1).chunk(len(self.moments))
         weights = [solve(m, part) for m, part in zip(self.moments, rows, strict=True)]
         return self.tensors(torch.cat(weights), mask.shape)
 
@@ -76,18 +78,18 @@ class Fitted:
         """Weight and offset as they go into the model, for solved weights (o, k)."""
         layout = torch.channels_last if len(shape) == 4 else torch.contiguous_format
         dtype = self.moments[0].before.dtype
-        found = {self.layer.weight: w.view(shape).to(dtype).contiguous(memory_format=layout)}
+        found = {self.layer.weight: w.view(shape).to(self.device, dtype).contiguous(memory_format=layout)}
         if self.layer.offset and self.dense is not None:
             offset = torch.cat(
                 [m.offset(part) for m, part in zip(self.moments, w.chunk(len(self.moments)), strict=True)]
             )
             start = 0.0 if self.layer.sign > 0 else self.dense.double()
-            found[self.layer.offset] = (start + self.layer.sign * offset).to(self.dense.dtype)
+            found[self.layer.offset] = (start + self.layer.sign * offset).to(self.device, self.dense.dtype)
         return found
 
     def error(self, w: Tensor) -> float:
         """Share of the target's power that weights (o, …) miss, offset included."""
-        parts = w.flatten(1).chunk(len(self.moments))
+        parts = w.cpu().flatten(1).chunk(len(self.moments))
         power = sum(float(m.power.sum()) for m in self.moments)
         missed = sum(
             m.error(part) * float(m.power.sum()) for m, part in zip(self.moments, parts, strict=True)
@@ -96,7 +98,7 @@ class Fitted:
 
     def chosen(self, count: int, mask: Tensor, steps: int) -> Tensor:
         """Mask of `count` weights within a mask, chosen by what their removal costs."""
-        return choose(self.moments, count, steps=steps, mask=mask.flatten(1)).view(mask.shape)
+        return choose(self.moments, count, steps=steps, mask=mask.cpu().flatten(1)).view(mask.shape)
 
 
 @dataclass(frozen=True)
@@ -223,7 +225,8 @@ def measure(
         else:
             mean_x, mean_t = torch.zeros_like(mean_x), torch.zeros_like(mean_t)
         moments.append(Moments(a, b, power, mean_x, mean_t, part.cpu()))
-    return Fitted(layer, tuple(moments), program.tensor(layer.offset).cpu() if layer.offset else None)
+    before_offset = program.tensor(layer.offset).cpu() if layer.offset else None
+    return Fitted(layer, tuple(moments), before_offset, weight.device)
 
 
 def correction(program: Program, layer: Layer, dense: Values, pruned: Values) -> Tensor | float:
