@@ -468,3 +468,39 @@ def test_a_submodule_that_is_handed_a_buffer_is_rewritten_by_itself() -> None:
     graph, plan, cut = cut_down(model, x)
     assert list(rewritten_modules(cut)) == ["inner"]
     assert sc.verify(model, cut, graph, plan).ok
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.float32])
+def test_a_buffer_that_forward_counts_in_keeps_its_value(dtype: torch.dtype) -> None:
+    class Counting(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = FixedView()
+            self.register_buffer("calls", torch.zeros(1, dtype=dtype))
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.calls += 1
+            return self.inner(x).float() * self.calls
+
+    model, x = Counting().eval(), torch.randn(2, 3, 8, 8)
+    graph, plan, cut = cut_down(model, x)
+    assert sc.verify(model, cut, graph, plan).ok
+    assert model.calls == cut.calls == 0
+
+
+def test_a_stored_shape_follows() -> None:
+    class Scale(nn.Module):
+        def __init__(self, width: int) -> None:
+            super().__init__()
+            self.shape = (width, 1, 1)
+            self.scale = nn.Parameter(torch.rand(width))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return x * self.scale.view(self.shape)
+
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), Scale(8), nn.Conv2d(8, 4, 1)).eval()
+    x = torch.randn(2, 3, 8, 8)
+    graph, plan, cut = cut_down(model, x)
+    assert not rewritten_modules(cut)
+    assert cut[1].shape == (cut[1].scale.numel(), 1, 1)
+    assert sc.verify(model, cut, graph, plan).ok
