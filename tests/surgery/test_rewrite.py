@@ -2,6 +2,7 @@
 
 import copy
 import json
+from typing import Any
 
 import pytest
 import torch
@@ -13,6 +14,8 @@ from secateur.errors import CutError, FileError
 from secateur.export import export_onnx, export_program
 from secateur.files import read_tensors, write_tensors
 from secateur.graph import Graph, named_tensors
+from secateur.graph.capture import capture
+from secateur.surgery import draft
 from secateur.surgery.reference import Reference
 from secateur.surgery.rewrite import Rewritten, rewritten_modules
 from secateur.surgery.verify import randomise_
@@ -504,3 +507,24 @@ def test_a_stored_shape_follows() -> None:
     assert not rewritten_modules(cut)
     assert cut[1].shape == (cut[1].scale.numel(), 1, 1)
     assert sc.verify(model, cut, graph, plan).ok
+
+
+def test_blocks_that_are_alike_are_captured_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    captured = []
+
+    def counting(*args: Any, **kwargs: Any) -> Any:
+        captured.append(args)
+        return capture(*args, **kwargs)
+
+    monkeypatch.setattr(draft, "capture", counting)
+    model, x = TinyViT().eval(), torch.randn(2, 3, 16, 16)
+    cut_down(model, x)
+    once = len(captured)
+    model.blocks[1].attn.drop = 0.5
+    _, _, cut = cut_down(model, x)
+    assert len(captured) - once == 2 * once
+    attention = cut.train().blocks[1].attn
+    same, other = (cut.blocks[i].attn.program for i in (0, 1))
+    assert same != other
+    tokens = torch.randn(2, 16, attention.qkv.in_features)
+    assert not torch.equal(attention(tokens), attention(tokens))
