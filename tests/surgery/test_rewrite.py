@@ -2,6 +2,7 @@
 
 import copy
 import json
+from typing import Any
 
 import pytest
 import torch
@@ -13,6 +14,8 @@ from secateur.errors import CutError, FileError
 from secateur.export import export_onnx, export_program
 from secateur.files import read_tensors, write_tensors
 from secateur.graph import Graph, named_tensors
+from secateur.graph.capture import capture
+from secateur.surgery import draft
 from secateur.surgery.reference import Reference
 from secateur.surgery.rewrite import Rewritten, rewritten_modules
 from secateur.surgery.verify import randomise_
@@ -468,3 +471,60 @@ def test_a_submodule_that_is_handed_a_buffer_is_rewritten_by_itself() -> None:
     graph, plan, cut = cut_down(model, x)
     assert list(rewritten_modules(cut)) == ["inner"]
     assert sc.verify(model, cut, graph, plan).ok
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.float32])
+def test_a_buffer_that_forward_counts_in_keeps_its_value(dtype: torch.dtype) -> None:
+    class Counting(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = FixedView()
+            self.register_buffer("calls", torch.zeros(1, dtype=dtype))
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.calls += 1
+            return self.inner(x).float() * self.calls
+
+    model, x = Counting().eval(), torch.randn(2, 3, 8, 8)
+    graph, plan, cut = cut_down(model, x)
+    assert sc.verify(model, cut, graph, plan).ok
+    assert model.calls == cut.calls == 0
+
+
+def test_a_stored_shape_follows() -> None:
+    class Scale(nn.Module):
+        def __init__(self, width: int) -> None:
+            super().__init__()
+            self.shape = (width, 1, 1)
+            self.scale = nn.Parameter(torch.rand(width))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return x * self.scale.view(self.shape)
+
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), Scale(8), nn.Conv2d(8, 4, 1)).eval()
+    x = torch.randn(2, 3, 8, 8)
+    graph, plan, cut = cut_down(model, x)
+    assert not rewritten_modules(cut)
+    assert cut[1].shape == (cut[1].scale.numel(), 1, 1)
+    assert sc.verify(model, cut, graph, plan).ok
+
+
+def test_blocks_that_are_alike_are_captured_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    captured = []
+
+    def counting(*args: Any, **kwargs: Any) -> Any:
+        captured.append(args)
+        return capture(*args, **kwargs)
+
+    monkeypatch.setattr(draft, "capture", counting)
+    model, x = TinyViT().eval(), torch.randn(2, 3, 16, 16)
+    cut_down(model, x)
+    once = len(captured)
+    model.blocks[1].attn.drop = 0.5
+    _, _, cut = cut_down(model, x)
+    assert len(captured) - once == 2 * once
+    attention = cut.train().blocks[1].attn
+    same, other = (cut.blocks[i].attn.program for i in (0, 1))
+    assert same != other
+    tokens = torch.randn(2, 16, attention.qkv.in_features)
+    assert not torch.equal(attention(tokens), attention(tokens))

@@ -6,6 +6,7 @@ captures are sizes of the batch, precisions, or switches of the training mode; a
 """
 
 import copy
+import functools
 import itertools
 import math
 from collections.abc import Iterator, Mapping, Sequence
@@ -68,6 +69,7 @@ class Writer:
         self._whole = listing(trace.captured)
         self._regions = regions(self._whole)
         self._runs: dict[str, list[Calls]] = {}
+        self._captures: dict[Any, Captures] = {}
 
     def draft(self, name: str) -> Draft:
         """The program of a submodule; "" is the model itself.
@@ -108,18 +110,17 @@ class Writer:
     def _draft(self, name: str, number: int, calls: Calls) -> Draft:
         module = self._model.get_submodule(name)
         try:
-            base = Captured.of(module, *calls[0])
-            captured = base.listing()
-            double = Captured.of_double(module, *calls[-1])
-            variants = [double] if double else [Captured.of(module, *call) for call in calls[1:]]
+            captures = self._capture(module, calls)
         except CaptureError as error:
             raise CutError(f"{name}: its forward cannot be captured by itself ({error})") from None
+        base, variants = captures.base, captures.variants
+        captured = base.listing()
         listings = [variant.listing() for variant in variants]
         for other in listings:
             if [s.target for s in other.steps] != [s.target for s in captured.steps]:
                 raise CutError(f"{name}: its forward does other things for another batch size or precision")
         values = self._match(name, number, captured)
-        switches, lost = training_switches(module, calls[0], captured)
+        switches, lost = training_switches(captures.training, captured)
         before = [copy.copy(step.args) for step in captured.steps]
         cut_steps(captured, values, self._survivors)
         sizes = self._sizes(captured, listings, values)
@@ -133,6 +134,16 @@ class Writer:
                 key: Training(m, yes, step.args.get(key, no)) for key, (m, yes, no) in switches[i].items()
             }
         return self._finish(captured, base, variants, lost)
+
+    def _capture(self, module: nn.Module, calls: Calls) -> "Captures":
+        """The captures of one call; networks repeat their blocks, so those of a module like it will do."""
+        alike = likeness((module, calls), {})
+        if alike in self._captures:
+            return self._captures[alike]
+        captures = Captures.of(module, calls)
+        if not captures.base.captured.constants:  # these may differ, whatever else is equal
+            self._captures[alike] = captures
+        return captures
 
     def _finish(self, lines: Listing, base: "Captured", variants: list["Captured"], lost: str) -> Draft:
         unnamed = [name for name in lines.names if name in base.captured.constants]
@@ -295,8 +306,67 @@ class Captured:
         return listing(self.captured)
 
 
+@dataclass
+class Captures:
+    """What a program is written from: one call of a module, captured as in the analysis and otherwise.
+
+    Attributes:
+        module: that is called.
+        call: its arguments in the analysis.
+        base: captured so.
+        variants: at other batch sizes and in another precision.
+    """
+
+    module: nn.Module
+    call: tuple[Any, Any]
+    base: Captured
+    variants: list[Captured]
+
+    @classmethod
+    def of(cls, module: nn.Module, calls: Calls) -> "Captures":
+        """Capture one call, noted at several batch sizes."""
+        base = Captured.of(module, *calls[0])
+        double = Captured.of_double(module, *calls[-1])
+        variants = [double] if double else [Captured.of(module, *call) for call in calls[1:]]
+        return cls(module, calls[0], base, variants)
+
+    @functools.cached_property
+    def training(self) -> Captured | None:
+        """As `base`, in training mode; None where that cannot be captured."""
+        try:
+            return Captured.of(self.module, *self.call, training=True)
+        except (CaptureError, CutError):
+            return None
+
+
+def likeness(x: Any, known: dict[int, int]) -> Any:
+    """What two modules, or two calls, have in common if what is captured of one holds for the other.
+
+    Modules count by class, attributes and submodules, tensors by shape and type, anything unknown by identity.
+
+    Args:
+        x: module, or anything that may be an attribute or argument of one.
+        known: tensors and modules met so far, by identity; those met are added.
+    """
+    if isinstance(x, nn.Module | Tensor):
+        if id(x) in known:
+            return "again", known[id(x)]
+        known[id(x)] = len(known)
+    if isinstance(x, nn.Module):
+        return type(x), likeness(vars(x), known)
+    if isinstance(x, Tensor) and x.layout is torch.strided:
+        return type(x), x.shape, x.stride(), x.dtype, x.device, x.requires_grad
+    if isinstance(x, Mapping):
+        return type(x), tuple((key, likeness(value, known)) for key, value in x.items())
+    if type(x) in (list, tuple, torch.Size):
+        return type(x), tuple(likeness(part, known) for part in x)
+    if x is None or type(x) in (bool, int, float, str):
+        return type(x), x
+    return ("set", frozenset(x)) if type(x) is set else ("object", id(x))
+
+
 def training_switches(
-    module: nn.Module, call: tuple[Any, Any], lines: Listing
+    training: Captured | None, lines: Listing
 ) -> tuple[list[dict[str, tuple[str, Any, Any]]], str]:
     """What changes in training mode: per step, argument -> (module, value in training, value otherwise).
 
@@ -304,10 +374,8 @@ def training_switches(
         also what cannot be expressed this way, in words.
     """
     try:
-        steps = [
-            step for step in Captured.of(module, *call, training=True).listing().steps if not counts(step)
-        ]
-    except (CaptureError, CutError):
+        steps = [step for step in training.listing().steps if not counts(step)] if training else []
+    except CutError:
         steps = []
     if [s.target for s in steps] == [s.target for s in lines.steps]:
         result = []

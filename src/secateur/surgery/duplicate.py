@@ -7,7 +7,6 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from secateur.errors import CutError
-from secateur.graph import named_tensors
 
 
 def duplicate(model: nn.Module, *, share: bool = False) -> nn.Module:
@@ -15,15 +14,13 @@ def duplicate(model: nn.Module, *, share: bool = False) -> nn.Module:
 
     Args:
         model: any module.
-        share: the copy refers to the contents of the model's tensors as they are now.
+        share: the copy's parameters refer to the contents of the model's as they are now.
     Raises:
         CutError: something in the model cannot be copied.
     """
     memo: dict[int, Any] = {}
-    for _, tensor in named_tensors(model) if share else []:
-        shared = tensor.detach()
-        is_parameter = isinstance(tensor, nn.Parameter)
-        memo[id(tensor)] = nn.Parameter(shared, tensor.requires_grad) if is_parameter else shared
+    for parameter in model.parameters() if share else []:  # not the buffers: a forward may write to them
+        memo[id(parameter)] = nn.Parameter(parameter.detach(), parameter.requires_grad)
     for module in model.modules():
         for leaf in pytree.tree_leaves(vars(module)):
             if isinstance(leaf, Tensor) and not leaf.is_leaf:

@@ -24,8 +24,13 @@ KNOWN = frozenset(
 )
 """Names under which these classes keep such numbers."""
 
+SHAPES = frozenset(("shape", "bias_shape"))
+"""Names under which they keep the whole shape of a `view`."""
 
-def known_attributes(module: nn.Module) -> dict[str, int]:
+Number = int | tuple[int, ...]
+
+
+def known_attributes(module: nn.Module) -> dict[str, Number]:
     """The attributes of one module that may follow a width, as they are now."""
     if (
         isinstance(module, Rewritten)
@@ -33,19 +38,29 @@ def known_attributes(module: nn.Module) -> dict[str, int]:
         or mirrored(module, {})
     ):
         return {}
-    return {name: module.__dict__[name] for name in sorted(KNOWN) if type(module.__dict__.get(name)) is int}
+    found: dict[str, Number] = {}
+    for name in sorted(KNOWN | SHAPES):
+        value: Any = module.__dict__.get(name)
+        if type(value) is int if name in KNOWN else type(value) is tuple and all(map(is_size, value)):
+            found[name] = value
+    return found
 
 
-def following(model: nn.Module, trace: Trace, survivors: Survivors) -> dict[str, dict[str, int]]:
+def is_size(x: Any) -> bool:
+    """Whether this is a number of positions."""
+    return type(x) is int and x > 0
+
+
+def following(model: nn.Module, trace: Trace, survivors: Survivors) -> dict[str, dict[str, Number]]:
     """Module name -> attributes that change with a cut."""
     (before, _), (after, _) = cut_listing(trace, trace.so_far()), cut_listing(trace, survivors)
     places = regions(before)
-    edits: dict[str, dict[str, int]] = {}
+    edits: dict[str, dict[str, Number]] = {}
     for name, module in model.named_modules():
         attributes = known_attributes(module)
         if not attributes:
             continue
-        became: dict[int, set[int]] = {}
+        became: dict[Number, set[Number]] = {}
         for i in places.get((name, 0), []):
             if before.steps[i].module == name:
                 note(before.steps[i].args, after.steps[i].args, became)
@@ -56,11 +71,13 @@ def following(model: nn.Module, trace: Trace, survivors: Survivors) -> dict[str,
     return edits
 
 
-def note(before: Any, after: Any, became: dict[int, set[int]]) -> None:
-    """Collect what each number of an argument became."""
+def note(before: Any, after: Any, became: dict[Number, set[Number]]) -> None:
+    """Collect what each number, and each list of numbers, of an argument became."""
     if type(before) is int and type(after) is int:
         became.setdefault(before, set()).add(after)
     elif isinstance(before, list) and isinstance(after, list) and len(before) == len(after):
+        if all(map(is_size, (*before, *after))):
+            became.setdefault(tuple(before), set()).add(tuple(after))
         for a, b in zip(before, after, strict=True):
             note(a, b, became)
     elif isinstance(before, dict):

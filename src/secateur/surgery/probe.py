@@ -62,7 +62,7 @@ def random_values(model: nn.Module, seed: int, dtype: torch.dtype | None = None)
         if not t.is_floating_point():
             continue
         if name in constants and not t.is_meta:
-            values[name] = t.to(dtype or t.dtype)
+            values[name] = t.detach().to(dtype or t.dtype, copy=True)  # a forward may write to it
             continue
         noise = torch.randn(t.shape, generator=generator, dtype=torch.float64)
         if t.ndim > 1:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from secateur.graph.labels import Value
@@ -42,6 +42,7 @@ class Reference:
     def run(self, inputs: Any, named: Mapping[str, Tensor]) -> Any:
         """The output for the leaves of the example inputs and masked tensors by name."""
         leaves = [x.clone() if isinstance(x, Tensor) else x for x in pytree.tree_leaves(inputs)]
+        named = {name: t if isinstance(t, nn.Parameter) else t.clone() for name, t in named.items()}
         with torch.no_grad():
             return self._program.run(leaves, tensors_of(self._lines, named), around=self._around)
 

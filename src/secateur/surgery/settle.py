@@ -96,7 +96,8 @@ class Judge:
         self.tolerance = TOLERANCE.get(dtype, 0.1)
         self.program = fixed_program(self.lines)
         self.values = random_values(model, 0, dtype)
-        self.tensors = tensors_of(self.lines, aliases(model, self.values))
+        self._tensors = tensors_of(self.lines, aliases(model, self.values))
+        self._buffers = {name for name, _ in model.named_buffers(remove_duplicate=False)}
         self.dtype = dtype
         self._given = random_inputs(graph, dtype, seed=0)
 
@@ -104,6 +105,12 @@ class Judge:
     def given(self) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """The arguments; a copy, since a forward may write to them."""
         return cloned(self._given)  # type: ignore[no-any-return]
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        """The tensors that the captured graph reads; likewise copies of the buffers."""
+        named = zip(self.lines.names, self._tensors, strict=True)
+        return [t.clone() if name in self._buffers else t for name, t in named]
 
     def steps(self) -> Iterator[Any]:
         """The results of the captured graph's operators, one by one, and at the end the output."""
@@ -138,6 +145,7 @@ class Judge:
     def own(self, model: nn.Module, values: dict[str, Tensor]) -> list[Tensor]:
         """The outputs of a model's own forward."""
         args, kwargs = self.given
+        values = values | cloned({name: values.get(name, t) for name, t in model.named_buffers()})
         with evaluating(model), torch.no_grad(), torch.random.fork_rng(devices=[]):
             return floats(functional_call(model, values, args, kwargs))
 
@@ -228,7 +236,8 @@ class Lockstep:
         self._reads = [refs(list(step.args.values())) for step in lines.steps]
         self._last = {index: i for i, read in enumerate(self._reads) for index in read}
         self._last |= dict.fromkeys(refs(lines.output), len(lines.steps))
-        self._values: dict[int, Any] = dict(enumerate([*pytree.tree_leaves(judge.given), *judge.tensors]))
+        given = [*pytree.tree_leaves(judge.given), *judge.tensors]
+        self._values: dict[int, Any] = dict(enumerate(given))
         self._steps = judge.steps()
         self._done = 0
 

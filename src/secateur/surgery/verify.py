@@ -200,6 +200,7 @@ def agree(expected: list[Tensor] | None, found: list[Tensor] | None) -> bool:
 def own(model: nn.Module, given: tuple[tuple[Any, ...], dict[str, Any]]) -> list[Tensor] | None:
     """The outputs of a model's own forward; None if it does not run in this precision."""
     args, kwargs = given
+    model = duplicate(model, share=True)  # a forward may write to its buffers
     try:
         with evaluating(model), torch.no_grad(), torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
