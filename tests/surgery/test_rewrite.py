@@ -528,3 +528,19 @@ def test_blocks_that_are_alike_are_captured_once(monkeypatch: pytest.MonkeyPatch
     assert same != other
     tokens = torch.randn(2, 16, attention.qkv.in_features)
     assert not torch.equal(attention(tokens), attention(tokens))
+
+
+def test_a_submodule_with_two_names_is_rewritten_by_itself() -> None:
+    class Sharing(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.one, self.last = FixedView(), nn.Conv2d(4, 3, 1)
+            self.other = nn.Sequential(self.last, self.one)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.other(self.other[1](x))
+
+    model, x = Sharing().eval(), torch.randn(2, 3, 8, 8)
+    graph, plan, cut = cut_down(model, x)
+    assert list(rewritten_modules(cut)) == ["one"]
+    assert sc.verify(model, cut, graph, plan).ok

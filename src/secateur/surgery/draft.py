@@ -22,7 +22,8 @@ from secateur.errors import CaptureError, CutError
 from secateur.graph.capture import BATCH, Capture, Inputs, as_call, capture, with_batch
 from secateur.graph.labels import Value
 from secateur.graph.trace import Survivors, Trace
-from secateur.surgery.listing import Listing, Step, listing, regions
+from secateur.surgery.listing import Listing, Step, listing
+from secateur.surgery.listing import calls as calls_of
 from secateur.surgery.program import ANYTHING, OPERATORS, Named, Program, Ref, Size, Training
 from secateur.surgery.rewrite import CONSTANT, arguments_of, cut_steps
 
@@ -67,7 +68,7 @@ class Writer:
         self._survivors = survivors
         self._inputs = inputs
         self._whole = listing(trace.captured)
-        self._regions = regions(self._whole)
+        self._regions = calls_of(self._whole, self._model)
         self._runs: dict[str, list[Calls]] = {}
         self._captures: dict[Any, Captures] = {}
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import fx
+from torch import fx, nn
 
 from secateur.errors import CutError
 from secateur.graph.capture import Capture
@@ -202,6 +202,23 @@ def regions(lines: Listing) -> dict[tuple[str, int], list[int]]:
         for key, (name, _) in (step.node.meta.get("nn_module_stack") or {}).items():
             number = key.rpartition("@")[2] if "@" in key else "0"
             result.setdefault((name, int(number)), []).append(i)
+    return result
+
+
+def calls(lines: Listing, model: nn.Module) -> dict[tuple[str, int], list[int]]:
+    """The same by the first name of each module, also where it is called under several names."""
+    first = {module: name for name, module in model.named_modules()}
+    names = {name: first[module] for name, module in model.named_modules(remove_duplicate=False)}
+    several = {name for other, name in names.items() if other != name}
+    result: dict[tuple[str, int], list[int]] = {}
+    found = regions(lines)
+    for name, number in sorted(found, key=found.__getitem__):
+        own = names.get(name, name)
+        if own in several:
+            count = sum(known == own for known, _ in result)
+            result[own, count] = found[name, number]
+        else:
+            result[name, number] = found[name, number]
     return result
 
 

@@ -20,7 +20,7 @@ from secateur.graph import Graph, named_tensors
 from secateur.graph.trace import Survivors
 from secateur.surgery.draft import Draft, Writer
 from secateur.surgery.duplicate import duplicate
-from secateur.surgery.listing import Listing, regions
+from secateur.surgery.listing import Listing, calls
 from secateur.surgery.probe import aliases, difference, floats, random_inputs, random_values
 from secateur.surgery.program import NAMES, Named, refs
 from secateur.surgery.rewrite import cut_listing, fixed_program, run_program, tensors_of
@@ -164,7 +164,7 @@ class Trial:
         self._drafts: dict[str, Draft] = {}
         self._reasons: dict[str, str] = {}
         self._calls: dict[str, int] = {}
-        self._regions = regions(judge.lines)
+        self._regions = calls(judge.lines, judge.model)
         self._graph = Lockstep(judge)
 
     def run(self) -> dict[str, Draft]:
