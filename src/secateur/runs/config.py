@@ -191,9 +191,9 @@ class PruneConfig:
         """
         entry = METHODS[self.method]
         if self.granularity == "weights":
-            if self.method != "oneshot":
+            if self.method not in ("oneshot", "rd"):
                 raise SecateurError(
-                    f"method {self.method} removes channels; single weights go with method oneshot"
+                    f"method {self.method} removes channels; single weights go with method rd"
                 )
             return {}
         entry.check(self.method, self.options)
