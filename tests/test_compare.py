@@ -1,11 +1,13 @@
 """Comparisons: equal training for every arm, tables, failures, going on."""
 
 import csv
+import sys
 from pathlib import Path
 
 import pytest
 
 from secateur.errors import FileError, SecateurError
+from secateur.methods import METHODS
 from secateur.runs import PruneConfig, TrainRunConfig
 from secateur.runs.compare import Arm, Cell, Comparison, Outcome, compare, markdown, rows
 from secateur.runs.schedules import SCHEDULES
@@ -93,6 +95,34 @@ def test_a_failed_cell_does_not_stop_the_rest(recipe: Path, tmp_path: Path) -> N
     assert list(failed) == ["gradual"]
     assert "do not fit" in failed["gradual"]
     assert "do not fit" in (tmp_path / "out" / "table.md").read_text()
+
+
+def test_a_bug_in_a_cell_leaves_its_traceback(
+    recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*_: object, **__: object) -> None:
+        raise ZeroDivisionError("planted")
+
+    monkeypatch.setattr(sys.modules["secateur.runs.compare"], "prune_run", broken)
+    outcomes = compare(Comparison.read(recipe, seeds=[0]), tmp_path / "out")
+    assert [o.error for o in outcomes if o.error] == ["ZeroDivisionError: planted"] * 3
+    texts = [path.read_text() for path in (tmp_path / "out" / "errors").iterdir()]
+    assert len(texts) == 3
+    assert all("in run_cell" in text for text in texts)
+
+
+def test_every_method_can_be_an_arm(recipe: Path, tmp_path: Path) -> None:
+    arms = "".join(f'[arms."{name}"]\nmethod = "{name}"\n' for name in METHODS)
+    rounds = dict.fromkeys(("gradual", "depgraph"), "{ rounds = 1 }") | {"hesso": "{ periods = 1 }"}
+    short = {**rounds, "gate-decorator": "{ ticks = 1, ticks_per_tock = 1 }"}
+    for name, options in short.items():
+        arms = arms.replace(f'method = "{name}"\n', f'method = "{name}"\noptions = {options}\n')
+    recipe.write_text(RECIPE.partition("[arms.dense]")[0] + arms)
+    outcomes = compare(Comparison.read(recipe, seeds=[0]), tmp_path / "out")
+    assert len(outcomes) == len(METHODS)
+    for o in outcomes:
+        assert not o.error, (o.cell.arm, o.error)
+        assert o.macs <= 0.6
 
 
 def test_rows_pair_by_seed() -> None:

@@ -183,7 +183,7 @@ def test_scores_that_are_missing_equal_or_not_finite():
         Group("none", [True, False]),
         Group("equal", [True, True, False], [1.0, 1.0, 1.0]),
         Group("diverged", [True, False, True], [math.nan, 1.0, math.inf]),
-        Group("lost", [True], [math.nan]),
+        Group("lost", [True, False], [math.nan, None]),
     ]
     report = dataclasses.replace(smallest(), groups=groups)
     assert "1 group has no scores." in Page(render(report)).text
@@ -192,6 +192,7 @@ def test_scores_that_are_missing_equal_or_not_finite():
         "equal<br>2 kept, score 1 … 1",
         "equal<br>1 removed, score 1 … 1",
     ]
+    assert report.to_json()["groups"][3]["scores"] == [None, None]
 
 
 def test_hostile_names_are_text():

@@ -36,12 +36,13 @@ class Group:
     Attributes:
         name: the group.
         mask: one entry per unit; True = kept.
-        scores: one per unit, higher = keep; None if the method ranks no units.
+        scores: one per unit, higher = keep, None for a unit that was never compared; None if the method ranks no
+            units.
     """
 
     name: str
     mask: Sequence[bool]
-    scores: Sequence[float] | None = None
+    scores: Sequence[float | None] | None = None
 
     def __post_init__(self) -> None:
         if self.scores is not None and len(self.scores) != len(self.mask):
@@ -62,7 +63,7 @@ class Group:
 
     def to_json(self) -> dict[str, Any]:
         """The fields by name, with the counts."""
-        scores = None if self.scores is None else [float(s) for s in self.scores]
+        scores = None if self.scores is None else [None if s is None else float(s) for s in self.scores]
         mask = [bool(kept) for kept in self.mask]
         return {"name": self.name, "units": self.units, "kept": self.kept, "mask": mask, "scores": scores}
 
