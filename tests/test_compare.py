@@ -127,7 +127,8 @@ def test_every_method_can_be_an_arm(recipe: Path, tmp_path: Path) -> None:
 
 def test_rows_pair_by_seed() -> None:
     def cell(arm: str, seed: int, **budget: float) -> Cell:
-        return Cell(arm, budget, seed, None)  # type: ignore[arg-type]
+        against = "a" if arm == "b" else "dense"
+        return Cell(arm, budget, seed, None, against)  # type: ignore[arg-type]
 
     found = rows(
         [
@@ -136,14 +137,19 @@ def test_rows_pair_by_seed() -> None:
             Outcome(cell("a", 0, macs=0.5), 0.85, macs=0.5),
             Outcome(cell("a", 1, macs=0.5), 0.79, macs=0.4),
             Outcome(cell("a", 2, macs=0.5), error="broke"),
+            Outcome(cell("a", 0, macs=0.3), 0.5, macs=0.3),
+            Outcome(cell("b", 0, macs=0.5), 0.82, macs=0.5),
+            Outcome(cell("b", 1, macs=0.5), 0.8, macs=0.5),
         ]
     )
-    dense, row = found
-    assert dense["to_dense"] is None
+    dense, _, row, other = found
+    assert dense["difference"] is None
+    assert other["difference"] == pytest.approx((0.82 - 0.85 + 0.8 - 0.79) / 2)
+    assert other["against"] == "a"
     assert row["accuracy"] == pytest.approx(0.82)
     assert row["macs"] == pytest.approx(0.45)
-    assert row["to_dense"] == pytest.approx(-0.03)
-    assert row["to_dense_spread"] == pytest.approx(0.0283, abs=1e-4)
+    assert row["difference"] == pytest.approx(-0.03)
+    assert row["difference_spread"] == pytest.approx(0.0283, abs=1e-4)
     assert row["seeds"] == 2
     assert row["failed"] == "broke"
 
@@ -161,6 +167,7 @@ def test_the_table_says_how_it_was_made(recipe: Path) -> None:
         ("seeds", "sedes", "unknown setting 'sedes'"),
         ('score = "random"', 'scor = "random"', "scor"),
         ('"tiny"', '"tinny"', "unknown schedule 'tinny'"),
+        ("decay = 2", 'against = "l1"', "unknown arm 'l1'"),
         ("rounds", "runds", "unknown option 'runds'"),
         ("[arms.dense]", "[arms.dense", "cannot be read as a recipe"),
     ],

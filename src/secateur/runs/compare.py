@@ -36,6 +36,7 @@ class Arm:
         before: prune the fresh model and train the small one all the time (for methods that could also prune a
             trained one).
         score, allocation, options, decay, rectify: as in `PruneConfig`.
+        against: the arm that its accuracy is compared with, seed by seed; at the same budget if that arm has one.
     """
 
     method: str | None = None
@@ -45,6 +46,7 @@ class Arm:
     options: Mapping[str, Any] = field(default_factory=dict)
     decay: int = 1
     rectify: bool = False
+    against: str = DENSE
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,6 +107,9 @@ class Comparison:
         """Everything to run; what is wrong with any of it is raised now."""
         if not self.arms:
             raise SecateurError("compare: no arms; give at least one method")
+        for name, arm in self.arms.items():
+            if arm.against not in (*self.arms, DENSE):
+                raise SecateurError(f"arm {name!r}: against {unknown('arm', arm.against, self.arms)}")
         return [
             cell
             for seed in self.seeds
@@ -118,10 +123,10 @@ class Comparison:
         if arm.method is None:
             if self.task.weights is None:
                 train = TrainRunConfig(task=task, train=plan.train(precision=self.precision))
-                yield Cell(name, {}, seed, train)
+                yield Cell(name, {}, seed, train, arm.against)
             return
         for budget in self.budgets:
-            yield Cell(name, dict(budget), seed, self._pruning(arm, budget, task, plan))
+            yield Cell(name, dict(budget), seed, self._pruning(arm, budget, task, plan), arm.against)
 
     def _pruning(self, arm: Arm, budget: Mapping[str, float], task: Task, plan: Schedule) -> PruneConfig:
         """Every arm trains for the same number of epochs in all."""
@@ -169,6 +174,7 @@ class Cell:
     budget: Mapping[str, float]
     seed: int
     config: PruneConfig | TrainRunConfig
+    against: str = DENSE
 
     @property
     def folder(self) -> Path:
@@ -265,32 +271,38 @@ def run_cell(cell: Cell, folder: Path) -> Outcome:
 
 def rows(outcomes: Sequence[Outcome]) -> list[dict[str, Any]]:
     """One row per arm and budget: means and spreads over the seeds; differences are paired by seed."""
-    dense = {o.cell.seed: o.accuracy for o in outcomes if not o.cell.budget and o.accuracy is not None}
-    grouped: dict[tuple[str, tuple[tuple[str, float], ...]], list[Outcome]] = {}
+    known = {
+        (o.cell.arm, _bound(o.cell), o.cell.seed): o.accuracy for o in outcomes if o.accuracy is not None
+    }
+    grouped: dict[tuple[str, str], list[Outcome]] = {}
     for outcome in outcomes:
-        grouped.setdefault((outcome.cell.arm, tuple(outcome.cell.budget.items())), []).append(outcome)
+        grouped.setdefault((outcome.cell.arm, _bound(outcome.cell)), []).append(outcome)
     table = []
     for (arm, budget), found in grouped.items():
         good = [o for o in found if o.accuracy is not None]
         accuracies = [o.accuracy for o in good if o.accuracy is not None]
         cut = [o.accuracy_cut for o in good if o.accuracy_cut is not None]
+        against = found[0].cell.against
         paired = [
-            o.accuracy - d
-            for o in good
-            if o.accuracy is not None and (d := dense.get(o.cell.seed)) is not None
+            accuracy - other
+            for (name, bound, seed), accuracy in known.items()
+            if (name, bound) == (arm, budget) and against != arm
+            for other in (known.get((against, budget, seed), known.get((against, "", seed))),)
+            if other is not None
         ]
         table.append(
             {
                 "arm": arm,
-                "budget": ", ".join(f"{name} {value:g}" for name, value in budget),
+                "budget": budget,
                 "seeds": len(good),
                 "macs": _mean([o.macs for o in good]),
                 "params": _mean([o.params for o in good]),
                 "accuracy_cut": _mean(cut),
                 "accuracy": _mean(accuracies),
                 "spread": _spread(accuracies),
-                "to_dense": _mean(paired) if budget else None,
-                "to_dense_spread": _spread(paired) if budget else None,
+                "difference": _mean(paired),
+                "difference_spread": _spread(paired),
+                "against": against if paired else "",
                 "seconds_per_epoch": _mean([o.seconds for o in good]),
                 "failed": "; ".join(o.error for o in found if o.error),
             }
@@ -304,22 +316,23 @@ def markdown(comparison: Comparison, outcomes: Sequence[Outcome]) -> str:
     lines = [
         f"{comparison.task.model} on {comparison.task.data}, schedule `{comparison.schedule}` ({plan.summary}), "
         f"seeds {', '.join(map(str, comparison.seeds))}. Accuracy on the whole test set, mean ± standard deviation "
-        f"over the seeds; differences to the dense network are paired by seed.",
+        f"over the seeds; differences are paired by seed.",
         "",
-        "| budget | arm | MACs kept | params kept | right after the cut | accuracy | to dense | s/epoch | seeds |",
+        "| budget | arm | MACs kept | params kept | right after the cut | accuracy | difference | s/epoch | seeds |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
     for row in rows(outcomes):
         if row["accuracy"] is None:
             lines.append(f"| {row['budget']} | {row['arm']} | | | | failed: {row['failed']} | | | 0 |")
             continue
-        to_dense = (
-            "" if row["to_dense"] is None else _plus_minus(row["to_dense"], row["to_dense_spread"], "+")
-        )
+        difference = ""
+        if row["difference"] is not None:
+            change = _plus_minus(row["difference"], row["difference_spread"], "+")
+            difference = f"{change} to {row['against']}"
         cut = "" if row["accuracy_cut"] is None else f"{100 * row['accuracy_cut']:.2f}"
         lines.append(
             f"| {row['budget'] or '–'} | {row['arm']} | {row['macs']:.3f} | {row['params']:.3f} | {cut} | "
-            f"{_plus_minus(row['accuracy'], row['spread'])} | {to_dense} | {row['seconds_per_epoch']:.0f} | "
+            f"{_plus_minus(row['accuracy'], row['spread'])} | {difference} | {row['seconds_per_epoch']:.0f} | "
             f"{row['seeds']}{' (' + row['failed'] + ')' if row['failed'] else ''} |"
         )
     return "\n".join(lines) + "\n"
@@ -342,10 +355,9 @@ def as_csv(outcomes: Sequence[Outcome]) -> str:
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(names)
     for o in outcomes:
-        bound = ", ".join(f"{name} {value:g}" for name, value in o.cell.budget.items())
         line = (
             o.cell.arm,
-            bound,
+            _bound(o.cell),
             o.cell.seed,
             o.macs,
             o.params,
@@ -356,6 +368,10 @@ def as_csv(outcomes: Sequence[Outcome]) -> str:
         )
         writer.writerow(line)
     return text.getvalue()
+
+
+def _bound(cell: Cell) -> str:
+    return ", ".join(f"{name} {value:g}" for name, value in cell.budget.items())
 
 
 def _plus_minus(mean: float, spread: float | None, sign: str = "") -> str:
