@@ -174,12 +174,14 @@ def weights_table(bench: Bench, network: str) -> dict[tuple[str, str, float], di
     for sparsity, column in itertools.product(hardest_first, ("least-squares", "none")):
         for allocation in BASELINES:
             add(allocation, column, sparsity, COLUMNS[column])
-    for sparsity, allocation in itertools.product(hardest_first, ("global", "lamp", "erk", "uniform")):
+    for sparsity in SPARSITIES:
+        add("faithful", "none", sparsity, FAITHFUL)
+    if network != "resnet20":  # one network is enough for the ablations
+        return cells
+    for sparsity, allocation in itertools.product(hardest_first, BASELINES):
         add(allocation, "chosen", sparsity, COLUMNS["chosen"])
     for sparsity, allocation in itertools.product(hardest_first, BASELINES):
         add(allocation, "batch-norm", sparsity, COLUMNS["batch-norm"])
-    for sparsity in SPARSITIES:
-        add("faithful", "none", sparsity, FAITHFUL)
     for column, sparsity in itertools.product(("none", "batch-norm", "least-squares"), SPARSITIES):
         add("rd", column, sparsity, COLUMNS[column])
     return cells

@@ -17,7 +17,7 @@ from secateur.graph import Graph, named_tensors
 from secateur.graph.capture import capture
 from secateur.surgery import draft
 from secateur.surgery.reference import Reference
-from secateur.surgery.rewrite import Rewritten, rewritten_modules
+from secateur.surgery.rewriting.rewrite import Rewritten, rewritten_modules
 from secateur.surgery.verify import randomise_
 from tests.oracles import random_masks
 

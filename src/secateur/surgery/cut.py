@@ -14,9 +14,9 @@ from secateur.graph.modules import Keep
 from secateur.plan import Plan
 from secateur.surgery.duplicate import duplicate
 from secateur.surgery.edit import Edit, select, select_states
-from secateur.surgery.known import following
-from secateur.surgery.rewrite import rewrite_
-from secateur.surgery.settle import settle
+from secateur.surgery.rewriting.known import following
+from secateur.surgery.rewriting.rewrite import rewrite_
+from secateur.surgery.rewriting.settle import settle
 
 
 def cut_(model: nn.Module, graph: Graph, plan: Plan, *, optimizer: Optimizer | None = None) -> nn.Module:

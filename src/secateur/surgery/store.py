@@ -19,10 +19,10 @@ from secateur.graph.modules import pad_attributes
 from secateur.surgery.bits import pack, unpack
 from secateur.surgery.bypass import Bypass, add_bypass_, remove_bypass_
 from secateur.surgery.edit import Edit
-from secateur.surgery.known import known_attributes
-from secateur.surgery.program import Program
-from secateur.surgery.program_json import Reader, to_json
-from secateur.surgery.rewrite import CONSTANT, rewrite_, rewritten_modules
+from secateur.surgery.rewriting.known import known_attributes
+from secateur.surgery.rewriting.program import Program
+from secateur.surgery.rewriting.program_json import Reader, to_json
+from secateur.surgery.rewriting.rewrite import CONSTANT, rewrite_, rewritten_modules
 
 FORMAT = "1"
 _VALUES, _PLACES = ":values", ":places"

@@ -16,8 +16,8 @@ from secateur.surgery.edit import select
 from secateur.surgery.mask import mask_
 from secateur.surgery.probe import aliases, difference, floats, random_inputs, randomise_
 from secateur.surgery.reference import Reference
-from secateur.surgery.rewrite import cut_listing, fixed_program, rewritten_modules, tensors_of
-from secateur.surgery.settle import evaluating, fixes_precision
+from secateur.surgery.rewriting.rewrite import cut_listing, fixed_program, rewritten_modules, tensors_of
+from secateur.surgery.rewriting.settle import evaluating, fixes_precision
 
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-3}
 """Largest relative error of an equal pair: rounding of sums in another order stays far below."""

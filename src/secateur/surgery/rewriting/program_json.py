@@ -8,7 +8,7 @@ import math
 from collections.abc import Collection
 from typing import Any
 
-from secateur.surgery.program import (
+from secateur.surgery.rewriting.program import (
     ANYTHING,
     LARGEST,
     LARGEST_TENSOR,

@@ -18,12 +18,12 @@ from torch.utils import _pytree as pytree
 from secateur.errors import CutError
 from secateur.graph import Graph, named_tensors
 from secateur.graph.trace import Survivors
-from secateur.surgery.draft import Draft, Writer
 from secateur.surgery.duplicate import duplicate
-from secateur.surgery.listing import Listing, calls
 from secateur.surgery.probe import aliases, difference, floats, random_inputs, random_values
-from secateur.surgery.program import NAMES, Named, refs
-from secateur.surgery.rewrite import cut_listing, fixed_program, run_program, tensors_of
+from secateur.surgery.rewriting.draft import Draft, Writer
+from secateur.surgery.rewriting.listing import Listing, calls
+from secateur.surgery.rewriting.program import NAMES, Named, refs
+from secateur.surgery.rewriting.rewrite import cut_listing, fixed_program, run_program, tensors_of
 
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-5}
 """Largest relative difference of the same operators on the same tensors, by precision."""
