@@ -15,8 +15,8 @@ from secateur.export import export_onnx, export_program
 from secateur.files import read_tensors, write_tensors
 from secateur.graph import Graph, named_tensors
 from secateur.graph.capture import capture
-from secateur.surgery import draft
 from secateur.surgery.reference import Reference
+from secateur.surgery.rewriting import draft
 from secateur.surgery.rewriting.rewrite import Rewritten, rewritten_modules
 from secateur.surgery.verify import randomise_
 from tests.oracles import random_masks
