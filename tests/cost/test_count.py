@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import secateur as sc
@@ -25,6 +26,26 @@ def test_macs_do_not_depend_on_the_batch() -> None:
     net = network("resnet8", dtype=torch.float32)
     one, five = (sc.Cost(sc.analyze(net.model, torch.randn(n, 3, 32, 32))).macs() for n in (1, 5))
     assert one == five
+
+
+class Positions(nn.Module):
+    """Adds a table of positions that it works out anew, for every image or once for all."""
+
+    def __init__(self, each: bool) -> None:
+        super().__init__()
+        self.each, self.a, self.table = each, nn.Conv2d(3, 8, 1), nn.Conv2d(1, 8, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        grid = torch.ones(len(x) if self.each else 1, 1, x.shape[2], x.shape[3]).cumsum(3)
+        return self.a(x) + self.table(grid)
+
+
+@pytest.mark.parametrize("each", [True, False])
+def test_tables_of_positions_count_as_often_as_they_are_made(each: bool) -> None:
+    model, x = nn.Sequential(Positions(each), nn.Conv2d(8, 2, 1)), torch.zeros(1, 3, 4, 4)
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        model(x)
+    assert 2 * sc.Cost(sc.analyze(model, x)).macs() == counter.get_total_flops()
 
 
 def test_known_counts_of_resnet20() -> None:

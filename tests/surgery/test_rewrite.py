@@ -88,6 +88,30 @@ class Slices(nn.Module):
         return self.b(y[:, 2:8]) + y.mean((1, 2, 3), keepdim=True)
 
 
+class Partial(nn.Module):
+    """Convolves some of its channels; which forward it runs, the instance decides."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(4, 4, 3, padding=1)
+        self.forward = self.forward_split
+
+    def forward_split(self, features: Tensor) -> Tensor:
+        left, right = features.split([4, 8], dim=1)
+        return torch.cat([self.conv(left), right], 1)
+
+
+class Chosen(nn.Module):
+    """A submodule has its forward as an attribute."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.partial, self.b = nn.Conv2d(3, 12, 3), Partial(), nn.Conv2d(12, 5, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.b(self.partial(features=self.a(x).relu()))
+
+
 class Grouped(nn.Module):
     """GroupNorm called by number of groups, and a channel shuffle with all its sizes written out."""
 
@@ -117,6 +141,7 @@ NETWORKS = {
     "vit": (TinyViT, 16),
     "splits": (Splits, 8),
     "slices": (Slices, 8),
+    "chosen": (Chosen, 8),
     "grouped": (Grouped, 8),
     "view": (FixedView, 8),
 }

@@ -30,7 +30,8 @@ def convolution(site: Site) -> Result:
     connect(site, labels.axis(Value(x.shape, tuple(factors)), channel), out, into, groups)
     add_bias(site, out)
     macs = math.prod(site.shape) // site.shape[channel] * math.prod(weight.shape)
-    site.count(macs, out, into, *(factor.ravel() for factor in rest))
+    # A table of positions that is made for every image again does not depend on any, but has their number.
+    site.count(macs, out, into, *(factor.ravel() for factor in rest), batched=channel > 0 and x.shape[0] > 1)
     return site.value([*rest, along(out, channel, rank)])
 
 

@@ -62,9 +62,12 @@ class Site:
         """All outputs, labelled alike."""
         return tuple(self.labels.value(shape, factors) for shape in self.shapes)
 
-    def count(self, macs: int, *axes: Atoms) -> None:
-        """This operator performs `macs` multiply-adds, in proportion to what is kept of each axis."""
-        batched = any(value.data for value in self.operands)
+    def count(self, macs: int, *axes: Atoms, batched: bool = False) -> None:
+        """This operator performs `macs` multiply-adds, in proportion to what is kept of each axis.
+
+        They are done for every image if an operand depends on the images, or if `batched`.
+        """
+        batched = batched or any(value.data for value in self.operands)
         self.labels.contractions.append(Contraction(self.labels.module, macs, axes, batched))
 
     def statistic(self, value: Value, dims: Collection[int]) -> None:

@@ -27,6 +27,8 @@ class Rewritten(nn.Module):
     program: Program
     lost: str
     """What the original forward does in training mode and this one does not, in words."""
+    own_forward: Callable[..., Any] | None
+    """The forward that the instance had in place of its class's."""
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """What the original forward computes, at other widths."""
@@ -101,6 +103,7 @@ def rewrite_(
         module.register_buffer(name, tensor, persistent=False)
     module.__class__ = rewritten_class(original_class(module))
     module.program, module.lost = program, lost  # type: ignore[assignment]
+    module.own_forward = module.__dict__.pop("forward", module.__dict__.get("own_forward"))
     return undo
 
 
@@ -111,7 +114,8 @@ def rewritten_modules(model: nn.Module) -> dict[str, Rewritten]:
 
 def arguments_of(module: nn.Module, args: Any, kwargs: Any) -> inspect.BoundArguments:
     """The arguments of a call of `module` by name, those at their default included."""
-    bound = inspect.signature(module.forward).bind(*args, **kwargs)
+    forward = module.__dict__.get("own_forward") or module.forward
+    bound = inspect.signature(forward).bind(*args, **kwargs)
     bound.apply_defaults()
     return bound
 
