@@ -224,6 +224,36 @@ def test_an_implicit_scale_is_seen_although_everything_runs() -> None:
     assert 1e-5 < difference < 1  # it runs, and is a little wrong
 
 
+class Deep(nn.Module):
+    """Residual blocks under an attention whose scale is implicit; its norms must fit what they see."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 8, 3, padding=1)
+        self.blocks = nn.ModuleList(
+            nn.Sequential(nn.Conv2d(8, 8, 3, padding=1), nn.BatchNorm2d(8)) for _ in range(20)
+        )
+        self.q, self.k, self.v, self.head = (nn.Conv2d(8, n, 1) for n in (8, 8, 8, 4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        for block in self.blocks:
+            x = x + block(x)
+        q, k, v = (each(x).flatten(2).transpose(1, 2)[:, None] for each in (self.q, self.k, self.v))
+        return self.head(F.scaled_dot_product_attention(q, k, v)[:, 0].transpose(1, 2)[..., None])
+
+
+def test_saturation_hides_nothing_from_the_judge() -> None:
+    torch.manual_seed(0)
+    model, x = Deep().eval(), torch.randn(1, 3, 8, 8)
+    graph = sc.analyze(model, x)
+    keep = [torch.arange(group.units) < (2 if group.name == "q" else group.units) for group in graph.groups]
+    assert "q" in [group.name for group in graph.groups]
+    plan = sc.Plan.of(graph, keep)
+    proof = sc.verify(model, sc.cut_(copy.deepcopy(model), graph, plan), graph, plan)
+    assert proof.ok, proof
+
+
 def test_statistics_are_over_the_survivors() -> None:
     """By hand: LayerNorm of a width-4 stream of which one channel goes."""
     model = nn.Sequential(nn.Linear(2, 4, bias=False), nn.LayerNorm(4), nn.Linear(4, 1, bias=False))
