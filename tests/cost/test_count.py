@@ -6,6 +6,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import secateur as sc
+from secateur.errors import BudgetError
 from secateur.recipes.models import build_model
 from tests.networks import TORCHVISION, network
 from tests.oracles import random_masks
@@ -79,3 +80,9 @@ def test_layers_add_up() -> None:
     layers = cost.layers()
     assert sum(layers.values()) == cost.macs()
     assert not any(name.startswith("aux") for name in layers)
+
+
+@pytest.mark.parametrize("bound", [0, -1, 1, 1.2, True, float("nan")])
+def test_a_bound_is_a_share_or_a_count(bound: float) -> None:
+    with pytest.raises(BudgetError):
+        sc.Budget(macs=bound)

@@ -141,6 +141,10 @@ class Budget:
                 raise BudgetError(
                     f"budget {name}=1 keeps everything; use a share below 1, such as 0.5 for half"
                 )
+            if bound > 1 and bound != int(bound):
+                raise BudgetError(
+                    f"budget {name}={bound:g}: neither a share below 1 nor a whole number of {name}"
+                )
 
     @property
     def bounds(self) -> dict[str, float]:

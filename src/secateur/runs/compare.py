@@ -36,6 +36,7 @@ class Arm:
         before: prune the fresh model and train the small one all the time (for methods that could also prune a
             trained one).
         score, allocation, options, decay, rectify: as in `PruneConfig`.
+        budgets: its own, in place of the comparison's.
         against: the arm that its accuracy is compared with, seed by seed; at the same budget if that arm has one.
     """
 
@@ -46,6 +47,7 @@ class Arm:
     options: Mapping[str, Any] = field(default_factory=dict)
     decay: int = 1
     rectify: bool = False
+    budgets: Sequence[Mapping[str, float]] | None = None
     against: str = DENSE
 
 
@@ -125,7 +127,7 @@ class Comparison:
                 train = TrainRunConfig(task=task, train=plan.train(precision=self.precision))
                 yield Cell(name, {}, seed, train, arm.against)
             return
-        for budget in self.budgets:
+        for budget in self.budgets if arm.budgets is None else arm.budgets:
             yield Cell(name, dict(budget), seed, self._pruning(arm, budget, task, plan), arm.against)
 
     def _pruning(self, arm: Arm, budget: Mapping[str, float], task: Task, plan: Schedule) -> PruneConfig:
