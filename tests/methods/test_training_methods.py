@@ -1,6 +1,9 @@
 """The contract of methods that prune while the model trains, for each of them."""
 
 import copy
+import os
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,6 +14,7 @@ from torch import nn
 
 from secateur import Budget, analyze, cut_
 from secateur.errors import BudgetError, TrainingError
+from secateur.files import read_tensors
 from secateur.methods.training import TrainingMethod
 from secateur.recipes.train import fit
 from tests.methods.examples import CONFIG, INPUTS, METHODS, STEPS, Make, Residual, lapp, train
@@ -189,3 +193,52 @@ def test_shrink_equals_a_second_analysis() -> None:
             assert m.index.tolist() == n.index.tolist()
     assert Cost(theirs).macs() == Cost(ours).macs([g.units for g in ours.groups])
     assert whole.stem[0].out_channels == 8
+
+
+TWO = """
+import sys
+sys.path.insert(0, {root!r})
+from pathlib import Path
+from tests.methods.examples import METHODS, train
+
+for number, (name, make) in enumerate(METHODS.items()):
+    if name not in {ties!r}:
+        train(make, Path({folder!r}) / str(number), seed=number)
+"""
+
+TIES = {"paam, free, streams"}
+"""Adam's first step moves all free scores by ±lr, so that rounding decides which of them are selected."""
+
+
+@pytest.mark.slow
+def test_two_processes_take_the_same_decisions_as_one(tmp_path: Path) -> None:
+    """For every method: the same units go, and the weights agree as far as sums in another order allow."""
+    script = tmp_path / "two.py"
+    script.write_text(
+        TWO.format(root=str(Path(__file__).parents[2]), folder=str(tmp_path / "two"), ties=TIES)
+    )
+    launch = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node=2",
+        str(script),
+    ]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    run = subprocess.run(launch, capture_output=True, text=True, timeout=600, env=environment)
+    assert run.returncode == 0, run.stderr
+    for number, (name, make) in enumerate(METHODS.items()):
+        if name in TIES:
+            continue
+        train(make, tmp_path / "one" / str(number), seed=number)
+        ours, theirs = (
+            read_tensors(tmp_path / processes / str(number) / "train.checkpoint.safetensors")[0]
+            for processes in ("two", "one")
+        )
+        assert {n: t.shape for n, t in ours.items()} == {n: t.shape for n, t in theirs.items()}, name
+        for key, tensor in ours.items():
+            if ".kept." in key:
+                assert torch.equal(tensor, theirs[key]), (name, key)
+            if key.startswith("model."):
+                torch.testing.assert_close(tensor, theirs[key], rtol=0.01, atol=2e-3, msg=f"{name}: {key}")

@@ -108,7 +108,8 @@ class StructuredMethod(TrainingMethod):
             best = pooled[number].topk(min(self.least[number], len(score))).indices
             pooled[number][best] = math.inf
         bounds = {
-            name: limit + slack * max(0, self.dense.of(name) - limit) for name, limit in self.limits.items()
+            name: limit + math.floor(slack * max(0, self.dense.of(name) - limit))
+            for name, limit in self.limits.items()
         }
         over = {name: bound for name, bound in bounds.items() if self.count(name) > bound}
         if not over:
