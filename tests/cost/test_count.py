@@ -49,6 +49,29 @@ def test_tables_of_positions_count_as_often_as_they_are_made(each: bool) -> None
     assert 2 * sc.Cost(sc.analyze(model, x)).macs() == counter.get_total_flops()
 
 
+class Sequence(nn.Module):
+    """Reads an image row by row, in both directions."""
+
+    def __init__(self, kind: type[nn.RNNBase]) -> None:
+        super().__init__()
+        self.conv, self.head = nn.Conv2d(3, 6, 1), nn.Linear(10, 4)
+        self.rnn = kind(6, 5, num_layers=2, batch_first=True, bidirectional=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        rows = self.conv(x).mean(3).transpose(1, 2)
+        return self.head(self.rnn(rows)[0].mean(1))
+
+
+@pytest.mark.parametrize("kind", [nn.LSTM, nn.GRU, nn.RNN])
+def test_recurrent_layers_stay_whole_and_count(kind: type[nn.RNNBase]) -> None:
+    model, x = Sequence(kind), torch.zeros(1, 3, 7, 7)
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        model.to("meta")(x.to("meta"))
+    graph = sc.analyze(Sequence(kind), x)
+    assert 2 * sc.Cost(graph).macs() == counter.get_total_flops()
+    assert {item.name for item in graph.frozen} >= {"conv", "rnn"}
+
+
 def test_known_counts_of_resnet20() -> None:
     """He et al. 2016: 0.27 M parameters; MACs by hand: 432 + 18 convolutions + head."""
     cost = sc.Cost(sc.analyze(build_model("resnet20"), torch.zeros(1, 3, 32, 32)))

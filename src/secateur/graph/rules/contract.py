@@ -154,6 +154,18 @@ def einsum(site: Site) -> Result:
     return value
 
 
+@rule("lstm", "gru", "rnn_tanh", "rnn_relu")
+def recurrent(site: Site) -> Result:
+    """A recurrent layer stays whole; for every step of every sequence it multiplies by each weight once."""
+    rows = math.prod(site.operands[0].shape[:-1])
+    parameters = (value for value in site.operands if value.tensor in site.labels.parameters)
+    weights = [value for value in parameters if len(value.shape) == 2]
+    site.count(rows * sum(math.prod(weight.shape) for weight in weights))
+    if weights:  # so that the layer is on the list of what stays
+        site.labels.pin(site.labels.axis(weights[0], 0, "out", unit=True), f"no rule for {site.op}")
+    return without_rule(site)
+
+
 @rule("scaled_dot_product_attention")
 def attention(site: Site) -> Result:
     """Heads are the last batch dim; rows × columns of the map in between are counted but never stored."""
