@@ -29,7 +29,7 @@ class TrainingCost:
     Attributes:
         macs: multiply-adds of forward and backward pass.
         peak_bytes: largest sum of all tensors alive at once: weights, gradients, momentum, activations, the batch. On
-            a GPU what the allocator handed out at most; on a CPU without the work space inside operators.
+            a GPU what the allocator handed out at most; on a CPU without masks and the work space inside operators.
         seconds: median over the steps.
         extremes: seconds of the fastest and of the slowest step.
         batch: images.
