@@ -1,10 +1,11 @@
 """What one step of training costs: multiply-adds, memory and time, measured on the model itself."""
 
 import copy
+import math
 import statistics
 import time
 import weakref
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -92,7 +93,7 @@ def compare_training(
             stack.enter_context((holding or {}).get(name, nullcontext)(step.model))
             for _ in range(warmup):
                 step()
-            with FlopCounterMode(display=False) as counter:
+            with FlopCounterMode(display=False, custom_mapping=RULES) as counter:
                 step()
             counted[name] = counter.get_total_flops() // 2, _peak_bytes(step, present)
             runs[name] = step
@@ -113,6 +114,28 @@ def compare_training(
         )
         for name, times in seconds.items()
     }
+
+
+def _backward_flops(
+    grad: Sequence[int],
+    x: Sequence[int],
+    w: Sequence[int],
+    bias: object,
+    stride: object,
+    padding: object,
+    dilation: object,
+    transposed: bool,
+    output_padding: object,
+    groups: int,
+    wanted: Sequence[bool],
+    **_: object,
+) -> int:
+    """Of a convolution's backward pass: each gradient costs as much as the forward pass."""
+    return 2 * math.prod(x if transposed else grad) * math.prod(w[1:]) * sum(wanted[:2])
+
+
+RULES = {torch.ops.aten.convolution_backward: _backward_flops}
+"""Operators that PyTorch's own counter gets wrong: it takes the weights of grouped convolutions for whole ones."""
 
 
 class Step:
