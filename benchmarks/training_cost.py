@@ -77,7 +77,9 @@ def render(found: dict[str, Measured], options: argparse.Namespace) -> str:
     import torch
 
     device = next(iter(next(iter(found.values())).values()))[0].device
-    threads = "" if options.device != "cpu" else f" with {torch.get_num_threads()} threads"
+    cpu = options.device == "cpu"
+    if cpu:
+        device += f" ({torch.get_num_threads()} threads)"
     asked = "".join(
         f" --{name} {given}"
         for name, given, default in (
@@ -95,15 +97,14 @@ def render(found: dict[str, Measured], options: argparse.Namespace) -> str:
         "",
         f"`python benchmarks/training_cost.py{asked} --out docs/results/training-cost.md`",
         "",
-        f"One step of SGD with momentum on {options.batch} images of 32 × 32 in float32, channels last, on {device}",
-        f"{threads.strip()}{', ' if threads else ''}Python {platform.python_version()}, torch {torch.__version__}, "
-        f"seed {options.seed}. Cropped and masked networks have the",
-        "same densities: widths by `precrop`, or as many single weights at random by `crop_masks`. MACs are those of",
-        "forward and backward pass. Peak memory is that of weights, gradients, momentum, activations and the batch"
-        + (", without" if options.device == "cpu" else "."),
-        *(["masks and the work space inside operators."] if options.device == "cpu" else []),
-        f"Seconds: median over {options.repetitions} repetitions of the median of {options.steps} steps, all networks",
-        "of one model in turn; in brackets the fastest and the slowest repetition.",
+        f"One step of SGD with momentum on {options.batch} images of 32 × 32 in float32, channels last, on {device};",
+        f"Python {platform.python_version()}, torch {torch.__version__}, seed {options.seed}.",
+        "",
+        "Cropped and masked networks have the same densities: widths by `precrop`, or as many single weights at random",
+        "by `crop_masks`. MACs are those of the forward and backward pass. Peak memory is that of weights, gradients,",
+        f"momentum, activations and the batch{', without masks and work space inside operators' if cpu else ''}.",
+        f"Time is the median over {options.repetitions} repetitions of the median of {options.steps} steps, all networks of",
+        "one model in turn; in brackets the fastest and the slowest repetition.",
     ]
     for name, measured in found.items():
         lines += [

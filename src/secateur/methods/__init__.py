@@ -128,7 +128,7 @@ METHODS = {
     **{
         score: Method(
             partial(prune_initial, score=score),
-            f"mask weights before training by {INITIAL_SCORES[score]}",
+            f"mask weights before training: {INITIAL_SCORES[score]}",
             "before",
             "weights",
         )
