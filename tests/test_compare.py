@@ -33,6 +33,10 @@ score = "random"
 allocation = "uniform"
 before = true
 
+[arms."random weights"]
+method = "precrop"
+granularity = "weights"
+
 [arms.gradual]
 method = "gradual"
 options = { rounds = 1 }
@@ -57,7 +61,7 @@ def test_every_arm_trains_equally_long(recipe: Path) -> None:
     for schedule, plan in SCHEDULES.items():
         cells = Comparison.read(recipe, schedule=schedule).cells()
         assert {epochs(cell) for cell in cells} == {plan.epochs}
-        assert len(cells) == 2 * 4
+        assert len(cells) == 2 * 5
     split = next(c.config for c in cells if c.arm == "l2, fine-tuned")
     assert isinstance(split, PruneConfig)
     assert split.train is not None
@@ -73,13 +77,16 @@ def test_a_comparison_from_end_to_end_and_on(recipe: Path, tmp_path: Path) -> No
     comparison, said = Comparison.read(recipe), []
     outcomes = compare(comparison, tmp_path / "out", tell=said.append)
     assert all(not o.error for o in outcomes), [o.error for o in outcomes]
-    assert len(said) == 8
+    assert len(said) == 10
     table = (tmp_path / "out" / "table.md").read_text()
-    assert table.count("\n| ") == 1 + 4
+    assert table.count("\n| ") == 1 + 5
     for o in outcomes:
         assert o.macs == 1 if o.cell.arm == "dense" else 0.5 < o.macs <= 0.6
+        masked = o.cell.arm == "random weights"
+        assert (o.step_macs, o.step_bytes) == ((1.0, 1.0) if masked else (None, None))
+    assert "weights at zero are not counted as kept" in table
     lines = list(csv.DictReader((tmp_path / "out" / "table.csv").read_text().splitlines()))
-    assert len(lines) == 8
+    assert len(lines) == 10
     model = tmp_path / "out" / "gradual" / "macs-0.6" / "seed-1" / "model.safetensors"
     written = model.stat().st_mtime_ns
     again = compare(comparison, tmp_path / "out")

@@ -596,7 +596,7 @@ def test_an_interrupted_run_says_how_to_go_on(
     tmp_path: Path, run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     out = tmp_path / "run"
-    monkeypatch.setattr("secateur.runs.prune.measure", interrupt)
+    monkeypatch.setattr("secateur.runs.result.measure", interrupt)
     ended = run(*PRUNE, "--out", out)
     assert ended.code == 130
     assert f"go on with: secateur {' '.join(PRUNE)} --out {out} --resume" in ended.err

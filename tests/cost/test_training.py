@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from secateur import Budget
-from secateur.cost.training import layer_times, training_cost
+from secateur.cost.training import compare_training, layer_times, training_cost
 from secateur.errors import SecateurError
 from secateur.methods.initial import prune_initial
 
@@ -21,6 +21,29 @@ def test_a_linear_layer_costs_two_passes_and_a_chain_three() -> None:
     )  # nobody asks for the input's gradient
     two = nn.Sequential(nn.Linear(50, 30, bias=False), nn.ReLU(), nn.Linear(30, 20, bias=False))
     assert training_cost(two, batch(), steps=1).macs == 4 * (2 * 50 * 30 + 3 * 30 * 20)
+
+
+def test_grouped_and_transposed_convolutions_cost_three_passes() -> None:
+    layers = [
+        nn.Conv2d(3, 8, 1, bias=False),
+        nn.Conv2d(8, 8, 3, padding=1, groups=8, bias=False),
+        nn.Conv2d(8, 12, 3, stride=2, padding=1, groups=4, bias=False),
+        nn.ConvTranspose2d(12, 6, 2, stride=2, groups=2, bias=False),
+    ]
+    model = nn.Sequential(*layers, nn.Flatten(), nn.Linear(6 * 64, 10, bias=False))
+    each = [64 * 8 * 3, 64 * 8 * 9, 16 * 12 * 2 * 9, 16 * 12 * 3 * 4, 6 * 64 * 10]
+    expected = 2 * (2 * each[0] + 3 * sum(each[1:]))
+    found = training_cost(model, (torch.randn(2, 3, 8, 8), torch.zeros(2, dtype=torch.int64)), steps=1)
+    assert found.macs == expected
+
+
+def test_models_are_compared_without_touching_one_another() -> None:
+    small, large = nn.Linear(50, 10), nn.Linear(50, 400)
+    pair = compare_training({"small": small, "large": large}, batch(), steps=2)
+    alone = {"small": training_cost(small, batch(), steps=1), "large": training_cost(large, batch(), steps=1)}
+    for name, cost in pair.items():
+        assert (cost.macs, cost.peak_bytes) == (alone[name].macs, alone[name].peak_bytes)
+        assert cost.extremes[0] <= cost.seconds <= cost.extremes[1]
 
 
 def test_peak_memory_holds_weights_gradients_momentum_and_activations() -> None:

@@ -58,14 +58,20 @@ def prune(
         str, Option(metavar="NAME", help="How much goes from each group of layers.", rich_help_panel=METHOD)
     ] = "global",
     granularity: Annotated[
-        str, Option(metavar="NAME", help="What one unit is.", rich_help_panel=METHOD)
-    ] = "channels",
+        str | None,
+        Option(
+            metavar="NAME",
+            help="What one unit is: channels, weights or filters.",
+            rich_help_panel=METHOD,
+            show_default="the method's",
+        ),
+    ] = None,
     compensation: Annotated[
         str,
         Option(
             metavar="NAME",
-            help="What the remaining weights do without training, for method rd and for single weights: none, "
-            "batch-norm or least-squares.",
+            help="What the remaining weights do without training, for method rd and for weights of trained models: "
+            "none, batch-norm or least-squares.",
             rich_help_panel=METHOD,
         ),
     ] = "least-squares",
@@ -179,7 +185,7 @@ def prune(
     from secateur.cli.show import interruptible, resume_command, summary, typed_command, watch
     from secateur.methods import METHODS
     from secateur.recipes.train_config import TrainConfig
-    from secateur.runs import PruneConfig, Task, prune_run, weights_run
+    from secateur.runs import PruneConfig, Task, prune_run
 
     when = METHODS[method].when if method in METHODS else "after"
     during = when == "during"
@@ -236,7 +242,6 @@ def prune(
         latency_batch=latency_batch,
     )
     with interruptible(out, resume_command()):
-        run = weights_run if config.granularity == "weights" else prune_run
-        report = run(config, out, mode=mode, command=typed_command(), watch=watch(no_progress))
+        report = prune_run(config, out, mode=mode, command=typed_command(), watch=watch(no_progress))
     if report:
         summary(report, out)

@@ -106,7 +106,9 @@ def summary(report: "Report", out: Path) -> None:
     elif after is not None:
         start = "–" if before is None else percent(before, 2)
         rows.add_row("accuracy", start, percent(after, 2), points(before, after))
+    facts = report.weights
     for name, old, new, unit in (
+        ("weights that are not zero", facts and facts.total, facts and facts.kept, ""),
         ("MACs", report.macs_before, report.macs_after, ""),
         ("parameters", report.params_before, report.params_after, ""),
         ("weights file", report.weights_bytes_before, report.weights_bytes_after, "B"),

@@ -1,6 +1,7 @@
 """`secateur methods`."""
 
 import inspect
+from functools import partial
 from typing import Annotated
 
 from typer import Argument
@@ -29,7 +30,10 @@ def methods(
     if name is not None:
         if name not in METHODS:
             raise SecateurError(unknown("method", name, METHODS))
-        say(inspect.getdoc(METHODS[name].run) or "")
+        for number, (granularity, run) in enumerate(METHODS[name].runs.items()):
+            if number:
+                say(f"\n--granularity {granularity}:\n")
+            say(inspect.getdoc(run.func if isinstance(run, partial) else run) or "")
         return
     rows = Table.grid(padding=(0, 2))
     for title, entries in (

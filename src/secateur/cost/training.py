@@ -1,11 +1,12 @@
 """What one step of training costs: multiply-adds, memory and time, measured on the model itself."""
 
 import copy
+import math
 import statistics
 import time
 import weakref
-from collections.abc import Callable, Iterable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,9 +29,10 @@ class TrainingCost:
 
     Attributes:
         macs: multiply-adds of forward and backward pass.
-        peak_bytes: largest sum of all tensors alive at once: weights, gradients, momentum, activations. On a GPU what
-            the allocator handed out at most; on a CPU without the work space inside operators.
+        peak_bytes: largest sum of all tensors alive at once: weights, gradients, momentum, activations, the batch. On
+            a GPU what the allocator handed out at most; on a CPU without masks and the work space inside operators.
         seconds: median over the steps.
+        extremes: seconds of the fastest and of the slowest step.
         batch: images.
         device: its name.
     """
@@ -38,56 +40,123 @@ class TrainingCost:
     macs: int
     peak_bytes: int
     seconds: float
+    extremes: tuple[float, float]
     batch: int
     device: str
 
 
 def training_cost(
-    model: nn.Module,
-    batch: tuple[Tensor, Tensor],
-    *,
-    loss: Callable[[Tensor, Tensor], Tensor] = nn.functional.cross_entropy,
-    holding: Holding | None = None,
-    steps: int = 5,
-    warmup: int = 2,
+    model: nn.Module, batch: tuple[Tensor, Tensor], *, holding: Holding | None = None, **options: Any
 ) -> TrainingCost:
     """Train a copy of a model for a few steps and measure.
 
     Args:
-        model: only read; the copy trains on its device.
+        model, batch, options: as for `compare_training`.
+        holding: for masked models, what holds their masks, such as `plan.holding`.
+    """
+    held = {"model": holding} if holding else {}
+    return compare_training({"model": model}, batch, holding=held, **options)["model"]
+
+
+def compare_training(
+    models: Mapping[str, nn.Module],
+    batch: tuple[Tensor, Tensor],
+    *,
+    loss: Callable[[Tensor, Tensor], Tensor] = nn.functional.cross_entropy,
+    holding: Mapping[str, Holding] | None = None,
+    steps: int = 5,
+    warmup: int = 2,
+) -> dict[str, TrainingCost]:
+    """Train copies of several models for a few steps and measure; timed steps go in turn: A, B, A, B, …
+
+    Args:
+        models: by name; only read. The copies train on their device, in their memory layout.
         batch: inputs and targets, on that device.
         loss: of (outputs, targets).
-        holding: for masked models, what holds their masks, such as `plan.holding`.
-        steps: timed.
-        warmup: steps before, not timed; MACs and memory are taken from one more.
+        holding: for masked models, by name, what holds their masks, such as `plan.holding`.
+        steps: timed, of each.
+        warmup: steps before, not timed; MACs and memory are taken from two more.
+    Returns:
+        by the same names.
     Raises:
         SecateurError: no step to time.
     """
     if steps < 1 or warmup < 1:
         raise SecateurError(f"training cost: steps {steps}, warmup {warmup}; expected at least 1 each")
-    trained, (x, y) = copy.deepcopy(model).train(), batch
-    with (holding or nullcontext)(trained):
-        optimizer = torch.optim.SGD(trained.parameters(), lr=1e-3, momentum=0.9)
-
-        def step() -> None:
-            loss(trained(x), y).backward()  # type: ignore[no-untyped-call]
-            optimizer.step()
-            optimizer.zero_grad()
-
-        for _ in range(warmup):
-            step()
-        with FlopCounterMode(display=False) as counter:
-            step()
-        peak = _peak_bytes(step, trained, optimizer, batch)
-        seconds = []
+    device, seconds = batch[0].device, {name: list[float]() for name in models}
+    counted: dict[str, tuple[int, int]] = {}
+    runs: dict[str, Step] = {}
+    with ExitStack() as stack:
+        for name, model in models.items():
+            present = torch.cuda.memory_allocated(device) if device.type == "cuda" else 0
+            step = Step(copy.deepcopy(model).train(), batch, loss)
+            stack.enter_context((holding or {}).get(name, nullcontext)(step.model))
+            for _ in range(warmup):
+                step()
+            with FlopCounterMode(display=False, custom_mapping=RULES) as counter:
+                step()
+            counted[name] = counter.get_total_flops() // 2, _peak_bytes(step, present)
+            runs[name] = step
         for _ in range(steps):
-            _wait(x.device)
-            start = time.perf_counter()
-            step()
-            _wait(x.device)
-            seconds.append(time.perf_counter() - start)
-    macs = counter.get_total_flops() // 2
-    return TrainingCost(macs, peak, statistics.median(seconds), len(x), device_name(x.device))
+            for name, step in runs.items():
+                _wait(device)
+                start = time.perf_counter()
+                step()
+                _wait(device)
+                seconds[name].append(time.perf_counter() - start)
+    return {
+        name: TrainingCost(
+            *counted[name],
+            statistics.median(times),
+            (min(times), max(times)),
+            len(batch[0]),
+            device_name(device),
+        )
+        for name, times in seconds.items()
+    }
+
+
+def _backward_flops(
+    grad: Sequence[int],
+    x: Sequence[int],
+    w: Sequence[int],
+    bias: object,
+    stride: object,
+    padding: object,
+    dilation: object,
+    transposed: bool,
+    output_padding: object,
+    groups: int,
+    wanted: Sequence[bool],
+    **_: object,
+) -> int:
+    """Of a convolution's backward pass: each gradient costs as much as the forward pass."""
+    return 2 * math.prod(x if transposed else grad) * math.prod(w[1:]) * sum(wanted[:2])
+
+
+RULES = {torch.ops.aten.convolution_backward: _backward_flops}
+"""Operators that PyTorch's own counter gets wrong: it takes the weights of grouped convolutions for whole ones."""
+
+
+class Step:
+    """A step of training, to be called again and again."""
+
+    def __init__(
+        self, model: nn.Module, batch: tuple[Tensor, Tensor], loss: Callable[[Tensor, Tensor], Tensor]
+    ) -> None:
+        self.model, self.batch, self.loss = model, batch, loss
+        self.optimizer = torch.optim.SGD(model.parameters(), lr=1e-3, momentum=0.9)
+
+    def __call__(self) -> None:
+        x, y = self.batch
+        self.loss(self.model(x), y).backward()  # type: ignore[no-untyped-call]
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+
+    def tensors(self) -> list[Tensor]:
+        """What is there between steps."""
+        state = [t for own in self.optimizer.state.values() for t in own.values() if isinstance(t, Tensor)]
+        return [*self.model.parameters(), *self.model.buffers(), *state, *self.batch]
 
 
 def _wait(device: torch.device) -> None:
@@ -95,16 +164,15 @@ def _wait(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def _peak_bytes(
-    step: Callable[[], None], model: nn.Module, optimizer: torch.optim.Optimizer, batch: tuple[Tensor, Tensor]
-) -> int:
-    device = batch[0].device
+def _peak_bytes(step: Step, present: int) -> int:
+    """The most that is alive during a step; on a GPU without the bytes that other models hold."""
+    device = step.batch[0].device
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
         step()
-        return int(torch.cuda.max_memory_allocated(device))
-    state = [t for own in optimizer.state.values() for t in own.values() if isinstance(t, Tensor)]
-    with Alive([*model.parameters(), *model.buffers(), *state, *batch]) as alive:
+        own = sum(t.nbytes for t in step.batch)
+        return int(torch.cuda.max_memory_allocated(device)) - present + own
+    with Alive(step.tensors()) as alive:
         step()
     peak: int = alive.peak
     return peak

@@ -2,7 +2,8 @@
 
 import inspect
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Literal
 
 from torch import nn
@@ -10,14 +11,17 @@ from torch import nn
 from secateur.cost import Budget
 from secateur.errors import SecateurError, unknown
 from secateur.graph import Inputs
+from secateur.methods.crop_masks import crop_masks
 from secateur.methods.depgraph import DepGraph
 from secateur.methods.gate_decorator import GateDecorator
 from secateur.methods.gradual import Gradual
+from secateur.methods.initial import INITIAL_SCORES, Sparse, prune_initial
 from secateur.methods.lapp import LAPP
 from secateur.methods.oneshot import Pruned, oneshot
 from secateur.methods.oto import HESSO, OTO
 from secateur.methods.paam import PAAM
 from secateur.methods.precrop import preconfig, precrop
+from secateur.methods.rd import prune_weights
 from secateur.methods.rd_channels import rd
 from secateur.methods.removal import Decay, Rectify
 from secateur.methods.structured import StructuredMethod
@@ -36,12 +40,16 @@ __all__ = [
     "Method",
     "Pruned",
     "Rectify",
+    "Sparse",
     "StructuredMethod",
     "TrainingMethod",
+    "crop_masks",
     "oneshot",
     "preconfig",
     "precrop",
     "prune",
+    "prune_initial",
+    "prune_weights",
     "rd",
 ]
 
@@ -55,16 +63,26 @@ class Method:
             `StructuredMethod`, made with (model, inputs, budget=…, steps=…, **options).
         summary: one line for lists of choices.
         when: whether it prunes a trained model, one that is being trained, or one that is yet to be.
+        granularity: what one unit is for `run`: "channels"; or "weights", with a `Sparse` as its result.
+        others: what does the same for other units. Before training it gives a `Sparse`; after training it is
+            `prune_weights`.
     """
 
     run: Callable[..., Any]
     summary: str
     when: Literal["before", "during", "after"] = "after"
+    granularity: str = "channels"
+    others: Mapping[str, Callable[..., Any]] = field(default_factory=dict)
 
     @property
-    def options(self) -> Mapping[str, Any]:
+    def runs(self) -> Mapping[str, Callable[..., Any]]:
+        """All that it can do, by granularity; the first is what it does unless told otherwise."""
+        return {self.granularity: self.run, **self.others}
+
+    def options(self, granularity: str = "") -> Mapping[str, Any]:
         """What may be set, by name, with the defaults; budgets, steps and frozen modules aside."""
-        given = (
+        run = self.runs[granularity or self.granularity]
+        given = {
             "model",
             "inputs",
             "budget",
@@ -75,22 +93,47 @@ class Method:
             "curves",
             "tick",
             "initialise",
-        )
-        parameters = inspect.signature(self.run).parameters
+        }
+        if isinstance(run, partial):
+            given |= run.keywords.keys()
+        parameters = inspect.signature(run).parameters
         return {n: p.default for n, p in parameters.items() if n not in given and p.kind is not p.VAR_KEYWORD}
 
-    def check(self, name: str, options: Mapping[str, Any]) -> None:
+    def check(self, name: str, options: Mapping[str, Any], granularity: str = "") -> None:
         """Raise SecateurError for an option that the method does not have."""
+        able = self.options(granularity)
         for option in options:
-            if option not in self.options:
-                raise SecateurError(f"method {name}: {unknown('option', option, self.options)}")
+            if option not in able:
+                raise SecateurError(f"method {name}: {unknown('option', option, able)}")
 
 
 METHODS = {
-    "oneshot": Method(oneshot, "score every unit of the trained model once, remove the lowest"),
-    "rd": Method(rd, "choose widths by measured distortion curves, and make up for what is cut"),
-    "precrop": Method(precrop, "choose narrower widths before training, and draw fresh weights", "before"),
+    "oneshot": Method(
+        oneshot,
+        "score every unit of the trained model once, remove the lowest",
+        others={"weights": prune_weights},
+    ),
+    "rd": Method(
+        rd,
+        "choose widths by measured distortion curves, and make up for what is cut",
+        others={"weights": prune_weights},
+    ),
+    "precrop": Method(
+        precrop,
+        "choose narrower widths before training, and draw fresh weights",
+        "before",
+        others={name: partial(crop_masks, granularity=name) for name in ("weights", "filters")},
+    ),
     "preconfig": Method(preconfig, "choose other proportions before training; some layers grow", "before"),
+    **{
+        score: Method(
+            partial(prune_initial, score=score),
+            f"mask weights before training: {INITIAL_SCORES[score]}",
+            "before",
+            "weights",
+        )
+        for score in ("synflow", "snip", "grasp")
+    },
     "lapp": Method(
         LAPP, "learn a threshold per layer under a cost constraint, with a light bypass", "during"
     ),
@@ -106,7 +149,7 @@ METHODS = {
 def prune(
     model: nn.Module, inputs: Inputs, *, budget: Budget, method: str = "oneshot", **options: Any
 ) -> Pruned:
-    """Prune a copy of a trained model to a budget with one of the methods that need no training.
+    """Prune channels of a copy of a model to a budget with one of the methods that need no training.
 
     Args:
         model: any vision network; it is only read.
@@ -115,7 +158,8 @@ def prune(
         method: a name in `secateur.methods.METHODS`.
         options: of the method; see its docstring (`secateur.methods.oneshot`, …).
     Raises:
-        SecateurError: unknown method, or one that prunes during training; else what the method raises.
+        SecateurError: unknown method, one that prunes during training, or one that makes masks of single weights;
+            else what the method raises.
     """
     if method not in METHODS:
         raise SecateurError(unknown("method", method, METHODS))
@@ -124,6 +168,12 @@ def prune(
         raise SecateurError(
             f"method {method} prunes while the model is trained: put secateur.methods.{entry.run.__name__} beside "
             f"your training loop (see its docstring), or use `secateur prune --method {method} --epochs …`"
+        )
+    if entry.granularity != "channels":
+        raise SecateurError(
+            f"method {method} cuts nothing, it makes masks of single weights: call "
+            f'secateur.methods.prune_initial(model, inputs, budget, score="{method}") and train within its '
+            f"plan.holding(model)"
         )
     pruned: Pruned = entry.run(model, inputs, budget, **options)
     return pruned

@@ -6,17 +6,19 @@ masks are `WeightPlan`s, which hold through training with `with plan.holding(mod
 """
 
 import copy
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
-from secateur.allocate.density import Densities, Layer, costs_of, layer_table, ranked
+from secateur.allocate.density import Densities, Layer, Vector, costs_of, layer_table, ranked
 from secateur.cost import Budget, Cost
 from secateur.errors import BudgetError, ScoreError, unknown
-from secateur.graph import Inputs, analyze
+from secateur.graph import Graph, Inputs, analyze
 from secateur.scores.initial import Loss, Synflow, grasp, snip
 from secateur.surgery.weights import WeightPlan, top
 
@@ -28,6 +30,13 @@ INITIAL_SCORES = {
     "random": "random numbers: the control",
 }
 """Scores of weights before training -> one line for lists of choices."""
+
+SHUFFLES = {
+    "none": "the weights that the score chose",
+    "weights": "as many of each layer, drawn at random: the control for which ones",
+    "filters": "as much of each layer in whole filters, drawn at random",
+}
+"""What stays of a layer, once a score has said how much -> one line for lists of choices."""
 
 
 @dataclass(frozen=True)
@@ -63,6 +72,7 @@ def prune_initial(
     loss: Loss = nn.functional.cross_entropy,
     freeze: Sequence[str] = (),
     rounds: int = 100,
+    shuffle: str = "none",
     seed: int = 0,
 ) -> Sparse:
     """Set single weights of convolutions and linear layers of a fresh network to zero.
@@ -76,11 +86,15 @@ def prune_initial(
         loss: of (outputs, targets), a mean over the batch.
         freeze: module names or shell patterns; their weights stay.
         rounds: of scoring and removing for "synflow"; the others score once.
-        seed: of random scores.
+        shuffle: a name in `SHUFFLES`: whether the chosen weights stay, or others at the same densities.
+        seed: of what is drawn at random.
     Raises:
         BudgetError: out of reach, or not of parameters and MACs.
-        ScoreError: unknown score, or one that needs data and got none.
+        ScoreError: unknown score or shuffle, or a score that needs data and got none.
+    Source: of the shuffles, Frankle et al. 2020, arXiv:2009.08576, sec. 5, for single weights.
     """
+    if shuffle not in SHUFFLES:
+        raise ScoreError(unknown("shuffle", shuffle, SHUFFLES))
     graph = analyze(model, inputs, freeze=freeze)
     layers = tuple(
         layer for layer in layer_table(graph, classifier=True) if not _frozen(model, layer, freeze)
@@ -91,24 +105,44 @@ def prune_initial(
     masks = initial_masks(
         model, inputs, layers, bounds, score, data=data, loss=loss, rounds=rounds, seed=seed
     )
+    if shuffle != "none":
+        found = densities_of(layers, masks)
+        masks = random_masks(model, graph, layers, found, bounds, shuffle, seed=seed)
     origin = {
         "method": score,
         "budget": budget.bounds,
         "freeze": list(freeze),
         "rounds": rounds,
+        "shuffle": shuffle,
         "seed": seed,
     }
+    return masked(model, graph, layers, masks, origin)
+
+
+def masked(
+    model: nn.Module,
+    graph: Graph,
+    layers: Sequence[Layer],
+    masks: Mapping[str, Tensor],
+    origin: Mapping[str, Any],
+) -> Sparse:
+    """A copy of a model under masks of its layers' weights."""
     plan = WeightPlan.of(model, masks, origin)
-    found = densities_of(layers, masks)
-    gone = [1 - found[layer.name] for layer in layers]
-    macs, params = (round(float(costs_of(layers, m) @ gone)) for m in ("macs", "params"))
+    left = costs_left(graph, masks)
     return Sparse(
-        plan.apply_(copy.deepcopy(model)),
-        plan,
-        found,
-        macs=(cost.macs(), cost.macs() - macs),
-        params=(cost.params(), cost.params() - params),
+        plan.apply_(copy.deepcopy(model)), plan, densities_of(layers, masks), left["macs"], left["params"]
     )
+
+
+def costs_left(graph: Graph, masks: Mapping[str, Tensor]) -> dict[str, tuple[int, int]]:
+    """MACs and parameters, before and after, if a weight at zero cost nothing."""
+    layers = [layer for layer in layer_table(graph, classifier=True) if layer.weight in masks]
+    gone = np.array([1 - float(masks[layer.weight].double().mean()) for layer in layers])
+    cost, left = Cost(graph), {}
+    for measure in ("macs", "params"):
+        dense = cost.of(measure)
+        left[measure] = dense, dense - round(float(costs_of(layers, measure) @ gone))
+    return left
 
 
 def _frozen(model: nn.Module, layer: Layer, freeze: Sequence[str]) -> bool:
@@ -201,6 +235,88 @@ def densities_of(layers: Sequence[Layer], masks: Mapping[str, Tensor]) -> Densit
     return {layer.name: int(masks[layer.weight].sum()) / layer.weights for layer in layers}
 
 
+def random_masks(
+    model: nn.Module,
+    graph: Graph,
+    layers: Sequence[Layer],
+    densities: Mapping[str, float],
+    bounds: Mapping[str, float],
+    granularity: str,
+    *,
+    seed: int = 0,
+) -> dict[str, Tensor]:
+    """Masks at given densities within every budget, at random: of single weights or of whole filters.
+
+    A layer that makes the model's outputs loses inputs instead of filters, as in a crop: no class goes.
+
+    Args:
+        graph: of the model.
+        layers: from `layer_table`; others stay whole.
+        densities: per layer, by name.
+        bounds: what these layers may cost together, in "params" and "macs".
+        granularity: "weights" or "filters".
+        seed: of the choice.
+    Raises:
+        BudgetError: one weight or filter per layer is too much already.
+    """
+    shapes = {layer.name: model.get_parameter(layer.weight).shape for layer in layers}
+    outputs = {f.name for f in graph.frozen if f.reason.startswith("model output")} & shapes.keys()
+    if granularity == "weights":
+        places = {name: shape.numel() for name, shape in shapes.items()}
+    else:
+        places = {name: shape[1] if name in outputs else shape[0] for name, shape in shapes.items()}
+    counts = counts_within(layers, densities, places, bounds)
+    exact = {name: counts[name] / places[name] for name in places}
+    if granularity == "weights":
+        return dict(random_weights(model, exact, seed=seed).masks)
+    return dict(random_filters(model, exact, inputs_of=outputs, seed=seed).masks)
+
+
+def counts_within(
+    layers: Sequence[Layer],
+    densities: Mapping[str, float],
+    places: Mapping[str, int],
+    bounds: Mapping[str, float],
+) -> dict[str, int]:
+    """How many places of each layer stay: its density rounded down, and up where every budget still holds.
+
+    The largest remainders are rounded up first. Where even the smaller counts cost too much, one factor below 1
+    is put before all densities: masks save no norms, which a crop does.
+
+    Args:
+        places: per layer: its weights, or its filters; all of a layer's cost alike.
+        layers, densities, bounds: as for `random_masks`.
+
+    >>> counts_within([Layer("a", "a.weight", 40, 40)], {"a": 0.33}, {"a": 10}, {"params": 13.5})
+    {'a': 3}
+    """
+    full = np.array([places[layer.name] for layer in layers], dtype=float)
+    wanted = np.array([densities[layer.name] for layer in layers]) * full
+    each = {m: costs_of(layers, m) / full for m in bounds}
+
+    def fits(counts: Vector) -> bool:
+        return all(each[m] @ counts <= bound * (1 + 1e-12) for m, bound in bounds.items())
+
+    def down(factor: float) -> Vector:
+        return np.asarray(np.maximum(1.0, np.floor(factor * wanted + 1e-9)), dtype=float)
+
+    if not fits(down(0.0)):
+        raise BudgetError(
+            f"budget {dict(bounds)} for the weights of {len(layers)} layers: less than one place in each; ask for more"
+        )
+    factor, high = (1.0, 1.0) if fits(down(1.0)) else (0.0, 1.0)
+    while high - factor > 1e-9:
+        middle = (factor + high) / 2
+        factor, high = (middle, high) if fits(down(middle)) else (factor, middle)
+    counts = down(factor)
+    for index in np.argsort(counts - factor * wanted, kind="stable"):
+        if counts[index] < wanted[index] - 1e-9:
+            counts[index] += 1
+            if not fits(counts):
+                counts[index] -= 1
+    return {layer.name: int(count) for layer, count in zip(layers, counts, strict=True)}
+
+
 def random_weights(model: nn.Module, densities: Mapping[str, float], *, seed: int = 0) -> WeightPlan:
     """Keep a share of each layer's weights at random.
 
@@ -217,18 +333,27 @@ def random_weights(model: nn.Module, densities: Mapping[str, float], *, seed: in
     return WeightPlan.of(model, masks, {"method": "random-weights", "seed": seed})
 
 
-def random_filters(model: nn.Module, densities: Mapping[str, float], *, seed: int = 0) -> WeightPlan:
+def random_filters(
+    model: nn.Module,
+    densities: Mapping[str, float],
+    *,
+    inputs_of: Collection[str] = (),
+    seed: int = 0,
+) -> WeightPlan:
     """Keep a share of each layer's filters at random, whole; the others are zero.
 
     Args:
+        inputs_of: layers that lose whole inputs instead, such as the classifier.
         model, densities, seed: as for `random_weights`.
     """
     generator = torch.Generator().manual_seed(seed)
     masks = {}
     for name, w in _weights(model, densities).items():
-        count = max(1, round(densities[name] * len(w)))
-        mask = top(torch.rand(len(w), generator=generator), count)
-        masks[f"{name}.weight"] = mask.view(-1, *[1] * (w.ndim - 1)).expand(w.shape).clone()
+        dim = 1 if name in inputs_of else 0
+        size = w.shape[dim]
+        mask = top(torch.rand(size, generator=generator), max(1, round(densities[name] * size)))
+        shape = [size if d == dim else 1 for d in range(w.ndim)]
+        masks[f"{name}.weight"] = mask.view(shape).expand(w.shape).clone()
     return WeightPlan.of(model, masks, {"method": "random-filters", "seed": seed})
 
 

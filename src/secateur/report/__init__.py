@@ -8,13 +8,22 @@ import json
 from pathlib import Path
 
 from secateur.files import atomic_write
-from secateur.report.data import FrozenGroup, Group, LatencyPair, Report, Width, current_versions
+from secateur.report.data import (
+    FrozenGroup,
+    Group,
+    LatencyPair,
+    Report,
+    TrainingPair,
+    Width,
+    current_versions,
+)
 
 __all__ = [
     "FrozenGroup",
     "Group",
     "LatencyPair",
     "Report",
+    "TrainingPair",
     "Width",
     "current_versions",
     "write_report",

@@ -3,13 +3,14 @@
 import math
 import platform
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
 import torch
 
 import secateur
 from secateur.cost.latency import Latency, device_name
+from secateur.cost.training import TrainingCost
 from secateur.errors import SecateurError
 
 PROVEN = 1e-9
@@ -101,6 +102,18 @@ class LatencyPair:
 
 
 @dataclass(frozen=True)
+class TrainingPair:
+    """One step of training of both models on the same batch: see `secateur.cost.training.compare_training`."""
+
+    before: TrainingCost
+    after: TrainingCost
+
+    def to_json(self) -> dict[str, Any]:
+        """Both measurements by name."""
+        return {"before": asdict(self.before), "after": asdict(self.after)}
+
+
+@dataclass(frozen=True)
 class LayerCurve:
     """How far the output moves when one layer alone keeps so many weights.
 
@@ -126,6 +139,7 @@ class WeightFacts:
     Attributes:
         total, kept: weights that were up for removal, and those that stay.
         layers: name -> the same of each layer.
+        macs, params: of the whole model, if a weight at zero cost nothing.
         curves: of each layer, where they were measured.
         predicted: distortion by the sum of the curves.
         measured: distortion of the pruned model.
@@ -134,6 +148,8 @@ class WeightFacts:
     total: int
     kept: int
     layers: Mapping[str, tuple[int, int]]
+    macs: int
+    params: int
     curves: Sequence[LayerCurve] = ()
     predicted: float | None = None
     measured: float | None = None
@@ -156,6 +172,7 @@ class Report:
             in float64 if that was run, else in float32.
         verify_rel_error_float32, verify_rel_error_float64: the same, relative to the largest output.
         latency_pytorch, latency_onnxruntime: before and after, by the clock.
+        training_cost: before and after, if the model was pruned before its training.
         weights_bytes_before, weights_bytes_after, onnx_bytes_before, onnx_bytes_after: file sizes.
         weights: what became of single weights, if these were pruned.
         widths: every layer whose width could change, in order of execution.
@@ -186,6 +203,7 @@ class Report:
     verify_rel_error_float64: float | None = None
     latency_pytorch: LatencyPair | None = None
     latency_onnxruntime: LatencyPair | None = None
+    training_cost: TrainingPair | None = None
     weights_bytes_before: int | None = None
     weights_bytes_after: int | None = None
     onnx_bytes_before: int | None = None

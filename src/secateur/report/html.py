@@ -4,6 +4,7 @@ import json
 from dataclasses import dataclass
 
 from secateur.cost.latency import Latency
+from secateur.cost.training import TrainingCost
 from secateur.report.data import LatencyPair, Report
 from secateur.report.figures import Figure, figures
 
@@ -87,8 +88,16 @@ def percent(fraction: float, digits: int = 1) -> str:
 
 def speed(pair: LatencyPair) -> str:
     """The speed-up, or the slow-down, as a reader would say it."""
-    faster = pair.speed_up
-    return f"{faster:.2f}× faster" if faster >= 1 else f"{1 / faster:.2f}× slower"
+    return faster(pair.speed_up)
+
+
+def faster(times: float) -> str:
+    """A quotient of times, before over after, in words.
+
+    >>> faster(2), faster(0.8)
+    ('2.00× faster', '1.25× slower')
+    """
+    return f"{times:.2f}× faster" if times >= 1 else f"{1 / times:.2f}× slower"
 
 
 def points(before: float | None, after: float) -> str:
@@ -126,11 +135,21 @@ def _rows(report: Report) -> list[Row]:
         share = f"{percent(facts.kept / facts.total)} kept"
         exact = f"{facts.total:,}", f"{facts.kept:,}"
         rows.append(Row("Weights that are not zero", si(facts.total), si(facts.kept), share, *exact))
+    cost = report.training_cost
     for name, old, new, unit in (
+        ("MACs per image, if zeros cost nothing", report.macs_before, facts.macs if facts else None, ""),
+        ("Parameters, if zeros cost nothing", report.params_before, facts.params if facts else None, ""),
         ("MACs per image", report.macs_before, report.macs_after, ""),
         ("Parameters", report.params_before, report.params_after, ""),
         ("Weights file", report.weights_bytes_before, report.weights_bytes_after, "B"),
         ("ONNX file", report.onnx_bytes_before, report.onnx_bytes_after, "B"),
+        ("MACs per training step", cost and cost.before.macs, cost and cost.after.macs, ""),
+        (
+            "Peak memory of a training step",
+            cost and cost.before.peak_bytes,
+            cost and cost.after.peak_bytes,
+            "B",
+        ),
     ):
         if old and new:
             kept = f"{percent(new / old)} kept"
@@ -151,11 +170,27 @@ def _rows(report: Report) -> list[Row]:
         if pair:
             old_ms, new_ms = f"{pair.before.median_ms:.3g} ms", f"{pair.after.median_ms:.3g} ms"
             rows.append(Row(name, old_ms, new_ms, speed(pair), _spread(pair.before), _spread(pair.after)))
+    if cost:
+        old_cost, new_cost = cost.before, cost.after
+        rows.append(
+            Row(
+                "Time of a training step",
+                f"{1e3 * old_cost.seconds:.3g} ms",
+                f"{1e3 * new_cost.seconds:.3g} ms",
+                faster(old_cost.seconds / new_cost.seconds),
+                _extremes(old_cost),
+                _extremes(new_cost),
+            )
+        )
     return rows
 
 
 def _spread(latency: Latency) -> str:
     return f"{latency.p10_ms:.3g} – {latency.p90_ms:.3g}"
+
+
+def _extremes(cost: TrainingCost) -> str:
+    return " – ".join(f"{1e3 * seconds:.3g}" for seconds in cost.extremes)
 
 
 def _budget(report: Report) -> str:

@@ -11,7 +11,7 @@ from secateur.runs.folder import Mode, RunFolder, SavedRun, Watch
 from secateur.runs.prune import prune_run
 from secateur.runs.subject import Subject, fresh_model, load_into, load_subject
 from secateur.runs.train import train_run
-from secateur.runs.weights import additivity_run, weights_run
+from secateur.runs.weights import additivity_run
 
 __all__ = [
     "Arm",
@@ -32,5 +32,4 @@ __all__ = [
     "load_subject",
     "prune_run",
     "train_run",
-    "weights_run",
 ]

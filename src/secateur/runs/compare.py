@@ -35,7 +35,7 @@ class Arm:
         method: a name in `METHODS`; None: the dense model, trained.
         before: prune the fresh model and train the small one all the time (for methods that could also prune a
             trained one).
-        score, allocation, options, decay, rectify: as in `PruneConfig`.
+        score, allocation, granularity, options, decay, rectify: as in `PruneConfig`.
         budgets: its own, in place of the comparison's.
         against: the arm that its accuracy is compared with, seed by seed; at the same budget if that arm has one.
     """
@@ -44,6 +44,7 @@ class Arm:
     before: bool = False
     score: str = "l2"
     allocation: str = "global"
+    granularity: str | None = None
     options: Mapping[str, Any] = field(default_factory=dict)
     decay: int = 1
     rectify: bool = False
@@ -155,6 +156,7 @@ class Comparison:
             method=arm.method,
             score=arm.score,
             allocation=arm.allocation,
+            granularity=arm.granularity,
             options=arm.options,
             decay=arm.decay,
             rectify=arm.rectify,
@@ -187,13 +189,23 @@ class Cell:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What came of a cell: shares of the dense model, accuracies as fractions, seconds per epoch; or an error."""
+    """What came of a cell, or an error.
+
+    Attributes:
+        accuracy, accuracy_cut: fractions.
+        macs, params: shares of the dense model; of a masked one, zeros count as gone.
+        step_macs, step_bytes: of a step of training, shares of the dense model's, where they were measured: MACs, and
+            the most memory at once.
+        seconds: per epoch.
+    """
 
     cell: Cell
     accuracy: float | None = None
     accuracy_cut: float | None = None
     macs: float = 1.0
     params: float = 1.0
+    step_macs: float | None = None
+    step_bytes: float | None = None
     seconds: float = 0.0
     error: str = ""
 
@@ -255,12 +267,15 @@ def run_cell(cell: Cell, folder: Path) -> Outcome:
         report = prune_run(cell.config, where, mode="resume")
         assert report is not None
         history = RunFolder(where, "prune", cell.config.to_json(), "resume").metrics()
+        left, cost = report.weights, report.training_cost
         return Outcome(
             cell,
             report.accuracy_after,
             report.accuracy_cut,
-            report.macs_after / report.macs_before,
-            report.params_after / report.params_before,
+            (left.macs if left else report.macs_after) / report.macs_before,
+            (left.params if left else report.params_after) / report.params_before,
+            cost.after.macs / cost.before.macs if cost else None,
+            cost.after.peak_bytes / cost.before.peak_bytes if cost else None,
             statistics.mean(line["seconds"] for line in history) if history else 0.0,
         )
     except SecateurError as error:
@@ -299,6 +314,8 @@ def rows(outcomes: Sequence[Outcome]) -> list[dict[str, Any]]:
                 "seeds": len(good),
                 "macs": _mean([o.macs for o in good]),
                 "params": _mean([o.params for o in good]),
+                "step_macs": _mean([o.step_macs for o in good if o.step_macs is not None]),
+                "step_bytes": _mean([o.step_bytes for o in good if o.step_bytes is not None]),
                 "accuracy_cut": _mean(cut),
                 "accuracy": _mean(accuracies),
                 "spread": _spread(accuracies),
@@ -319,22 +336,31 @@ def markdown(comparison: Comparison, outcomes: Sequence[Outcome]) -> str:
         f"{comparison.task.model} on {comparison.task.data}, schedule `{comparison.schedule}` ({plan.summary}), "
         f"seeds {', '.join(map(str, comparison.seeds))}. Accuracy on the whole test set, mean ± standard deviation "
         f"over the seeds; differences are paired by seed.",
+    ]
+    if any(isinstance(o.cell.config, PruneConfig) and o.cell.config.masks for o in outcomes):
+        lines += [
+            "",
+            "Of masked networks, weights at zero are not counted as kept; see what a step costs them.",
+        ]
+    lines += [
         "",
-        "| budget | arm | MACs kept | params kept | right after the cut | accuracy | difference | s/epoch | seeds |",
-        "|---|---|---|---|---|---|---|---|---|",
+        "| budget | arm | MACs kept | params kept | right after the cut | accuracy | difference | step: MACs, memory | "
+        "s/epoch | seeds |",
+        "|---|---|---|---|---|---|---|---|---|---|",
     ]
     for row in rows(outcomes):
         if row["accuracy"] is None:
-            lines.append(f"| {row['budget']} | {row['arm']} | | | | failed: {row['failed']} | | | 0 |")
+            lines.append(f"| {row['budget']} | {row['arm']} | | | | failed: {row['failed']} | | | | 0 |")
             continue
         difference = ""
         if row["difference"] is not None:
             change = _plus_minus(row["difference"], row["difference_spread"], "+")
             difference = f"{change} to {row['against']}"
         cut = "" if row["accuracy_cut"] is None else f"{100 * row['accuracy_cut']:.2f}"
+        step = "" if row["step_macs"] is None else f"{row['step_macs']:.2f}, {row['step_bytes']:.2f}"
         lines.append(
             f"| {row['budget'] or '–'} | {row['arm']} | {row['macs']:.3f} | {row['params']:.3f} | {cut} | "
-            f"{_plus_minus(row['accuracy'], row['spread'])} | {difference} | {row['seconds_per_epoch']:.0f} | "
+            f"{_plus_minus(row['accuracy'], row['spread'])} | {difference} | {step} | {row['seconds_per_epoch']:.0f} | "
             f"{row['seeds']}{' (' + row['failed'] + ')' if row['failed'] else ''} |"
         )
     return "\n".join(lines) + "\n"
@@ -349,6 +375,8 @@ def as_csv(outcomes: Sequence[Outcome]) -> str:
         "seed",
         "macs",
         "params",
+        "step_macs",
+        "step_bytes",
         "accuracy_cut",
         "accuracy",
         "seconds_per_epoch",
@@ -363,6 +391,8 @@ def as_csv(outcomes: Sequence[Outcome]) -> str:
             o.cell.seed,
             o.macs,
             o.params,
+            o.step_macs,
+            o.step_bytes,
             o.accuracy_cut,
             o.accuracy,
             o.seconds,

@@ -20,6 +20,7 @@ from secateur.scores import SCORES
 GRANULARITIES = {
     "channels": "output channels of convolutions and linear layers, and all that depends on them",
     "weights": "single weights of convolutions and linear layers: smaller files, but no faster models",
+    "filters": "whole filters of single layers, as zeros that nothing is cut by: a control for precrop",
 }
 """What one unit may be -> one line for lists of choices."""
 
@@ -103,9 +104,10 @@ class PruneConfig:
         method: a name in `secateur.methods.METHODS`.
         score: a name in `secateur.scores.SCORES`.
         allocation: a name in `secateur.allocate.ALLOCATIONS`.
-        granularity: a name in `GRANULARITIES`. For "weights", the budget is `sparsity`, the allocation a name in
-            `secateur.methods.rd.WEIGHT_CHOICES`.
-        compensation: a name in `secateur.methods.rd.COMPENSATIONS`, for method "rd" and for single weights.
+        granularity: a name in `GRANULARITIES`; None: what the method removes unless told otherwise. For the weights of
+            trained models, the budget is `sparsity`, the allocation a name in `secateur.methods.rd.WEIGHT_CHOICES`.
+            Before training, a weight at zero costs nothing in budgets of MACs and parameters.
+        compensation: a name in `secateur.methods.rd.COMPENSATIONS`, for method "rd" and for weights of trained models.
         freeze: module names or shell patterns that no cut may touch.
         attention: what attention loses: whole "heads", or the same "dims" of every head.
         min_keep: units that every group keeps at least.
@@ -133,7 +135,7 @@ class PruneConfig:
     method: str = "oneshot"
     score: str = "l2"
     allocation: str = "global"
-    granularity: str = "channels"
+    granularity: str | None = None
     compensation: str = "least-squares"
     freeze: tuple[str, ...] = ()
     attention: str = "heads"
@@ -151,16 +153,23 @@ class PruneConfig:
     def __post_init__(self) -> None:
         if self.method not in METHODS:
             raise SecateurError(unknown("method", self.method, METHODS))
+        trained_weights = self.masks and METHODS[self.method].when == "after"
         names: tuple[tuple[str, str, dict[str, Any]], ...] = (
+            ("granularity", self.unit, GRANULARITIES),
             ("score", self.score, SCORES if self.method == "oneshot" else {}),
-            ("allocation", self.allocation, WEIGHT_CHOICES if self.granularity == "weights" else ALLOCATIONS),
+            ("allocation", self.allocation, WEIGHT_CHOICES if trained_weights else ALLOCATIONS),
             ("compensation", self.compensation, COMPENSATIONS),
-            ("granularity", self.granularity, GRANULARITIES),
             ("attention", self.attention, dict.fromkeys(("heads", "dims"), "")),
         )
         for kind, name, choices in names:
             if choices and name not in choices:
                 raise SecateurError(unknown(kind, name, choices))
+        if self.unit not in (able := METHODS[self.method].runs):
+            others = ", ".join(name for name, entry in METHODS.items() if self.unit in entry.runs)
+            raise SecateurError(
+                f"granularity {self.unit}: method {self.method} removes {' or '.join(able)}; methods for "
+                f"{self.unit}: {others}"
+            )
         self.method_options()
         if METHODS[self.method].when == "during":
             if self.train is None:
@@ -175,13 +184,38 @@ class PruneConfig:
             raise BudgetError(
                 "no budget: give at least one of keep-macs, keep-params and sparsity, such as keep-macs 0.5"
             )
-        if self.granularity == "weights" and (self.sparsity is None or self.keep_macs or self.keep_params):
+        if trained_weights and (self.sparsity is None or self.keep_macs or self.keep_params):
             raise BudgetError(
                 "granularity weights: the budget is sparsity, the share of weights that go, such as 0.8"
             )
+        if self.masks and not trained_weights:
+            if self.sparsity is not None:
+                raise BudgetError(
+                    f"method {self.method}, granularity {self.unit}: the budget is keep-macs or keep-params, in which "
+                    f"a weight at zero costs nothing, such as keep-params 0.25; not sparsity"
+                )
+            for given, share in (("keep-macs", self.keep_macs), ("keep-params", self.keep_params)):
+                if share is not None and not 0 < share < 1:
+                    raise BudgetError(f"{given} {share:g}: expected a share above 0, below 1")
         for what in ("min_keep", "round_to", "calibration_images", "latency_batch"):
             if (number := getattr(self, what)) < 1:
                 raise SecateurError(f"{what.replace('_', '-')} {number}: expected at least 1")
+
+    @property
+    def unit(self) -> str:
+        """What one unit is: a name in `GRANULARITIES`."""
+        return self.granularity or METHODS[self.method].granularity
+
+    @property
+    def masks(self) -> bool:
+        """Whether units become zeros that stay where they are, and nothing is cut."""
+        return self.unit != "channels"
+
+    @property
+    def needs_data(self) -> bool:
+        """Whether what goes is chosen on labelled images."""
+        scored = {self.method, self.options.get("densities")} & {"snip", "grasp", "rd"}
+        return bool(scored) or (self.method == "oneshot" and SCORES[self.score].needs_data)
 
     def method_options(self) -> dict[str, Any]:
         """What the method is to be run with: its own options, and those that several methods share.
@@ -190,42 +224,43 @@ class PruneConfig:
             SecateurError: the method has no such option.
         """
         entry = METHODS[self.method]
-        if self.granularity == "weights":
-            if self.method not in ("oneshot", "rd"):
-                raise SecateurError(
-                    f"method {self.method} removes channels; single weights go with method rd"
-                )
+        if self.masks and entry.when == "after":
+            if self.options:
+                raise SecateurError(f"method {self.method} has no options for single weights")
             return {}
-        entry.check(self.method, self.options)
+        able = entry.options(self.unit)
+        entry.check(self.method, self.options, self.unit)
         chosen = dict(self.options)
         for option in ("score", "allocation", "attention", "compensation", "min_keep", "round_to"):
             value = getattr(self, option)
-            if option in entry.options:
+            if option in able:
                 chosen.setdefault(option, value)
             elif value != type(self).__dataclass_fields__[option].default:
                 raise SecateurError(f"method {self.method} takes no {option.replace('_', '-')}")
-        if "seed" in entry.options:
+        if "seed" in able:
             chosen.setdefault("seed", self.task.seed)
-        if "removal" in entry.options:
+        if "removal" in able:
             chosen["removal"] = Decay(self.decay, Rectify() if self.rectify else None)
         elif self.decay != 1 or self.rectify:
-            able = ", ".join(name for name, other in METHODS.items() if "removal" in other.options)
-            raise SecateurError(f"method {self.method} takes no decay; methods that do: {able}")
+            others = ", ".join(name for name, other in METHODS.items() if "removal" in other.options())
+            raise SecateurError(f"method {self.method} takes no decay; methods that do: {others}")
         if self.rectify and self.decay == 1:
             raise SecateurError("rectify needs units that fade: give decay, the number of steps")
         return chosen
 
     def to_json(self) -> dict[str, Any]:
         """The fields by name, as plain JSON."""
-        return _plain(asdict(self))  # type: ignore[no-any-return]
+        return _plain(asdict(self) | {"granularity": self.unit})  # type: ignore[no-any-return]
 
     def budget(self, graph: Graph) -> Budget:
-        """The budget, once it is known to be within reach.
+        """The budget, once it is known to be within reach; for masks, their method says what is.
 
         Raises:
             BudgetError: a bound keeps nothing, everything, or less than is possible; the message says what
                 can be reached.
         """
+        if self.masks:
+            return Budget(macs=self.keep_macs, params=self.keep_params)
         if not graph.groups:
             raise BudgetError("nothing can be pruned: the model has no removable units. `inspect` says why.")
         shares: dict[str, float] = {}

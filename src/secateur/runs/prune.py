@@ -12,14 +12,14 @@ from torch import nn
 from secateur.graph import Graph, analyze
 from secateur.methods import METHODS, Pruned, StructuredMethod, prune
 from secateur.plan import Plan
-from secateur.recipes.data import Batches, Dataset
+from secateur.recipes.data import Dataset
 from secateur.recipes.train import TrainConfig, fit, training_steps
 from secateur.report import Report, write_report
 from secateur.runs.config import PruneConfig
 from secateur.runs.folder import Mode, RunFolder, Watch, is_main_process
-from secateur.runs.result import Counts, compose, exports
-from secateur.runs.subject import Subject, load_subject, measure
-from secateur.scores import SCORES
+from secateur.runs.result import Counts, compose, exports, tested, training_costs
+from secateur.runs.subject import Subject, load_subject
+from secateur.runs.weights import weights_run
 from secateur.surgery import load, save
 
 
@@ -27,6 +27,8 @@ def prune_run(
     config: PruneConfig, out: str | Path, *, mode: Mode = "new", command: str = "", watch: Watch | None = None
 ) -> Report | None:
     """Prune a model to a budget; `out` gets the plan, the small model, its exports, and the report.
+
+    Where single weights go, it gets masks instead of the plan, and the model without its zeros.
 
     A run that was killed goes on where it stood: what `progress.json` and the checkpoints hold is not done
     again, and on the CPU the resulting model equals that of an uninterrupted run bit for bit. Several
@@ -44,8 +46,10 @@ def prune_run(
         SecateurError: whatever is wrong with names, data, weights, folder, budget or numbers; nothing has
             been written then.
     """
-    settings = config.to_json()
     watch = watch or Watch()
+    if config.masks:
+        return weights_run(config, out, mode, command, watch)
+    settings = config.to_json()
     folder = RunFolder(out, "prune", settings, mode) if is_main_process() else None
     with watch.doing(f"Loading {config.task.data} and building {config.task.model}"):
         subject = load_subject(config.task)
@@ -77,8 +81,8 @@ def prune_run(
         folder.once("cut", lambda: decision.facts)
         decision.plan.save(folder / "plan.json")
         if when == "after":
-            _accuracy("dense model", dense, data, folder, watch)
-            _accuracy("cut model", small, data, folder, watch)
+            tested("dense model", dense, data, folder, watch)
+            tested("cut model", small, data, folder, watch)
 
     if config.finetune is not None:
         doing = "Training" if when == "before" else "Fine-tuning"
@@ -89,8 +93,10 @@ def prune_run(
     if not folder:
         return None
     save(small, folder / "model.safetensors")
+    if when == "before" and config.finetune is not None:
+        training_costs(dense, small, data, config.finetune, folder, watch)
     last = "pruned" if when == "before" else "fine-tuned" if config.finetune else "cut"
-    _accuracy(f"{last} model", small, data, folder, watch)
+    tested(f"{last} model", small, data, folder, watch)
     exported = _exported(config, dense, small, subject, folder, watch)
     counts = Counts(tuple(decision.facts["macs"]), tuple(decision.facts["params"]))
     report = compose(config, subject, decision.graph, decision.plan, (dense, small), counts, folder, exported)
@@ -125,7 +131,7 @@ def _during(
     if folder:
         folder.begin(subject.saved_run("prune", command, settings))
         if config.task.weights is not None:
-            _accuracy("dense model", dense, data, folder, watch)
+            tested("dense model", dense, data, folder, watch)
     watch.tell(f"Training and pruning: {how.epochs} × {len(data.train):,} images")
     fit(model, data, how, out, method=method, resume=mode == "resume", progress=watch.bars)
     model.to(memory_format=torch.contiguous_format)
@@ -136,7 +142,7 @@ def _during(
     pruned.plan.save(folder / "plan.json")
     save(model, folder / "model.safetensors")
     folder.once("cut", lambda: _facts(pruned))
-    _accuracy("pruned model", model, data, folder, watch)
+    tested("pruned model", model, data, folder, watch)
     exported = _exported(config, dense, model, subject, folder, watch)
     pair = (method.original, model)
     counts = Counts(pruned.macs, pruned.params)
@@ -184,15 +190,7 @@ def _decide(config: PruneConfig, subject: Subject, graph: Graph, folder: RunFold
         plan.check(graph)
         small = load(copy.deepcopy(subject.model), folder / "cut.safetensors")
         return Decision(plan, graph, small, folder.known["cut"])
-    options: dict[str, Any] = {}
-    needs_data = (
-        config.method == "rd"
-        or (config.method == "oneshot" and SCORES[config.score].needs_data)
-        or config.options.get("densities") in ("snip", "grasp")
-    )
-    if needs_data:
-        some = subject.data.subset(train_images=min(config.calibration_images, len(subject.data.train)))
-        options["data"] = Batches(some.train, batch_size=64, normalisation=some.normalisation)
+    data = {"data": subject.batches(config.calibration_images)} if config.needs_data else {}
     pruned = prune(
         subject.model,
         subject.inputs,
@@ -200,7 +198,7 @@ def _decide(config: PruneConfig, subject: Subject, graph: Graph, folder: RunFold
         method=config.method,
         freeze=config.freeze,
         **config.method_options(),
-        **options,
+        **data,
     )
     return Decision(pruned.plan, pruned.graph, pruned.model, _facts(pruned))
 
@@ -229,11 +227,3 @@ def _fit(
     for trained in (model, teacher):
         if trained is not None:  # models of one layout can be compared by the clock
             trained.to(memory_format=torch.contiguous_format)
-
-
-def _accuracy(what: str, model: nn.Module, data: Dataset, folder: RunFolder, watch: Watch) -> None:
-    name = f"accuracy of the {what}"
-    if name not in folder.known:
-        with watch.doing(f"Measuring the {what} on {len(data.test):,} images"):
-            folder.once(name, lambda: measure(model, data).accuracy)
-        watch.tell(f"Accuracy of the {what}: {100 * folder.known[name]:.2f} %")

@@ -1,8 +1,9 @@
 """What came of a pruning run: exported files, times, and the report that tells it all."""
 
+import copy
 import tempfile
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -11,15 +12,18 @@ from torch import Tensor, nn
 
 from secateur.cost import Cost
 from secateur.cost.latency import Latency, compare_latency
+from secateur.cost.training import Holding, TrainingCost, compare_training
 from secateur.errors import ExportError
 from secateur.export import export_onnx, export_program, onnx_runner
 from secateur.graph import Graph
 from secateur.methods import METHODS
 from secateur.plan import Plan
-from secateur.report import FrozenGroup, Group, LatencyPair, Report, Width, current_versions
+from secateur.recipes.data import Batches, Dataset
+from secateur.recipes.train_config import TrainConfig
+from secateur.report import FrozenGroup, Group, LatencyPair, Report, TrainingPair, Width, current_versions
 from secateur.runs.config import PruneConfig
-from secateur.runs.folder import RunFolder
-from secateur.runs.subject import Subject, device
+from secateur.runs.folder import RunFolder, Watch
+from secateur.runs.subject import Subject, device, measure
 from secateur.surgery import Verification, save
 
 _REPEATS = 50
@@ -68,6 +72,62 @@ def exports(dense: nn.Module, small: nn.Module, inputs: Tensor, batch: int, fold
     return found
 
 
+def tested(what: str, model: nn.Module, data: Dataset, folder: RunFolder, watch: Watch) -> None:
+    """Measure a model's accuracy, unless that is known, and tell it."""
+    name = f"accuracy of the {what}"
+    if name not in folder.known:
+        with watch.doing(f"Measuring the {what} on {len(data.test):,} images"):
+            folder.once(name, lambda: measure(model, data).accuracy)
+        watch.tell(f"Accuracy of the {what}: {100 * folder.known[name]:.2f} %")
+
+
+def training_costs(
+    dense: nn.Module,
+    small: nn.Module,
+    data: Dataset,
+    how: TrainConfig,
+    folder: RunFolder,
+    watch: Watch,
+    holding: Holding | None = None,
+) -> None:
+    """Measure what a step of training costs the dense and the pruned model; `training_pair` reads it.
+
+    Args:
+        dense, small: on the CPU; only read.
+        how: batch size and memory layout; the steps are in float32.
+        holding: what a masked model trains in.
+    """
+
+    def compute() -> list[dict[str, Any]]:
+        home = device()
+        batches = Batches(
+            data.train,
+            batch_size=min(how.batch_size, len(data.train)),
+            normalisation=data.normalisation,
+            device=home,
+            channels_last=how.channels_last,
+        )
+        layout = torch.channels_last if how.channels_last else torch.contiguous_format
+        models = {
+            name: copy.deepcopy(model).to(device=home, memory_format=layout)  # type: ignore[call-overload]
+            for name, model in (("dense", dense), ("small", small))
+        }
+        found = compare_training(
+            models, next(iter(batches)), holding={"small": holding} if holding else {}, steps=3
+        )
+        return [asdict(found[name]) for name in ("dense", "small")]
+
+    if "training cost" not in folder.known:
+        with watch.doing("Measuring what a step of training costs"):
+            folder.once("training cost", compute)
+
+
+def training_pair(folder: RunFolder) -> TrainingPair | None:
+    """What `training_costs` measured in this run."""
+    found = folder.known.get("training cost")
+    return TrainingPair(*(TrainingCost(**one) for one in found)) if found else None
+
+
 @dataclass(frozen=True)
 class Counts:
     """MACs of one image, and parameters: before, after."""
@@ -105,7 +165,7 @@ def compose(
     return Report(
         model=config.task.model,
         dataset=config.task.data,
-        method=_described(config),
+        method=described(config),
         budget=config.budget(graph).bounds,
         seed=config.task.seed,
         command=folder.command,
@@ -121,6 +181,7 @@ def compose(
         verify_rel_error_float64=verification.max_rel_error,
         latency_pytorch=_pair(exported.get("latency_pytorch")),
         latency_onnxruntime=_pair(exported.get("latency_onnxruntime")),
+        training_cost=training_pair(folder),
         weights_bytes_before=weights[0],
         weights_bytes_after=weights[1],
         onnx_bytes_before=onnx[0],
@@ -138,11 +199,15 @@ def compose(
     )
 
 
-def _described(config: PruneConfig) -> str:
+def described(config: PruneConfig) -> str:
     """The method with what was set about it."""
-    if METHODS[config.method].when == "after":
+    after = METHODS[config.method].when == "after"
+    if config.masks and after:
+        return f"single weights, {config.allocation}, compensation {config.compensation}"
+    if after:
         return f"{config.method}, {config.score}, {config.allocation}"
-    parts = [config.method, *(f"{name} {value}" for name, value in config.options.items())]
+    masks = [f"masks of {config.unit}"] if config.masks else []
+    parts = [config.method, *masks, *(f"{name} {value}" for name, value in config.options.items())]
     if config.decay > 1:
         parts.append(f"decay over {config.decay} steps" + (", rectified" if config.rectify else ""))
     return ", ".join(parts)

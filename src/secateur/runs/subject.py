@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from secateur.errors import FileError
 from secateur.files import read_tensors
-from secateur.recipes.data import Dataset, Normalisation, load_data
+from secateur.recipes.data import Batches, Dataset, Normalisation, load_data
 from secateur.recipes.models import build_model, list_models
 from secateur.recipes.models.weights import load_weights, normalisation_for
 from secateur.recipes.train import Evaluation, evaluate
@@ -35,6 +35,11 @@ class Subject:
     def inputs(self) -> Tensor:
         """An example input: one black image."""
         return torch.zeros(1, *self.data.test.images.shape[1:])
+
+    def batches(self, images: int, *, shuffle: bool = False) -> Batches:
+        """Training images with their labels in batches of 64, balanced over the classes and without augmentation."""
+        some = self.data.subset(train_images=min(images, len(self.data.train)))
+        return Batches(some.train, batch_size=64, normalisation=some.normalisation, shuffle=shuffle)
 
     def saved_run(self, kind: str, command: str, settings: dict[str, object]) -> SavedRun:
         """What `config.json` is to say about a run on this subject."""

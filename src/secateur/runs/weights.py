@@ -1,4 +1,4 @@
-"""A run that prunes single weights: curves, masks, compensation, fine-tuning while the masks hold, report."""
+"""A run that prunes single weights, of a trained model or before training: masks, training under them, report."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -6,22 +6,29 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from secateur.cost import Cost
 from secateur.errors import SecateurError
-from secateur.graph import analyze
+from secateur.graph import Graph, analyze
+from secateur.methods import METHODS, Sparse, prune_weights
 from secateur.methods.additivity import Additivity, check_additivity
-from secateur.methods.rd import RDSettings, prune_weights
-from secateur.recipes.data import Batches
+from secateur.methods.initial import costs_left
+from secateur.methods.rd import RDSettings
 from secateur.recipes.train import fit
 from secateur.report import Report, current_versions, write_report
 from secateur.report.data import LayerCurve, WeightFacts
 from secateur.runs.config import PruneConfig
 from secateur.runs.folder import Mode, RunFolder, Watch, is_main_process
-from secateur.runs.subject import Subject, device, fresh_model, load_subject, measure
+from secateur.runs.result import described, tested, training_costs, training_pair
+from secateur.runs.subject import Subject, device, fresh_model, load_subject
 from secateur.surgery import load, save
 from secateur.surgery.weights import WeightPlan
+
+KEPT = ("masks.safetensors", "cut.safetensors")
+"""Files of what was decided: the masks, and the model under them before any further training."""
+
+BEFORE = "The weights were masked before training, and the model was trained once while the masks held."
 
 NO_FASTER = (
     "Scattered zeros make the file smaller, not the model faster: dense kernels multiply by them all the same. "
@@ -30,86 +37,121 @@ NO_FASTER = (
 
 
 def weights_run(
-    config: PruneConfig, out: str | Path, *, mode: Mode = "new", command: str = "", watch: Watch | None = None
+    config: PruneConfig, out: str | Path, mode: Mode, command: str, watch: Watch
 ) -> Report | None:
-    """Set single weights of a model to zero; `out` gets the masks, the sparse model and the report.
-
-    Args and result are those of `prune_run`; the budget is `config.sparsity`, of the weights of convolutions and
-    linear layers.
-    """
+    """A run of `prune_run` that sets single weights to zero; `out` gets the masks, the sparse model and the report."""
     settings = config.to_json()
-    watch = watch or Watch()
     folder = RunFolder(out, "prune", settings, mode) if is_main_process() else None
     with watch.doing(f"Loading {config.task.data} and building {config.task.model}"):
         subject = load_subject(config.task)
-    graph = analyze(subject.model, subject.inputs)
-    if folder:
+    dense, data = subject.model, subject.data
+    graph = analyze(dense, subject.inputs)
+    before = METHODS[config.method].when == "before"
+    if folder and not before:
         folder.begin(subject.saved_run("prune", command, settings))
-    plan, small, facts = decided(config, subject, folder, watch)
+    plan, small, facts = decided(config, subject, graph, folder, watch)
+    if folder and before:  # choosing took no time, and a budget out of reach leaves no folder
+        folder.begin(subject.saved_run("prune", command, settings))
     if folder:
-        _accuracy("dense model", subject.model, subject, folder, watch)
-        _accuracy("cut model", small, subject, folder, watch)
+        kept(plan, small, facts, folder)
+    if folder and not before:
+        tested("dense model", dense, data, folder, watch)
+        tested("cut model", small, data, folder, watch)
     if config.finetune is not None:
-        watch.tell(f"Fine-tuning: {config.finetune.epochs} × {len(subject.data.train):,} images")
-        teacher = subject.model if config.finetune.distill_weight > 0 else None
+        phase = "train" if before else "finetune"
+        watch.tell(
+            f"{'Training' if before else 'Fine-tuning'}: {config.finetune.epochs} × {len(data.train):,} images"
+        )
+        teacher = dense if config.finetune.distill_weight > 0 else None
         how = replace(config.finetune, seed=config.task.seed)
         with plan.holding(small):
             fit(
-                small, subject.data, how, out, teacher=teacher, resume=mode == "resume", phase="finetune",
-                progress=watch.bars,
+                small, data, how, out, teacher=teacher, resume=mode == "resume", phase=phase, progress=watch.bars
             )  # fmt: skip
         small.to(memory_format=torch.contiguous_format)
     if not folder:
         return None
     save(small, folder / "model.safetensors")
-    last = "fine-tuned model" if config.finetune else "cut model"
-    _accuracy(last, small, subject, folder, watch)
-    save(subject.model, folder / "dense.safetensors")
+    save(dense, folder / "dense.safetensors")
+    if before and config.finetune is not None:
+        training_costs(dense, small, data, config.finetune, folder, watch, plan.holding)
+    last = "pruned model" if before else "fine-tuned model" if config.finetune else "cut model"
+    tested(last, small, data, folder, watch)
+    report = _report(config, subject, graph, plan, facts, folder, last)
+    write_report(folder.path, report)
+    return report
+
+
+def _report(
+    config: PruneConfig,
+    subject: Subject,
+    graph: Graph,
+    plan: WeightPlan,
+    facts: dict[str, Any],
+    folder: RunFolder,
+    last: str,
+) -> Report:
     sizes = [(folder / name).stat().st_size for name in ("dense.safetensors", "model.safetensors")]
-    cost = Cost(graph)
-    report = Report(
+    cost, left = Cost(graph), costs_left(graph, plan.masks)
+    before = METHODS[config.method].when == "before"
+    return Report(
         model=config.task.model,
         dataset=config.task.data,
-        method=f"single weights, {config.allocation}, compensation {config.compensation}",
-        budget={"weights": round(1 - float(config.sparsity or 0), 9)},
+        method=described(config),
+        budget=config.budget(graph).bounds
+        if before
+        else {"weights": round(1 - float(config.sparsity or 0), 9)},
         seed=config.task.seed,
         command=folder.command,
         macs_before=cost.macs(),
         macs_after=cost.macs(),
         params_before=cost.params(),
         params_after=cost.params(),
-        accuracy_before=folder.known["accuracy of the dense model"],
-        accuracy_cut=folder.known["accuracy of the cut model"],
+        accuracy_before=folder.known.get("accuracy of the dense model"),
+        accuracy_cut=folder.known.get("accuracy of the cut model"),
         accuracy_after=folder.known[f"accuracy of the {last}"],
         weights_bytes_before=sizes[0],
         weights_bytes_after=sizes[1],
+        training_cost=training_pair(folder),
         weights=WeightFacts(
             total=plan.weights,
             kept=plan.kept,
             layers={name: (mask.numel(), int(mask.sum())) for name, mask in plan.masks.items()},
+            macs=left["macs"][1],
+            params=left["params"][1],
             curves=tuple(LayerCurve(**curve) for curve in facts["curves"]),
             predicted=facts["predicted"],
             measured=facts["measured"],
         ),
-        notes=[*subject.notes, NO_FASTER],
+        notes=[*subject.notes, *([BEFORE] if before else []), NO_FASTER],
         history=folder.metrics(),
         versions=current_versions(device()),
     )
-    write_report(folder.path, report)
-    return report
 
 
 def decided(
-    config: PruneConfig, subject: Subject, folder: RunFolder | None, watch: Watch
-) -> tuple[WeightPlan, torch.nn.Module, dict[str, Any]]:
-    """The masks, the compensated model, and what was measured: from the folder if the run is resumed."""
-    paths = [folder / name for name in ("masks.safetensors", "cut.safetensors")] if folder else []
+    config: PruneConfig, subject: Subject, graph: Graph, folder: RunFolder | None, watch: Watch
+) -> tuple[WeightPlan, nn.Module, dict[str, Any]]:
+    """The masks, the model under them, and what was measured: from the folder if the run is resumed."""
+    paths = [folder / name for name in KEPT] if folder else []
     if folder and folder.resumed and "cut" in folder.known and all(path.exists() for path in paths):
         plan = WeightPlan.load(paths[0])
         fresh = fresh_model(
             config.task.model, len(subject.data.classes), subject.data.train.images.shape[1], config.task.seed
         )
         return plan, load(fresh, paths[1]), folder.known["cut"]
+    if METHODS[config.method].when == "before":
+        with watch.doing("Choosing what to mask"):
+            data = {"data": subject.batches(config.calibration_images)} if config.needs_data else {}
+            sparse: Sparse = METHODS[config.method].runs[config.unit](
+                subject.model,
+                subject.inputs,
+                config.budget(graph),
+                freeze=config.freeze,
+                **config.method_options(),
+                **data,
+            )
+        return sparse.plan, sparse.model, {"curves": [], "predicted": None, "measured": None}
     with watch.doing("Measuring what each layer can do without"):
         pruned = prune_weights(
             subject.model,
@@ -120,24 +162,25 @@ def decided(
         )
     curves = []
     if pruned.curves is not None:
-        for name, kept, values in zip(
+        for name, counts, values in zip(
             pruned.curves.names, pruned.curves.kept, pruned.curves.reduced(), strict=True
         ):
-            curves.append({"layer": name, "kept": kept.tolist(), "distortion": values.tolist()})
+            curves.append({"layer": name, "kept": counts.tolist(), "distortion": values.tolist()})
     facts = {"curves": curves, "predicted": pruned.predicted, "measured": pruned.measured}
-    if folder:
-        save(pruned.model, folder / "cut.safetensors")
-        pruned.plan.save(folder / "masks.safetensors")
-        folder.once("cut", lambda: facts)
     return pruned.plan, pruned.model, facts
 
 
-def calibration(subject: Subject, images: int, batch: int = 64) -> list[Tensor]:
+def kept(plan: WeightPlan, model: nn.Module, facts: dict[str, Any], folder: RunFolder) -> None:
+    """Write what a resumed run need not decide again."""
+    if "cut" not in folder.known:
+        plan.save(folder / KEPT[0])
+        save(model, folder / KEPT[1])
+        folder.once("cut", lambda: facts)
+
+
+def calibration(subject: Subject, images: int) -> list[Tensor]:
     """Training images, balanced over the classes and without augmentation."""
-    some = subject.data.subset(train_images=min(images, len(subject.data.train)))
-    return [
-        x for x, _ in Batches(some.train, batch_size=batch, normalisation=some.normalisation, shuffle=True)
-    ]
+    return [x for x, _ in subject.batches(images, shuffle=True)]
 
 
 def additivity_run(
@@ -163,11 +206,3 @@ def additivity_run(
             seed=config.task.seed,
             tick=tick,
         )
-
-
-def _accuracy(what: str, model: torch.nn.Module, subject: Subject, folder: RunFolder, watch: Watch) -> None:
-    name = f"accuracy of the {what}"
-    if name not in folder.known:
-        with watch.doing(f"Measuring the {what} on {len(subject.data.test):,} images"):
-            folder.once(name, lambda: measure(model, subject.data).accuracy)
-        watch.tell(f"Accuracy of the {what}: {100 * folder.known[name]:.2f} %")
