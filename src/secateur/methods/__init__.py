@@ -10,6 +10,8 @@ from torch import nn
 from secateur.cost import Budget
 from secateur.errors import SecateurError, unknown
 from secateur.graph import Inputs
+from secateur.imports import imported
+from secateur.methods.auto import AUTO, Choice, choose
 from secateur.methods.depgraph import DepGraph
 from secateur.methods.gate_decorator import GateDecorator
 from secateur.methods.gradual import Gradual
@@ -24,11 +26,13 @@ from secateur.methods.structured import StructuredMethod
 from secateur.methods.training import TrainingMethod
 
 __all__ = [
+    "AUTO",
     "HESSO",
     "LAPP",
     "METHODS",
     "OTO",
     "PAAM",
+    "Choice",
     "Decay",
     "DepGraph",
     "GateDecorator",
@@ -38,6 +42,8 @@ __all__ = [
     "Rectify",
     "StructuredMethod",
     "TrainingMethod",
+    "choose",
+    "method_named",
     "oneshot",
     "preconfig",
     "precrop",
@@ -55,11 +61,17 @@ class Method:
             `StructuredMethod`, made with (model, inputs, budget=…, steps=…, **options).
         summary: one line for lists of choices.
         when: whether it prunes a trained model, one that is being trained, or one that is yet to be.
+        own: whether it is the user's: see `method_named`.
     """
 
     run: Callable[..., Any]
     summary: str
     when: Literal["before", "during", "after"] = "after"
+    own: bool = False
+
+    def takes(self, name: str) -> bool:
+        """Whether `run` has a parameter of that name."""
+        return name in inspect.signature(self.run).parameters
 
     @property
     def options(self) -> Mapping[str, Any]:
@@ -101,6 +113,25 @@ METHODS = {
     "hesso": Method(HESSO, "decay redundant units to zero in periods", "during"),
     "gate-decorator": Method(GateDecorator, "batch norms as gates that close one after another", "during"),
 }
+
+
+def method_named(name: str) -> Method:
+    """An entry of `METHODS`, or `module:function` of the user's own.
+
+    A function prunes a trained model: (model, inputs, budget, *, options by name) -> the smaller model, or a
+    `Pruned`. It gets a copy that it may change; and `data`, batches of (images, labels), if it has such a parameter.
+    A class derived from `StructuredMethod` prunes while the model is trained.
+
+    Raises:
+        SecateurError: there is no such method.
+    """
+    if ":" in name:
+        run = imported("method", name)
+        during = isinstance(run, type) and issubclass(run, StructuredMethod)
+        return Method(run, f"your own, {name}", "during" if during else "after", own=True)
+    if name not in METHODS:
+        raise SecateurError(unknown("method", name, METHODS))
+    return METHODS[name]
 
 
 def prune(

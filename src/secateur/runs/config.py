@@ -10,7 +10,7 @@ from secateur.allocate import ALLOCATIONS, allowed
 from secateur.cost import Budget, Cost
 from secateur.errors import BudgetError, DataError, FileError, ModelError, SecateurError, unknown
 from secateur.graph import Graph
-from secateur.methods import METHODS, Decay, Rectify
+from secateur.methods import AUTO, METHODS, Decay, Rectify, method_named
 from secateur.methods.rd import COMPENSATIONS, WEIGHT_CHOICES
 from secateur.recipes.data import Normalisation, list_data
 from secateur.recipes.models import build_model, list_models
@@ -22,6 +22,8 @@ GRANULARITIES = {
     "weights": "single weights of convolutions and linear layers: smaller files, but no faster models",
 }
 """What one unit may be -> one line for lists of choices."""
+
+_SHARED = ("score", "allocation", "attention", "compensation", "min_keep", "round_to")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,7 +102,8 @@ class PruneConfig:
         keep_macs: at most this share of the dense model's MACs stays, above 0 and below 1.
         keep_params: the same for parameters.
         sparsity: at least this share of the units goes, above 0 and below 1. Several bounds must all hold.
-        method: a name in `secateur.methods.METHODS`.
+        method: a name in `secateur.methods.METHODS`; `module:function` of your own, see
+            `secateur.methods.method_named`; or "auto", see `secateur.methods.auto.choose`.
         score: a name in `secateur.scores.SCORES`.
         allocation: a name in `secateur.allocate.ALLOCATIONS`.
         granularity: a name in `GRANULARITIES`. For "weights", the budget is `sparsity`, the allocation a name in
@@ -149,10 +152,8 @@ class PruneConfig:
     exports: bool = True
 
     def __post_init__(self) -> None:
-        if self.method not in METHODS:
-            raise SecateurError(unknown("method", self.method, METHODS))
         names: tuple[tuple[str, str, dict[str, Any]], ...] = (
-            ("score", self.score, SCORES if self.method == "oneshot" else {}),
+            ("score", self.score, SCORES if self.method in ("oneshot", AUTO) else {}),
             ("allocation", self.allocation, WEIGHT_CHOICES if self.granularity == "weights" else ALLOCATIONS),
             ("compensation", self.compensation, COMPENSATIONS),
             ("granularity", self.granularity, GRANULARITIES),
@@ -161,16 +162,7 @@ class PruneConfig:
         for kind, name, choices in names:
             if choices and name not in choices:
                 raise SecateurError(unknown(kind, name, choices))
-        self.method_options()
-        if METHODS[self.method].when == "during":
-            if self.train is None:
-                raise SecateurError(f"method {self.method} prunes while the model is trained; give epochs")
-            if self.finetune is not None:
-                raise SecateurError(
-                    f"method {self.method} trains as it prunes; there is no fine-tuning after it"
-                )
-        elif METHODS[self.method].when == "before" and self.train is not None:
-            raise SecateurError(f"method {self.method} prunes before training; give `finetune`, not `train`")
+        self._check_phases()
         if self.keep_macs is self.keep_params is self.sparsity is None:
             raise BudgetError(
                 "no budget: give at least one of keep-macs, keep-params and sparsity, such as keep-macs 0.5"
@@ -183,13 +175,36 @@ class PruneConfig:
             if (number := getattr(self, what)) < 1:
                 raise SecateurError(f"{what.replace('_', '-')} {number}: expected at least 1")
 
+    def _check_phases(self) -> None:
+        """What is trained when must suit the method."""
+        if self.method == AUTO:
+            if self.options:
+                raise SecateurError(f"method auto takes no {next(iter(self.options))}; name the method")
+            return
+        self.method_options()
+        when = method_named(self.method).when
+        if when == "during":
+            if self.train is None:
+                raise SecateurError(f"method {self.method} prunes while the model is trained; give epochs")
+            if self.finetune is not None:
+                raise SecateurError(
+                    f"method {self.method} trains as it prunes; there is no fine-tuning after it"
+                )
+        elif when == "before" and self.train is not None:
+            raise SecateurError(f"method {self.method} prunes before training; give `finetune`, not `train`")
+
+    @property
+    def wanted(self) -> list[str]:
+        """Those settings of `method_options` that several methods share and that are not at their defaults."""
+        return [o for o in _SHARED if getattr(self, o) != type(self).__dataclass_fields__[o].default]
+
     def method_options(self) -> dict[str, Any]:
         """What the method is to be run with: its own options, and those that several methods share.
 
         Raises:
             SecateurError: the method has no such option.
         """
-        entry = METHODS[self.method]
+        entry = method_named(self.method)
         if self.granularity == "weights":
             if self.method not in ("oneshot", "rd"):
                 raise SecateurError(
@@ -198,11 +213,11 @@ class PruneConfig:
             return {}
         entry.check(self.method, self.options)
         chosen = dict(self.options)
-        for option in ("score", "allocation", "attention", "compensation", "min_keep", "round_to"):
-            value = getattr(self, option)
+        wanted = self.wanted
+        for option in _SHARED:
             if option in entry.options:
-                chosen.setdefault(option, value)
-            elif value != type(self).__dataclass_fields__[option].default:
+                chosen.setdefault(option, getattr(self, option))
+            elif option in wanted:
                 raise SecateurError(f"method {self.method} takes no {option.replace('_', '-')}")
         if "seed" in entry.options:
             chosen.setdefault("seed", self.task.seed)

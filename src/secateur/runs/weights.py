@@ -17,6 +17,7 @@ from secateur.recipes.data import Batches
 from secateur.recipes.train import fit
 from secateur.report import Report, current_versions, write_report
 from secateur.report.data import LayerCurve, WeightFacts
+from secateur.runs.auto import resolved
 from secateur.runs.config import PruneConfig
 from secateur.runs.folder import Mode, RunFolder, Watch, is_main_process
 from secateur.runs.subject import Subject, device, fresh_model, load_subject, measure
@@ -41,7 +42,7 @@ def weights_run(
     watch = watch or Watch()
     folder = RunFolder(out, "prune", settings, mode) if is_main_process() else None
     with watch.doing(f"Loading {config.task.data} and building {config.task.model}"):
-        subject = load_subject(config.task)
+        config, subject = resolved(config, load_subject(config.task))
     graph = analyze(subject.model, subject.inputs)
     if folder:
         folder.begin(subject.saved_run("prune", command, settings))
