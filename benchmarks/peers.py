@@ -56,7 +56,9 @@ def torch_pruning(
             before = COUNTS["params"](model, inputs)
             pruner.step()
             if pruner.current_step >= STEPS and COUNTS["params"](model, inputs) == before:
-                raise RuntimeError(f"Torch-Pruning removes no more, and the budget {budget.bounds} is not met")
+                raise RuntimeError(
+                    f"Torch-Pruning removes no more, and the budget {budget.bounds} is not met"
+                )
     model.zero_grad()
     return model
 

@@ -305,6 +305,7 @@ def run_cell(cell: Cell, folder: Path) -> Outcome:
     except SecateurError as error:
         return Outcome(**who, error=str(error))
     except Exception as error:  # a bug in one method must not end a night's work
+        (folder / "errors").mkdir(exist_ok=True)
         atomic_write(folder / "errors" / f"{_plain(cell.name)}.txt", traceback.format_exc())
         return Outcome(**who, error=f"{type(error).__name__}: {error}")
 

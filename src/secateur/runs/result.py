@@ -1,5 +1,6 @@
 """What came of a pruning run: exported files, times, and the report that tells it all."""
 
+import math
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -140,7 +141,7 @@ def compose(
         onnx_bytes_after=onnx[1],
         widths=_widths(graph, whole, small),
         groups=[
-            Group(group.name, mask.tolist(), cut["scores"].get(group.name))
+            Group(group.name, mask.tolist(), _numbers(cut["scores"].get(group.name)))
             for group, mask in zip(graph.groups, plan.masks(graph), strict=True)
         ]
         if plan
@@ -156,6 +157,11 @@ def compose(
         course=course,
         versions=current_versions(device()),
     )
+
+
+def _numbers(scores: list[float | None] | None) -> list[float] | None:
+    """Scores from plain JSON, where those that are not finite are None."""
+    return None if scores is None else [math.nan if score is None else score for score in scores]
 
 
 def _described(config: PruneConfig) -> str:
