@@ -75,6 +75,16 @@ def test_a_lead_within_the_spread_names_the_cheaper_of_the_two():
     assert one.cheaper is None  # equal MACs
 
 
+def test_a_clock_that_drifts_between_runs_does_not_matter():
+    slow = LatencyPair(latency(20.0, "pytorch"), latency(10.0, "pytorch"))
+    runs = [
+        outcome("a", 0, 0.9, latency=slow),
+        outcome("b", 0, 0.8, latency=timed(1.0)),
+        outcome("c", 0, 0.7, latency=timed(2.0)),
+    ]
+    assert [(row.latency_ms, row.speed_up) for row in standings(runs)] == [(1.0, 2.0), (1.0, 2.0), (2.0, 1.0)]
+
+
 def test_one_seed_tells_nothing_apart():
     (one,) = advice([outcome("a", 0, 0.92), outcome("b", 0, 0.60, macs=0.3)])
     assert (one.best, one.cheaper, one.lead_spread) == ("a", "b", None)

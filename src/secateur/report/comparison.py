@@ -99,7 +99,9 @@ class Standing:
         budget: in words; empty for the dense model.
         to_dense: difference to the dense model, paired by seed.
         over: whether it costs more than the budget allows.
-        latency_ms, speed_up: median of one pass; dense over this.
+        latency_ms: of one pass, as a share of the dense network's, which was measured beside it, times the median of
+            all measurements of the dense network: a clock that drifts between runs does not matter.
+        speed_up: dense over this.
         failed: what went wrong with the others.
     """
 
@@ -150,18 +152,21 @@ def standings(outcomes: Sequence[Outcome]) -> list[Standing]:
     groups: dict[tuple[str, str], list[Outcome]] = {}
     for outcome in outcomes:
         groups.setdefault((in_words(outcome.budget), outcome.arm), []).append(outcome)
-    lines = [_standing(budget, arm, found, dense) for (budget, arm), found in groups.items()]
+    clock = dense_latency(outcomes)
+    lines = [_standing(budget, arm, found, dense, clock) for (budget, arm), found in groups.items()]
     places = {budget: place for place, budget in enumerate(dict.fromkeys(line.budget for line in lines))}
     return sorted(lines, key=lambda line: (places[line.budget], line.over, -(line.accuracy or 0)))
 
 
-def _standing(budget: str, arm: str, found: Sequence[Outcome], dense: Mapping[int, float]) -> Standing:
+def _standing(
+    budget: str, arm: str, found: Sequence[Outcome], dense: Mapping[int, float], clock: float | None
+) -> Standing:
     good = [o for o in found if o.accuracy is not None]
     accuracies = [o.accuracy for o in good if o.accuracy is not None]
     paired = [a - dense[o.seed] for o, a in zip(good, accuracies, strict=True) if o.seed in dense]
     timed = [o.latency for o in good if o.latency]
     macs, params = _mean(o.macs for o in good), _mean(o.params for o in good)
-    bounds = found[0].budget
+    speed_up, bounds = _mean(pair.speed_up for pair in timed), found[0].budget
     return Standing(
         arm=arm,
         budget=budget,
@@ -173,8 +178,8 @@ def _standing(budget: str, arm: str, found: Sequence[Outcome], dense: Mapping[in
         accuracy_cut=_mean(o.accuracy_cut for o in good if o.accuracy_cut is not None),
         to_dense=_mean(paired) if budget else None,
         to_dense_spread=_spread(paired) if budget else None,
-        latency_ms=_mean(pair.after.median_ms for pair in timed),
-        speed_up=_mean(pair.speed_up for pair in timed),
+        latency_ms=clock / speed_up if clock and speed_up else None,
+        speed_up=speed_up,
         seconds_per_epoch=_mean(o.training_seconds / o.epochs for o in good if o.epochs) or 0.0,
         training_seconds=_mean(o.training_seconds for o in good) or 0.0,
         over=any(
@@ -189,6 +194,12 @@ def dense_accuracies(outcomes: Sequence[Outcome]) -> dict[int, float]:
     given = next((o.accuracy_dense for o in outcomes if o.accuracy_dense is not None), None)
     start = {} if given is None else {o.seed: given for o in outcomes}
     return start | {o.seed: o.accuracy for o in outcomes if not o.budget and o.accuracy is not None}
+
+
+def dense_latency(outcomes: Sequence[Outcome]) -> float | None:
+    """Milliseconds of one pass of the dense network: the median over all measurements."""
+    found = [o.latency.before.median_ms for o in outcomes if o.latency]
+    return statistics.median(found) if found else None
 
 
 def advice(outcomes: Sequence[Outcome]) -> list[Advice]:
@@ -327,7 +338,8 @@ def markdown(report: ComparisonReport) -> str:
 
 
 _COLUMNS = (
-    "macs", "params", "accuracy_cut", "accuracy", "accuracy_dense", "epochs", "training_seconds", "latency_ms", "error"
+    "macs", "params", "accuracy_cut", "accuracy", "accuracy_dense", "epochs", "training_seconds", "latency_ms",
+    "latency_dense_ms", "error",
 )  # fmt: skip
 
 
@@ -339,6 +351,7 @@ def as_csv(outcomes: Sequence[Outcome]) -> str:
     for o in outcomes:
         values = {f.name: getattr(o, f.name) for f in fields(o)}
         values["latency_ms"] = o.latency.after.median_ms if o.latency else None
+        values["latency_dense_ms"] = o.latency.before.median_ms if o.latency else None
         bound = ", ".join(f"{name} {value:g}" for name, value in o.budget.items())
         writer.writerow((o.arm, bound, o.seed, *(values[name] for name in _COLUMNS)))
     return text.getvalue()

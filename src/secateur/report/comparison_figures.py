@@ -4,7 +4,7 @@ import statistics
 from collections.abc import Sequence
 from typing import Any
 
-from secateur.report.comparison import Outcome, Standing, dense_accuracies, in_words, standings
+from secateur.report.comparison import Outcome, Standing, dense_accuracies, dense_latency, in_words, standings
 from secateur.report.figures import AFTER, BEFORE, REMOVED, Figure, escape, plain_layout
 
 _COLORS = (
@@ -75,8 +75,7 @@ def front(outcomes: Sequence[Outcome], name: str) -> Figure:
                 "<extra></extra>",
             }
         )
-    paired = [o.latency.before.median_ms for o in outcomes if o.latency]
-    at = {"macs": 100.0, "params": 100.0, "latency_ms": statistics.median(paired) if paired else None}[field]
+    at = {"macs": 100.0, "params": 100.0, "latency_ms": dense_latency(outcomes)}[field]
     if dense and at is not None:
         data.append(
             {
