@@ -85,6 +85,17 @@ def test_a_clock_that_drifts_between_runs_does_not_matter():
     assert [(row.latency_ms, row.speed_up) for row in standings(runs)] == [(1.0, 2.0), (1.0, 2.0), (2.0, 1.0)]
 
 
+def test_what_other_work_disturbed_is_left_out_and_said():
+    disturbed = LatencyPair(
+        latency(2.0, "pytorch"), dataclasses.replace(latency(1.0, "pytorch"), p90_ms=20.0)
+    )
+    runs = [outcome("a", 0, 0.9, latency=disturbed), outcome("b", 0, 0.8, latency=timed(1.0))]
+    assert [row.latency_ms for row in standings(runs)] == [None, 1.0]
+    report = dataclasses.replace(comparison(), outcomes=runs)
+    for text in (markdown(report), Page(render_comparison(report)).text):
+        assert "Other work disturbed 1 of 2 measurements" in text
+
+
 def test_one_seed_tells_nothing_apart():
     (one,) = advice([outcome("a", 0, 0.92), outcome("b", 0, 0.60, macs=0.3)])
     assert (one.best, one.cheaper, one.lead_spread) == ("a", "b", None)

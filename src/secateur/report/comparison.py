@@ -164,7 +164,7 @@ def _standing(
     good = [o for o in found if o.accuracy is not None]
     accuracies = [o.accuracy for o in good if o.accuracy is not None]
     paired = [a - dense[o.seed] for o, a in zip(good, accuracies, strict=True) if o.seed in dense]
-    timed = [o.latency for o in good if o.latency]
+    timed = [o.latency for o in good if o.latency and is_steady(o.latency)]
     macs, params = _mean(o.macs for o in good), _mean(o.params for o in good)
     speed_up, bounds = _mean(pair.speed_up for pair in timed), found[0].budget
     return Standing(
@@ -196,9 +196,25 @@ def dense_accuracies(outcomes: Sequence[Outcome]) -> dict[int, float]:
     return start | {o.seed: o.accuracy for o in outcomes if not o.budget and o.accuracy is not None}
 
 
+def is_steady(pair: LatencyPair) -> bool:
+    """Whether the machine had nothing else to do: of both networks, one pass in ten was not twice as slow as others."""
+    return all(one.p90_ms <= 2 * one.p10_ms for one in (pair.before, pair.after))
+
+
+def unsteady(outcomes: Sequence[Outcome]) -> str:
+    """What to say about measurements that other work disturbed; empty if there are none."""
+    found = [o.latency for o in outcomes if o.latency]
+    if not (bad := sum(not is_steady(pair) for pair in found)):
+        return ""
+    return (
+        f"Other work disturbed {bad} of {len(found)} measurements of latency, which are left out; the same command, "
+        f"on a machine that does nothing else, measures them again."
+    )
+
+
 def dense_latency(outcomes: Sequence[Outcome]) -> float | None:
-    """Milliseconds of one pass of the dense network: the median over all measurements."""
-    found = [o.latency.before.median_ms for o in outcomes if o.latency]
+    """Milliseconds of one pass of the dense network: the median over all measurements that were not disturbed."""
+    found = [o.latency.before.median_ms for o in outcomes if o.latency and is_steady(o.latency)]
     return statistics.median(found) if found else None
 
 
@@ -333,6 +349,8 @@ def markdown(report: ComparisonReport) -> str:
             f"{_whole(row.seconds_per_epoch)} | {_whole(row.training_seconds)} | "
             f"{row.seeds}{f' ({row.failed})' if row.failed else ''} |"
         )
+    if note := unsteady(outcomes):
+        lines += ["", note]
     lines += ["", *(f"{arm}: {note}" for arm, note in report.notes.items())]
     return "\n".join(lines).rstrip() + "\n"
 

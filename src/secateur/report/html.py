@@ -6,7 +6,15 @@ from dataclasses import dataclass
 from typing import Any
 
 from secateur.cost.latency import Latency
-from secateur.report.comparison import ComparisonReport, advice, dense_accuracies, percentage, standings
+from secateur.report.comparison import (
+    ComparisonReport,
+    advice,
+    dense_accuracies,
+    is_steady,
+    percentage,
+    standings,
+    unsteady,
+)
 from secateur.report.comparison_figures import arms_of, comparison_figures, marker_of
 from secateur.report.data import LatencyPair, Report
 from secateur.report.figures import Figure, figures
@@ -41,7 +49,7 @@ def render(report: Report) -> str:
 def render_comparison(report: ComparisonReport) -> str:
     """The page of a comparison."""
     table, dense = standings(report.outcomes), dense_accuracies(report.outcomes)
-    timed = next((o.latency for o in report.outcomes if o.latency), None)
+    timed = next((o.latency for o in report.outcomes if o.latency and is_steady(o.latency)), None)
     return _page(
         "comparison.html.j2",
         comparison_figures(report.outcomes),
@@ -51,6 +59,7 @@ def render_comparison(report: ComparisonReport) -> str:
         budgets={line.budget: [row for row in table if row.budget == line.budget] for line in table},
         dense=statistics.mean(dense.values()) if dense else None,
         timed=timed.after if timed else None,
+        unsteady=unsteady(report.outcomes),
         seconds=sum(o.training_seconds for o in report.outcomes),
     )
 

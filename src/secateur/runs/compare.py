@@ -16,7 +16,7 @@ from secateur.errors import FileError, SecateurError, unknown
 from secateur.files import atomic_write
 from secateur.methods import AUTO, method_named
 from secateur.report import ComparisonReport, current_versions, write_comparison, write_tables
-from secateur.report.comparison import Outcome
+from secateur.report.comparison import Outcome, is_steady
 from secateur.report.data import LatencyPair, Width
 from secateur.runs.config import PruneConfig, Task, TrainRunConfig
 from secateur.runs.folder import RunFolder, SavedRun
@@ -335,7 +335,8 @@ def _facts(config: PruneConfig | TrainRunConfig, where: Path) -> dict[str, Any]:
 
 
 def timed(cell: Cell, folder: Path, batch: int) -> LatencyPair | None:
-    """Latency of the dense network and of a finished cell's, side by side; kept in the cell's folder.
+    """Latency of the dense network and of a finished cell's, side by side; kept in the cell's folder unless other work
+    disturbed it.
 
     None if its weights cannot be loaded into the model they came from, as when a method of the user's own changed more
     than widths.
@@ -343,27 +344,21 @@ def timed(cell: Cell, folder: Path, batch: int) -> LatencyPair | None:
     where = folder / cell.folder
     kind = "train" if isinstance(cell.config, TrainRunConfig) else "prune"
     run, saved = RunFolder(where, kind, cell.config.to_json(), "resume"), SavedRun.read(where)
-    here = device()
-
-    def measured() -> list[dict[str, Any]]:
-        generator = torch.Generator().manual_seed(0)
-        images = torch.randn(batch, *saved.input_shape, generator=generator).to(here)
-        compared = compare_latency(
-            {"before": dense.to(here), "after": small.to(here)}, images, repeats=_REPEATS
-        )
-        return [compared[name].to_json() for name in ("before", "after")]
-
+    here, task = device(), cell.config.task
     name = f"latency at batch {batch} on {current_versions(here)['device']}"
-    if name not in run.known:
-        task = cell.config.task
-        dense, small = (
-            fresh_model(task.model, saved.classes, saved.input_shape[0], task.seed) for _ in range(2)
-        )
-        try:
-            load_into(small, where / "model.safetensors")
-        except SecateurError:
-            return None
-    return pair_of(run.once(name, measured))
+    if name in run.known:
+        return pair_of(run.known[name])
+    dense, small = (fresh_model(task.model, saved.classes, saved.input_shape[0], task.seed) for _ in range(2))
+    try:
+        load_into(small, where / "model.safetensors")
+    except SecateurError:
+        return None
+    images = torch.randn(batch, *saved.input_shape, generator=torch.Generator().manual_seed(0)).to(here)
+    compared = compare_latency({"before": dense.to(here), "after": small.to(here)}, images, repeats=_REPEATS)
+    pair = LatencyPair(compared["before"], compared["after"])
+    if is_steady(pair):
+        run.once(name, lambda: [pair.before.to_json(), pair.after.to_json()])
+    return pair
 
 
 def _plain(name: str) -> str:
