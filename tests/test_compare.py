@@ -1,15 +1,18 @@
 """Comparisons: equal training for every arm, tables, failures, going on."""
 
 import csv
+import json
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from secateur.errors import FileError, SecateurError
 from secateur.methods import METHODS
+from secateur.report.comparison import is_steady
 from secateur.runs import PruneConfig, TrainRunConfig
-from secateur.runs.compare import Arm, Cell, Comparison, Outcome, compare, markdown, rows
+from secateur.runs.compare import Arm, Cell, Comparison, compare, run_only
 from secateur.runs.schedules import SCHEDULES
 
 RECIPE = """
@@ -73,49 +76,142 @@ def test_every_arm_trains_equally_long(recipe: Path) -> None:
     assert before.finetune.lr == plan.lr
 
 
+def test_methods_that_choose_widths_before_training_take_no_trained_weights(tmp_path: Path) -> None:
+    weights = tmp_path / "weights.safetensors"
+    weights.touch()
+    path = tmp_path / "recipe.toml"
+    path.write_text(RECIPE + '[arms.precrop]\nmethod = "precrop"\n')
+    plan = SCHEDULES["short"]
+    cells = Comparison.read(path, schedule="short", weights=str(weights)).cells()
+    for cell in cells:
+        assert isinstance(cell.config, PruneConfig)
+        scratch = cell.arm in ("precrop", "random weights", "uniform width")
+        assert (cell.config.task.weights is None) == scratch
+        (phase,) = [phase for phase in (cell.config.train, cell.config.finetune) if phase]
+        assert (phase.epochs, phase.lr) == (plan.tune_epochs, plan.lr if scratch else plan.tune_lr)
+    assert {cell.arm for cell in cells} == {
+        "precrop", "random weights", "uniform width", "l2, fine-tuned", "gradual"
+    }  # fmt: skip
+
+
 def test_a_comparison_from_end_to_end_and_on(recipe: Path, tmp_path: Path) -> None:
     comparison, said = Comparison.read(recipe), []
     outcomes = compare(comparison, tmp_path / "out", tell=said.append)
     assert all(not o.error for o in outcomes), [o.error for o in outcomes]
-    assert len(said) == 10
+    assert len(said) == 10 + 1
     table = (tmp_path / "out" / "table.md").read_text()
     assert table.count("\n| ") == 1 + 5
     for o in outcomes:
-        assert o.macs == 1 if o.cell.arm == "dense" else 0.5 < o.macs <= 0.6
-        masked = o.cell.arm == "random weights"
-        assert (o.step_macs, o.step_bytes) == ((1.0, 1.0) if masked else (None, None))
-    assert "weights at zero are not counted as kept" in table
+        assert o.macs == 1 if o.arm == "dense" else 0.5 < o.macs <= 0.6
+        assert o.latency is not None
+        masked = o.arm == "random weights"
+        assert (o.step_macs, o.step_bytes, o.masked) == ((1.0, 1.0, True) if masked else (None, None, False))
+        assert (o.epochs, o.training_seconds > 0) == (2, True)
+    page = (tmp_path / "out" / "index.html").read_text()
+    assert all(arm in page for arm in comparison.arms)
+    progress = json.loads(
+        (tmp_path / "out" / "gradual" / "macs-0.6" / "seed-1" / "progress.json").read_text()
+    )
+    assert progress["outcome"]["accuracy"] in [
+        o.accuracy for o in outcomes if (o.arm, o.seed) == ("gradual", 1)
+    ]
     lines = list(csv.DictReader((tmp_path / "out" / "table.csv").read_text().splitlines()))
     assert len(lines) == 10
     model = tmp_path / "out" / "gradual" / "macs-0.6" / "seed-1" / "model.safetensors"
     written = model.stat().st_mtime_ns
     again = compare(comparison, tmp_path / "out")
     assert [o.accuracy for o in again] == [o.accuracy for o in outcomes]
-    assert (tmp_path / "out" / "table.md").read_text() == table
-    assert model.stat().st_mtime_ns >= written
+    assert (tmp_path / "out" / "table.csv").read_text().count("\n") == 9
+    assert model.stat().st_mtime_ns == written
+    kept = [
+        (o.latency, n.latency)
+        for o, n in zip(outcomes, again, strict=True)
+        if o.latency and is_steady(o.latency)
+    ]
+    assert all(first == second for first, second in kept)
 
 
-def test_a_failed_cell_does_not_stop_the_rest(recipe: Path, tmp_path: Path) -> None:
-    recipe.write_text(RECIPE.replace("rounds = 1", "rounds = 1000"))
-    outcomes = compare(Comparison.read(recipe, seeds=[0]), tmp_path / "out")
-    failed = {o.cell.arm: o.error for o in outcomes if o.error}
-    assert list(failed) == ["gradual"]
-    assert "do not fit" in failed["gradual"]
-    assert "do not fit" in (tmp_path / "out" / "table.md").read_text()
-
-
-def test_a_bug_in_a_cell_leaves_its_traceback(
+def test_cells_run_one_by_one_are_gathered(
     recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def broken(*_: object, **__: object) -> None:
-        raise ZeroDivisionError("planted")
+    comparison, out = Comparison.read(recipe, seeds=[0]), tmp_path / "out"
+    alone = [run_only(comparison, cell.name, out) for cell in comparison.cells()]
+    assert not (out / "table.md").exists()  # several processes may run cells of one folder at once
+    for name in ("prune_run", "train_run"):  # nothing is left to run
+        monkeypatch.setattr(sys.modules["secateur.runs.compare"], name, None)
+    gathered = compare(comparison, out)
+    assert [o.accuracy for o in gathered] == [o.accuracy for o in alone]
+    with pytest.raises(SecateurError, match="unknown cell 'gradual'; choose one of: dense/dense/seed-0"):
+        run_only(comparison, "gradual", out)
 
-    monkeypatch.setattr(sys.modules["secateur.runs.compare"], "prune_run", broken)
-    outcomes = compare(Comparison.read(recipe, seeds=[0]), tmp_path / "out")
-    assert [o.error for o in outcomes if o.error] == ["ZeroDivisionError: planted"] * 3
-    texts = [path.read_text() for path in (tmp_path / "out" / "errors").iterdir()]
-    assert len(texts) == 3
-    assert all("in run_cell" in text for text in texts)
+
+OWN = """
+import torch
+
+def masked(model, inputs, budget, *, share=0.5):
+    for p in model.parameters():
+        if p.ndim > 1:
+            mask = p.detach().abs() > p.detach().abs().flatten().quantile(share)
+            p.data *= mask
+            p.register_hook(lambda g, mask=mask: g * mask)
+    return model
+
+def cut(model, inputs, budget, *, data, freeze=()):
+    from secateur import prune
+    assert next(iter(data))[0].shape[1:] == inputs.shape[1:]
+    return prune(model, inputs, budget=budget, freeze=freeze).model
+
+def proven(model, inputs, budget):
+    from secateur import prune
+    return prune(model, inputs, budget=budget)
+
+def nothing(model, inputs, budget):
+    return None
+"""
+
+
+def test_methods_of_ones_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "pruners_of_mine.py").write_text(OWN)
+    monkeypatch.chdir(tmp_path)
+    path = tmp_path / "recipe.toml"
+    head = RECIPE[: RECIPE.index("[arms.")]
+    arms = [
+        f'[arms.{name}]\nmethod = "pruners_of_mine:{name}"\n'
+        for name in ("masked", "cut", "proven", "nothing")
+    ]
+    path.write_text(head + "".join(arms))
+    masked, cut, proven, nothing = compare(Comparison.read(path, seeds=[0]), tmp_path / "out")
+    assert (masked.error, cut.error, proven.error) == ("", "", "")
+    assert masked.macs == 1.0
+    assert masked.params == pytest.approx(0.5, abs=0.02)  # and so still after fine-tuning
+    assert (cut.macs, cut.widths) == (proven.macs, proven.widths)
+    assert cut.accuracy == proven.accuracy
+    assert cut.latency is not None
+    assert "got NoneType, expected the smaller model" in nothing.error
+
+    def report(arm: str) -> dict[str, Any]:
+        return json.loads((tmp_path / "out" / arm / "macs-0.6" / "seed-0" / "report.json").read_text())  # type: ignore[no-any-return]
+
+    assert report("cut")["verify_max_abs_error"] is None
+    assert any("does not say which units went" in note for note in report("cut")["notes"])
+    assert report("proven")["verify_max_abs_error"] < 1e-10
+    assert any("budget is not met: 1.0000 of the MACs" in note for note in report("masked")["notes"])
+    assert "(over the budget)" in (tmp_path / "out" / "table.md").read_text()
+    with pytest.raises(SecateurError, match="has no function 'lost'"):
+        PruneConfig(task=Comparison.read(path).task, keep_macs=0.5, method="pruners_of_mine:lost")
+
+
+def test_a_bug_in_a_method_is_kept_with_its_traceback(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "broken_pruner.py").write_text("def it(model, inputs, budget):\n    return 1 / 0\n")
+    monkeypatch.chdir(tmp_path)
+    path = tmp_path / "recipe.toml"
+    path.write_text(RECIPE[: RECIPE.index("[arms.")] + '[arms.broken]\nmethod = "broken_pruner:it"\n')
+    (outcome,) = compare(Comparison.read(path, seeds=[0]), tmp_path / "out")
+    assert outcome.error == "ZeroDivisionError: division by zero"
+    (trace,) = (tmp_path / "out" / "errors").iterdir()
+    assert "broken_pruner.py" in trace.read_text()
 
 
 def test_every_method_can_be_an_arm(recipe: Path, tmp_path: Path) -> None:
@@ -128,43 +224,17 @@ def test_every_method_can_be_an_arm(recipe: Path, tmp_path: Path) -> None:
     outcomes = compare(Comparison.read(recipe, seeds=[0]), tmp_path / "out")
     assert len(outcomes) == len(METHODS)
     for o in outcomes:
-        assert not o.error, (o.cell.arm, o.error)
+        assert not o.error, (o.arm, o.error)
         assert o.macs <= 0.6
 
 
-def test_rows_pair_by_seed() -> None:
-    def cell(arm: str, seed: int, **budget: float) -> Cell:
-        against = "a" if arm == "b" else "dense"
-        return Cell(arm, budget, seed, None, against)  # type: ignore[arg-type]
-
-    found = rows(
-        [
-            Outcome(cell("dense", 0), 0.9),
-            Outcome(cell("dense", 1), 0.8),
-            Outcome(cell("a", 0, macs=0.5), 0.85, macs=0.5),
-            Outcome(cell("a", 1, macs=0.5), 0.79, macs=0.4),
-            Outcome(cell("a", 2, macs=0.5), error="broke"),
-            Outcome(cell("a", 0, macs=0.3), 0.5, macs=0.3),
-            Outcome(cell("b", 0, macs=0.5), 0.82, macs=0.5),
-            Outcome(cell("b", 1, macs=0.5), 0.8, macs=0.5),
-        ]
-    )
-    dense, _, row, other = found
-    assert dense["difference"] is None
-    assert other["difference"] == pytest.approx((0.82 - 0.85 + 0.8 - 0.79) / 2)
-    assert other["against"] == "a"
-    assert row["accuracy"] == pytest.approx(0.82)
-    assert row["macs"] == pytest.approx(0.45)
-    assert row["difference"] == pytest.approx(-0.03)
-    assert row["difference_spread"] == pytest.approx(0.0283, abs=1e-4)
-    assert row["seeds"] == 2
-    assert row["failed"] == "broke"
-
-
-def test_the_table_says_how_it_was_made(recipe: Path) -> None:
-    text = markdown(Comparison.read(recipe), [])
-    assert "schedule `tiny`" in text
-    assert "seeds 0, 1" in text
+def test_a_failed_cell_does_not_stop_the_rest(recipe: Path, tmp_path: Path) -> None:
+    recipe.write_text(RECIPE.replace("rounds = 1", "rounds = 1000"))
+    outcomes = compare(Comparison.read(recipe, seeds=[0]), tmp_path / "out")
+    failed = {o.arm: o.error for o in outcomes if o.error}
+    assert list(failed) == ["gradual"]
+    assert "do not fit" in failed["gradual"]
+    assert "do not fit" in (tmp_path / "out" / "table.md").read_text()
 
 
 @pytest.mark.parametrize(
@@ -185,8 +255,9 @@ def test_mistakes_in_a_recipe_are_named(recipe: Path, old: str, new: str, messag
         Comparison.read(recipe).cells()
 
 
-def test_the_committed_recipes_are_sound() -> None:
-    folder = Path(__file__).parents[1] / "benchmarks" / "compare"
+def test_the_committed_recipes_are_sound(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(Path(__file__).parents[1])  # for the peers
+    folder = Path("benchmarks") / "compare"
     recipes = sorted(folder.glob("*.toml"))
     assert recipes
     for path in recipes:

@@ -1,6 +1,7 @@
 import json
 import os
 import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -18,7 +19,7 @@ from PIL import Image
 from secateur.cli import main
 from secateur.files import read_tensors
 
-COMMANDS = ("demo", "prune", "train", "inspect", "eval", "export", "methods")
+COMMANDS = ("demo", "prune", "compare", "train", "inspect", "eval", "export", "methods")
 DIGITS = ["--model", "resnet8", "--data", "digits", "--image-size", "8"]
 PRUNE = ["prune", *DIGITS, "--keep-macs", "0.5", "--no-progress"]
 
@@ -590,6 +591,37 @@ def test_a_finished_run_has_nothing_left_to_do(pruned: Path, run: Run) -> None:
     for name in ("model.onnx", "model.pt2", "progress.json", "config.json"):
         assert snapshot(pruned)[name] == before[name], name
     assert report_of(pruned) == report
+
+
+def test_a_comparison_lists_its_cells_and_runs_one(tmp_path: Path, run: Run) -> None:
+    recipe = tmp_path / "my recipe.toml"
+    recipe.write_text(
+        'model = "resnet20"\ndata = "digits"\nimage_size = 8\ntest_images = 100\nbudgets = [{ macs = 0.5 }]\n'
+        'schedule = "tiny"\n[arms.dense]\n[arms."l2, cut"]\nmethod = "oneshot"\n'
+    )
+    arguments = (
+        "compare",
+        recipe,
+        "--model",
+        "resnet8",
+        "--seeds",
+        2,
+        "--train-images",
+        100,
+        "--out",
+        tmp_path / "out",
+    )
+    lines = run(*arguments, "--list").out.splitlines()
+    assert not (tmp_path / "out").exists()
+    cells = [shlex.split(line) for line in lines]
+    names = [cell[-1] for cell in cells]
+    assert names == [f"{cell}/seed-{seed}" for seed in (0, 1) for cell in ("dense/dense", "l2-cut/macs-0.5")]
+    assert cells[0][:-2] == ["secateur", *map(str, arguments)]
+    ended = run(*cells[1][1:])
+    assert ended.code == 0, ended.err
+    assert (tmp_path / "out" / "l2-cut" / "macs-0.5" / "seed-0" / "report.json").exists()
+    assert not (tmp_path / "out" / "table.md").exists()
+    assert "unknown cell 'l2'" in run(*arguments, "--only", "l2").err
 
 
 def test_an_interrupted_run_says_how_to_go_on(

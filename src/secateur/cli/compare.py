@@ -6,7 +6,7 @@ from typing import Annotated
 from typer import Argument, Option
 
 from secateur.cli import options as o
-from secateur.cli.options import DATA, RUN
+from secateur.cli.options import DATA, RUN, SUBJECT
 
 
 def compare(
@@ -15,15 +15,33 @@ def compare(
         Argument(metavar="RECIPE", help="TOML file: model, data, budgets, seeds, arms.", show_default=False),
     ],
     *,
-    data_dir: o.DataDir = None,
+    model: Annotated[
+        str | None,
+        Option(
+            metavar="NAME",
+            help="As for [bold]secateur prune[/].",
+            rich_help_panel=SUBJECT,
+            show_default="the recipe's",
+        ),
+    ] = None,
     weights: o.Weights = None,
+    data: Annotated[
+        str | None,
+        Option(
+            metavar="NAME",
+            help="As for [bold]secateur prune[/].",
+            rich_help_panel=DATA,
+            show_default="the recipe's",
+        ),
+    ] = None,
+    data_dir: o.DataDir = None,
     train_images: o.TrainImages = None,
     test_images: o.TestImages = None,
     schedule: Annotated[
         str | None,
         Option(
             metavar="NAME",
-            help="tiny, short, standard or paper; the same for every arm.",
+            help="tiny, short, standard, paper or imagenet; the same for every arm.",
             rich_help_panel=DATA,
             show_default="the recipe's",
         ),
@@ -41,24 +59,54 @@ def compare(
         ),
     ] = None,
     jobs: Annotated[int, Option(min=1, metavar="N", help="Runs side by side.", rich_help_panel=RUN)] = 1,
+    list_cells: Annotated[
+        bool,
+        Option(
+            "--list",
+            help="Run nothing: print one command per run, for other devices or machines.",
+            rich_help_panel=RUN,
+        ),
+    ] = False,
+    only: Annotated[
+        str | None,
+        Option(
+            metavar="CELL",
+            help="Run this one alone, as [bold]--list[/] names it; without it, the same command gathers all.",
+            rich_help_panel=RUN,
+            show_default=False,
+        ),
+    ] = None,
     out: o.Out,
 ) -> None:
-    """Compare methods at equal training and equal budgets; write a table of means over seeds.
+    """Compare methods at equal training and equal budgets; write a page and a table of means over seeds.
 
     Run it again to go on after an interruption: finished runs are not repeated.
     """
-    from secateur.cli.show import say
-    from secateur.runs.compare import Comparison, compare
+    import shlex
+    import sys
+
+    from secateur.cli.show import say, typed_command
+    from secateur.runs.compare import Comparison, compare, run_only
 
     comparison = Comparison.read(
         recipe,
-        data_dir=data_dir,
+        model=model,
         weights=weights,
+        data=data,
+        data_dir=data_dir,
         train_images=train_images,
         test_images=test_images,
         schedule=schedule,
         seeds=None if seeds is None else list(range(seeds)),
         precision=precision,
     )
-    compare(comparison, out, jobs=jobs, tell=say)
-    say(f"Table: {out / 'table.md'}")
+    if list_cells:
+        words = [word for word in sys.argv[1:] if word != "--list"]
+        for cell in comparison.cells():
+            say(shlex.join(["secateur", *words, "--only", cell.name]))
+    elif only is not None:
+        run_only(comparison, only, out, tell=say)
+    else:
+        compare(comparison, out, jobs=jobs, command=typed_command(), tell=say)
+        say(f"Table: {out / 'table.md'}")
+        say(f"Page: {out / 'index.html'}")

@@ -44,19 +44,33 @@ def prune(
         ),
     ] = None,
     method: Annotated[
-        str, Option(metavar="NAME", help="How and when units go.", rich_help_panel=METHOD)
-    ] = "oneshot",
+        str | None,
+        Option(
+            metavar="NAME",
+            help="How and when units go: a name, or module:function of your own. auto takes what does best with "
+            "what there is, and the report says why.",
+            rich_help_panel=METHOD,
+            show_default="auto; with --score or --allocation: oneshot",
+        ),
+    ] = None,
     score: Annotated[
-        str,
+        str | None,
         Option(
             metavar="NAME",
             help="Which units matter. [bold]secateur methods[/] lists all scores, allocations and methods.",
             rich_help_panel=METHOD,
+            show_default="l2",
         ),
-    ] = "l2",
+    ] = None,
     allocation: Annotated[
-        str, Option(metavar="NAME", help="How much goes from each group of layers.", rich_help_panel=METHOD)
-    ] = "global",
+        str | None,
+        Option(
+            metavar="NAME",
+            help="How much goes from each group of layers.",
+            rich_help_panel=METHOD,
+            show_default="global",
+        ),
+    ] = None,
     granularity: Annotated[
         str | None,
         Option(
@@ -183,11 +197,12 @@ def prune(
     normalisation = o.normalisation_of(normalize)
     o.set_threads(threads)
     from secateur.cli.show import interruptible, resume_command, summary, typed_command, watch
-    from secateur.methods import METHODS
+    from secateur.methods import AUTO, method_named
     from secateur.recipes.train_config import TrainConfig
     from secateur.runs import PruneConfig, Task, prune_run
 
-    when = METHODS[method].when if method in METHODS else "after"
+    method = method or (AUTO if score is allocation is None else "oneshot")
+    when = "after" if method == AUTO else method_named(method).when
     during = when == "during"
     training = None
     if epochs:
@@ -225,8 +240,8 @@ def prune(
         keep_params=keep_params,
         sparsity=sparsity,
         method=method,
-        score=score,
-        allocation=allocation,
+        score=score or "l2",
+        allocation=allocation or "global",
         granularity=granularity,
         compensation=compensation,
         freeze=tuple(freeze or ()),

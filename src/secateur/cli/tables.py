@@ -6,8 +6,6 @@ from typing import Annotated
 
 from typer import Argument
 
-from secateur.errors import SecateurError, unknown
-
 
 def methods(
     name: Annotated[
@@ -20,7 +18,7 @@ def methods(
 
     from secateur.allocate import ALLOCATIONS
     from secateur.cli.show import print_table, say
-    from secateur.methods import METHODS
+    from secateur.methods import AUTO, METHODS, choose, method_named
     from secateur.methods.rd import COMPENSATIONS, WEIGHT_CHOICES
     from secateur.recipes.data import list_data
     from secateur.recipes.models import list_models
@@ -28,16 +26,21 @@ def methods(
     from secateur.scores import SCORES
 
     if name is not None:
-        if name not in METHODS:
-            raise SecateurError(unknown("method", name, METHODS))
-        for number, (granularity, run) in enumerate(METHODS[name].runs.items()):
+        if name == AUTO:
+            say(inspect.getdoc(choose) or "")
+            return
+        for number, (granularity, run) in enumerate(method_named(name).runs.items()):
             if number:
                 say(f"\n--granularity {granularity}:\n")
             say(inspect.getdoc(run.func if isinstance(run, partial) else run) or "")
         return
     rows = Table.grid(padding=(0, 2))
     for title, entries in (
-        ("--method", {name: entry.summary for name, entry in METHODS.items()}),
+        (
+            "--method",
+            {AUTO: "what does best with what there is: weights, data, budget"}
+            | {name: entry.summary for name, entry in METHODS.items()},
+        ),
         ("--score", {name: entry.summary for name, entry in SCORES.items()}),
         ("--allocation", {name: entry.summary for name, entry in ALLOCATIONS.items()}),
         ("--granularity", GRANULARITIES),

@@ -11,6 +11,8 @@ from torch import nn
 from secateur.cost import Budget
 from secateur.errors import SecateurError, unknown
 from secateur.graph import Inputs
+from secateur.imports import imported
+from secateur.methods.auto import AUTO, Choice, choose
 from secateur.methods.crop_masks import crop_masks
 from secateur.methods.depgraph import DepGraph
 from secateur.methods.gate_decorator import GateDecorator
@@ -28,11 +30,13 @@ from secateur.methods.structured import StructuredMethod
 from secateur.methods.training import TrainingMethod
 
 __all__ = [
+    "AUTO",
     "HESSO",
     "LAPP",
     "METHODS",
     "OTO",
     "PAAM",
+    "Choice",
     "Decay",
     "DepGraph",
     "GateDecorator",
@@ -43,7 +47,9 @@ __all__ = [
     "Sparse",
     "StructuredMethod",
     "TrainingMethod",
+    "choose",
     "crop_masks",
+    "method_named",
     "oneshot",
     "preconfig",
     "precrop",
@@ -66,6 +72,7 @@ class Method:
         granularity: what one unit is for `run`: "channels"; or "weights", with a `Sparse` as its result.
         others: what does the same for other units. Before training it gives a `Sparse`; after training it is
             `prune_weights`.
+        own: whether it is the user's: see `method_named`.
     """
 
     run: Callable[..., Any]
@@ -73,6 +80,11 @@ class Method:
     when: Literal["before", "during", "after"] = "after"
     granularity: str = "channels"
     others: Mapping[str, Callable[..., Any]] = field(default_factory=dict)
+    own: bool = False
+
+    def takes(self, name: str) -> bool:
+        """Whether `run` has a parameter of that name."""
+        return name in inspect.signature(self.run).parameters
 
     @property
     def runs(self) -> Mapping[str, Callable[..., Any]]:
@@ -144,6 +156,25 @@ METHODS = {
     "hesso": Method(HESSO, "decay redundant units to zero in periods", "during"),
     "gate-decorator": Method(GateDecorator, "batch norms as gates that close one after another", "during"),
 }
+
+
+def method_named(name: str) -> Method:
+    """An entry of `METHODS`, or `module:function` of the user's own.
+
+    A function prunes a trained model: (model, inputs, budget, *, options by name) -> the smaller model, or a
+    `Pruned`. It gets a copy that it may change; and `data`, batches of (images, labels), if it has such a parameter.
+    A class derived from `StructuredMethod` prunes while the model is trained.
+
+    Raises:
+        SecateurError: there is no such method.
+    """
+    if ":" in name:
+        run = imported("method", name)
+        during = isinstance(run, type) and issubclass(run, StructuredMethod)
+        return Method(run, f"your own, {name}", "during" if during else "after", own=True)
+    if name not in METHODS:
+        raise SecateurError(unknown("method", name, METHODS))
+    return METHODS[name]
 
 
 def prune(

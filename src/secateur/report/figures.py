@@ -43,7 +43,7 @@ def figures(report: Report) -> dict[str, Figure]:
 
 def cost(report: Report) -> Figure:
     """MACs and parameters over the steps of the training, as shares of the dense model."""
-    layout = _layout(300)
+    layout = plain_layout(300)
     layout["xaxis"] |= {"title": {"text": "optimizer step"}}
     layout["yaxis"] |= {"ticksuffix": " %", "rangemode": "tozero"}
     lines = [
@@ -72,12 +72,12 @@ def over_time(report: Report, key: str) -> Figure:
         values = [np.mean(point[key][name]) if point[key].get(name) else 0.0 for point in report.course]
         first = values[0] if key == "units" and values[0] else 1.0
         rows.append([round(float(value / first), 4) for value in values])
-    layout = _layout(60 + 18 * len(names))
+    layout = plain_layout(60 + 18 * len(names))
     layout["xaxis"] |= {"title": {"text": "optimizer step"}, "showgrid": False}
     layout["yaxis"] |= {
         "autorange": "reversed",
         "tickvals": list(range(len(names))),
-        "ticktext": [_escape(shorten(name)) for name in names],
+        "ticktext": [escape(shorten(name)) for name in names],
         "tickfont": {"size": 11},
         "showgrid": False,
     }
@@ -87,7 +87,7 @@ def over_time(report: Report, key: str) -> Figure:
         "x": [point["step"] for point in report.course],
         "y": list(range(len(names))),
         "z": rows,
-        "text": [[_escape(name)] * len(report.course) for name in names],
+        "text": [[escape(name)] * len(report.course) for name in names],
         "colorscale": scale,
         "showscale": key != "units",
         "hovertemplate": "%{text}<br>step %{x}: %{z:.3~f}<extra></extra>",
@@ -99,11 +99,11 @@ def widths(report: Report) -> Figure:
     """One bar per layer: the width before, and in front of it the width after."""
     x = list(range(1, len(report.widths) + 1))
     hover = [
-        f"{_escape(w.layer)}<br>{w.before} → {w.after} units ({100 * w.after / w.before:.1f} % kept)"
+        f"{escape(w.layer)}<br>{w.before} → {w.after} units ({100 * w.after / w.before:.1f} % kept)"
         for w in report.widths
     ]
     shared = {"type": "bar", "x": x, "hovertext": hover, "hoverinfo": "text"}
-    layout = _layout(300)
+    layout = plain_layout(300)
     layout["barmode"] = "overlay"
     layout["bargap"] = 0.15
     layout["xaxis"] |= _whole("layer, from input to output", len(x)) | {"showgrid": False}
@@ -120,12 +120,12 @@ def widths(report: Report) -> Figure:
 def densities(facts: WeightFacts) -> Figure:
     """One bar per layer: the share of its weights that stays."""
     names, counts = list(facts.layers), list(facts.layers.values())
-    layout = _layout(300)
+    layout = plain_layout(300)
     layout["bargap"] = 0.15
     layout["xaxis"] |= _whole("layer, from input to output", len(names)) | {"showgrid": False}
     layout["yaxis"] |= {"title": {"text": "weights kept"}, "ticksuffix": " %", "range": [0, 100]}
     hover = [
-        f"{_escape(name)}<br>{kept:,} of {total:,} weights ({100 * kept / total:.1f} %)"
+        f"{escape(name)}<br>{kept:,} of {total:,} weights ({100 * kept / total:.1f} %)"
         for name, (total, kept) in zip(names, counts, strict=True)
     ]
     bars = {
@@ -148,7 +148,7 @@ def curves(facts: WeightFacts) -> Figure:
         positive = [(a, d) for a, d in zip(x, curve.distortion, strict=True) if d > 0]
         if not positive:
             continue
-        name = _escape(shorten(curve.layer))
+        name = escape(shorten(curve.layer))
         line = {
             "type": "scatter", "mode": "lines", "name": name, "x": [a for a, _ in positive],
             "y": [d for _, d in positive], "line": {"color": AFTER, "width": 1}, "opacity": 0.6,
@@ -162,7 +162,7 @@ def curves(facts: WeightFacts) -> Figure:
             "hovertemplate": f"{name}<br>chosen: %{{x:.3~g}} % kept<extra></extra>",
         }  # fmt: skip
         data += [line, mark]
-    layout = _layout(340)
+    layout = plain_layout(340)
     layout["xaxis"] |= {"type": "log", "title": {"text": "weights kept, %"}}
     layout["yaxis"] |= {"type": "log", "title": {"text": "distortion"}, "exponentformat": "power"}
     return {"data": data, "layout": layout}
@@ -171,7 +171,7 @@ def curves(facts: WeightFacts) -> Figure:
 def additivity(predicted: list[float], measured: list[float]) -> Figure:
     """Measured over predicted distortion, one point per allocation, and the line where they are equal."""
     low, high = min([*predicted, *measured]), max([*predicted, *measured])
-    layout = _layout(420)
+    layout = plain_layout(420)
     layout["xaxis"] |= {"type": "log", "title": {"text": "predicted: sum of the layers' own distortions"}}
     layout["yaxis"] |= {"type": "log", "title": {"text": "measured with all layers pruned"}}
     equal = {
@@ -202,13 +202,13 @@ def scores(groups: list[Group]) -> Figure:
 
     track = [[None if i % 3 == 2 else 0] for i in range(len(z))]
     rows = list(range(len(z)))
-    layout = _layout(16 + 21 * len(groups))
+    layout = plain_layout(16 + 21 * len(groups))
     layout["margin"] |= {"t": 8}
     layout["xaxis"] |= {"range": [0, 1], "visible": False}
     layout["yaxis"] |= {
         "autorange": "reversed",
         "tickvals": [3 * i + 0.5 for i in range(len(groups))],
-        "ticktext": [_escape(shorten(group.name)) for group in groups],
+        "ticktext": [escape(shorten(group.name)) for group in groups],
         "tickfont": {"size": 11},
         "showgrid": False,
     }
@@ -244,7 +244,7 @@ def _strips(group: Group) -> Iterator[tuple[list[float | None], list[str]]]:
     counts = [np.histogram(position[finite & part], _BINS, (0, 1))[0] for part in (kept, ~kept)]
     most = max(count.max() for count in counts) or 1
     edges = low + (high - low) * np.linspace(0, 1, _BINS + 1)
-    name = _escape(group.name)
+    name = escape(group.name)
     for count, sign, word in zip(counts, (1, -1), ("kept", "removed"), strict=True):
         row = [sign * round(float((n / most) ** 0.5), 3) if n else None for n in count]
         words = [
@@ -299,7 +299,7 @@ def _curve(report: Report, key: str, name: str, color: str, scale: float = 1) ->
 
 
 def _curve_layout(report: Report) -> Figure:
-    layout = _layout(300)
+    layout = plain_layout(300)
     layout["xaxis"] |= _whole("epoch", len(report.history))
     layout["shapes"], layout["annotations"] = [], []
     for start, phase in _phases(report.history):
@@ -317,7 +317,7 @@ def _curve_layout(report: Report) -> Figure:
             )
         layout["annotations"].append(
             {
-                "text": _escape(phase),
+                "text": escape(phase),
                 "x": start + 0.5,
                 "xanchor": "left",
                 "yref": "paper",
@@ -343,7 +343,7 @@ def _whole(title: str, n: int) -> dict[str, Any]:
     return {"title": {"text": title}, "range": [0.5, n + 0.5], "tick0": 1} | step
 
 
-def _layout(height: int) -> dict[str, Any]:
+def plain_layout(height: int) -> dict[str, Any]:
     axis: Mapping[str, Any] = {"automargin": True, "fixedrange": True, "zeroline": False}
     return {
         "height": height,
@@ -370,6 +370,6 @@ def shorten(name: str, length: int = _LABEL) -> str:
     return "…" + (end.partition(".")[2] or end)
 
 
-def _escape(name: str) -> str:
+def escape(name: str) -> str:
     """Plotly reads some HTML in its labels; a name is to be shown as it is."""
     return name.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")

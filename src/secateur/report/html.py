@@ -1,10 +1,22 @@
 """The report as one HTML page: style, pictures and the library that draws them are all inside it."""
 
 import json
+import statistics
 from dataclasses import dataclass
+from typing import Any
 
 from secateur.cost.latency import Latency
 from secateur.cost.training import TrainingCost
+from secateur.report.comparison import (
+    ComparisonReport,
+    advice,
+    dense_accuracies,
+    is_steady,
+    percentage,
+    standings,
+    unsteady,
+)
+from secateur.report.comparison_figures import arms_of, comparison_figures, marker_of
 from secateur.report.data import LatencyPair, Report
 from secateur.report.figures import Figure, figures
 
@@ -22,9 +34,41 @@ class Row:
 
 
 def render(report: Report) -> str:
-    """The page.
+    """The page of one run."""
+    return _page(
+        "report.html.j2",
+        figures(report),
+        report=report,
+        tiles=_tiles(report),
+        rows=_rows(report),
+        timings=[pair for pair in (report.latency_pytorch, report.latency_onnxruntime) if pair],
+        budget=_budget(report),
+        unscored=sum(1 for group in report.groups if group.scores is None),
+    )
 
-    Every name in the report is escaped, and the page's own policy forbids it to load anything.
+
+def render_comparison(report: ComparisonReport) -> str:
+    """The page of a comparison."""
+    table, dense = standings(report.outcomes), dense_accuracies(report.outcomes)
+    timed = next((o.latency for o in report.outcomes if o.latency and is_steady(o.latency)), None)
+    return _page(
+        "comparison.html.j2",
+        comparison_figures(report.outcomes),
+        report=report,
+        arms=[(arm, *marker_of(place)) for place, arm in enumerate(arms_of(report.outcomes))],
+        advice={one.budget: one for one in advice(report.outcomes)},
+        budgets={line.budget: [row for row in table if row.budget == line.budget] for line in table},
+        dense=statistics.mean(dense.values()) if dense else None,
+        timed=timed.after if timed else None,
+        unsteady=unsteady(report.outcomes),
+        seconds=sum(o.training_seconds for o in report.outcomes),
+    )
+
+
+def _page(template: str, pictures: dict[str, Figure], **values: Any) -> str:
+    """Fill a template.
+
+    Every name in the values is escaped, and the page's own policy forbids it to load anything.
     """
     import jinja2
     import markupsafe
@@ -37,17 +81,9 @@ def render(report: Report) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {"si": si, "percent": percent}
-    return environment.get_template("template.html.j2").render(
-        report=report,
-        tiles=_tiles(report),
-        rows=_rows(report),
-        timings=[pair for pair in (report.latency_pytorch, report.latency_onnxruntime) if pair],
-        budget=_budget(report),
-        figures=figures(report),
-        unscored=sum(1 for group in report.groups if group.scores is None),
-        plotly=markupsafe.Markup(plotly.offline.get_plotlyjs()),
-    )
+    environment.filters |= {"si": si, "percent": percent, "percentage": percentage, "duration": duration}
+    plotly_js = markupsafe.Markup(plotly.offline.get_plotlyjs())
+    return environment.get_template(template).render(figures=pictures, plotly=plotly_js, **values)
 
 
 def one_figure(title: str, figure: Figure) -> str:
@@ -75,6 +111,17 @@ def si(value: float, unit: str = "") -> str:
         if abs(value) >= factor:
             return f"{value / factor:#.4g} {prefix}{unit}"
     return f"{value:g} {unit}".rstrip()
+
+
+def duration(seconds: float) -> str:
+    """Seconds as people say them.
+
+    >>> duration(42.3), duration(1500), duration(40000)
+    ('42 s', '25 min', '11.1 h')
+    """
+    if seconds < 120:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
 
 
 def percent(fraction: float, digits: int = 1) -> str:

@@ -1,30 +1,32 @@
 """Methods × budgets × seeds on one model and one data set, with the same training for all."""
 
-import csv
-import io
 import multiprocessing
-import statistics
 import tomllib
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from secateur.cost.latency import compare_latency
 from secateur.errors import FileError, SecateurError, unknown
 from secateur.files import atomic_write
-from secateur.methods import METHODS
+from secateur.methods import AUTO, method_named
+from secateur.report import ComparisonReport, current_versions, write_comparison, write_tables
+from secateur.report.comparison import DENSE, Outcome, is_steady
+from secateur.report.data import LatencyPair, Width
 from secateur.runs.config import PruneConfig, Task, TrainRunConfig
-from secateur.runs.folder import RunFolder
+from secateur.runs.folder import RunFolder, SavedRun
 from secateur.runs.prune import prune_run
+from secateur.runs.result import pair_of
 from secateur.runs.schedules import Schedule, schedule_named
+from secateur.runs.subject import device, fresh_model, load_into
 from secateur.runs.train import train_run
 
-DENSE = "dense"
-"""The name of the arm that trains the dense model, which all others are compared with."""
+_REPEATS = 50  # timed passes of each network
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,12 +34,13 @@ class Arm:
     """One row of the comparison: a method with its settings.
 
     Args:
-        method: a name in `METHODS`; None: the dense model, trained.
+        method: as in `PruneConfig`: a name, or `module:function` of your own; None: the dense model, trained.
         before: prune the fresh model and train the small one all the time (for methods that could also prune a
             trained one).
         score, allocation, granularity, options, decay, rectify: as in `PruneConfig`.
         budgets: its own, in place of the comparison's.
         against: the arm that its accuracy is compared with, seed by seed; at the same budget if that arm has one.
+        note: what a reader of the table must know about this arm.
     """
 
     method: str | None = None
@@ -50,6 +53,7 @@ class Arm:
     rectify: bool = False
     budgets: Sequence[Mapping[str, float]] | None = None
     against: str = DENSE
+    note: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,6 +67,7 @@ class Comparison:
         seeds: of weights, order and augmentation: all arms see the same.
         schedule: a name in `SCHEDULES`.
         precision: "no" or "bf16".
+        latency_batch: images per pass where latency is measured.
     """
 
     task: Task
@@ -71,6 +76,7 @@ class Comparison:
     seeds: Sequence[int] = (0,)
     schedule: str = "short"
     precision: str = "no"
+    latency_batch: int = 1
 
     @classmethod
     def read(cls, path: str | Path, **changes: Any) -> "Comparison":
@@ -122,38 +128,43 @@ class Comparison:
 
     def _of(self, name: str, arm: Arm, seed: int) -> Iterator["Cell"]:
         plan = schedule_named(self.schedule)
-        task = _replaced(self.task, seed=seed, train_images=self.task.train_images or plan.train_images)
+        task = replace(self.task, seed=seed, train_images=self.task.train_images or plan.train_images)
         if arm.method is None:
             if self.task.weights is None:
                 train = TrainRunConfig(task=task, train=plan.train(precision=self.precision))
                 yield Cell(name, {}, seed, train, arm.against)
             return
         for budget in self.budgets if arm.budgets is None else arm.budgets:
-            yield Cell(name, dict(budget), seed, self._pruning(arm, budget, task, plan), arm.against)
+            config = self._pruning(arm, arm.method, budget, task, plan)
+            yield Cell(name, dict(budget), seed, config, arm.against)
 
-    def _pruning(self, arm: Arm, budget: Mapping[str, float], task: Task, plan: Schedule) -> PruneConfig:
+    def _pruning(
+        self, arm: Arm, method: str, budget: Mapping[str, float], task: Task, plan: Schedule
+    ) -> PruneConfig:
         """Every arm trains for the same number of epochs in all."""
-        scratch = task.weights is None
-        how: dict[str, Any] = {"precision": self.precision}
-        if arm.method not in METHODS:
-            raise SecateurError(unknown("method", str(arm.method), METHODS))
+        scratch, how = task.weights is None, dict[str, Any](precision=self.precision)
+        when = "after" if method == AUTO else method_named(method).when
+        epochs = plan.epochs if scratch else plan.tune_epochs
         train = finetune = None
-        if METHODS[arm.method].when == "during":
+        if when == "before" or (
+            arm.before and when == "after"
+        ):  # the weights that others start from are no use
+            task = replace(task, weights=None)
+            finetune = plan.train(epochs=epochs, **how)
+        elif when == "during":
             train = plan.train(tune=not scratch, **how)
         elif not scratch:
             finetune = plan.train(tune=True, **how)
-        elif arm.before or METHODS[arm.method].when == "before":
-            finetune = plan.train(**how)
         else:
-            first = max(1, round(plan.dense_share * plan.epochs))
+            first = max(1, round(plan.dense_share * epochs))
             train = plan.train(epochs=first, **how)
-            if plan.epochs > first:
-                finetune = plan.train(epochs=plan.epochs - first, tune=True, **how)
+            if epochs > first:
+                finetune = plan.train(epochs=epochs - first, tune=True, **how)
         return PruneConfig(
             task=task,
             keep_macs=budget.get("macs"),
             keep_params=budget.get("params"),
-            method=arm.method,
+            method=method,
             score=arm.score,
             allocation=arm.allocation,
             granularity=arm.granularity,
@@ -164,10 +175,6 @@ class Comparison:
             finetune=finetune,
             exports=False,
         )
-
-
-def _replaced(task: Task, **changes: Any) -> Task:
-    return Task(**{f.name: getattr(task, f.name) for f in fields(task)} | changes)
 
 
 @dataclass(frozen=True)
@@ -186,28 +193,10 @@ class Cell:
         bound = " ".join(f"{name} {value:g}" for name, value in self.budget.items())
         return Path(_plain(self.arm), _plain(bound or "dense"), f"seed-{self.seed}")
 
-
-@dataclass(frozen=True)
-class Outcome:
-    """What came of a cell, or an error.
-
-    Attributes:
-        accuracy, accuracy_cut: fractions.
-        macs, params: shares of the dense model; of a masked one, zeros count as gone.
-        step_macs, step_bytes: of a step of training, shares of the dense model's, where they were measured: MACs, and
-            the most memory at once.
-        seconds: per epoch.
-    """
-
-    cell: Cell
-    accuracy: float | None = None
-    accuracy_cut: float | None = None
-    macs: float = 1.0
-    params: float = 1.0
-    step_macs: float | None = None
-    step_bytes: float | None = None
-    seconds: float = 0.0
-    error: str = ""
+    @property
+    def name(self) -> str:
+        """What `only` calls it."""
+        return self.folder.as_posix()
 
 
 def compare(
@@ -215,17 +204,19 @@ def compare(
     out: str | Path,
     *,
     jobs: int = 1,
+    command: str = "",
     tell: Callable[[str], None] = lambda _: None,
 ) -> list[Outcome]:
-    """Run all cells that are not done yet; `out` gets a run folder for each, `table.md` and `table.csv`.
+    """Run all cells that are not done yet; `out` gets a run folder for each, the tables and `index.html`.
 
     A cell that fails is reported, and the others go on. Started again, finished cells are not repeated and a
-    killed one goes on from its checkpoint.
+    killed one goes on from its checkpoint. When all are done, latency is measured, one network at a time.
 
     Args:
         comparison: what to run.
         out: the folder.
         jobs: runs side by side, each on its share of the CPU's threads.
+        command: as it was typed, for the page.
         tell: is told what is done.
     Raises:
         SecateurError: what is wrong with the comparison, before anything is run.
@@ -237,11 +228,8 @@ def compare(
 
     def done(number: int, outcome: Outcome) -> None:
         outcomes[number] = outcome
-        said = outcome.error or f"{100 * (outcome.accuracy or 0):.2f} %"
-        tell(f"{len(outcomes)}/{len(cells)}  {cells[number].folder}: {said}")
-        found = [outcomes[n] for n in sorted(outcomes)]
-        atomic_write(folder / "table.md", markdown(comparison, found))
-        atomic_write(folder / "table.csv", as_csv(found))
+        tell(f"{len(outcomes)}/{len(cells)}  {cells[number].name}: {_said(outcome)}")
+        write_tables(folder, _report(comparison, [outcomes[n] for n in sorted(outcomes)]))
 
     if jobs == 1:
         for number, cell in enumerate(cells):
@@ -254,168 +242,143 @@ def compare(
             started = {pool.submit(run_cell, cell, folder): n for n, cell in enumerate(cells)}
             for future in as_completed(started):
                 done(started[future], future.result())
-    return [outcomes[number] for number in range(len(cells))]
+    tell("Measuring latency")
+    found = [
+        replace(
+            outcomes[n], latency=None if outcomes[n].error else timed(cell, folder, comparison.latency_batch)
+        )
+        for n, cell in enumerate(cells)
+    ]
+    write_comparison(folder, _report(comparison, found, command))
+    return found
+
+
+def _report(comparison: Comparison, outcomes: Sequence[Outcome], command: str = "") -> ComparisonReport:
+    plan, task = schedule_named(comparison.schedule), comparison.task
+    images = task.train_images or plan.train_images
+    epochs = (
+        f"{plan.epochs} epochs"
+        if task.weights is None
+        else f"{plan.tune_epochs} epochs on from trained weights"
+    )
+    return ComparisonReport(
+        model=task.model,
+        dataset=task.data,
+        training=f"{epochs}, {f'{images:,}' if images else 'all'} training images (schedule {comparison.schedule})",
+        seeds=comparison.seeds,
+        test_images=task.test_images,
+        outcomes=outcomes,
+        notes={name: arm.note for name, arm in comparison.arms.items() if arm.note},
+        command=command,
+        versions=current_versions(device()),
+    )
+
+
+def run_only(
+    comparison: Comparison, name: str, out: str | Path, *, tell: Callable[[str], None] = lambda _: None
+) -> Outcome:
+    """Run one cell of a comparison; `compare` gathers what several processes or machines did into one folder.
+
+    Args:
+        comparison, out, tell: as for `compare`.
+        name: of the cell.
+    Raises:
+        SecateurError: there is no such cell, or it failed.
+    """
+    cells = {cell.name: cell for cell in comparison.cells()}
+    if name not in cells:
+        raise SecateurError(unknown("cell", name, cells))
+    outcome = run_cell(cells[name], Path(out))
+    if outcome.error:
+        raise SecateurError(f"{name}: {outcome.error}")
+    tell(f"{name}: {_said(outcome)}")
+    return outcome
+
+
+def _said(outcome: Outcome) -> str:
+    return (
+        outcome.error
+        or f"{100 * (outcome.accuracy or 0):.2f} %, {outcome.training_seconds:.0f} s of training"
+    )
 
 
 def run_cell(cell: Cell, folder: Path) -> Outcome:
-    """Run one cell, or go on with it; whatever goes wrong is part of the outcome."""
-    where = folder / cell.folder
+    """Run one cell, or go on with it, or read what came of it; whatever goes wrong is part of the outcome."""
+    where, kind = folder / cell.folder, "train" if isinstance(cell.config, TrainRunConfig) else "prune"
+    who: dict[str, Any] = {
+        "arm": cell.arm,
+        "budget": cell.budget,
+        "seed": cell.seed,
+        "against": cell.against,
+    }
+    settings = cell.config.to_json()
     try:
-        if isinstance(cell.config, TrainRunConfig):
-            result = train_run(cell.config, where, mode="resume")
-            return Outcome(cell, result.accuracy, seconds=result.seconds / len(result.history))
-        report = prune_run(cell.config, where, mode="resume")
-        assert report is not None
-        history = RunFolder(where, "prune", cell.config.to_json(), "resume").metrics()
-        left, cost = report.weights, report.training_cost
-        return Outcome(
-            cell,
-            report.accuracy_after,
-            report.accuracy_cut,
-            (left.macs if left else report.macs_after) / report.macs_before,
-            (left.params if left else report.params_after) / report.params_before,
-            cost.after.macs / cost.before.macs if cost else None,
-            cost.after.peak_bytes / cost.before.peak_bytes if cost else None,
-            statistics.mean(line["seconds"] for line in history) if history else 0.0,
-        )
+        if "outcome" not in RunFolder(where, kind, settings, "resume").known:
+            facts = _facts(cell.config, where)
+            RunFolder(where, kind, settings, "resume").once("outcome", lambda: facts)
+        known = RunFolder(where, kind, settings, "resume").known["outcome"]
+        return Outcome(**who, **known | {"widths": [Width(**width) for width in known["widths"]]})
     except SecateurError as error:
-        return Outcome(cell, error=str(error))
+        return Outcome(**who, error=str(error))
     except Exception as error:  # a bug in one method must not end a night's work
         (folder / "errors").mkdir(exist_ok=True)
-        atomic_write(folder / "errors" / f"{_plain(str(cell.folder))}.txt", traceback.format_exc())
-        return Outcome(cell, error=f"{type(error).__name__}: {error}")
+        atomic_write(folder / "errors" / f"{_plain(cell.name)}.txt", traceback.format_exc())
+        return Outcome(**who, error=f"{type(error).__name__}: {error}")
 
 
-def rows(outcomes: Sequence[Outcome]) -> list[dict[str, Any]]:
-    """One row per arm and budget: means and spreads over the seeds; differences are paired by seed."""
-    known = {
-        (o.cell.arm, _bound(o.cell), o.cell.seed): o.accuracy for o in outcomes if o.accuracy is not None
+def _facts(config: PruneConfig | TrainRunConfig, where: Path) -> dict[str, Any]:
+    """Run it; the fields of `Outcome` as plain JSON."""
+    if isinstance(config, TrainRunConfig):
+        result = train_run(config, where, mode="resume")
+        return {
+            "accuracy": result.accuracy,
+            "epochs": len(result.history),
+            "training_seconds": result.seconds,
+            "widths": [],
+        }
+    report = prune_run(config, where, mode="resume")
+    assert report is not None
+    left, cost = report.weights, report.training_cost
+    return {
+        "accuracy": report.accuracy_after,
+        "accuracy_cut": report.accuracy_cut,
+        "accuracy_dense": report.accuracy_before if config.task.weights else None,
+        "macs": (left.macs if left else report.macs_after) / report.macs_before,
+        "params": (left.params if left else report.params_after) / report.params_before,
+        "masked": config.masks,
+        "step_macs": cost.after.macs / cost.before.macs if cost else None,
+        "step_bytes": cost.after.peak_bytes / cost.before.peak_bytes if cost else None,
+        "epochs": len(report.history),
+        "training_seconds": sum(line["seconds"] for line in report.history),
+        "widths": [width.to_json() for width in report.widths],
     }
-    grouped: dict[tuple[str, str], list[Outcome]] = {}
-    for outcome in outcomes:
-        grouped.setdefault((outcome.cell.arm, _bound(outcome.cell)), []).append(outcome)
-    table = []
-    for (arm, budget), found in grouped.items():
-        good = [o for o in found if o.accuracy is not None]
-        accuracies = [o.accuracy for o in good if o.accuracy is not None]
-        cut = [o.accuracy_cut for o in good if o.accuracy_cut is not None]
-        against = found[0].cell.against
-        paired = [
-            accuracy - other
-            for (name, bound, seed), accuracy in known.items()
-            if (name, bound) == (arm, budget) and against != arm
-            for other in (known.get((against, budget, seed), known.get((against, "", seed))),)
-            if other is not None
-        ]
-        table.append(
-            {
-                "arm": arm,
-                "budget": budget,
-                "seeds": len(good),
-                "macs": _mean([o.macs for o in good]),
-                "params": _mean([o.params for o in good]),
-                "step_macs": _mean([o.step_macs for o in good if o.step_macs is not None]),
-                "step_bytes": _mean([o.step_bytes for o in good if o.step_bytes is not None]),
-                "accuracy_cut": _mean(cut),
-                "accuracy": _mean(accuracies),
-                "spread": _spread(accuracies),
-                "difference": _mean(paired),
-                "difference_spread": _spread(paired),
-                "against": against if paired else "",
-                "seconds_per_epoch": _mean([o.seconds for o in good]),
-                "failed": "; ".join(o.error for o in found if o.error),
-            }
-        )
-    return sorted(table, key=lambda row: (row["budget"], -(row["accuracy"] or 0)))
 
 
-def markdown(comparison: Comparison, outcomes: Sequence[Outcome]) -> str:
-    """The table of a report."""
-    plan = schedule_named(comparison.schedule)
-    lines = [
-        f"{comparison.task.model} on {comparison.task.data}, schedule `{comparison.schedule}` ({plan.summary}), "
-        f"seeds {', '.join(map(str, comparison.seeds))}. Accuracy on the whole test set, mean ± standard deviation "
-        f"over the seeds; differences are paired by seed.",
-    ]
-    if any(isinstance(o.cell.config, PruneConfig) and o.cell.config.masks for o in outcomes):
-        lines += [
-            "",
-            "Of masked networks, weights at zero are not counted as kept; see what a step costs them.",
-        ]
-    lines += [
-        "",
-        "| budget | arm | MACs kept | params kept | right after the cut | accuracy | difference | step: MACs, memory | "
-        "s/epoch | seeds |",
-        "|---|---|---|---|---|---|---|---|---|---|",
-    ]
-    for row in rows(outcomes):
-        if row["accuracy"] is None:
-            lines.append(f"| {row['budget']} | {row['arm']} | | | | failed: {row['failed']} | | | | 0 |")
-            continue
-        difference = ""
-        if row["difference"] is not None:
-            change = _plus_minus(row["difference"], row["difference_spread"], "+")
-            difference = f"{change} to {row['against']}"
-        cut = "" if row["accuracy_cut"] is None else f"{100 * row['accuracy_cut']:.2f}"
-        step = "" if row["step_macs"] is None else f"{row['step_macs']:.2f}, {row['step_bytes']:.2f}"
-        lines.append(
-            f"| {row['budget'] or '–'} | {row['arm']} | {row['macs']:.3f} | {row['params']:.3f} | {cut} | "
-            f"{_plus_minus(row['accuracy'], row['spread'])} | {difference} | {step} | {row['seconds_per_epoch']:.0f} | "
-            f"{row['seeds']}{' (' + row['failed'] + ')' if row['failed'] else ''} |"
-        )
-    return "\n".join(lines) + "\n"
+def timed(cell: Cell, folder: Path, batch: int) -> LatencyPair | None:
+    """Latency of the dense network and of a finished cell's, side by side; kept in the cell's folder unless other work
+    disturbed it.
 
-
-def as_csv(outcomes: Sequence[Outcome]) -> str:
-    """One line per cell."""
-    text = io.StringIO()
-    names = (
-        "arm",
-        "budget",
-        "seed",
-        "macs",
-        "params",
-        "step_macs",
-        "step_bytes",
-        "accuracy_cut",
-        "accuracy",
-        "seconds_per_epoch",
-        "error",
-    )
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(names)
-    for o in outcomes:
-        line = (
-            o.cell.arm,
-            _bound(o.cell),
-            o.cell.seed,
-            o.macs,
-            o.params,
-            o.step_macs,
-            o.step_bytes,
-            o.accuracy_cut,
-            o.accuracy,
-            o.seconds,
-            o.error,
-        )
-        writer.writerow(line)
-    return text.getvalue()
-
-
-def _bound(cell: Cell) -> str:
-    return ", ".join(f"{name} {value:g}" for name, value in cell.budget.items())
-
-
-def _plus_minus(mean: float, spread: float | None, sign: str = "") -> str:
-    return f"{100 * mean:{sign}.2f}" + ("" if spread is None else f" ± {100 * spread:.2f}")
-
-
-def _mean(values: Sequence[float]) -> float | None:
-    return statistics.mean(values) if values else None
-
-
-def _spread(values: Sequence[float]) -> float | None:
-    return statistics.stdev(values) if len(values) > 1 else None
+    None if its weights cannot be loaded into the model they came from, as when a method of the user's own changed more
+    than widths.
+    """
+    where = folder / cell.folder
+    kind = "train" if isinstance(cell.config, TrainRunConfig) else "prune"
+    run, saved = RunFolder(where, kind, cell.config.to_json(), "resume"), SavedRun.read(where)
+    here, task = device(), cell.config.task
+    name = f"latency at batch {batch} on {current_versions(here)['device']}"
+    if name in run.known:
+        return pair_of(run.known[name])
+    dense, small = (fresh_model(task.model, saved.classes, saved.input_shape[0], task.seed) for _ in range(2))
+    try:
+        load_into(small, where / "model.safetensors")
+    except SecateurError:
+        return None
+    images = torch.randn(batch, *saved.input_shape, generator=torch.Generator().manual_seed(0)).to(here)
+    compared = compare_latency({"before": dense.to(here), "after": small.to(here)}, images, repeats=_REPEATS)
+    pair = LatencyPair(compared["before"], compared["after"])
+    if is_steady(pair):
+        run.once(name, lambda: [pair.before.to_json(), pair.after.to_json()])
+    return pair
 
 
 def _plain(name: str) -> str:

@@ -10,7 +10,7 @@ from secateur.allocate import ALLOCATIONS, allowed
 from secateur.cost import Budget, Cost
 from secateur.errors import BudgetError, DataError, FileError, ModelError, SecateurError, unknown
 from secateur.graph import Graph
-from secateur.methods import METHODS, Decay, Rectify
+from secateur.methods import AUTO, METHODS, Decay, Rectify, method_named
 from secateur.methods.rd import COMPENSATIONS, WEIGHT_CHOICES
 from secateur.recipes.data import Normalisation, list_data
 from secateur.recipes.models import build_model, list_models
@@ -23,6 +23,8 @@ GRANULARITIES = {
     "filters": "whole filters of single layers, as zeros that nothing is cut by: a control for precrop",
 }
 """What one unit may be -> one line for lists of choices."""
+
+_SHARED = ("score", "allocation", "attention", "compensation", "min_keep", "round_to")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,7 +103,8 @@ class PruneConfig:
         keep_macs: at most this share of the dense model's MACs stays, above 0 and below 1.
         keep_params: the same for parameters.
         sparsity: at least this share of the units goes, above 0 and below 1. Several bounds must all hold.
-        method: a name in `secateur.methods.METHODS`.
+        method: a name in `secateur.methods.METHODS`; `module:function` of your own, see
+            `secateur.methods.method_named`; or "auto", see `secateur.methods.auto.choose`.
         score: a name in `secateur.scores.SCORES`.
         allocation: a name in `secateur.allocate.ALLOCATIONS`.
         granularity: a name in `GRANULARITIES`; None: what the method removes unless told otherwise. For the weights of
@@ -151,12 +154,11 @@ class PruneConfig:
     exports: bool = True
 
     def __post_init__(self) -> None:
-        if self.method not in METHODS:
-            raise SecateurError(unknown("method", self.method, METHODS))
-        trained_weights = self.masks and METHODS[self.method].when == "after"
+        entry = None if self.method == AUTO else method_named(self.method)
+        trained_weights = self.masks and (entry is None or entry.when == "after")
         names: tuple[tuple[str, str, dict[str, Any]], ...] = (
             ("granularity", self.unit, GRANULARITIES),
-            ("score", self.score, SCORES if self.method == "oneshot" else {}),
+            ("score", self.score, SCORES if self.method in ("oneshot", AUTO) else {}),
             ("allocation", self.allocation, WEIGHT_CHOICES if trained_weights else ALLOCATIONS),
             ("compensation", self.compensation, COMPENSATIONS),
             ("attention", self.attention, dict.fromkeys(("heads", "dims"), "")),
@@ -164,22 +166,13 @@ class PruneConfig:
         for kind, name, choices in names:
             if choices and name not in choices:
                 raise SecateurError(unknown(kind, name, choices))
-        if self.unit not in (able := METHODS[self.method].runs):
-            others = ", ".join(name for name, entry in METHODS.items() if self.unit in entry.runs)
+        if entry is not None and self.unit not in entry.runs:
+            others = ", ".join(name for name, other in METHODS.items() if self.unit in other.runs)
             raise SecateurError(
-                f"granularity {self.unit}: method {self.method} removes {' or '.join(able)}; methods for "
+                f"granularity {self.unit}: method {self.method} removes {' or '.join(entry.runs)}; methods for "
                 f"{self.unit}: {others}"
             )
-        self.method_options()
-        if METHODS[self.method].when == "during":
-            if self.train is None:
-                raise SecateurError(f"method {self.method} prunes while the model is trained; give epochs")
-            if self.finetune is not None:
-                raise SecateurError(
-                    f"method {self.method} trains as it prunes; there is no fine-tuning after it"
-                )
-        elif METHODS[self.method].when == "before" and self.train is not None:
-            raise SecateurError(f"method {self.method} prunes before training; give `finetune`, not `train`")
+        self._check_phases()
         if self.keep_macs is self.keep_params is self.sparsity is None:
             raise BudgetError(
                 "no budget: give at least one of keep-macs, keep-params and sparsity, such as keep-macs 0.5"
@@ -204,7 +197,9 @@ class PruneConfig:
     @property
     def unit(self) -> str:
         """What one unit is: a name in `GRANULARITIES`."""
-        return self.granularity or METHODS[self.method].granularity
+        if self.granularity is None:
+            return "channels" if self.method == AUTO else method_named(self.method).granularity
+        return self.granularity
 
     @property
     def masks(self) -> bool:
@@ -214,8 +209,33 @@ class PruneConfig:
     @property
     def needs_data(self) -> bool:
         """Whether what goes is chosen on labelled images."""
+        entry = method_named(self.method)
         scored = {self.method, self.options.get("densities")} & {"snip", "grasp", "rd"}
-        return bool(scored) or (self.method == "oneshot" and SCORES[self.score].needs_data)
+        by_units = self.method == "oneshot" and SCORES[self.score].needs_data
+        return bool(scored) or by_units or (entry.own and entry.takes("data"))
+
+    def _check_phases(self) -> None:
+        """What is trained when must suit the method."""
+        if self.method == AUTO:
+            if self.options:
+                raise SecateurError(f"method auto takes no {next(iter(self.options))}; name the method")
+            return
+        self.method_options()
+        when = method_named(self.method).when
+        if when == "during":
+            if self.train is None:
+                raise SecateurError(f"method {self.method} prunes while the model is trained; give epochs")
+            if self.finetune is not None:
+                raise SecateurError(
+                    f"method {self.method} trains as it prunes; there is no fine-tuning after it"
+                )
+        elif when == "before" and self.train is not None:
+            raise SecateurError(f"method {self.method} prunes before training; give `finetune`, not `train`")
+
+    @property
+    def wanted(self) -> list[str]:
+        """Those settings of `method_options` that several methods share and that are not at their defaults."""
+        return [o for o in _SHARED if getattr(self, o) != type(self).__dataclass_fields__[o].default]
 
     def method_options(self) -> dict[str, Any]:
         """What the method is to be run with: its own options, and those that several methods share.
@@ -223,7 +243,7 @@ class PruneConfig:
         Raises:
             SecateurError: the method has no such option.
         """
-        entry = METHODS[self.method]
+        entry = method_named(self.method)
         if self.masks and entry.when == "after":
             if self.options:
                 raise SecateurError(f"method {self.method} has no options for single weights")
@@ -231,11 +251,11 @@ class PruneConfig:
         able = entry.options(self.unit)
         entry.check(self.method, self.options, self.unit)
         chosen = dict(self.options)
-        for option in ("score", "allocation", "attention", "compensation", "min_keep", "round_to"):
-            value = getattr(self, option)
+        wanted = self.wanted
+        for option in _SHARED:
             if option in able:
-                chosen.setdefault(option, value)
-            elif value != type(self).__dataclass_fields__[option].default:
+                chosen.setdefault(option, getattr(self, option))
+            elif option in wanted:
                 raise SecateurError(f"method {self.method} takes no {option.replace('_', '-')}")
         if "seed" in able:
             chosen.setdefault("seed", self.task.seed)

@@ -9,15 +9,17 @@ from typing import Any
 import torch
 from torch import nn
 
+from secateur.errors import SecateurError
 from secateur.graph import Graph, analyze
-from secateur.methods import METHODS, Pruned, StructuredMethod, prune
+from secateur.methods import Pruned, StructuredMethod, method_named, prune
 from secateur.plan import Plan
 from secateur.recipes.data import Dataset
 from secateur.recipes.train import TrainConfig, fit, training_steps
 from secateur.report import Report, write_report
+from secateur.runs.auto import resolved
 from secateur.runs.config import PruneConfig
 from secateur.runs.folder import Mode, RunFolder, Watch, is_main_process
-from secateur.runs.result import Counts, compose, exports, tested, training_costs
+from secateur.runs.result import Counts, compose, counted, exports, tested, training_costs
 from secateur.runs.subject import Subject, load_subject
 from secateur.runs.weights import weights_run
 from secateur.surgery import load, save
@@ -52,16 +54,17 @@ def prune_run(
     settings = config.to_json()
     folder = RunFolder(out, "prune", settings, mode) if is_main_process() else None
     with watch.doing(f"Loading {config.task.data} and building {config.task.model}"):
-        subject = load_subject(config.task)
-    when = METHODS[config.method].when
+        config, subject = resolved(config, load_subject(config.task))
+    when = method_named(config.method).when
     if when == "during":
-        return _during(config, subject, folder, out, mode, command, watch)
+        return _during(config, subject, settings, folder, out, mode, command, watch)
     dense, data = subject.model, subject.data
     with watch.doing("Choosing what to remove"):
         graph = analyze(dense, subject.inputs, freeze=config.freeze, attention=config.attention)
         config.budget(graph)
         decision = None
-        if config.train is None or config.method != "rd":  # if the weights are yet to be trained, a rehearsal
+        measures = config.method == "rd" or method_named(config.method).own
+        if config.train is None or not measures:  # if the weights are yet to be trained, a rehearsal
             decision = _decide(config, subject, graph, folder)
     if folder:
         folder.begin(subject.saved_run("prune", command, settings))
@@ -79,7 +82,8 @@ def prune_run(
         if not (folder.resumed and "cut" in folder.known):
             save(small, folder / "cut.safetensors")
         folder.once("cut", lambda: decision.facts)
-        decision.plan.save(folder / "plan.json")
+        if decision.plan is not None:
+            decision.plan.save(folder / "plan.json")
         if when == "after":
             tested("dense model", dense, data, folder, watch)
             tested("cut model", small, data, folder, watch)
@@ -98,7 +102,10 @@ def prune_run(
     last = "pruned" if when == "before" else "fine-tuned" if config.finetune else "cut"
     tested(f"{last} model", small, data, folder, watch)
     exported = _exported(config, dense, small, subject, folder, watch)
-    counts = Counts(tuple(decision.facts["macs"]), tuple(decision.facts["params"]))
+    if decision.plan is None:
+        counts = counted(decision.graph, small)
+    else:
+        counts = Counts(tuple(decision.facts["macs"]), tuple(decision.facts["params"]))
     report = compose(config, subject, decision.graph, decision.plan, (dense, small), counts, folder, exported)
     write_report(folder.path, report)
     return report
@@ -107,6 +114,7 @@ def prune_run(
 def _during(
     config: PruneConfig,
     subject: Subject,
+    settings: dict[str, Any],
     folder: RunFolder | None,
     out: str | Path,
     mode: Mode,
@@ -114,13 +122,13 @@ def _during(
     watch: Watch,
 ) -> Report | None:
     """A run of a method that prunes while the model is trained."""
-    model, data, settings = subject.model, subject.data, config.to_json()
+    model, data = subject.model, subject.data
     dense = copy.deepcopy(model)
     assert config.train is not None
     how = replace(config.train, seed=config.task.seed)
     with watch.doing("Looking at what may go"):
         graph = analyze(model, subject.inputs, freeze=config.freeze)
-        method: StructuredMethod = METHODS[config.method].run(
+        method: StructuredMethod = method_named(config.method).run(
             model,
             subject.inputs,
             budget=config.budget(graph),
@@ -167,30 +175,29 @@ def _exported(
 
 @dataclass(frozen=True)
 class Decision:
-    """What goes from which graph, the model without it, and in plain JSON what is known about why."""
+    """What goes from which graph, the model without it, and in plain JSON what is known about why.
 
-    plan: Plan
+    There is no plan where a method of the user's own returned nothing but a model.
+    """
+
+    plan: Plan | None
     graph: Graph
     model: nn.Module
     facts: dict[str, Any]
 
 
 def _decide(config: PruneConfig, subject: Subject, graph: Graph, folder: RunFolder | None) -> Decision:
-    after = (
-        METHODS[config.method].when == "after"
-    )  # what comes before training is cheap, and drawn from the seed
-    if (
-        after
-        and folder
-        and folder.resumed
-        and "cut" in folder.known
-        and (folder / "cut.safetensors").exists()
-    ):
+    method = method_named(config.method)
+    # what comes before training is cheap, and drawn from the seed
+    kept = method.when == "after" and folder and folder.resumed and "cut" in folder.known
+    if kept and folder and (folder / "cut.safetensors").exists() and (folder / "plan.json").exists():
         plan = Plan.load(folder / "plan.json")
         plan.check(graph)
         small = load(copy.deepcopy(subject.model), folder / "cut.safetensors")
         return Decision(plan, graph, small, folder.known["cut"])
     data = {"data": subject.batches(config.calibration_images)} if config.needs_data else {}
+    if method.own:
+        return _by_own(config, subject, graph, data)
     pruned = prune(
         subject.model,
         subject.inputs,
@@ -201,6 +208,25 @@ def _decide(config: PruneConfig, subject: Subject, graph: Graph, folder: RunFold
         **data,
     )
     return Decision(pruned.plan, pruned.graph, pruned.model, _facts(pruned))
+
+
+def _by_own(config: PruneConfig, subject: Subject, graph: Graph, options: dict[str, Any]) -> Decision:
+    """What a function of the user's own makes of a copy of the model."""
+    method = method_named(config.method)
+    if method.takes("freeze"):
+        options["freeze"] = config.freeze
+    elif config.freeze:
+        raise SecateurError(f"method {config.method} takes no freeze")
+    model = copy.deepcopy(subject.model)
+    result = method.run(model, subject.inputs, config.budget(graph), **config.method_options(), **options)
+    if isinstance(result, Pruned):
+        return Decision(result.plan, result.graph, result.model, _facts(result))
+    if not isinstance(result, nn.Module):
+        raise SecateurError(
+            f"method {config.method}: got {type(result).__name__}, expected the smaller model, a torch.nn.Module, or "
+            f"a secateur Pruned. Return one of them."
+        )
+    return Decision(None, graph, result, {"scores": {}, "verification": None})
 
 
 def _facts(pruned: Pruned) -> dict[str, Any]:

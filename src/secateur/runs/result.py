@@ -1,6 +1,7 @@
 """What came of a pruning run: exported files, times, and the report that tells it all."""
 
 import copy
+import math
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -15,8 +16,8 @@ from secateur.cost.latency import Latency, compare_latency
 from secateur.cost.training import Holding, TrainingCost, compare_training
 from secateur.errors import ExportError
 from secateur.export import export_onnx, export_program, onnx_runner
-from secateur.graph import Graph
-from secateur.methods import METHODS
+from secateur.graph import Graph, analyze
+from secateur.methods import method_named
 from secateur.plan import Plan
 from secateur.recipes.data import Batches, Dataset
 from secateur.recipes.train_config import TrainConfig
@@ -136,11 +137,23 @@ class Counts:
     params: tuple[int, int]
 
 
+def counted(graph: Graph, small: nn.Module) -> Counts:
+    """The costs of a model that came without a plan; weights that are zero do not count as parameters.
+
+    Args:
+        graph: of the original.
+        small: what was made of it.
+    """
+    before, after = Cost(graph), Cost(analyze(small, graph.inputs))
+    zeros = sum(int((p == 0).sum()) for p in small.parameters() if p.ndim > 1)
+    return Counts((before.macs(), after.macs()), (before.params(), after.params() - zeros))
+
+
 def compose(
     config: PruneConfig,
     subject: Subject,
     graph: Graph,
-    plan: Plan,
+    plan: Plan | None,
     pair: tuple[nn.Module, nn.Module],
     counts: Counts,
     folder: RunFolder,
@@ -151,12 +164,13 @@ def compose(
 
     Args:
         graph: of the first model of the pair.
+        plan: None if it is not known.
         pair: with the widths before and after.
         course: what a method noted while it pruned a model in training.
     """
     whole, small = pair
     cut = folder.known["cut"]
-    verification = Verification(**cut["verification"])
+    verification = Verification(**cut["verification"]) if cut["verification"] else None
     accuracy = {
         name: folder.known.get(f"accuracy of the {name} model") for name in ("dense", "cut", "pruned")
     }
@@ -176,11 +190,11 @@ def compose(
         accuracy_before=accuracy["dense"],
         accuracy_cut=accuracy["cut"],
         accuracy_after=last if accuracy["pruned"] is None else accuracy["pruned"],
-        verify_max_abs_error=verification.max_abs_error,
-        verify_rel_error_float32=verification.max_rel_error_float32,
-        verify_rel_error_float64=verification.max_rel_error,
-        latency_pytorch=_pair(exported.get("latency_pytorch")),
-        latency_onnxruntime=_pair(exported.get("latency_onnxruntime")),
+        verify_max_abs_error=verification.max_abs_error if verification else None,
+        verify_rel_error_float32=verification.max_rel_error_float32 if verification else None,
+        verify_rel_error_float64=verification.max_rel_error if verification else None,
+        latency_pytorch=pair_of(exported.get("latency_pytorch")),
+        latency_onnxruntime=pair_of(exported.get("latency_onnxruntime")),
         training_cost=training_pair(folder),
         weights_bytes_before=weights[0],
         weights_bytes_after=weights[1],
@@ -188,20 +202,32 @@ def compose(
         onnx_bytes_after=onnx[1],
         widths=_widths(graph, whole, small),
         groups=[
-            Group(group.name, mask.tolist(), cut["scores"].get(group.name))
+            Group(group.name, mask.tolist(), _numbers(cut["scores"].get(group.name)))
             for group, mask in zip(graph.groups, plan.masks(graph), strict=True)
-        ],
+        ]
+        if plan
+        else [],
         frozen=_frozen(graph, Cost(graph), whole),
-        notes=[*subject.notes, *_notes(config, graph, verification), *exported["notes"]],
+        notes=[
+            *subject.notes,
+            *_notes(config, graph, verification),
+            *_excess(config, graph, counts),
+            *exported["notes"],
+        ],
         history=folder.metrics(),
         course=course,
         versions=current_versions(device()),
     )
 
 
+def _numbers(scores: list[float | None] | None) -> list[float] | None:
+    """Scores from plain JSON, where those that are not finite are None."""
+    return None if scores is None else [math.nan if score is None else score for score in scores]
+
+
 def described(config: PruneConfig) -> str:
     """The method with what was set about it."""
-    after = METHODS[config.method].when == "after"
+    after = method_named(config.method).when == "after"
     if config.masks and after:
         return f"single weights, {config.allocation}, compensation {config.compensation}"
     if after:
@@ -213,7 +239,8 @@ def described(config: PruneConfig) -> str:
     return ", ".join(parts)
 
 
-def _pair(measured: list[dict[str, Any]] | None) -> LatencyPair | None:
+def pair_of(measured: list[dict[str, Any]] | None) -> LatencyPair | None:
+    """Both measurements, from plain JSON."""
     return LatencyPair(*(Latency(**one) for one in measured)) if measured else None
 
 
@@ -230,7 +257,7 @@ def _widths(graph: Graph, dense: nn.Module, small: nn.Module) -> list[Width]:
     after = dict(small.named_modules())
     widths = []
     for name, layer in dense.named_modules():
-        old, new = width_of(layer), width_of(after[name])
+        old, new = width_of(layer), width_of(after[name]) if name in after else None
         if name in makers and old is not None and new is not None:
             widths.append(Width(name, old, new))
     return widths
@@ -252,9 +279,21 @@ def _frozen(graph: Graph, cost: Cost, dense: nn.Module) -> list[FrozenGroup]:
     return rows
 
 
-def _notes(config: PruneConfig, graph: Graph, verification: Verification) -> list[str]:
+def _excess(config: PruneConfig, graph: Graph, counts: Counts) -> list[str]:
+    """What a method of the user's own keeps beyond the budget."""
+    kept = {"macs": (counts.macs, "MACs"), "params": (counts.params, "parameters")}
     notes = []
-    when = METHODS[config.method].when
+    for name, bound in config.budget(graph).bounds.items():
+        if name in kept and (share := kept[name][0][1] / kept[name][0][0]) > bound:
+            notes.append(
+                f"The budget is not met: {share:.4f} of the {kept[name][1]} stay, {bound:g} were asked for."
+            )
+    return notes
+
+
+def _notes(config: PruneConfig, graph: Graph, verification: Verification | None) -> list[str]:
+    notes = []
+    when = method_named(config.method).when
     during = when == "during"
     if during and config.task.weights is None:
         notes.append("The model was trained from scratch, and pruned meanwhile.")
@@ -266,6 +305,11 @@ def _notes(config: PruneConfig, graph: Graph, verification: Verification) -> lis
         notes.append("The cut model was not fine-tuned.")
     elif config.finetune is not None and config.finetune.distill_weight:
         notes.append("The dense model taught the cut one while it was fine-tuned.")
+    if verification is None:
+        notes.append(
+            "The method does not say which units went, so there is nothing to compare the model with."
+        )
+        return notes
     if verification.rewritten:
         notes.append(f"The model's own forward cannot express the new widths: {verification.form}.")
     if verification.statistics:

@@ -57,6 +57,16 @@ SCHEDULES = {
         tune_lr=0.01,
         schedule="cosine",
     ),
+    "imagenet": Schedule(
+        "as papers train ImageNet networks: all images, 90 epochs",
+        None,
+        90,
+        30,
+        tune_lr=0.01,
+        schedule="cosine",
+        weight_decay=1e-4,
+        batch_size=256,
+    ),
 }
 """A short schedule ranks methods; it does not reproduce a paper."""
 

@@ -11,13 +11,14 @@ from torch import Tensor, nn
 from secateur.cost import Cost
 from secateur.errors import SecateurError
 from secateur.graph import Graph, analyze
-from secateur.methods import METHODS, Sparse, prune_weights
+from secateur.methods import Sparse, method_named, prune_weights
 from secateur.methods.additivity import Additivity, check_additivity
 from secateur.methods.initial import costs_left
 from secateur.methods.rd import RDSettings
 from secateur.recipes.train import fit
 from secateur.report import Report, current_versions, write_report
 from secateur.report.data import LayerCurve, WeightFacts
+from secateur.runs.auto import resolved
 from secateur.runs.config import PruneConfig
 from secateur.runs.folder import Mode, RunFolder, Watch, is_main_process
 from secateur.runs.result import described, tested, training_costs, training_pair
@@ -43,10 +44,10 @@ def weights_run(
     settings = config.to_json()
     folder = RunFolder(out, "prune", settings, mode) if is_main_process() else None
     with watch.doing(f"Loading {config.task.data} and building {config.task.model}"):
-        subject = load_subject(config.task)
+        config, subject = resolved(config, load_subject(config.task))
     dense, data = subject.model, subject.data
     graph = analyze(dense, subject.inputs)
-    before = METHODS[config.method].when == "before"
+    before = method_named(config.method).when == "before"
     if folder and not before:
         folder.begin(subject.saved_run("prune", command, settings))
     plan, small, facts = decided(config, subject, graph, folder, watch)
@@ -93,7 +94,7 @@ def _report(
 ) -> Report:
     sizes = [(folder / name).stat().st_size for name in ("dense.safetensors", "model.safetensors")]
     cost, left = Cost(graph), costs_left(graph, plan.masks)
-    before = METHODS[config.method].when == "before"
+    before = method_named(config.method).when == "before"
     return Report(
         model=config.task.model,
         dataset=config.task.data,
@@ -140,10 +141,10 @@ def decided(
             config.task.model, len(subject.data.classes), subject.data.train.images.shape[1], config.task.seed
         )
         return plan, load(fresh, paths[1]), folder.known["cut"]
-    if METHODS[config.method].when == "before":
+    if method_named(config.method).when == "before":
         with watch.doing("Choosing what to mask"):
             data = {"data": subject.batches(config.calibration_images)} if config.needs_data else {}
-            sparse: Sparse = METHODS[config.method].runs[config.unit](
+            sparse: Sparse = method_named(config.method).runs[config.unit](
                 subject.model,
                 subject.inputs,
                 config.budget(graph),

@@ -6,18 +6,16 @@ torch.Size([1, 100])
 """
 
 import difflib
-import importlib
 import inspect
-import sys
 import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
 from torch import nn
 
 from secateur.errors import ModelError, unknown
+from secateur.imports import imported, working_directory_importable
 from secateur.recipes.models.densenet import CifarDenseNet
 from secateur.recipes.models.mobilenet import CifarMobileNetV2
 from secateur.recipes.models.resnet import CifarResNet, PadShortcut, TinyResNet8
@@ -145,29 +143,12 @@ def _call_library(name: str, build: Callable[..., nn.Module], arguments: dict[st
 
 
 def _from_user(name: str, classes: int | None, in_channels: int, options: dict[str, Any]) -> nn.Module:
-    module_name, _, function_name = name.partition(":")
-    with _working_directory_importable():
-        try:
-            module = importlib.import_module(module_name)
-        except (ImportError, ValueError) as error:
-            raise ModelError(f"model {name!r}: cannot import {module_name!r}: {error}") from error
-        build = getattr(module, function_name, None)
-        if not callable(build):
-            raise ModelError(f"model {name!r}: {module_name!r} has no function {function_name!r}")
-        parameters = inspect.signature(build).parameters
-        sizes = {"classes": classes, "in_channels": in_channels}
-        known = {key: size for key, size in sizes.items() if key in parameters and size is not None}
+    build = imported("model", name, ModelError)
+    parameters = inspect.signature(build).parameters
+    sizes = {"classes": classes, "in_channels": in_channels}
+    known = {key: size for key, size in sizes.items() if key in parameters and size is not None}
+    with working_directory_importable():
         return _call(name, build, known | options)
-
-
-@contextmanager
-def _working_directory_importable() -> Iterator[None]:
-    """Look for modules in the working directory too, after everything else."""
-    sys.path.append("")
-    try:
-        yield
-    finally:
-        sys.path.remove("")
 
 
 _FROM_LIBRARY = {"torchvision": _from_torchvision, "timm": _from_timm}

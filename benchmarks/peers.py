@@ -1,0 +1,97 @@
+"""Other libraries as methods of a comparison: `method = "benchmarks.peers:torch_pruning"` in a recipe.
+
+They prune the same weights to the same budget, by the same count of MACs, and are trained on as all others are.
+"""
+
+import warnings
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import prune as torch_prune
+from torch.utils.flop_counter import FlopCounterMode
+
+from secateur import Budget
+
+Data = Iterable[tuple[Tensor, Tensor]]
+
+STEPS = 200
+"""Steps in which Torch-Pruning goes from nothing to 95 % of the channels; it stops where the budget is met."""
+
+EVERY = 10
+"""Steps between two measurements of the gradients, for Taylor; in between the gradients are cut with the weights."""
+
+
+def torch_pruning(
+    model: nn.Module, inputs: Tensor, budget: Budget, *, importance: str = "l2", data: Data | None = None
+) -> nn.Module:
+    """Torch-Pruning, global: step by step to the widths that first meet the budget.
+
+    Args:
+        importance: "l2", norms of each group's first layer; "group-norm", of all its layers, as its
+            `GroupNormPruner` has it without sparse training; "taylor", first order.
+        data: for "taylor".
+    """
+    import torch_pruning as tp
+
+    importances = {
+        "l2": tp.importance.MagnitudeImportance(p=2, group_reduction="first"),
+        "group-norm": tp.importance.GroupMagnitudeImportance(p=2),
+        "taylor": tp.importance.GroupTaylorImportance(),
+    }
+    pruner_type = tp.pruner.GroupNormPruner if importance == "group-norm" else tp.pruner.BasePruner
+    outputs = [m for m in model.modules() if isinstance(m, nn.Linear)][-1:]
+    model.eval()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # about its own use of torch
+        pruner = pruner_type(
+            model, inputs, importances[importance], global_pruning=True, pruning_ratio=0.95, iterative_steps=STEPS,
+            ignored_layers=outputs,
+        )  # fmt: skip
+        dense = {name: count(model, inputs) for name, count in COUNTS.items()}
+        limits = budget.limits(dense)
+        while any(COUNTS[name](model, inputs) > limit for name, limit in limits.items()):
+            if importance == "taylor" and pruner.current_step % EVERY == 0:
+                model.zero_grad()
+                for x, y in data or ():
+                    nn.functional.cross_entropy(model(x), y).backward()
+            before = COUNTS["params"](model, inputs)
+            pruner.step()
+            if pruner.current_step >= STEPS and COUNTS["params"](model, inputs) == before:
+                raise RuntimeError(
+                    f"Torch-Pruning removes no more, and the budget {budget.bounds} is not met"
+                )
+    model.zero_grad()
+    return model
+
+
+def torch_global_magnitude(model: nn.Module, inputs: Tensor, budget: Budget) -> nn.Module:
+    """`torch.nn.utils.prune`, the smallest weights of all layers to zero, and held there while the model is trained.
+
+    The share that stays is the budget's, whatever it bounds: nothing is cut, so MACs stay.
+    """
+    layers = [(m, "weight") for m in model.modules() if isinstance(m, nn.Conv2d | nn.Linear)]
+    share = min(budget.bounds.values())
+    torch_prune.global_unstructured(layers, torch_prune.L1Unstructured, amount=1 - share)
+    for layer, name in layers:
+        torch_prune.remove(layer, name)
+        layer.weight.register_hook(_holding(layer.weight.detach() != 0))
+    return model
+
+
+def _holding(mask: Tensor) -> Callable[[Tensor], Tensor]:
+    return lambda gradient: gradient * mask.to(gradient)
+
+
+def macs(model: nn.Module, inputs: Tensor) -> int:
+    """Multiply-adds for one image, by torch's own counter."""
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        model(inputs)
+    return counter.get_total_flops() // 2 // len(inputs)
+
+
+COUNTS: dict[str, Callable[[nn.Module, Any], int]] = {
+    "macs": macs,
+    "params": lambda model, _: sum(p.numel() for p in model.parameters()),
+}

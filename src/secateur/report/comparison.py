@@ -1,0 +1,422 @@
+"""What came of a comparison: outcomes of single runs, means over seeds, and what to recommend."""
+
+import csv
+import io
+import statistics
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+from secateur.report.data import LatencyPair, Width
+
+MEASURES = {"macs": "MACs", "params": "parameters"}
+"""What a budget of a comparison may bound -> as people say it."""
+
+DENSE = "dense"
+"""The arm that trains the dense model, which others are compared with if nothing else is said."""
+
+SAME = 0.05
+"""Share by which two costs must differ before one is called cheaper: clocks are not better than that."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Outcome:
+    """What came of one run.
+
+    Attributes:
+        arm: which method, with its settings.
+        budget: shares of the dense model that may stay; empty for the dense model.
+        seed: of everything.
+        accuracy, accuracy_cut: in the end, and right after the cut; fractions.
+        accuracy_dense: of the trained weights that all runs started from, if they did.
+        macs, params: shares of the dense model that are left; of a masked one, zeros count as gone.
+        against: the arm that the accuracy is compared with.
+        masked: whether units are zeros that stay where they are.
+        step_macs, step_bytes: of a step of training, shares of the dense model's, where they were measured: MACs, and
+            the most memory at once.
+        epochs: of training, with the seconds they took.
+        training_seconds: of all epochs.
+        widths: of every layer that could change.
+        latency: of the dense and of this model.
+        error: why there is nothing else.
+    """
+
+    arm: str
+    budget: Mapping[str, float] = field(default_factory=dict)
+    seed: int = 0
+    accuracy: float | None = None
+    accuracy_cut: float | None = None
+    accuracy_dense: float | None = None
+    macs: float = 1.0
+    params: float = 1.0
+    against: str = DENSE
+    masked: bool = False
+    step_macs: float | None = None
+    step_bytes: float | None = None
+    epochs: int = 0
+    training_seconds: float = 0.0
+    widths: Sequence[Width] = ()
+    latency: LatencyPair | None = None
+    error: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ComparisonReport:
+    """Everything the page of a comparison says.
+
+    Attributes:
+        model, dataset: what was pruned, on what.
+        training: that all runs had, in words.
+        seeds: of the runs.
+        test_images: that accuracy was measured on; None: the whole test set.
+        outcomes: of the runs.
+        notes: arm -> what the reader must know about it.
+        command: as it was typed.
+        versions: see `secateur.report.current_versions`.
+    """
+
+    model: str
+    dataset: str
+    training: str
+    seeds: Sequence[int]
+    outcomes: Sequence[Outcome]
+    test_images: int | None = None
+    notes: Mapping[str, str] = field(default_factory=dict)
+    command: str = ""
+    versions: Mapping[str, str | int] = field(default_factory=dict)
+
+    @property
+    def subject(self) -> str:
+        """What was compared."""
+        return f"Pruning {self.model} on {self.dataset}"
+
+    @property
+    def summary(self) -> str:
+        """How it was compared, in two sentences."""
+        seeds = ", ".join(map(str, self.seeds))
+        on = f"{self.test_images:,} test images" if self.test_images else "the whole test set"
+        return (
+            f"{self.model} on {self.dataset}, {self.training}, {'seeds' if len(self.seeds) > 1 else 'seed'} {seeds}. "
+            f"Accuracy on {on}, mean ± standard deviation over the seeds; differences are "
+            f"paired by seed."
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Standing:
+    """One arm at one budget: means over the seeds that worked, and sample standard deviations.
+
+    Attributes:
+        budget: in words; empty for the dense model.
+        difference: to the arm `against`, paired by seed; with its sample standard deviation.
+        against: the dense model, or another arm; empty if there is nothing to compare with.
+        over: whether it costs more than the budget allows.
+        latency_ms: of one pass, as a share of the dense network's, which was measured beside it, times the median of
+            all measurements of the dense network: a clock that drifts between runs does not matter.
+        speed_up: dense over this.
+        failed: what went wrong with the others.
+    """
+
+    arm: str
+    budget: str
+    seeds: int
+    macs: float
+    params: float
+    accuracy: float | None
+    spread: float | None
+    accuracy_cut: float | None
+    difference: float | None
+    difference_spread: float | None
+    against: str
+    step_macs: float | None
+    step_bytes: float | None
+    latency_ms: float | None
+    speed_up: float | None
+    seconds_per_epoch: float
+    training_seconds: float
+    over: bool
+    failed: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Advice:
+    """What the table says about one budget.
+
+    Attributes:
+        budget: in words.
+        best, rival: the two best mean accuracies within the budget.
+        lead: mean difference of the two, paired by seed; with the sample standard deviation.
+        cheaper: of the two, where they cannot be told apart.
+        others: further arms that cannot be told apart from the best.
+        text: all that as sentences.
+    """
+
+    budget: str
+    best: str
+    text: str
+    rival: str | None = None
+    lead: float | None = None
+    lead_spread: float | None = None
+    cheaper: str | None = None
+    others: tuple[str, ...] = ()
+
+
+def standings(outcomes: Sequence[Outcome]) -> list[Standing]:
+    """One line per budget and arm, the best of each budget first, and those over the budget last."""
+    dense = dense_accuracies(outcomes)
+    groups: dict[tuple[str, str], list[Outcome]] = {}
+    for outcome in outcomes:
+        groups.setdefault((in_words(outcome.budget), outcome.arm), []).append(outcome)
+    clock = dense_latency(outcomes)
+    by = {(o.arm, in_words(o.budget), o.seed): o.accuracy for o in outcomes if o.accuracy is not None}
+    by |= {(DENSE, "", seed): accuracy for seed, accuracy in dense.items()}
+    lines = [_standing(budget, arm, found, by, clock) for (budget, arm), found in groups.items()]
+    places = {budget: place for place, budget in enumerate(dict.fromkeys(line.budget for line in lines))}
+    return sorted(lines, key=lambda line: (places[line.budget], line.over, -(line.accuracy or 0)))
+
+
+def _standing(
+    budget: str,
+    arm: str,
+    found: Sequence[Outcome],
+    by: Mapping[tuple[str, str, int], float],
+    clock: float | None,
+) -> Standing:
+    good = [o for o in found if o.accuracy is not None]
+    accuracies = [o.accuracy for o in good if o.accuracy is not None]
+    against = found[0].against
+    others = [by.get((against, budget, o.seed), by.get((against, "", o.seed))) for o in good]
+    paired = [a - b for a, b in zip(accuracies, others, strict=True) if b is not None and against != arm]
+    timed = [o.latency for o in good if o.latency and is_steady(o.latency)]
+    macs, params = _mean(o.macs for o in good), _mean(o.params for o in good)
+    speed_up, bounds = _mean(pair.speed_up for pair in timed), found[0].budget
+    return Standing(
+        arm=arm,
+        budget=budget,
+        seeds=len(good),
+        macs=macs or 0.0,
+        params=params or 0.0,
+        accuracy=_mean(accuracies),
+        spread=_spread(accuracies),
+        accuracy_cut=_mean(o.accuracy_cut for o in good if o.accuracy_cut is not None),
+        difference=_mean(paired),
+        difference_spread=_spread(paired),
+        against=against if paired else "",
+        step_macs=_mean(o.step_macs for o in good if o.step_macs is not None),
+        step_bytes=_mean(o.step_bytes for o in good if o.step_bytes is not None),
+        latency_ms=clock / speed_up if clock and speed_up else None,
+        speed_up=speed_up,
+        seconds_per_epoch=_mean(o.training_seconds / o.epochs for o in good if o.epochs) or 0.0,
+        training_seconds=_mean(o.training_seconds for o in good) or 0.0,
+        over=any(
+            (share or 0) > bounds.get(name, 1) + 1e-6 for name, share in (("macs", macs), ("params", params))
+        ),
+        failed="; ".join(dict.fromkeys(o.error for o in found if o.error)),
+    )
+
+
+def dense_accuracies(outcomes: Sequence[Outcome]) -> dict[int, float]:
+    """Seed -> accuracy of the dense model: trained beside the others, or the one that they started from."""
+    given = next((o.accuracy_dense for o in outcomes if o.accuracy_dense is not None), None)
+    start = {} if given is None else {o.seed: given for o in outcomes}
+    return start | {o.seed: o.accuracy for o in outcomes if not o.budget and o.accuracy is not None}
+
+
+def is_steady(pair: LatencyPair) -> bool:
+    """Whether the machine had nothing else to do: of both networks, one pass in ten was not twice as slow as others."""
+    return all(one.p90_ms <= 2 * one.p10_ms for one in (pair.before, pair.after))
+
+
+def unsteady(outcomes: Sequence[Outcome]) -> str:
+    """What to say about measurements that other work disturbed; empty if there are none."""
+    found = [o.latency for o in outcomes if o.latency]
+    if not (bad := sum(not is_steady(pair) for pair in found)):
+        return ""
+    return (
+        f"Other work disturbed {bad} of {len(found)} measurements of latency, which are left out; the same command, "
+        f"on a machine that does nothing else, measures them again."
+    )
+
+
+def dense_latency(outcomes: Sequence[Outcome]) -> float | None:
+    """Milliseconds of one pass of the dense network: the median over all measurements that were not disturbed."""
+    found = [o.latency.before.median_ms for o in outcomes if o.latency and is_steady(o.latency)]
+    return statistics.median(found) if found else None
+
+
+def advice(outcomes: Sequence[Outcome]) -> list[Advice]:
+    """What to take at each budget: the best mean accuracy, and whether it can be told from the next.
+
+    Two arms can be told apart if the mean of their differences, paired by seed, is larger than the spread of these
+    differences. Arms over the budget do not count.
+    """
+    found = []
+    table = standings(outcomes)
+    for budget in dict.fromkeys(line.budget for line in table if line.budget):
+        able = [
+            line for line in table if line.budget == budget and line.accuracy is not None and not line.over
+        ]
+        if able:
+            found.append(_advice(budget, able, outcomes))
+    return found
+
+
+def _advice(budget: str, able: Sequence[Standing], outcomes: Sequence[Outcome]) -> Advice:
+    best = able[0]
+    says = f"“{best.arm}” has the best mean accuracy, {percentage(best.accuracy, best.spread)} %"
+    if len(able) == 1:
+        return Advice(budget=budget, best=best.arm, text=f"{says}; there is nothing to compare it with.")
+    rival = able[1]
+    by_seed = {
+        line.arm: {o.seed: o.accuracy for o in outcomes if (o.arm, in_words(o.budget)) == (line.arm, budget)}
+        for line in able
+    }
+
+    def lead(other: Standing) -> list[float]:
+        mine, theirs = by_seed[best.arm], by_seed[other.arm]
+        return [a - b for s, a in mine.items() if a is not None and (b := theirs.get(s)) is not None]
+
+    gaps = lead(rival)
+    mean, spread = _mean(gaps), _spread(gaps)
+    if mean is None:
+        text = f"{says}. “{rival.arm}” is next, but shares no seed with it."
+        return Advice(budget=budget, best=best.arm, rival=rival.arm, text=text)
+    says += f", {percentage(mean)} points ahead of “{rival.arm}”"
+    ahead: dict[str, Any] = {"budget": budget, "best": best.arm, "rival": rival.arm}
+    ahead |= {"lead": mean, "lead_spread": spread}
+    if spread is not None and mean > spread:
+        text = f"{says} (spread of the paired differences {percentage(spread)})."
+        return Advice(**ahead, text=text)
+    others = tuple(o.arm for o in able[2:] if not _apart(lead(o)))
+    if spread is None:
+        text = f"{says}; one seed tells nothing about spread, so the two cannot be told apart."
+    else:
+        text = (
+            f"{says}, which is less than the spread of the paired differences ({percentage(spread)}): with these "
+            f"{len(gaps)} seeds the two cannot be told apart."
+        )
+    cheaper, why = _cheaper(best, rival)
+    text += (
+        f" “{cheaper}” is cheaper to run: {why}." if cheaper else f" They cost about the same to run: {why}."
+    )
+    if others and spread is not None:
+        text += f" Nor can be told from the best: {', '.join(f'“{arm}”' for arm in others)}."
+    return Advice(
+        **ahead, cheaper=cheaper, others=others if spread is not None else (), text=text
+    )  # fmt: skip
+
+
+def _apart(gaps: Sequence[float]) -> bool:
+    mean, spread = _mean(gaps), _spread(gaps)
+    return mean is not None and spread is not None and mean > spread
+
+
+def _cheaper(one: Standing, other: Standing) -> tuple[str | None, str]:
+    """Which of two networks is cheaper to run, by the clock or else by MACs, if one is; and the numbers."""
+    clock = one.latency_ms is not None and other.latency_ms is not None
+    first, second = sorted((one, other), key=lambda line: (line.latency_ms or 0) if clock else line.macs)
+    low, high = (first.latency_ms or 0, second.latency_ms or 0) if clock else (first.macs, second.macs)
+    if clock:
+        numbers = f"{low:.3g} ms against {high:.3g} ms"
+    else:
+        numbers = f"{100 * low:.1f} % of the MACs against {100 * high:.1f} %"
+    return (first.arm if low < (1 - SAME) * high else None), numbers
+
+
+def in_words(budget: Mapping[str, float]) -> str:
+    """A budget as a heading.
+
+    >>> in_words({"macs": 0.5, "params": 0.25})
+    '50 % of the MACs, 25 % of the parameters'
+    """
+    parts = [f"{100 * share:g} % of the {MEASURES[name]}" for name, share in budget.items()]
+    return ", ".join(parts)
+
+
+def percentage(mean: float | None, spread: float | None = None, sign: str = "") -> str:
+    """Fractions as percentages, without the sign.
+
+    >>> percentage(0.915, 0.0021), percentage(-0.01, sign="+")
+    ('91.50 ± 0.21', '−1.00')
+    """
+    if mean is None:
+        return "–"
+    text = f"{100 * mean:{sign}.2f}" + ("" if spread is None else f" ± {100 * spread:.2f}")
+    return text.replace("-", "−")
+
+
+def markdown(report: ComparisonReport) -> str:
+    """The table of a comparison, with what follows from it."""
+    outcomes, dense = report.outcomes, dense_accuracies(report.outcomes)
+    lines = [report.summary, ""]
+    if dense:
+        lines += [
+            f"The dense network: {percentage(_mean(dense.values()), _spread([*dense.values()]))} %.",
+            "",
+        ]
+    for one in advice(outcomes):
+        lines.append(f"- **At most {one.budget}:** {one.text}")
+    if any(o.masked for o in outcomes):
+        lines += [
+            "",
+            "Of masked networks, weights at zero are not counted as kept; see what a step costs them.",
+        ]
+    lines += [
+        "",
+        "| budget | arm | MACs kept | params kept | right after the cut | accuracy | difference | ms | "
+        "step: MACs, memory | s/epoch | training, s | seeds |",
+        "|---|---|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    for row in standings(outcomes):
+        if row.accuracy is None:
+            lines.append(f"| {row.budget} | {row.arm} | | | | failed: {row.failed} | | | | | | 0 |")
+            continue
+        cut = "" if row.accuracy_cut is None else percentage(row.accuracy_cut)
+        difference = ""
+        if row.difference is not None:
+            difference = f"{percentage(row.difference, row.difference_spread, '+')} to {row.against}"
+        step = "" if row.step_macs is None else f"{row.step_macs:.2f}, {row.step_bytes:.2f}"
+        latency = "" if row.latency_ms is None else f"{row.latency_ms:.3g}"
+        lines.append(
+            f"| {row.budget or 'dense'} | {row.arm}{' (over the budget)' if row.over else ''} | {row.macs:.3f} | "
+            f"{row.params:.3f} | {cut} | {percentage(row.accuracy, row.spread)} | {difference} | {latency} | "
+            f"{step} | {_whole(row.seconds_per_epoch)} | {_whole(row.training_seconds)} | "
+            f"{row.seeds}{f' ({row.failed})' if row.failed else ''} |"
+        )
+    if note := unsteady(outcomes):
+        lines += ["", note]
+    lines += ["", *(f"{arm}: {note}" for arm, note in report.notes.items())]
+    return "\n".join(lines).rstrip() + "\n"
+
+
+_COLUMNS = (
+    "macs", "params", "step_macs", "step_bytes", "accuracy_cut", "accuracy", "accuracy_dense", "epochs",
+    "training_seconds", "latency_ms", "latency_dense_ms", "error",
+)  # fmt: skip
+
+
+def as_csv(outcomes: Sequence[Outcome]) -> str:
+    """One line per run."""
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(("arm", "budget", "seed", *_COLUMNS))
+    for o in outcomes:
+        values = {f.name: getattr(o, f.name) for f in fields(o)}
+        values["latency_ms"] = o.latency.after.median_ms if o.latency else None
+        values["latency_dense_ms"] = o.latency.before.median_ms if o.latency else None
+        bound = ", ".join(f"{name} {value:g}" for name, value in o.budget.items())
+        writer.writerow((o.arm, bound, o.seed, *(values[name] for name in _COLUMNS)))
+    return text.getvalue()
+
+
+def _whole(seconds: float) -> str:
+    return f"{seconds:.0f}" if seconds >= 10 else f"{seconds:.2g}"
+
+
+def _mean(values: Iterable[float]) -> float | None:
+    found = list(values)
+    return statistics.mean(found) if found else None
+
+
+def _spread(values: Sequence[float]) -> float | None:
+    return statistics.stdev(values) if len(values) > 1 else None

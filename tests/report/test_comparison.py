@@ -1,0 +1,242 @@
+"""Means over seeds, what to recommend, and the page of a comparison."""
+
+import csv
+import dataclasses
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from secateur.report import ComparisonReport, LatencyPair, Outcome, advice, standings, write_comparison
+from secateur.report.comparison import markdown
+from secateur.report.comparison_figures import arms_of, comparison_figures
+from secateur.report.html import render_comparison
+
+from .browser import Browser, browser, missing
+from .examples import comparison, latency
+from .test_report import HOSTILE, Page
+
+
+def outcome(arm: str, seed: int, accuracy: float | None, **more: object) -> Outcome:
+    return Outcome(
+        **{"arm": arm, "seed": seed, "accuracy": accuracy, "budget": {"macs": 0.5}, "macs": 0.5} | more
+    )  # type: ignore[arg-type]
+
+
+def timed(ms: float) -> LatencyPair:
+    return LatencyPair(latency(2.0, "pytorch"), latency(ms, "pytorch"))
+
+
+def test_means_and_differences_are_paired_by_seed():
+    found = standings(
+        [
+            outcome("dense", 0, 0.9, budget={}, macs=1.0),
+            outcome("dense", 1, 0.8, budget={}, macs=1.0),
+            outcome("a", 0, 0.85, epochs=2, training_seconds=10.0),
+            outcome("a", 1, 0.79, macs=0.4, epochs=2, training_seconds=30.0),
+            outcome("a", 2, None, error="broke"),
+        ]
+    )
+    dense, row = found
+    assert dense.difference is None
+    assert row.accuracy == pytest.approx(0.82)
+    assert row.macs == pytest.approx(0.45)
+    assert row.difference == pytest.approx(-0.03)
+    assert row.difference_spread == pytest.approx(0.0283, abs=1e-4)
+    assert (row.seconds_per_epoch, row.training_seconds) == (10.0, 20.0)
+    assert (row.seeds, row.failed, row.over) == (2, "broke", False)
+
+
+def test_differences_may_be_to_another_arm_at_the_same_budget():
+    found = standings(
+        [
+            outcome("a", 0, 0.85),
+            outcome("a", 1, 0.79),
+            outcome("a", 0, 0.5, budget={"macs": 0.3}),
+            outcome("b", 0, 0.82, against="a"),
+            outcome("b", 1, 0.8, against="a"),
+        ]
+    )
+    row = next(row for row in found if row.arm == "b")
+    assert row.difference == pytest.approx((0.82 - 0.85 + 0.8 - 0.79) / 2)
+    assert row.against == "a"
+    assert {row.against for row in found if row.arm == "a"} == {""}
+
+
+def test_differences_are_to_the_given_weights_where_all_start_from_them():
+    (row, scratch) = standings([outcome("a", 0, 0.85, accuracy_dense=0.9), outcome("from scratch", 0, 0.8)])
+    assert row.difference == pytest.approx(-0.05)
+    assert scratch.difference == pytest.approx(-0.1)
+
+
+def test_a_clear_lead_is_told():
+    (one,) = advice(
+        [outcome("a", s, 0.9 + 0.01 * s) for s in (0, 1)] + [outcome("b", s, 0.89 + 0.01 * s) for s in (0, 1)]
+    )
+    assert (one.best, one.rival, one.cheaper) == ("a", "b", None)
+    assert one.lead == pytest.approx(0.01)  # the seeds differ as much, but the pairs do not
+    assert "cannot be told apart" not in one.text
+
+
+def test_a_lead_within_the_spread_names_the_cheaper_of_the_two():
+    runs = [outcome("a", 0, 0.92, latency=timed(2.0)), outcome("a", 1, 0.90, latency=timed(2.0))]
+    runs += [outcome("b", 0, 0.90, latency=timed(1.0)), outcome("b", 1, 0.91, latency=timed(1.0))]
+    runs += [outcome("c", 0, 0.91, latency=timed(0.5)), outcome("c", 1, 0.89, latency=timed(0.5))]
+    (one,) = advice(runs)
+    assert (one.best, one.rival, one.cheaper) == ("a", "b", "b")
+    assert "with these 2 seeds the two cannot be told apart" in one.text
+    assert "1 ms against 2 ms" in one.text
+    assert one.others == ()  # c is behind by the same at both seeds
+    (one,) = advice([dataclasses.replace(run, latency=None) for run in runs])
+    assert one.cheaper is None  # equal MACs
+
+
+def test_a_clock_that_drifts_between_runs_does_not_matter():
+    slow = LatencyPair(latency(20.0, "pytorch"), latency(10.0, "pytorch"))
+    runs = [
+        outcome("a", 0, 0.9, latency=slow),
+        outcome("b", 0, 0.8, latency=timed(1.0)),
+        outcome("c", 0, 0.7, latency=timed(2.0)),
+    ]
+    assert [(row.latency_ms, row.speed_up) for row in standings(runs)] == [(1.0, 2.0), (1.0, 2.0), (2.0, 1.0)]
+
+
+def test_what_other_work_disturbed_is_left_out_and_said():
+    disturbed = LatencyPair(
+        latency(2.0, "pytorch"), dataclasses.replace(latency(1.0, "pytorch"), p90_ms=20.0)
+    )
+    runs = [outcome("a", 0, 0.9, latency=disturbed), outcome("b", 0, 0.8, latency=timed(1.0))]
+    assert [row.latency_ms for row in standings(runs)] == [None, 1.0]
+    report = dataclasses.replace(comparison(), outcomes=runs)
+    for text in (markdown(report), Page(render_comparison(report)).text):
+        assert "Other work disturbed 1 of 2 measurements" in text
+
+
+def test_one_seed_tells_nothing_apart():
+    (one,) = advice([outcome("a", 0, 0.92), outcome("b", 0, 0.60, macs=0.3)])
+    assert (one.best, one.cheaper, one.lead_spread) == ("a", "b", None)
+    assert "one seed tells nothing about spread" in one.text
+
+
+def test_what_is_over_the_budget_is_not_recommended():
+    (one,) = advice([outcome("masks", 0, 0.95, macs=1.0), outcome("b", 0, 0.9)])
+    assert one.best == "b"
+    assert [row.arm for row in standings([outcome("masks", 0, 0.95, macs=1.0), outcome("b", 0, 0.9)])] == [
+        "b",
+        "masks",
+    ]
+    assert advice([outcome("masks", 0, 0.95, macs=1.0), outcome("b", 0, None, error="broke")]) == []
+
+
+def test_the_fronts_and_widths_hold_the_table():
+    report = comparison()
+    drawn, arms, table = (
+        comparison_figures(report.outcomes),
+        arms_of(report.outcomes),
+        standings(report.outcomes),
+    )
+    for name, field, factor in (("plot-macs", "macs", 100), ("plot-latency", "latency_ms", 1)):
+        *lines, dense = drawn[name]["data"]
+        assert [line["name"] for line in lines] == arms
+        assert dense["y"] == [92.6]
+        for line in lines:
+            rows = [row for row in table if row.arm == line["name"]]
+            assert sorted(line["x"]) == pytest.approx(
+                sorted(factor * getattr(row, field) for row in rows), abs=1e-4
+            )
+            assert sorted(line["error_y"]["array"]) == pytest.approx(
+                sorted(100 * row.spread for row in rows), abs=1e-3
+            )
+    heats = drawn["plot-widths"]["data"]
+    assert [heat["visible"] for heat in heats] == [True, False, False]
+    ours = [o for o in report.outcomes if (o.arm, o.budget) == (arms[1], {"macs": 0.5})]
+    assert heats[1]["z"][1][0] == pytest.approx(
+        sum(o.widths[0].after for o in ours) / 3 / ours[0].widths[0].before, abs=1e-4
+    )
+
+
+def test_plotly_knows_every_property():
+    import plotly.graph_objects
+
+    for figure in comparison_figures(comparison().outcomes).values():
+        plotly.graph_objects.Figure(figure)  # raises for what it does not know
+
+
+def test_page_and_table_say_the_same(tmp_path: Path):
+    report = comparison()
+    write_comparison(tmp_path, report)
+    text = (tmp_path / "table.md").read_text()
+    page = Page((tmp_path / "index.html").read_text())
+    found = advice(report.outcomes)
+    assert len(found) == 3
+    for one in found:
+        assert one.text in text
+        assert one.text in page.text
+    assert text.count("\n| ") == 1 + len(standings(report.outcomes))
+    assert "torch.nn.utils.prune, global magnitude: weights are masked" in text
+    assert len(list(csv.DictReader((tmp_path / "table.csv").read_text().splitlines()))) == len(
+        report.outcomes
+    )
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["index.html", "table.csv", "table.md"]
+
+
+def hostile() -> ComparisonReport:
+    runs = [dataclasses.replace(o, arm=HOSTILE) if o.arm == "rd" else o for o in comparison().outcomes]
+    report = dataclasses.replace(comparison(), outcomes=runs, notes={HOSTILE: HOSTILE}, command=HOSTILE)
+    return dataclasses.replace(report, model=HOSTILE, dataset=HOSTILE)
+
+
+def nothing_worked() -> ComparisonReport:
+    return dataclasses.replace(comparison(), outcomes=[outcome("a", 0, None, error="broke")], notes={})
+
+
+def test_hostile_names_are_text():
+    page = render_comparison(hostile())
+    assert Page(page).tags.count("script") == 3
+    assert "img" not in Page(page).tags
+
+
+def test_a_comparison_in_which_nothing_worked_has_a_page_and_a_table():
+    assert "failed: broke" in Page(render_comparison(nothing_worked())).text
+    assert "failed: broke" in markdown(nothing_worked())
+
+
+@pytest.fixture(scope="module")
+def window(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
+    if reason := missing():
+        pytest.skip(reason)
+    with browser(tmp_path_factory.mktemp("profile")) as window:
+        yield window
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("width", [1400, 390])
+@pytest.mark.parametrize("example", [comparison, hostile, nothing_worked])
+def test_a_browser_shows_it_offline(window: Browser, example, width: int, tmp_path: Path):
+    write_comparison(tmp_path, example())
+    window.requests()
+    window.open(tmp_path / "index.html", width)
+    assert window.console() == []
+    page = (tmp_path / "index.html").as_uri()
+    assert [url for url in window.requests() if url != page and not url.startswith("data:")] == []
+    overflow = "const page = document.documentElement; return page.scrollWidth - page.clientWidth"
+    assert window.run(overflow) == 0
+
+
+@pytest.mark.slow
+def test_one_can_sort_hide_and_choose_a_budget(window: Browser, tmp_path: Path):
+    write_comparison(tmp_path, comparison())
+    window.open(tmp_path / "index.html", 1400)
+    window.run("document.querySelectorAll('table.standings th')[4].querySelector('button').click()")
+    rows = "[...document.querySelector('table.standings').tBodies[0].rows]"
+    column = f"return {rows}.map(row => +row.cells[4].dataset.value)"
+    values = window.run(column)
+    assert values == sorted(values, reverse=True)
+    window.run("document.querySelector('button.key').click()")
+    assert window.run("return document.getElementById('plot-params').data[0].visible") is False
+    window.run(
+        "const s = document.getElementById('budget'); s.selectedIndex = 2; s.dispatchEvent(new Event('change'))"
+    )
+    visible = "return document.getElementById('plot-widths').data.map(trace => trace.visible)"
+    assert window.run(visible) == [False, False, True]
+    assert window.console() == []
