@@ -121,7 +121,7 @@ def test_a_comparison_from_end_to_end_and_on(recipe: Path, tmp_path: Path) -> No
     written = model.stat().st_mtime_ns
     again = compare(comparison, tmp_path / "out")
     assert [o.accuracy for o in again] == [o.accuracy for o in outcomes]
-    assert (tmp_path / "out" / "table.csv").read_text().count("\n") == 9
+    assert (tmp_path / "out" / "table.csv").read_text().count("\n") == 11
     assert model.stat().st_mtime_ns == written
     kept = [
         (o.latency, n.latency)

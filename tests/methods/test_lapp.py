@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from torch import nn
 
 from secateur import Budget, Cost, analyze
 from secateur.errors import ModelError, SecateurError
+from secateur.export import export_onnx
 from secateur.methods.lapp import LAPP, Step
 from secateur.recipes.models import build_model
 from secateur.surgery.bypass import Bypass, add_bypass_, fold_bypass_, written_out
@@ -281,3 +283,11 @@ def test_a_network_without_norms_needs_no_bypass() -> None:
             optimizer.step()
             method.after_step()
     assert method.finish().verification.ok
+
+
+def test_a_bypass_that_kept_everything_is_exported_with_its_side(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 4, 1))
+    add_bypass_(model, [("0", "1")], "full")
+    check = export_onnx(model.eval(), torch.randn(1, 3, 8, 8), tmp_path / "model.onnx")
+    assert check.max_rel_error < 1e-5

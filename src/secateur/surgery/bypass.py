@@ -60,9 +60,14 @@ class Bypass(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """(n, c, h, w) to what the convolution and its norm would return, with the side added."""
         main, side = self.norm(self.conv(x)), self.side_norm(self.side(x))
-        everything = self.form == "shared" or len(self.index) == side.shape[1]
-        if everything and (self.form == "shared" or not torch.compiler.is_exporting()):
-            return main + side  # type: ignore[no-any-return]  # a scatter that analysis must still see as one
+        if self.form == "shared":
+            return main + side  # type: ignore[no-any-return]
+        if len(self.index) == side.shape[1]:
+            if not torch.compiler.is_exporting():
+                return main + side  # type: ignore[no-any-return]
+            # Analysis must see a scatter here too; onto zeros, since where it fills everything, the ONNX exporter
+            # takes it for its source alone.
+            return side + torch.zeros_like(side).index_add(1, self.index, main)  # type: ignore[no-any-return]
         return side.index_add(1, self.index, main)  # type: ignore[no-any-return]
 
 
