@@ -176,6 +176,23 @@ def test_a_correction_never_makes_the_measured_distortion_worse(seed: int) -> No
         assert better.plan.kept == plain.plan.kept
 
 
+@pytest.mark.parametrize("sparsity", [0.3, 0.6, 0.8, 0.9])
+def test_rd_is_never_behind_its_rivals_in_what_it_measures(sparsity: float) -> None:
+    model, x = residual_net()
+    settings = replace(SMALL, selection="least-squares", compensation="least-squares")
+    rivals = {
+        name: prune_weights(model, [x], sparsity=sparsity, allocation=name, settings=settings)
+        for name in settings.rivals
+    }
+    best = min(rivals, key=lambda name: rivals[name].measured)
+    alone = prune_weights(model, [x], sparsity=sparsity, settings=replace(settings, rivals=()))
+    found = prune_weights(model, [x], sparsity=sparsity, settings=settings)
+    assert found.measured == min(alone.measured, rivals[best].measured)
+    taken = best if rivals[best].measured < alone.measured else "rd"
+    assert found.plan.origin["taken"] == taken
+    assert (found.predicted is None) == (taken != "rd")
+
+
 def test_patterns_share_the_knapsack() -> None:
     model, x = residual_net()
     pruned = prune_weights(model, [x], sparsity=0.3, settings=replace(SMALL, pattern=(2, 4)))

@@ -66,6 +66,8 @@ class RDSettings:
         min_density: share of each layer that stays at least.
         steps: in which a layer's weights are eliminated.
         pattern: (n, m): a layer either stays whole or keeps n of every m weights.
+        rivals: allocations of `secateur.allocate.weights` that are carried out as well; the one whose measured
+            distortion is lowest is taken, since sums over layers are only nearly what all layers do together.
         corrections: rounds in which curves are measured again around the solution; a round that does not lower
             the measured distortion is undone.
     """
@@ -82,6 +84,7 @@ class RDSettings:
     min_density: float = 0.01
     steps: int = 8
     pattern: tuple[int, int] | None = None
+    rivals: tuple[str, ...] = ("global", "lamp")
     corrections: int = 0
 
     def __post_init__(self) -> None:
@@ -95,6 +98,9 @@ class RDSettings:
         ):
             if name not in choices:
                 raise SecateurError(unknown(kind, name, choices))
+        for name in self.rivals:
+            if name == "rd" or name not in WEIGHT_CHOICES:
+                raise SecateurError(unknown("allocation", name, [n for n in WEIGHT_CHOICES if n != "rd"]))
         if self.levels < 2 or self.steps < 1 or self.corrections < 0 or not 0 < self.exponent <= 4:
             raise SecateurError(
                 f"levels {self.levels}, steps {self.steps}, corrections {self.corrections}, exponent "
@@ -114,6 +120,7 @@ FAITHFUL = RDSettings(
     spacing="even",
     points=0,
     min_density=0.0,
+    rivals=(),
 )
 """The published recipe.
 
@@ -133,7 +140,7 @@ class PrunedWeights:
         plan: which weights stay.
         counts: weights kept per layer.
         curves: what was measured; None for allocations by formula.
-        predicted: distortion by the sum of the curves; None likewise.
+        predicted: distortion by the sum of the curves; None likewise, and where a rival was taken.
         measured: mean distortion of the pruned model on the calibration images.
         gap: how far the solver's choice may be from the best sum.
         corrected: measured distortion after each round of correction that was kept.
@@ -189,21 +196,21 @@ def prune_weights(
         previous.apply_(model)
     program = Program(model, batches[0])
     task = task_of(program, batches, sparsity, settings, previous=previous, tick=tick)
-    weights, alive, total = task.weights, task.alive, task.total
     found: Curves | None = None
     solution: Solution | None = None
     if allocation == "rd":
         found = task.curves(curves)
         counts, solution = task.solved(found)
     else:
-        counts = allocate_weights({n: w.cpu() * alive[n] for n, w in weights.items()}, total, allocation)
-        counts = landed(
-            {n: min(count, int(alive[n].sum())) for n, count in counts.items()},
-            {n: int(mask.sum()) for n, mask in alive.items()},
-            total,
-        )
+        counts = task.allocated(allocation)
     masks, tensors = task.carried_out(counts)
-    measured = float(joint(program, batches, tensors, distortion=settings.distortion).mean())
+    measured, taken = task.measured(tensors), allocation
+    for rival in settings.rivals if allocation == "rd" and settings.pattern is None else ():
+        other = task.allocated(rival)
+        carried = task.carried_out(other)
+        if (value := task.measured(carried[1])) < measured:
+            counts, (masks, tensors), measured, taken = other, carried, value, rival
+            solution = None
     kept: list[float] = []
     for _ in range(settings.corrections if allocation == "rd" and settings.pattern is None else 0):
         trial = task.corrected(counts, masks, tensors, measured)
@@ -216,6 +223,7 @@ def prune_weights(
     origin = {
         "method": "rd" if allocation == "rd" else "weights",
         "allocation": allocation,
+        "taken": taken,
         "sparsity": sparsity,
         "settings": asdict(settings),
     }
@@ -280,6 +288,7 @@ class Task:
         relevant = asdict(
             replace(self.settings, exponent=1.0, solver="hull", points=0, corrections=0, reduction="mean")
         )
+        del relevant["rivals"]
         masked = {name: mask.sum().item() for name, mask in self.alive.items()}
         key = key_of(self.program.model, self.batches, {"settings": relevant, "alive": masked})
         if path is not None and Path(path).exists():
@@ -298,6 +307,19 @@ class Task:
         if path is not None:
             found.save(path)
         return found
+
+    def allocated(self, allocation: str) -> Counts:
+        """Weights per layer by a rule that needs no curves."""
+        counts = allocate_weights(
+            {n: w.cpu() * self.alive[n] for n, w in self.weights.items()}, self.total, allocation
+        )
+        sizes = {n: int(mask.sum()) for n, mask in self.alive.items()}
+        return landed({n: min(count, sizes[n]) for n, count in counts.items()}, sizes, self.total)
+
+    def measured(self, tensors: Tensors) -> float:
+        """Mean distortion of the pruned network on the calibration images."""
+        found = joint(self.program, self.batches, tensors, distortion=self.settings.distortion)
+        return float(found.mean())
 
     def levels(self) -> tuple[tuple[Any, ...], list[Sequence[Tensors]]]:
         """What each layer keeps at each level, and its tensors at all levels but the first."""
@@ -436,9 +458,7 @@ class Task:
             pairs = [_between(k, v) for k, v in zip(grids, values, strict=True)]
             trial, _ = self.within(names, [k for k, _ in pairs], [v for _, v in pairs])
             new_masks, new_tensors = self.carried_out(trial)
-            value = float(
-                joint(self.program, self.batches, new_tensors, distortion=self.settings.distortion).mean()
-            )
+            value = self.measured(new_tensors)
             if value < measured:
                 return trial, new_masks, new_tensors, value
         return None
