@@ -95,7 +95,7 @@ def render(rows: list[Row]) -> str:
         "are the ones that torch counts after it. Prunable MACs: share in layers that at least one group shrinks; "
         "least MACs: what is left with one unit per group. Torch-Pruning runs with its defaults; its survivors are "
         "traced, and its result is compared in float64 with the original in which all other weights are zero "
-        "(normalisation over channels: over the survivors only). A process may use 60 s of processor time plus half a "
+        "(normalisation over channels: over the survivors only). A process may use 120 s of processor time plus half a "
         "second per million parameters, everything included, and 14 GiB.",
         "",
         *totals(ours, peer),

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 import secateur as sc
 from secateur.errors import CutError, PlanError
 from secateur.graph import Graph
+from secateur.surgery.probe import fit_norms_
 from tests.networks import Network, network
 from tests.oracles import random_masks
 
@@ -154,3 +155,22 @@ def test_a_cut_that_removes_one_filter_by_hand() -> None:
     assert model[1].weight.flatten().tolist() == [4, 6]
     assert (model[0].out_channels, model[1].in_channels) == (2, 2)
     assert model(torch.ones(1, 1, 1, 1)).item() == 1 * 4 + 3 * 6
+
+
+def test_norms_fit_what_they_see_and_nothing_else_changes() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        *(nn.Sequential(nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4)) for _ in range(3)), nn.Dropout()
+    )
+    model[1].eval()
+    with torch.no_grad():
+        model[0][0].weight.mul_(1e6)
+    before = {name: p.clone() for name, p in model.named_parameters()}
+    modes = [module.training for module in model.modules()]
+    x = torch.randn(2, 4, 8, 8)
+    fit_norms_(model, (x,), {})
+    assert modes == [module.training for module in model.modules()]
+    assert all(norm.momentum == 0.1 for norm in model.modules() if isinstance(norm, nn.BatchNorm2d))
+    assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
+    spread = model.eval()(x).var((0, 2, 3))
+    assert ((spread > 0.5) & (spread < 2)).all()

@@ -75,6 +75,36 @@ def random_values(model: nn.Module, seed: int, dtype: torch.dtype | None = None)
     return values
 
 
+@torch.no_grad()
+def fit_norms_(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """Give batch norms the statistics of one pass, so that activations do not grow from layer to layer.
+
+    Grown ones saturate what could tell two networks apart, or amplify rounding until equal networks differ.
+    """
+    norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+    norms = [norm for norm in norms if norm.running_var is not None]
+    if not norms:
+        return
+    before = [(norm.training, norm.momentum) for norm in norms]
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    for norm in norms:
+        norm.training, norm.momentum = True, 1.0
+    try:
+        with torch.random.fork_rng(devices=[]):
+            model(*args, **kwargs)
+    except ValueError:  # torch refuses statistics of a single value; what came before has its own now
+        pass
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
+        for norm, (training, momentum) in zip(norms, before, strict=True):
+            norm.training, norm.momentum = training, momentum
+    for norm in norms:
+        if norm.running_var is not None:
+            norm.running_var.clamp_(min=0.1)
+
+
 def aliases(model: nn.Module, values: dict[str, Tensor]) -> dict[str, Tensor]:
     """Values under every name that their tensor has; what has no value is as in the model."""
     first = {id(t): name for name, t in [*model.named_parameters(), *model.named_buffers()]}

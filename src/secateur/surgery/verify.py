@@ -14,10 +14,10 @@ from secateur.surgery.cut import kept_positions, tensor_cuts
 from secateur.surgery.duplicate import duplicate
 from secateur.surgery.edit import select
 from secateur.surgery.mask import mask_
-from secateur.surgery.probe import aliases, difference, floats, random_inputs, randomise_
+from secateur.surgery.probe import aliases, difference, fit_norms_, floats, random_inputs, randomise_
 from secateur.surgery.reference import Reference
 from secateur.surgery.rewriting.rewrite import cut_listing, fixed_program, rewritten_modules, tensors_of
-from secateur.surgery.rewriting.settle import evaluating, fixes_precision
+from secateur.surgery.rewriting.settle import evaluating, fixes_precision, precision
 
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-3}
 """Largest relative error of an equal pair: rounding of sums in another order stays far below."""
@@ -118,6 +118,7 @@ def verify(model: nn.Module, cut: nn.Module, graph: Graph, plan: Plan, *, seed: 
     if errors.sensitivity < SENSITIVE:
         randomised = True
         whole = randomise_(duplicate(model), seed)
+        fit_norms_(whole, *random_inputs(graph, precision(whole), seed))
         pair = whole, like(whole, cut, graph, plan)
         errors = compare(*pair, graph, plan, torch.float64, seed)
         worst = errors if not errors.relative <= worst.relative else worst

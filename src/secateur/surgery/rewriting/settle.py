@@ -75,7 +75,8 @@ def names_dtype(arg: Any) -> bool:
     )
 
 
-def _precision(model: nn.Module) -> torch.dtype:
+def precision(model: nn.Module) -> torch.dtype:
+    """The dtype of a model's first floating-point tensor."""
     return next((t.dtype for _, t in named_tensors(model) if t.is_floating_point()), torch.float32)
 
 
@@ -92,7 +93,7 @@ class Judge:
         assert graph.trace is not None
         self.model = model
         self.lines, self.shapes = cut_listing(graph.trace, survivors)
-        dtype = _precision(model) if fixes_precision(self.lines) else torch.float64
+        dtype = precision(model) if fixes_precision(self.lines) else torch.float64
         self.tolerance = TOLERANCE.get(dtype, 0.1)
         self.program = fixed_program(self.lines)
         self.values = random_values(model, 0, dtype)
