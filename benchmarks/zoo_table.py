@@ -160,7 +160,9 @@ def totals(ours: list[Row], peer: dict[str, Row]) -> list[str]:
     ends = Counter(re.sub(r" in .*", "", outcome(row)) + stage(row) for row in peer.values())
     lines += [
         "",
-        "Torch-Pruning: " + ", ".join(f"{count} {name}" for name, count in ends.most_common()) + ".",
+        f"Torch-Pruning, run on {len(peer)} of the {len(ours)} networks: "
+        + ", ".join(f"{count} {name}" for name, count in ends.most_common())
+        + ".",
     ]
     forms = Counter(row["form"] for row in ours if passed(row))
     lines += ["", "Form of the exact results: " + ", ".join(f"{n} {f}" for f, n in forms.most_common()) + "."]
