@@ -227,11 +227,10 @@ def _numbers(scores: list[float | None] | None) -> list[float] | None:
 
 def described(config: PruneConfig) -> str:
     """The method with what was set about it."""
-    after = method_named(config.method).when == "after"
-    if config.masks and after:
+    if config.masks and method_named(config.method).when == "after":
         return f"single weights, {config.allocation}, compensation {config.compensation}"
-    if after:
-        return f"{config.method}, {config.score}, {config.allocation}"
+    if config.method == "oneshot":
+        return f"oneshot, {config.score}, {config.allocation}"
     masks = [f"masks of {config.unit}"] if config.masks else []
     parts = [config.method, *masks, *(f"{name} {value}" for name, value in config.options.items())]
     if config.decay > 1:
