@@ -1,6 +1,7 @@
 """Random images and random weights that hide nothing, and how far two sets of outputs are apart."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import torch
@@ -85,22 +86,14 @@ def fit_norms_(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) 
     norms = [norm for norm in norms if norm.running_var is not None]
     if not norms:
         return
-    before = [(norm.training, norm.momentum) for norm in norms]
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
-    for norm in norms:
-        norm.training, norm.momentum = True, 1.0
-    try:
-        with torch.random.fork_rng(devices=[]):
-            model(*args, **kwargs)
-    except ValueError:  # torch refuses statistics of a single value; what came before has its own now
-        pass
-    finally:
-        for module, mode in modes.items():
-            module.training = mode
-        for norm, (training, momentum) in zip(norms, before, strict=True):
-            norm.training, norm.momentum = training, momentum
-    for norm in norms:
+    momenta = [norm.momentum for norm in norms]
+    # torch refuses statistics of a single value; the norms before it have theirs by then
+    with evaluating(model), torch.random.fork_rng(devices=[]), suppress(ValueError):
+        for norm in norms:
+            norm.training, norm.momentum = True, 1.0
+        model(*args, **kwargs)
+    for norm, momentum in zip(norms, momenta, strict=True):
+        norm.momentum = momentum
         if norm.running_var is not None:
             norm.running_var.clamp_(min=0.1)
 
@@ -133,11 +126,17 @@ def run_once(model: nn.Module, inputs: Inputs) -> Any:
     """One evaluation-mode forward pass that leaves modes and random numbers as they were."""
     device = next((t.device for t in model.state_dict().values()), torch.device("cpu"))
     args, kwargs = pytree.tree_map(lambda x: x.to(device) if isinstance(x, Tensor) else x, as_call(inputs))
+    with evaluating(model), torch.no_grad(), torch.random.fork_rng(devices=[]):
+        return model(*args, **kwargs)
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Inside the block, the model is in evaluation mode; afterwards every module is in its own again."""
     modes = {module: module.training for module in model.modules()}
     try:
         model.eval()
-        with torch.no_grad(), torch.random.fork_rng(devices=[]):
-            return model(*args, **kwargs)
+        yield
     finally:
         for module, mode in modes.items():
             module.training = mode

@@ -14,10 +14,18 @@ from secateur.surgery.cut import kept_positions, tensor_cuts
 from secateur.surgery.duplicate import duplicate
 from secateur.surgery.edit import select
 from secateur.surgery.mask import mask_
-from secateur.surgery.probe import aliases, difference, fit_norms_, floats, random_inputs, randomise_
+from secateur.surgery.probe import (
+    aliases,
+    difference,
+    evaluating,
+    fit_norms_,
+    floats,
+    random_inputs,
+    randomise_,
+)
 from secateur.surgery.reference import Reference
 from secateur.surgery.rewriting.rewrite import cut_listing, fixed_program, rewritten_modules, tensors_of
-from secateur.surgery.rewriting.settle import evaluating, fixes_precision, precision
+from secateur.surgery.rewriting.settle import fixes_precision, precision
 
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-3}
 """Largest relative error of an equal pair: rounding of sums in another order stays far below."""

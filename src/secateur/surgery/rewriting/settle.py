@@ -19,7 +19,7 @@ from secateur.errors import CutError
 from secateur.graph import Graph, named_tensors
 from secateur.graph.trace import Survivors
 from secateur.surgery.duplicate import duplicate
-from secateur.surgery.probe import aliases, difference, floats, random_inputs, random_values
+from secateur.surgery.probe import aliases, difference, evaluating, floats, random_inputs, random_values
 from secateur.surgery.rewriting.draft import Draft, Writer
 from secateur.surgery.rewriting.listing import Listing, calls
 from secateur.surgery.rewriting.program import NAMES, Around, Named, Ref, refs
@@ -317,18 +317,6 @@ def guarded(model: nn.Module, guard: Callable[..., Any]) -> Iterator[None]:
             module.__dict__.pop("forward")
             if own is not None:
                 module.__dict__["forward"] = own
-
-
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Inside the block, the model is in evaluation mode; afterwards every module is in its own again."""
-    modes = {module: module.training for module in model.modules()}
-    try:
-        model.eval()
-        yield
-    finally:
-        for module, mode in modes.items():
-            module.training = mode
 
 
 @contextmanager
