@@ -117,6 +117,16 @@ def test_it_learns_and_leaves_its_traces(tmp_path: Path) -> None:
     }
 
 
+def test_it_tests_as_seldom_as_told_and_learns_the_same(tmp_path: Path) -> None:
+    config = replace(CONFIG, epochs=5)
+    often = fit(toy_model(), toy_data(), config, tmp_path / "often")
+    seldom = fit(toy_model(), toy_data(), replace(config, test_every=2), tmp_path / "seldom")
+    assert [epoch.accuracy is None for epoch in seldom.history] == [True, False, True, False, False]
+    assert [epoch.loss for epoch in seldom.history] == [epoch.loss for epoch in often.history]
+    assert seldom.accuracy == often.accuracy
+    assert [event.step for event in scalars(tmp_path / "seldom", "accuracy")] == [10, 20, 25]
+
+
 def scalars(folder: Path, name: str) -> list[Any]:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 

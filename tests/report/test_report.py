@@ -236,6 +236,13 @@ def test_a_run_that_diverged_still_has_valid_json_and_a_page(tmp_path: Path):
     assert written["history"][0]["loss"] is None
 
 
+def test_epochs_that_were_not_tested_leave_no_gap():
+    lines = [{**line, "accuracy": None if i % 2 else 0.5} for i, line in enumerate(resnet20().history)]
+    drawn = figures(dataclasses.replace(resnet20(), history=lines))["plot-accuracy"]["data"][1]
+    assert drawn["x"] == list(range(1, len(lines) + 1, 2))
+    assert drawn["y"] == [50] * len(drawn["x"])
+
+
 def test_the_same_report_gives_the_same_page():
     assert render(resnet20()) == render(resnet20())
 

@@ -34,7 +34,7 @@ class Epoch:
         step: how many optimizer steps are done.
         loss: mean training loss over the epoch's images, each measured as it was learnt from.
         train_accuracy: fraction of those images classified correctly, 0..1.
-        accuracy: fraction of the test images classified correctly after the epoch, 0..1.
+        accuracy: fraction of the test images classified correctly after the epoch, 0..1; None: not tested.
         lr: learning rate of the epoch's last step.
         seconds: time for the epoch, with the test.
         images_per_second: training images over training time.
@@ -45,7 +45,7 @@ class Epoch:
     step: int
     loss: float
     train_accuracy: float
-    accuracy: float
+    accuracy: float | None
     lr: float
     seconds: float
     images_per_second: float

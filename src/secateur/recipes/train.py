@@ -248,9 +248,11 @@ def fit(
                 _sum_up(state, config, accelerator).double().sum(1) / len(data.train)
             ).tolist()
             trained = time.perf_counter() - started
-            tested_model = model if average is None else average
-            tested = _measure(tested_model.eval(), test_batches, classes)
-            _, right = accelerator.reduce(tested, "sum").tolist()
+            accuracy = None
+            if state.epoch + 1 == config.epochs or (state.epoch + 1) % config.test_every == 0:
+                tested_model = model if average is None else average
+                tested = _measure(tested_model.eval(), test_batches, classes)
+                accuracy = accelerator.reduce(tested, "sum").tolist()[1] / len(data.test)
             state.epoch, state.batch, state.seconds = state.epoch + 1, 0, 0.0
             state.tally.zero_()
             state.history.append(
@@ -260,7 +262,7 @@ def fit(
                     step=state.epoch * len(batches),
                     loss=mean_loss,
                     train_accuracy=correct,
-                    accuracy=right / len(data.test),
+                    accuracy=accuracy,
                     lr=optimizer.param_groups[0]["lr"],
                     seconds=time.perf_counter() - started,
                     images_per_second=len(data.train) / trained,
@@ -273,8 +275,10 @@ def fit(
 
         if average is not None:
             _follow(model, average, 0.0)
+    last = state.history[-1].accuracy
+    assert last is not None  # the last epoch is always tested
     return FitResult(
-        accuracy=state.history[-1].accuracy,
+        accuracy=last,
         seconds=sum(epoch.seconds for epoch in state.history),
         history=tuple(state.history),
     )

@@ -35,6 +35,7 @@ class TrainConfig:
             Early on the decay is (1 + step) / (10 + step), so that the start is forgotten.
         clip_norm: largest norm of the gradient; None: unbounded.
         seed: of order, augmentation and dropout. Initial weights are the model's own.
+        test_every: epochs between looks at the test images; the last epoch is always tested.
         checkpoint_every: steps between checkpoints; there is one at the start and one at the end.
     Raises:
         TrainingError: a value is out of range.
@@ -64,6 +65,7 @@ class TrainConfig:
     ema: float | None = None
     clip_norm: float | None = None
     seed: int = 0
+    test_every: int = 1
     checkpoint_every: int = 500
 
     def __post_init__(self) -> None:
@@ -94,6 +96,7 @@ class TrainConfig:
             "ema": (lambda v: v is None or 0 <= v < 1, "None or 0 <= ema < 1"),
             "clip_norm": (lambda v: v is None or v > 0, "None or a number above 0"),
             "seed": (lambda v: isinstance(v, int) and v >= 0, "a whole number, at least 0"),
+            "test_every": (lambda v: isinstance(v, int) and v >= 1, "a whole number, at least 1"),
             "checkpoint_every": (lambda v: isinstance(v, int) and v >= 1, "a whole number, at least 1"),
         }
         for name, (holds, expected) in numbers.items():

@@ -66,11 +66,10 @@ class TrainLog:
         last = history[-1]
         with explained(self.metrics.parent):
             for name in ("loss", "train_accuracy", "accuracy", "lr", "images_per_second"):
-                self.scalars.add_scalar(name, getattr(last, name), last.step)
-        self.bar.update(
-            self.task,
-            description=f"{self.phase}: epoch {last.epoch} of {self.epochs}, accuracy {last.accuracy:.2%}",
-        )
+                if (value := getattr(last, name)) is not None:
+                    self.scalars.add_scalar(name, value, last.step)
+        accuracy = "" if last.accuracy is None else f", accuracy {last.accuracy:.2%}"
+        self.bar.update(self.task, description=f"{self.phase}: epoch {last.epoch} of {self.epochs}{accuracy}")
 
     def _write_metrics(self, history: list[Epoch]) -> None:
         ours = [json.dumps(asdict(epoch)) for epoch in history]

@@ -287,12 +287,13 @@ def loss(report: Report) -> Figure:
 
 def _curve(report: Report, key: str, name: str, color: str, scale: float = 1) -> Figure:
     values = [line.get(key) for line in report.history]
+    points = [(x, v) for x, v in enumerate(values, start=1) if v is not None]
     return {
         "type": "scatter",
-        "mode": "lines+markers" if len(values) <= 30 else "lines",
+        "mode": "lines+markers" if len(points) <= 30 else "lines",
         "name": name,
-        "x": list(range(1, len(values) + 1)),
-        "y": [scale * v if v is not None and np.isfinite(v) else None for v in values],
+        "x": [x for x, _ in points],
+        "y": [scale * v if np.isfinite(v) else None for _, v in points],
         "hovertemplate": "epoch %{x}: %{y:.4~f}<extra></extra>",
         "line": {"color": color, "width": 2},
     }

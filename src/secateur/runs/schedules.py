@@ -18,7 +18,7 @@ class Schedule:
         tune_epochs: where trained weights are given.
         lr, tune_lr: the highest learning rates of both.
         schedule: of the learning rate.
-        weight_decay, batch_size: as in `TrainConfig`.
+        weight_decay, batch_size, test_every: as in `TrainConfig`.
         dense_share: share of the epochs that a method which prunes trained models trains the dense one.
     """
 
@@ -31,6 +31,7 @@ class Schedule:
     schedule: str = "one-cycle"
     weight_decay: float = 5e-4
     batch_size: int = 128
+    test_every: int = 1
     dense_share: float = 0.5
 
     def train(self, *, epochs: int | None = None, tune: bool = False, **changes: Any) -> TrainConfig:
@@ -41,13 +42,14 @@ class Schedule:
             "schedule": self.schedule,
             "weight_decay": self.weight_decay,
             "batch_size": self.batch_size,
+            "test_every": self.test_every,
         }
         return TrainConfig(**settings | changes)
 
 
 SCHEDULES = {
     "tiny": Schedule("for trying things out: 1,000 images, 2 epochs", 1000, 2, 2, batch_size=50),
-    "short": Schedule("for CPUs: 12,800 images, 10 epochs of 100 steps", 12_800, 10, 5),
+    "short": Schedule("for CPUs: 12,800 images, 10 epochs of 100 steps", 12_800, 10, 5, test_every=5),
     "standard": Schedule("for one GPU: all images, 40 epochs", None, 40, 20),
     "paper": Schedule(
         "as papers train CIFAR networks: all images, 200 epochs",
