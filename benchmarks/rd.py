@@ -631,7 +631,7 @@ def render(bench: Bench, tables: dict[str, Any]) -> str:
         ]
         rows = [
             [solver, f"{100 * (1 - keep):g} %", f"{c['seconds']:.3f}", f"{100 * c['gap']:.4f} %",
-             f"{100 * c['used']:.4f} %" if c["used"] else "", f"{c['megabytes']:.0f}"]
+             f"{100 * c['used']:.4f} %" if c["used"] else "", f"{c['megabytes']:.1f}"]
             for (solver, keep), c in cells.items() if c
         ]  # fmt: skip
         lines += _table(["solver", "sparsity", "s", "above the optimum", "budget used", "MiB"], rows)
@@ -646,7 +646,7 @@ def render(bench: Bench, tables: dict[str, Any]) -> str:
         ]
     if saved:
         full = saved["full passes"]
-        rows = [[n, f"{s:.1f}", f"{100 * (1 - s / full):.0f} %"] for n, s in saved.items()]
+        rows = [[n, f"{s:.1f}", f"{100 * (1 - s / full):.0f} %"] for n, s in saved.items() if n != "seconds"]
         lines += ["64 images, without compensation:", "", *_table(["", "s", "saved"], rows)]
     return "\n".join(lines)
 
