@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from secateur.errors import DataError
-from secateur.recipes.data import AUGMENTATIONS, Batches, Normalisation, Split, load_data
+from secateur.recipes.data import AUGMENTATIONS, Batches, Normalisation, Split, image_files, load_data
 from secateur.recipes.data.batches import shift
 from secateur.recipes.data.dataset import balanced_order, stratified_split
 from secateur.recipes.data.known import cache_folder
@@ -188,7 +188,8 @@ def test_normalisation_never_writes_its_input():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"augment": "rotate"}, "unknown augmentation 'rotate'; choose one of: none, shift, shift\\+flip"),
+        ({"augment": "rotate"}, "unknown augmentation 'rotate'; choose one of: crop\\+flip, none, shift"),
+        ({"augment": "crop+flip"}, "these are in memory; choose 'shift\\+flip'"),
         ({"batch_size": 6, "world_size": 4}, "multiple of the 4 ranks"),
         ({"batch_size": 0}, "batch_size 0"),
         ({"batch_size": 64, "drop_last": True}, "larger than the 44 images"),
@@ -427,14 +428,20 @@ def folder(tmp_path) -> Path:
     return tmp_path
 
 
+def everything(*splits: Split) -> torch.Tensor:
+    return torch.cat([next(split.batches([(torch.arange(len(split)), None)]))[0] for split in splits])
+
+
 def test_imagefolder_sets_a_fixed_part_aside(folder):
     for home in (folder, folder / "train"):
         data = load_data("imagefolder", home, image_size=12)
         assert data.classes == ("cat", "dog")
         assert data.train.images.shape == (16, 3, 12, 12)
         assert data.test.labels.tolist() == [0, 0, 1, 1]
-        assert data.test.images[:2].max() < 100 <= data.test.images[2:].min()
-        assert torch.equal(data.test.images, load_data("imagefolder", home, image_size=12).test.images)
+        images = everything(data.test)
+        assert images.dtype == torch.uint8
+        assert images[:2].max() < 100 <= images[2:].min()
+        assert data.test.images.paths == load_data("imagefolder", home, image_size=12).test.images.paths
 
 
 @pytest.mark.parametrize("name", ["val", "test"])
@@ -446,7 +453,7 @@ def test_imagefolder_takes_the_test_images_that_there_are(folder, name):
     data = load_data("imagefolder", folder, image_size=10)
     assert len(data.train) == 20
     assert data.test.labels.tolist() == [1]
-    assert torch.equal(data.test.images[0], torch.from_numpy(pixels[10:20]).permute(2, 0, 1))
+    assert torch.equal(everything(data.test)[0], torch.from_numpy(pixels[10:20]).permute(2, 0, 1))
 
 
 def png_bomb(side: int) -> bytes:
@@ -484,8 +491,12 @@ def test_hostile_images_are_named(folder, damage, reason):
             "eps": b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n",
         }[damage]
     )
+    data = load_data("imagefolder", folder, image_size=12)
     with pytest.raises(DataError, match=rf"dog.3\.png: cannot be read as an image: {reason}"):
-        load_data("imagefolder", folder, image_size=12)
+        everything(data.train, data.test)
+    (folder / "train" / "cat" / "0.png").write_bytes(b"")
+    with pytest.raises(DataError, match=r"cat.0\.png: cannot be read"):  # without reading all of them
+        load_data("imagefolder", folder)
 
 
 def test_imagefolder_without_a_use_is_refused(folder):
@@ -503,3 +514,66 @@ def test_imagefolder_without_a_use_is_refused(folder):
     shutil.rmtree(folder / "train" / "dog")
     with pytest.raises(DataError, match="0 class folders"):
         load_data("imagefolder", folder, image_size=12)
+
+
+def test_files_are_read_in_the_order_of_any_run(folder):
+    """Of any part, from any batch on, with any number of ranks: the same pixels."""
+    data = load_data("imagefolder", folder, image_size=12)
+    settings = {"batch_size": 6, "normalisation": data.normalisation, "augment": "crop+flip", "shuffle": True}
+    whole = list(Batches(data.train, seed=3, **settings).epoch(2))
+    assert [len(y) for _, y in whole] == [6, 6, 4]
+    later = list(Batches(data.train, seed=3, **settings).epoch(2, start_batch=1))
+    halves = [Batches(data.train, seed=3, rank=r, world_size=2, **settings).epoch(2) for r in range(2)]
+    for k, parts in enumerate(zip(*halves, strict=True)):
+        for place, part in enumerate(whole[k]):
+            assert torch.equal(torch.cat([parts[0][place], parts[1][place]]), part)
+            assert k == 0 or torch.equal(later[k - 1][place], part)
+    other = next(Batches(data.train, seed=3, **settings).epoch(3))
+    assert not torch.equal(other[0], whole[0][0])
+
+
+def test_an_unfinished_epoch_reads_no_further(folder, monkeypatch):
+    data, read = load_data("imagefolder", folder, image_size=12), []
+    monkeypatch.setattr(
+        image_files, "read_image", lambda path, *_: read.append(path) or torch.zeros(3, 12, 12)
+    )
+    batches = Batches(data.train, batch_size=2, normalisation=data.normalisation).epoch(0)
+    next(batches)
+    batches.close()
+    assert 2 <= len(read) <= 8  # of 16
+
+
+@LAW
+@given(
+    size=st.tuples(st.integers(1, 90), st.integers(1, 90)), seed=st.integers(0, 9), side=st.integers(1, 40)
+)
+def test_crops_lie_inside_and_show_what_is_there(tmp_path_factory, size, seed, side):
+    """In an image whose red grows to the right and green downwards, a crop's colours tell where it lies."""
+    file = tmp_path_factory.mktemp("crop") / "image.png"
+    across, down = np.meshgrid(np.linspace(0, 255, size[0]), np.linspace(0, 255, size[1]))
+    Image.fromarray(np.stack([across, down, 0 * down], 2).astype(np.uint8)).save(file)
+    crop = image_files.draw_crops(np.random.default_rng(seed), 1)[0]
+    found = image_files.read_image(file, side, crop).int()
+    assert found.shape == (3, side, side)
+    rightwards = found[0].diff(dim=1)
+    assert (rightwards <= 0).all() if crop[4] >= 0.5 else (rightwards >= 0).all()
+    assert (found[1].diff(dim=0) >= 0).all()
+
+
+def test_large_jpegs_are_decoded_smaller_and_look_the_same(tmp_path):
+    across, down = np.meshgrid(np.linspace(0, 255, 1000), np.linspace(0, 255, 800))
+    pixels = np.stack([across, down, 255 - across], 2).astype(np.uint8)
+    Image.fromarray(pixels).save(tmp_path / "a.png")
+    Image.fromarray(pixels).save(tmp_path / "a.jpg", quality=95)
+    for crop in image_files.draw_crops(np.random.default_rng(0), 20):
+        exact, fast = (
+            image_files.read_image(tmp_path / f"a.{kind}", 32, crop).int() for kind in ("png", "jpg")
+        )
+        assert (exact - fast).abs().max() <= 6
+
+
+def test_the_middle_is_what_networks_are_tested_on(tmp_path):
+    pixels = np.full((64, 96, 3), 255, np.uint8)
+    pixels[4:60, 20:76] = 7  # seven eighths of the shorter side
+    Image.fromarray(pixels).save(tmp_path / "a.png")
+    assert (image_files.read_image(tmp_path / "a.png", 56) == 7).all()

@@ -317,9 +317,7 @@ def _description(
             "augment": data.augment,
             "train_images": len(data.train),
             "test_images": len(data.test),
-            "checksum": zlib.crc32(
-                data.train.labels.cpu().numpy().tobytes() + data.train.images[:100].cpu().numpy().tobytes()
-            ),
+            "checksum": data.train.checksum(),
         },
         "model": {
             name: f"{str(t.dtype).removeprefix('torch.')} {tuple(t.shape)}"

@@ -1,4 +1,4 @@
-"""Image classification data: data sets in memory, and batches that any run can reproduce."""
+"""Image classification data: data sets in memory or in files, and batches that any run can reproduce."""
 
 from secateur.recipes.data.batches import AUGMENTATIONS, Batches
 from secateur.recipes.data.dataset import Dataset, Normalisation, Split

@@ -1,4 +1,4 @@
-"""Batches from memory: any run, on any number of ranks, sees the same images in the same order."""
+"""Batches: any run, on any number of ranks, sees the same images in the same order."""
 
 from collections.abc import Iterator
 
@@ -9,8 +9,9 @@ from torch import Tensor
 
 from secateur.errors import DataError, unknown
 from secateur.recipes.data.dataset import Normalisation, Split
+from secateur.recipes.data.image_files import Crops, ImageFiles, draw_crops
 
-AUGMENTATIONS = ("none", "shift", "shift+flip")
+AUGMENTATIONS = ("none", "shift", "shift+flip", "crop+flip")
 
 
 class Batches:
@@ -21,11 +22,12 @@ class Batches:
     uninterrupted run would have seen. Iterating the object itself gives epoch 0.
 
     Args:
-        split: the images; they stay where they are, each batch moves to `device` as uint8.
+        split: the images; they stay where they are, in memory or in files; each batch moves to `device` as uint8.
         batch_size: images per global batch, a multiple of `world_size`.
         normalisation: applied last.
         augment: "none"; "shift" moves each image by up to an eighth of its side, zeros coming in, which for
-            32×32 images is the usual pad-by-4-and-crop; "shift+flip" also mirrors half of the images.
+            32×32 images is the usual pad-by-4-and-crop; "shift+flip" also mirrors half of the images;
+            "crop+flip" takes crops of all sizes out of images that lie in files, and mirrors half of them.
         shuffle: draw a new order for each epoch; else the order of the split.
         drop_last: leave out the last batch if it is smaller than `batch_size`.
         seed: of order and augmentation, at least 0.
@@ -59,6 +61,11 @@ class Batches:
     ) -> None:
         if augment not in AUGMENTATIONS:
             raise DataError(unknown("augmentation", augment, AUGMENTATIONS))
+        if augment == "crop+flip" and not isinstance(split.images, ImageFiles):
+            raise DataError(
+                "augmentation 'crop+flip' cuts images while they are read from files, and these are in memory; "
+                "choose 'shift+flip'"
+            )
         if batch_size < 1 or batch_size % world_size:
             raise DataError(
                 f"batch_size {batch_size}: expected a positive multiple of the {world_size} ranks"
@@ -100,20 +107,35 @@ class Batches:
         order = torch.arange(len(self.split))
         if self.shuffle:
             order = torch.from_numpy(_stream(self.seed, epoch, 0).permutation(len(self.split)))
-        for batch in range(start_batch, len(self)):
-            yield self._batch(order[batch * self.batch_size :][: self.batch_size], epoch, batch)
+        numbers = range(start_batch, len(self))
+        parts = self.split.batches(self._request(order, epoch, batch) for batch in numbers)
+        for batch, (images, labels) in zip(numbers, parts, strict=True):
+            images = self._shifted(images.to(self.device), epoch, batch)
+            yield self.normalisation(images, self.memory_format), labels.to(self.device)
 
-    def _batch(self, indices: Tensor, epoch: int, batch: int) -> tuple[Tensor, Tensor]:
-        mine = torch.arange(len(indices)).tensor_split(self.world_size)[self.rank]
-        images = self.split.images[indices[mine]].to(self.device)
-        labels = self.split.labels[indices[mine]].to(self.device)
-        if self.augment != "none":
-            reach = (images.shape[2] // 8, images.shape[3] // 8)
-            down, right, mirror = _draw(_stream(self.seed, epoch, 1 + batch), len(indices), reach)
-            if self.augment == "shift":
-                mirror[:] = False
-            images = shift(images, down[mine], right[mine], mirror[mine])
-        return self.normalisation(images, self.memory_format), labels
+    def _request(self, order: Tensor, epoch: int, batch: int) -> tuple[Tensor, Crops | None]:
+        """This rank's images of a global batch, and their crops."""
+        indices, mine = order[batch * self.batch_size :][: self.batch_size], self._mine(batch)
+        if self.augment != "crop+flip":
+            return indices[mine], None
+        return indices[mine], draw_crops(_stream(self.seed, epoch, 1 + batch), len(indices))[mine.numpy()]
+
+    def _shifted(self, images: Tensor, epoch: int, batch: int) -> Tensor:
+        if not self.augment.startswith("shift"):
+            return images
+        reach, mine = (images.shape[2] // 8, images.shape[3] // 8), self._mine(batch)
+        down, right, mirror = _draw(_stream(self.seed, epoch, 1 + batch), self._images(batch), reach)
+        if self.augment == "shift":
+            mirror[:] = False
+        return shift(images, down[mine], right[mine], mirror[mine])
+
+    def _images(self, batch: int) -> int:
+        """How many images a global batch has."""
+        return min(self.batch_size, len(self.split) - batch * self.batch_size)
+
+    def _mine(self, batch: int) -> Tensor:
+        """Which images of a global batch are this rank's."""
+        return torch.arange(self._images(batch)).tensor_split(self.world_size)[self.rank]
 
 
 def shift(images: Tensor, down: Tensor, right: Tensor, mirror: Tensor) -> Tensor:

@@ -1,5 +1,8 @@
-"""A data set as plain tensors, and choosing part of it."""
+"""A data set, in memory or in files, and choosing part of it."""
 
+import itertools
+import zlib
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -7,6 +10,7 @@ import torch
 from torch import Tensor
 
 from secateur.errors import DataError
+from secateur.recipes.data.image_files import Crops, ImageFiles
 
 
 @dataclass(frozen=True)
@@ -42,11 +46,11 @@ class Split:
     """Images with their classes.
 
     Args:
-        images: (n, c, h, w), uint8.
+        images: (n, c, h, w), uint8; or the files that hold them.
         labels: (n,), int64.
     """
 
-    images: Tensor
+    images: Tensor | ImageFiles
     labels: Tensor
 
     def __len__(self) -> int:
@@ -56,10 +60,34 @@ class Split:
         """The images at `indices` (m,), in that order."""
         return Split(self.images[indices], self.labels[indices])
 
+    def batches(self, requests: Iterable[tuple[Tensor, Crops | None]]) -> Iterator[tuple[Tensor, Tensor]]:
+        """Batches of images (m, c, h, w), uint8, and labels (m,), in order.
+
+        Args:
+            requests: for each batch the indices of its images (m,), and how files are to be cropped.
+        Raises:
+            DataError: a file cannot be read as an image.
+        """
+        if isinstance(self.images, Tensor):
+            for indices, _ in requests:
+                yield self.images[indices], self.labels[indices]
+            return
+        first, second = itertools.tee(requests)
+        for images, (indices, _) in zip(self.images.batches(first), second, strict=True):
+            yield images, self.labels[indices]
+
+    def checksum(self) -> int:
+        """Of all labels, and of the first images or the names of all files: 32 bits."""
+        if isinstance(self.images, Tensor):
+            content = self.images[:100].cpu().numpy().tobytes()
+        else:
+            content = "\n".join(f"{path.parent.name}/{path.name}" for path in self.images.paths).encode()
+        return zlib.crc32(self.labels.cpu().numpy().tobytes() + content)
+
 
 @dataclass(frozen=True)
 class Dataset:
-    """A data set in memory.
+    """A data set.
 
     Args:
         name: what it was loaded as.

@@ -31,13 +31,13 @@ def load_data(
     image_size: int | None = None,
     download: bool = False,
 ) -> Dataset:
-    """Load a data set into memory.
+    """Load a data set: into memory, or for image folders the list of its files.
 
     - `digits`: scikit-learn's 1,797 handwritten digits, which need no folder, enlarged to `image_size` (16).
     - `cifar10`, `fashion-mnist`: from `folder`, as compressed arrays (`cifar10_train_images.npy.xz`, …;
       decoded once into the user's cache folder) or in torchvision's layout.
-    - `imagefolder`: `folder/train/CLASS/*.jpg` and `folder/val/…` or `folder/test/…`, cropped to squares of
-      `image_size` (224). Without a second folder a fifth of each class is set aside for testing.
+    - `imagefolder`: `folder/train/CLASS/*.jpg` and `folder/val/…` or `folder/test/…`, read batch by
+      batch as squares of `image_size` (224). Without a second folder a fifth of each class is set aside for testing.
 
     Args:
         name: which one.
