@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import nn
 
 from secateur import Budget, Plan, analyze
 from secateur.cost.latency import Latency
@@ -375,6 +376,33 @@ def test_widths_before_training_make_a_whole_run(tmp_path: Path) -> None:
     assert report.accuracy_before is report.accuracy_cut is None
     assert report.accuracy_after is not None
     assert [line["phase"] for line in report.history] == ["train", "train"]
+
+
+@pytest.mark.parametrize("when", ["after", "during"])
+def test_milliseconds_are_a_budget(when: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def clock(model: nn.Module) -> float:
+        return 10 * sum(p.numel() for p in model.parameters()) / dense
+
+    dense = sum(p.numel() for p in fresh_model(TASK.model, 10, 1, 0).parameters())
+    monkeypatch.setattr("secateur.runs.result.here", lambda inputs: clock)
+    config = PruneConfig(task=TASK, latency_ms=6.0)
+    if when == "during":
+        config = replace(DURING, keep_macs=None, latency_ms=6.0)
+    report = prune_run(config, tmp_path)
+    assert report is not None
+    assert report.params_after / report.params_before <= (0.6 if when == "after" else 0.8)
+    assert report.budget == {"latency_ms": 6.0}
+    assert "latency ≤ 6 ms" in (tmp_path / "report.html").read_text()
+    origin = Plan.load(tmp_path / "plan.json").origin
+    assert ("latency_ms" in origin) == (when == "after")
+
+
+def test_milliseconds_need_channels_and_one_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(BudgetError, match="zeros do not make dense layers faster"):
+        PruneConfig(task=TASK, latency_ms=1.0, sparsity=0.5, granularity="weights")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(BudgetError, match="then give keep-macs"):
+        PruneConfig(task=TASK, latency_ms=1.0)
 
 
 @pytest.mark.usefixtures("no_exports")

@@ -43,6 +43,15 @@ def prune(
             show_default=False,
         ),
     ] = None,
+    latency_ms: Annotated[
+        float | None,
+        Option(
+            metavar="MS",
+            help="Milliseconds that a pass over --latency-batch images may take, measured in PyTorch on this machine.",
+            rich_help_panel=BUDGET,
+            show_default=False,
+        ),
+    ] = None,
     method: Annotated[
         str | None,
         Option(
@@ -239,6 +248,7 @@ def prune(
         keep_macs=keep_macs,
         keep_params=keep_params,
         sparsity=sparsity,
+        latency_ms=latency_ms,
         method=method,
         score=score or "l2",
         allocation=allocation or "global",

@@ -115,6 +115,8 @@ class Budget:
         macs: multiply-adds for one image. Below 1: share of the dense model that is kept; from 1: a count.
         params: number of parameters, likewise.
         units: number of channels that groups keep, likewise; `sparsity=s` is `units=1 - s`.
+        latency_ms: milliseconds of one pass over the example inputs on the machine at hand. It is measured, not
+            computed: `secateur.prune` tries several cuts; see `secateur.methods.latency`.
     Raises:
         BudgetError: nothing is bounded, or a bound is not a positive number below the dense cost.
 
@@ -125,18 +127,24 @@ class Budget:
     macs: float | None = None
     params: float | None = None
     units: float | None = None
+    latency_ms: float | None = None
 
     def __post_init__(self) -> None:
-        bounds = self.bounds
-        if not bounds:
-            raise BudgetError("an empty budget: give at least one of macs, params or units, such as macs=0.5")
-        for name, bound in bounds.items():
+        if not self.given:
+            raise BudgetError(
+                "an empty budget: give at least one of macs, params, units or latency_ms, such as macs=0.5"
+            )
+        for name, bound in self.given.items():
             if isinstance(bound, bool) or not isinstance(bound, int | float) or not math.isfinite(bound):
                 raise BudgetError(f"budget {name}={bound!r}: expected a number, such as 0.5 for half")
             if bound <= 0:
                 raise BudgetError(
                     f"budget {name}={bound}: must be above 0; 0.5 keeps half of the dense model"
+                    if name != "latency_ms"
+                    else f"budget {name}={bound}: must be above 0"
                 )
+            if name == "latency_ms":
+                continue
             if bound == 1:
                 raise BudgetError(
                     f"budget {name}=1 keeps everything; use a share below 1, such as 0.5 for half"
@@ -147,9 +155,23 @@ class Budget:
                 )
 
     @property
-    def bounds(self) -> dict[str, float]:
-        """The bounds that were given, by measure."""
+    def given(self) -> dict[str, float]:
+        """All bounds that were given, by measure."""
         return {f.name: getattr(self, f.name) for f in fields(self) if getattr(self, f.name) is not None}
+
+    @property
+    def bounds(self) -> dict[str, float]:
+        """The bounds by measure, where all of them are in closed form.
+
+        Raises:
+            BudgetError: one is in milliseconds.
+        """
+        if self.latency_ms is not None:
+            raise BudgetError(
+                f"budget latency_ms={self.latency_ms:g}: milliseconds have to be measured, and this method cannot. "
+                f"Turn them into MACs first: secateur.methods.budget_in_macs(model, inputs, budget)"
+            )
+        return self.given
 
     def limits(self, dense: dict[str, int]) -> dict[str, int]:
         """The largest allowed count per bounded measure."""

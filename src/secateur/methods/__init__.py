@@ -1,9 +1,11 @@
 """One file per paper or classic: which units go, and when."""
 
 import inspect
+import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
+from pathlib import Path
 from typing import Any, Literal
 
 from torch import nn
@@ -19,6 +21,7 @@ from secateur.methods.gate_decorator import GateDecorator
 from secateur.methods.gradual import Gradual
 from secateur.methods.initial import INITIAL_SCORES, Sparse, prune_initial
 from secateur.methods.lapp import LAPP
+from secateur.methods.latency import Clock, budget_in_macs, here, prune_to_latency
 from secateur.methods.oneshot import Pruned, oneshot
 from secateur.methods.oto import HESSO, OTO
 from secateur.methods.paam import PAAM
@@ -47,6 +50,7 @@ __all__ = [
     "Sparse",
     "StructuredMethod",
     "TrainingMethod",
+    "budget_in_macs",
     "choose",
     "crop_masks",
     "method_named",
@@ -178,7 +182,13 @@ def method_named(name: str) -> Method:
 
 
 def prune(
-    model: nn.Module, inputs: Inputs, *, budget: Budget, method: str = "oneshot", **options: Any
+    model: nn.Module,
+    inputs: Inputs,
+    *,
+    budget: Budget,
+    method: str = "oneshot",
+    clock: Clock | None = None,
+    **options: Any,
 ) -> Pruned:
     """Prune channels of a copy of a model to a budget with one of the methods that need no training.
 
@@ -187,6 +197,8 @@ def prune(
         inputs: example inputs, such as torch.randn(1, 3, 224, 224).
         budget: what the result may cost at most.
         method: a name in `secateur.methods.METHODS`.
+        clock: measures the milliseconds of a model for budgets of `latency_ms`, such as with another runtime;
+            default: the median of 50 passes over `inputs`, in PyTorch, on their device.
         options: of the method; see its docstring (`secateur.methods.oneshot`, …).
     Raises:
         SecateurError: unknown method, one that prunes during training, or one that makes masks of single weights;
@@ -206,5 +218,14 @@ def prune(
             f'secateur.methods.prune_initial(model, inputs, budget, score="{method}") and train within its '
             f"plan.holding(model)"
         )
-    pruned: Pruned = entry.run(model, inputs, budget, **options)
-    return pruned
+    if budget.latency_ms is None:
+        pruned: Pruned = entry.run(model, inputs, budget, **options)
+        return pruned
+    if "data" in options:
+        options["data"] = list(options["data"])  # it is gone through once per trial
+    with tempfile.TemporaryDirectory() as folder:
+        if entry.takes("curves"):  # they are the same for all trials
+            options = {"curves": Path(folder) / "curves.safetensors"} | options
+        return prune_to_latency(
+            lambda within: entry.run(model, inputs, within, **options), model, budget, clock or here(inputs)
+        )

@@ -1,7 +1,7 @@
 """Score, allocate, cut, verify: pruning a trained model in one step."""
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from torch import Tensor, nn
@@ -28,6 +28,7 @@ class Pruned:
         verification: that the cut model equals the masked original.
         macs: before, after; for one image.
         params: before, after.
+        latency: before, after, in milliseconds, where the budget bounds them; None: not measured.
     """
 
     model: nn.Module
@@ -37,6 +38,7 @@ class Pruned:
     verification: Verification
     macs: tuple[int, int]
     params: tuple[int, int]
+    latency: tuple[float, float] | None = field(default=None, kw_only=True)
 
     def save(self, path: str | Path) -> None:
         """Write the model for `secateur.load`."""
@@ -47,6 +49,8 @@ class Pruned:
         lines = [
             f"{name}: {before:,} -> {after:,} ({after / before:.1%} kept)" for name, before, after in counts
         ]
+        if self.latency:
+            lines.append("latency: {:.3g} ms -> {:.3g} ms".format(*self.latency))
         return "\n".join([*lines, str(self.verification)])
 
 
@@ -102,7 +106,7 @@ def oneshot(
         "method": "oneshot",
         "score": score,
         "allocation": allocation,
-        "budget": {name: value for name, value in asdict(budget).items() if value is not None},
+        "budget": budget.given,
         "freeze": list(freeze),
         "attention": attention,
         "min_keep": min_keep,

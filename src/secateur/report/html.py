@@ -243,6 +243,8 @@ def _extremes(cost: TrainingCost) -> str:
 def _budget(report: Report) -> str:
     parts = []
     for key, value in report.budget.items():
-        as_fraction = value < 1
-        parts.append(f"{key} ≤ {percent(value) if as_fraction else format(value, ',')}")
+        if key == "latency_ms":
+            parts.append(f"latency ≤ {value:g} ms")
+        else:
+            parts.append(f"{key} ≤ {percent(value) if value < 1 else format(value, ',')}")
     return ", ".join(parts)

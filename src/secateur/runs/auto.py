@@ -16,6 +16,7 @@ def resolved(config: PruneConfig, subject: Subject) -> tuple[PruneConfig, Subjec
     if config.method != AUTO:
         return config, subject
     given = {"macs": config.keep_macs, "params": config.keep_params, "units": config.sparsity}
+    given["latency_ms"] = config.latency_ms
     choice = choose(
         bounds=[name for name, bound in given.items() if bound is not None],
         trained=config.task.weights is not None or config.train is not None,

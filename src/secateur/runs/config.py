@@ -1,6 +1,7 @@
 """What a run is, as data: two runs of equal configuration give equal results."""
 
 import math
+import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -103,6 +104,7 @@ class PruneConfig:
         keep_macs: at most this share of the dense model's MACs stays, above 0 and below 1.
         keep_params: the same for parameters.
         sparsity: at least this share of the units goes, above 0 and below 1. Several bounds must all hold.
+        latency_ms: a pass over `latency_batch` images takes at most this long, measured in PyTorch on this machine.
         method: a name in `secateur.methods.METHODS`; `module:function` of your own, see
             `secateur.methods.method_named`; or "auto", see `secateur.methods.auto.choose`.
         score: a name in `secateur.scores.SCORES`.
@@ -135,6 +137,7 @@ class PruneConfig:
     keep_macs: float | None = None
     keep_params: float | None = None
     sparsity: float | None = None
+    latency_ms: float | None = None
     method: str = "oneshot"
     score: str = "l2"
     allocation: str = "global"
@@ -173,10 +176,21 @@ class PruneConfig:
                 f"{self.unit}: {others}"
             )
         self._check_phases()
-        if self.keep_macs is self.keep_params is self.sparsity is None:
+        if self.keep_macs is self.keep_params is self.sparsity is self.latency_ms is None:
             raise BudgetError(
-                "no budget: give at least one of keep-macs, keep-params and sparsity, such as keep-macs 0.5"
+                "no budget: give at least one of keep-macs, keep-params, sparsity and latency-ms, such as keep-macs 0.5"
             )
+        if self.latency_ms is not None:
+            Budget(latency_ms=self.latency_ms)
+            if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+                raise BudgetError(
+                    "latency-ms: each process would measure something else; find the share of MACs with one process, "
+                    "then give keep-macs"
+                )
+            if self.masks:
+                raise BudgetError(
+                    f"granularity {self.unit}: zeros do not make dense layers faster, so latency-ms is for channels"
+                )
         if trained_weights and (self.sparsity is None or self.keep_macs or self.keep_params):
             raise BudgetError(
                 "granularity weights: the budget is sparsity, the share of weights that go, such as 0.8"
@@ -305,7 +319,7 @@ class PruneConfig:
                     f"round-to {self.round_to}) are {least:,} to {dense:,} {word}."
                 )
             shares[measure] = share
-        return Budget(**shares)
+        return Budget(**shares, latency_ms=self.latency_ms)
 
 
 def reachable(graph: Graph, min_keep: int = 1, round_to: int = 1) -> dict[str, tuple[int, int]]:

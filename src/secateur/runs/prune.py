@@ -9,9 +9,10 @@ from typing import Any
 import torch
 from torch import nn
 
+from secateur.cost import Budget
 from secateur.errors import SecateurError
 from secateur.graph import Graph, analyze
-from secateur.methods import Pruned, StructuredMethod, method_named, prune
+from secateur.methods import Pruned, StructuredMethod, budget_in_macs, method_named, prune
 from secateur.plan import Plan
 from secateur.recipes.data import Dataset
 from secateur.recipes.train import TrainConfig, fit, training_steps
@@ -19,7 +20,7 @@ from secateur.report import Report, write_report
 from secateur.runs.auto import resolved
 from secateur.runs.config import PruneConfig
 from secateur.runs.folder import Mode, RunFolder, Watch, is_main_process
-from secateur.runs.result import Counts, compose, counted, exports, tested, training_costs
+from secateur.runs.result import Counts, clock_of, compose, counted, exports, tested, training_costs
 from secateur.runs.subject import Subject, load_subject
 from secateur.runs.weights import weights_run
 from secateur.surgery import load, save
@@ -131,7 +132,7 @@ def _during(
         method: StructuredMethod = method_named(config.method).run(
             model,
             subject.inputs,
-            budget=config.budget(graph),
+            budget=_in_closed_form(config, subject, graph),
             steps=training_steps(data, how),
             freeze=config.freeze,
             **config.method_options(),
@@ -203,11 +204,23 @@ def _decide(config: PruneConfig, subject: Subject, graph: Graph, folder: RunFold
         subject.inputs,
         budget=config.budget(graph),
         method=config.method,
+        clock=clock_of(subject.inputs, config.latency_batch),
         freeze=config.freeze,
         **config.method_options(),
         **data,
     )
     return Decision(pruned.plan, pruned.graph, pruned.model, _facts(pruned))
+
+
+def _in_closed_form(config: PruneConfig, subject: Subject, graph: Graph) -> Budget:
+    """The budget for methods that cannot try several cuts: milliseconds as the MACs of a model that takes them."""
+    budget = config.budget(graph)
+    if budget.latency_ms is None:
+        return budget
+    clock = clock_of(subject.inputs, config.latency_batch)
+    return budget_in_macs(
+        subject.model, subject.inputs, budget, clock=clock, freeze=config.freeze, min_keep=config.min_keep
+    )
 
 
 def _by_own(config: PruneConfig, subject: Subject, graph: Graph, options: dict[str, Any]) -> Decision:
@@ -218,7 +231,8 @@ def _by_own(config: PruneConfig, subject: Subject, graph: Graph, options: dict[s
     elif config.freeze:
         raise SecateurError(f"method {config.method} takes no freeze")
     model = copy.deepcopy(subject.model)
-    result = method.run(model, subject.inputs, config.budget(graph), **config.method_options(), **options)
+    budget = _in_closed_form(config, subject, graph)
+    result = method.run(model, subject.inputs, budget, **config.method_options(), **options)
     if isinstance(result, Pruned):
         return Decision(result.plan, result.graph, result.model, _facts(result))
     if not isinstance(result, nn.Module):

@@ -1,0 +1,147 @@
+"""Budgets in milliseconds, met by measuring."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from torch import nn
+
+from secateur.cost import Budget
+from secateur.cost.latency import measure_latency
+from secateur.errors import BudgetError
+from secateur.graph import Inputs
+from secateur.methods.oneshot import Pruned, oneshot
+
+Clock = Callable[[nn.Module], float]
+"""A model -> the milliseconds of one pass."""
+
+_CLOSE = 0.95  # of the bound: a result that takes this much of it is near enough
+_NEAR = 0.01  # shares of MACs that differ by less are not told apart by a clock
+
+
+@dataclass(frozen=True)
+class Trial:
+    """A share of the MACs, what it was cut to, and the milliseconds that took; None: out of reach."""
+
+    share: float
+    milliseconds: float | None
+    pruned: Pruned | None = None
+
+
+def here(inputs: Inputs) -> Clock:
+    """The median of 50 passes over the example inputs, in PyTorch, on their device."""
+    return lambda model: measure_latency(model, inputs, repeats=50).median_ms
+
+
+def prune_to_latency(
+    cut: Callable[[Budget], Pruned], model: nn.Module, budget: Budget, clock: Clock, *, trials: int = 8
+) -> Pruned:
+    """Look for the largest share of MACs whose model is fast enough.
+
+    Milliseconds do not follow from MACs, but with one way of cutting they fall with them; so each trial lies where the
+    ones before it say that the bound is met. A bound that is met to within 5 % ends the search.
+
+    Args:
+        cut: a copy of the model within a budget in closed form.
+        model: the dense one.
+        budget: with `latency_ms`; its other bounds hold as well.
+        clock: measures.
+        trials: how many models are cut and measured at most.
+    Returns:
+        the model with the most MACs of those that were fast enough, with `latency`.
+    Raises:
+        BudgetError: the dense model is fast enough, or no model that was tried is.
+    """
+    limit = budget.latency_ms
+    assert limit is not None
+    dense = clock(model)
+    if dense <= limit:
+        raise BudgetError(
+            f"budget latency_ms={limit:g}: the dense model takes {dense:.3g} ms and fits already; ask for less"
+        )
+    seen, refused = [Trial(1.0, dense)], ""
+    others = {name: bound for name, bound in budget.given.items() if name != "latency_ms"}
+    if others:
+        seen.append(_timed(cut(Budget(**others)), clock))
+    enough = others and (seen[-1].milliseconds or 0.0) <= limit
+    while not enough and len(seen) <= trials and (share := _next(seen, limit)) is not None:
+        try:
+            seen.append(_timed(cut(Budget(**others | {"macs": share})), clock))
+        except BudgetError as error:
+            seen.append(Trial(share, None))
+            refused = f" With less: {error}"
+    fit = [trial for trial in seen if trial.milliseconds is not None and trial.milliseconds <= limit]
+    if not fit:
+        least = min((t for t in seen if t.milliseconds is not None), key=lambda t: t.milliseconds or 0.0)
+        raise BudgetError(
+            f"budget latency_ms={limit:g}: not reached. The dense model takes {dense:.3g} ms; with {least.share:.1%} "
+            f"of its MACs it takes {least.milliseconds:.3g} ms, the least of {len(seen)} trials.{refused}"
+        )
+    best = max(fit, key=lambda trial: trial.share)
+    assert best.pruned is not None
+    assert best.milliseconds is not None
+    measured = {"bound": limit, "dense": dense, "trials": [[t.share, t.milliseconds] for t in seen[1:]]}
+    plan = replace(best.pruned.plan, origin={**best.pruned.plan.origin, "latency_ms": measured})
+    return replace(best.pruned, plan=plan, latency=(dense, best.milliseconds))
+
+
+def _timed(pruned: Pruned, clock: Clock) -> Trial:
+    return Trial(pruned.macs[1] / pruned.macs[0], clock(pruned.model), pruned)
+
+
+def _next(seen: Sequence[Trial], limit: float) -> float | None:
+    """The share of MACs to try next; None: no trial would tell anything new."""
+    timed = sorted((t for t in seen if t.milliseconds is not None), key=lambda t: t.share)
+    fast = [t for t in timed if (t.milliseconds or 0.0) <= limit]
+    slow = [t for t in timed if (t.milliseconds or 0.0) > limit]
+    low = fast[-1] if fast else None
+    high = next((t for t in slow if low is None or t.share > low.share), None)
+    floor = max((t.share for t in seen if t.milliseconds is None), default=0.0)
+    if high is None or (low is not None and (low.milliseconds or 0.0) >= _CLOSE * limit):
+        return None
+    if low is None:  # a line through the two smallest, or through the dense model and zero
+        other = timed[1] if len(timed) > 1 else Trial(0.0, 0.0)
+        low = Trial(floor, None)
+        slope = ((other.milliseconds or 0.0) - (high.milliseconds or 0.0)) / (other.share - high.share)
+        aim = high.share - ((high.milliseconds or 0.0) - _aim(limit)) / slope if slope > 0 else 0.0
+    else:
+        rise = (_aim(limit) - (low.milliseconds or 0.0)) / (
+            (high.milliseconds or 0.0) - (low.milliseconds or 0.0)
+        )
+        aim = low.share + rise * (high.share - low.share)
+    gap = high.share - low.share
+    if gap < _NEAR:
+        return None
+    # one odd measurement must not end the search far off: towards the unknown, at most half of the way
+    least = low.share + (0.5 if low.milliseconds is None else 0.1) * gap
+    return min(max(aim, least), high.share - 0.1 * gap)
+
+
+def _aim(limit: float) -> float:
+    """A little below the bound, since clocks are not exact."""
+    return (1 + _CLOSE) / 2 * limit
+
+
+def budget_in_macs(
+    model: nn.Module, inputs: Inputs, budget: Budget, *, clock: Clock | None = None, **options: Any
+) -> Budget:
+    """What a bound in milliseconds comes to in MACs, for methods that cannot try: those that prune during training.
+
+    A copy of the model is cut evenly, every group alike, until it is fast enough; its MACs are the bound. A method
+    that shares the cuts out otherwise takes a little more or less time than asked for.
+
+    Args:
+        model: only read.
+        inputs: example inputs; their batch is what is timed.
+        budget: with `latency_ms`.
+        clock: measures; default: `here(inputs)`.
+        options: of `oneshot`, such as `freeze`.
+    Raises:
+        BudgetError: see `prune_to_latency`.
+    """
+
+    def evenly(within: Budget) -> Pruned:
+        return oneshot(model, inputs, within, allocation="uniform", **options)
+
+    found = prune_to_latency(evenly, model, budget, clock or here(inputs))
+    return replace(budget, latency_ms=None, macs=found.macs[1])
