@@ -384,7 +384,7 @@ def test_milliseconds_are_a_budget(when: str, tmp_path: Path, monkeypatch: pytes
         return 10 * sum(p.numel() for p in model.parameters()) / dense
 
     dense = sum(p.numel() for p in fresh_model(TASK.model, 10, 1, 0).parameters())
-    monkeypatch.setattr("secateur.runs.result.here", lambda inputs: clock)
+    monkeypatch.setattr("secateur.runs.result.here", lambda *_: clock)
     config = PruneConfig(task=TASK, latency_ms=6.0)
     if when == "during":
         config = replace(DURING, keep_macs=None, latency_ms=6.0)

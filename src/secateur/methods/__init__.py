@@ -198,7 +198,7 @@ def prune(
         budget: what the result may cost at most.
         method: a name in `secateur.methods.METHODS`.
         clock: measures the milliseconds of a model for budgets of `latency_ms`, such as with another runtime;
-            default: the median of 50 passes over `inputs`, in PyTorch, on their device.
+            default: `secateur.methods.latency.here`, PyTorch on the device of `inputs`.
         options: of the method; see its docstring (`secateur.methods.oneshot`, …).
     Raises:
         SecateurError: unknown method, one that prunes during training, or one that makes masks of single weights;
@@ -227,5 +227,8 @@ def prune(
         if entry.takes("curves"):  # they are the same for all trials
             options = {"curves": Path(folder) / "curves.safetensors"} | options
         return prune_to_latency(
-            lambda within: entry.run(model, inputs, within, **options), model, budget, clock or here(inputs)
+            lambda within: entry.run(model, inputs, within, **options),
+            model,
+            budget,
+            clock or here(model, inputs),
         )

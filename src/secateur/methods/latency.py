@@ -7,7 +7,7 @@ from typing import Any
 from torch import nn
 
 from secateur.cost import Budget
-from secateur.cost.latency import measure_latency
+from secateur.cost.latency import compare_latency, measure_latency
 from secateur.errors import BudgetError
 from secateur.graph import Inputs
 from secateur.methods.oneshot import Pruned, oneshot
@@ -28,9 +28,23 @@ class Trial:
     pruned: Pruned | None = None
 
 
-def here(inputs: Inputs) -> Clock:
-    """The median of 50 passes over the example inputs, in PyTorch, on their device."""
-    return lambda model: measure_latency(model, inputs, repeats=50).median_ms
+def here(dense: nn.Module, inputs: Inputs) -> Clock:
+    """Medians of 50 passes over the example inputs, in PyTorch, on their device.
+
+    Models are timed in turn with the dense one and told in units of its first measurement, so that a machine which
+    slows down meanwhile does not change what is chosen.
+    """
+    first: list[float] = []
+
+    def clock(model: nn.Module) -> float:
+        if not first:
+            first.append(measure_latency(dense, inputs, repeats=50).median_ms)
+        if model is dense:
+            return first[0]
+        pair = compare_latency({"dense": dense, "model": model}, inputs, repeats=50)
+        return first[0] * pair["model"].median_ms / pair["dense"].median_ms
+
+    return clock
 
 
 def prune_to_latency(
@@ -134,7 +148,7 @@ def budget_in_macs(
         model: only read.
         inputs: example inputs; their batch is what is timed.
         budget: with `latency_ms`.
-        clock: measures; default: `here(inputs)`.
+        clock: measures; default: `here(model, inputs)`.
         options: of `oneshot`, such as `freeze`.
     Raises:
         BudgetError: see `prune_to_latency`.
@@ -143,5 +157,5 @@ def budget_in_macs(
     def evenly(within: Budget) -> Pruned:
         return oneshot(model, inputs, within, allocation="uniform", **options)
 
-    found = prune_to_latency(evenly, model, budget, clock or here(inputs))
+    found = prune_to_latency(evenly, model, budget, clock or here(model, inputs))
     return replace(budget, latency_ms=None, macs=found.macs[1])

@@ -204,7 +204,7 @@ def _decide(config: PruneConfig, subject: Subject, graph: Graph, folder: RunFold
         subject.inputs,
         budget=config.budget(graph),
         method=config.method,
-        clock=clock_of(subject.inputs, config.latency_batch),
+        clock=clock_of(subject.model, subject.inputs, config.latency_batch),
         freeze=config.freeze,
         **config.method_options(),
         **data,
@@ -217,7 +217,7 @@ def _in_closed_form(config: PruneConfig, subject: Subject, graph: Graph) -> Budg
     budget = config.budget(graph)
     if budget.latency_ms is None:
         return budget
-    clock = clock_of(subject.inputs, config.latency_batch)
+    clock = clock_of(subject.model, subject.inputs, config.latency_batch)
     return budget_in_macs(
         subject.model, subject.inputs, budget, clock=clock, freeze=config.freeze, min_keep=config.min_keep
     )
