@@ -246,6 +246,7 @@ def test_a_failed_cell_does_not_stop_the_rest(recipe: Path, tmp_path: Path) -> N
         ('"tiny"', '"tinny"', "unknown schedule 'tinny'"),
         ("decay = 2", 'against = "l1"', "unknown arm 'l1'"),
         ("rounds", "runds", "unknown option 'runds'"),
+        ("macs = ", "flops = ", "unknown measure 'flops'; choose one of: macs, params"),
         ("[arms.dense]", "[arms.dense", "cannot be read as a recipe"),
     ],
 )

@@ -16,7 +16,7 @@ from secateur.errors import FileError, SecateurError, unknown
 from secateur.files import atomic_write
 from secateur.methods import AUTO, method_named
 from secateur.report import ComparisonReport, current_versions, write_comparison, write_tables
-from secateur.report.comparison import DENSE, Outcome, is_steady
+from secateur.report.comparison import DENSE, MEASURES, Outcome, is_steady
 from secateur.report.data import LatencyPair, Width
 from secateur.runs.config import PruneConfig, Task, TrainRunConfig
 from secateur.runs.folder import RunFolder, SavedRun
@@ -119,6 +119,10 @@ class Comparison:
         for name, arm in self.arms.items():
             if arm.against not in (*self.arms, DENSE):
                 raise SecateurError(f"arm {name!r}: against {unknown('arm', arm.against, self.arms)}")
+        for budget in (*self.budgets, *(b for arm in self.arms.values() for b in arm.budgets or ())):
+            for measure in budget:
+                if measure not in MEASURES:
+                    raise SecateurError(f"budgets of a comparison: {unknown('measure', measure, MEASURES)}")
         return [
             cell
             for seed in self.seeds
