@@ -21,10 +21,10 @@ _NEAR = 0.01  # shares of MACs that differ by less are not told apart by a clock
 
 @dataclass(frozen=True)
 class Trial:
-    """A share of the MACs, what it was cut to, and the milliseconds that took; None: out of reach."""
+    """A share of the MACs, the milliseconds that it takes, and the model; None: the dense one."""
 
     share: float
-    milliseconds: float | None
+    milliseconds: float
     pruned: Pruned | None = None
 
 
@@ -73,27 +73,27 @@ def prune_to_latency(
         raise BudgetError(
             f"budget latency_ms={limit:g}: the dense model takes {dense:.3g} ms and fits already; ask for less"
         )
-    seen, refused = [Trial(1.0, dense)], ""
+    seen, least, refused = [Trial(1.0, dense)], 0.0, ""
     others = {name: bound for name, bound in budget.given.items() if name != "latency_ms"}
     if others:
         seen.append(_timed(cut(Budget(**others)), clock))
-    enough = others and (seen[-1].milliseconds or 0.0) <= limit
-    while not enough and len(seen) <= trials and (share := _next(seen, limit)) is not None:
+    enough = others and seen[-1].milliseconds <= limit
+    for _ in range(trials):
+        if enough or (share := _next(seen, least, limit)) is None:
+            break
         try:
             seen.append(_timed(cut(Budget(**others | {"macs": share})), clock))
         except BudgetError as error:
-            seen.append(Trial(share, None))
-            refused = f" With less: {error}"
-    fit = [trial for trial in seen if trial.milliseconds is not None and trial.milliseconds <= limit]
+            least, refused = share, f" With less: {error}"
+    fit = [trial for trial in seen if trial.milliseconds <= limit]
     if not fit:
-        least = min((t for t in seen if t.milliseconds is not None), key=lambda t: t.milliseconds or 0.0)
+        best = min(seen, key=lambda trial: trial.milliseconds)
         raise BudgetError(
-            f"budget latency_ms={limit:g}: not reached. The dense model takes {dense:.3g} ms; with {least.share:.1%} "
-            f"of its MACs it takes {least.milliseconds:.3g} ms, the least of {len(seen)} trials.{refused}"
+            f"budget latency_ms={limit:g}: not reached. The dense model takes {dense:.3g} ms; with {best.share:.1%} "
+            f"of its MACs it takes {best.milliseconds:.3g} ms, the least of {len(seen)} trials.{refused}"
         )
     best = max(fit, key=lambda trial: trial.share)
     assert best.pruned is not None
-    assert best.milliseconds is not None
     measured = {"bound": limit, "dense": dense, "trials": [[t.share, t.milliseconds] for t in seen[1:]]}
     plan = replace(best.pruned.plan, origin={**best.pruned.plan.origin, "latency_ms": measured})
     return replace(best.pruned, plan=plan, latency=(dense, best.milliseconds))
@@ -103,32 +103,30 @@ def _timed(pruned: Pruned, clock: Clock) -> Trial:
     return Trial(pruned.macs[1] / pruned.macs[0], clock(pruned.model), pruned)
 
 
-def _next(seen: Sequence[Trial], limit: float) -> float | None:
-    """The share of MACs to try next; None: no trial would tell anything new."""
-    timed = sorted((t for t in seen if t.milliseconds is not None), key=lambda t: t.share)
-    fast = [t for t in timed if (t.milliseconds or 0.0) <= limit]
-    slow = [t for t in timed if (t.milliseconds or 0.0) > limit]
-    low = fast[-1] if fast else None
-    high = next((t for t in slow if low is None or t.share > low.share), None)
-    floor = max((t.share for t in seen if t.milliseconds is None), default=0.0)
-    if high is None or (low is not None and (low.milliseconds or 0.0) >= _CLOSE * limit):
-        return None
+def _next(seen: Sequence[Trial], least: float, limit: float) -> float | None:
+    """The share of MACs to try next; None: no trial would tell anything new.
+
+    Args:
+        seen: the dense model and what was measured.
+        least: a share that was out of reach, or 0.
+        limit: milliseconds.
+    """
+    seen = sorted(seen, key=lambda trial: trial.share)
+    low = next((t for t in reversed(seen) if t.milliseconds <= limit), None)
+    high = next(t for t in seen if t.milliseconds > limit and (low is None or t.share > low.share))
     if low is None:  # a line through the two smallest, or through the dense model and zero
-        other = timed[1] if len(timed) > 1 else Trial(0.0, 0.0)
-        low = Trial(floor, None)
-        slope = ((other.milliseconds or 0.0) - (high.milliseconds or 0.0)) / (other.share - high.share)
-        aim = high.share - ((high.milliseconds or 0.0) - _aim(limit)) / slope if slope > 0 else 0.0
+        start, other = least, seen[1] if len(seen) > 1 else Trial(0.0, 0.0)
+    elif low.milliseconds >= _CLOSE * limit:
+        return None
     else:
-        rise = (_aim(limit) - (low.milliseconds or 0.0)) / (
-            (high.milliseconds or 0.0) - (low.milliseconds or 0.0)
-        )
-        aim = low.share + rise * (high.share - low.share)
-    gap = high.share - low.share
+        start, other = low.share, low
+    gap = high.share - start
     if gap < _NEAR:
         return None
+    slope = (other.milliseconds - high.milliseconds) / (other.share - high.share)
+    aim = high.share - (high.milliseconds - _aim(limit)) / slope if slope > 0 else 0.0
     # one odd measurement must not end the search far off: towards the unknown, at most half of the way
-    least = low.share + (0.5 if low.milliseconds is None else 0.1) * gap
-    return min(max(aim, least), high.share - 0.1 * gap)
+    return min(max(aim, start + (0.5 if low is None else 0.1) * gap), high.share - 0.1 * gap)
 
 
 def _aim(limit: float) -> float:
