@@ -19,12 +19,15 @@ Data = Iterable[tuple[Tensor, Tensor]]
 STEPS = 200
 """Steps in which Torch-Pruning goes from nothing to 95 % of the channels; it stops where the budget is met."""
 
-EVERY = 10
-"""Steps between two measurements of the gradients, for Taylor; in between the gradients are cut with the weights."""
-
 
 def torch_pruning(
-    model: nn.Module, inputs: Tensor, budget: Budget, *, importance: str = "l2", data: Data | None = None
+    model: nn.Module,
+    inputs: Tensor,
+    budget: Budget,
+    *,
+    importance: str = "l2",
+    data: Data | None = None,
+    every: int = 10,
 ) -> nn.Module:
     """Torch-Pruning, global: step by step to the widths that first meet the budget.
 
@@ -32,6 +35,7 @@ def torch_pruning(
         importance: "l2", norms of each group's first layer; "group-norm", of all its layers, as its
             `GroupNormPruner` has it without sparse training; "taylor", first order.
         data: for "taylor".
+        every: steps between two measurements of the gradients; in between they are cut with the weights.
     """
     import torch_pruning as tp
 
@@ -52,7 +56,7 @@ def torch_pruning(
         dense = {name: count(model, inputs) for name, count in COUNTS.items()}
         limits = budget.limits(dense)
         while any(COUNTS[name](model, inputs) > limit for name, limit in limits.items()):
-            if importance == "taylor" and pruner.current_step % EVERY == 0:
+            if importance == "taylor" and pruner.current_step % every == 0:
                 model.zero_grad()
                 for x, y in data or ():
                     nn.functional.cross_entropy(model(x), y).backward()

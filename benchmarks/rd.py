@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import peers
 import torch
 from torch import Tensor, nn
 
@@ -224,31 +225,18 @@ def channel_cell(bench: Bench, budget: float, how: str, compensation: str) -> di
 
 def torch_pruning_cell(bench: Bench, budget: float, score: str) -> dict[str, Any]:
     """Torch-Pruning, global, to the widths that first meet the budget; then batch norms measured again."""
-    import torch_pruning as tp
-
-    model, data = bench.network("resnet20_b")
-    model = copy.deepcopy(model)
+    network, data = bench.network("resnet20_b")
     batches = bench.calibration("resnet20_b")
     inputs = batches[0][:1]
-    importance = (
-        tp.importance.GroupMagnitudeImportance(p=2)
-        if score == "l2"
-        else tp.importance.GroupTaylorImportance()
+    labels = data.subset(train_images=IMAGES).train
+    model = peers.torch_pruning(
+        copy.deepcopy(network),
+        inputs,
+        Budget(macs=budget),
+        importance={"l2": "group-norm", "taylor": "taylor"}[score],
+        data=Batches(labels, batch_size=BATCH, normalisation=data.normalisation),
+        every=1,
     )
-    dense, _ = tp.utils.count_ops_and_params(model, inputs)
-    pruner = tp.pruner.BasePruner(
-        model, inputs, importance, global_pruning=True, pruning_ratio=0.95, iterative_steps=200,
-        ignored_layers=[model.fc],
-    )  # fmt: skip
-    macs = dense
-    while macs > budget * dense:
-        if score == "taylor":
-            labels = data.subset(train_images=IMAGES)
-            model.zero_grad()
-            for x, y in Batches(labels.train, batch_size=BATCH, normalisation=data.normalisation):
-                torch.nn.functional.cross_entropy(model(x), y).backward()
-        pruner.step()
-        macs, _ = tp.utils.count_ops_and_params(model, inputs)
     norms = [module for module in model.modules() if isinstance(module, nn.BatchNorm2d)]
     for norm in norms:
         norm.reset_running_stats()
@@ -257,7 +245,10 @@ def torch_pruning_cell(bench: Bench, budget: float, score: str) -> dict[str, Any
         model.train()
         for x in batches:
             model(x)
-    return {"accuracy": accuracy(model.eval(), data), "macs": macs / dense}
+    return {
+        "accuracy": accuracy(model.eval(), data),
+        "macs": peers.macs(model, inputs) / peers.macs(network, inputs),
+    }
 
 
 def channels_table(bench: Bench) -> dict[tuple[str, str, float], dict[str, Any] | None]:
@@ -265,7 +256,6 @@ def channels_table(bench: Bench) -> dict[tuple[str, str, float], dict[str, Any] 
     for how, compensation, budget in [
         *itertools.product(("rd",), ("least-squares",), CHANNEL_BUDGETS),
         *itertools.product(("l2-global", "taylor-global", "l2-uniform"), COMPENSATED[::-1], CHANNEL_BUDGETS),
-        *itertools.product(("rd",), ("none", "batch-norm"), CHANNEL_BUDGETS[:0]),
     ]:
         cells[how, compensation, budget] = bench.cell(
             f"channels.{how}.{compensation}.{budget}",

@@ -138,11 +138,7 @@ class Budget:
             if isinstance(bound, bool) or not isinstance(bound, int | float) or not math.isfinite(bound):
                 raise BudgetError(f"budget {name}={bound!r}: expected a number, such as 0.5 for half")
             if bound <= 0:
-                raise BudgetError(
-                    f"budget {name}={bound}: must be above 0; 0.5 keeps half of the dense model"
-                    if name != "latency_ms"
-                    else f"budget {name}={bound}: must be above 0"
-                )
+                raise BudgetError(f"budget {name}={bound}: must be above 0")
             if name == "latency_ms":
                 continue
             if bound == 1:

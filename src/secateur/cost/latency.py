@@ -3,7 +3,7 @@
 import contextlib
 import platform
 import time
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
@@ -15,6 +15,7 @@ from torch.utils import _pytree as pytree
 
 from secateur.errors import SecateurError
 from secateur.graph.capture import Inputs, as_call, batch_of
+from secateur.graph.modes import evaluating
 
 
 @runtime_checkable
@@ -122,7 +123,12 @@ def compare_latency(
 
     milliseconds: dict[str, list[float]] = {name: [] for name in runs}
     # not inference_mode: what a module caches under it could never again take part in training
-    with _evaluating(runs.values()), _torch_threads(threads), torch.no_grad():
+    with contextlib.ExitStack() as stack:
+        for run in runs.values():
+            if isinstance(run, nn.Module):
+                stack.enter_context(evaluating(run))
+        stack.enter_context(_torch_threads(threads))
+        stack.enter_context(torch.no_grad())
         for i in range(warmup + repeats):
             for name, run in runs.items():
                 _wait_for(device)
@@ -157,20 +163,6 @@ def device_name(device: torch.device | str) -> str:
             if line.startswith("model name"):
                 return line.partition(":")[2].strip()
     return platform.processor() or platform.machine()
-
-
-@contextlib.contextmanager
-def _evaluating(runs: Collection[object]) -> Iterator[None]:
-    modules = [module for run in runs if isinstance(run, nn.Module) for module in run.modules()]
-    modes = [module.training for module in modules]
-    try:
-        for run in runs:
-            if isinstance(run, nn.Module):
-                run.eval()
-        yield
-    finally:
-        for module, mode in zip(modules, modes, strict=True):
-            module.training = mode
 
 
 @contextlib.contextmanager

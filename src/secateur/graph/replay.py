@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from secateur.errors import CaptureError
+from secateur.graph.modes import evaluating
 
 Tensors = Mapping[str, Tensor]
 """Parameter or buffer name -> the tensor that takes its place."""
@@ -86,10 +87,8 @@ class Program:
             self._layout = torch.contiguous_format
 
     def _captured(self, x: Tensor) -> torch.export.ExportedProgram:
-        modes = {module: module.training for module in self.model.modules()}
-        self.model.eval()
         failure: Exception | None = None
-        try:
+        with evaluating(self.model):
             for dynamic in ({0: torch.export.Dim.AUTO}, None):
                 try:
                     with warnings.catch_warnings(), torch.no_grad():
@@ -107,9 +106,6 @@ class Program:
                     failure = CaptureError("the captured graph computes something else")
                 except Exception as error:
                     failure = failure or error
-        finally:
-            for module, mode in modes.items():
-                module.training = mode
         raise CaptureError(
             f"{type(self.model).__name__}: its forward pass cannot be captured as one tensor in, one tensor out "
             f"({str(failure).strip().splitlines()[0] if str(failure).strip() else failure!r})."

@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from secateur.errors import ModelError, TrainingError
+from secateur.graph.modes import device_of, evaluating, modes_kept
 from secateur.methods.training import TrainingMethod
 from secateur.recipes.checkpoint import Epoch, State
 from secateur.recipes.data import Batches, Dataset, Split
@@ -90,16 +91,15 @@ def evaluate(
         ModelError: the model does not return one logit per class.
     """
     part: Split = getattr(data, split)
-    device = next((tensor.device for tensor in model.state_dict().values()), torch.device("cpu"))
     batches = Batches(
         part,
         batch_size=batch_size,
         normalisation=data.normalisation,
-        device=device,
+        device=device_of(model),
         channels_last=channels_last,
     )
-    with _modes_kept(model):
-        loss, correct = _measure(model.eval(), batches, len(data.classes)).tolist()
+    with evaluating(model):
+        loss, correct = _measure(model, batches, len(data.classes)).tolist()
     return Evaluation(accuracy=correct / len(part), loss=loss / len(part))
 
 
@@ -423,26 +423,12 @@ def _measure(model: nn.Module, batches: Batches, classes: int) -> Tensor:
 
 
 @contextlib.contextmanager
-def _modes_kept(model: nn.Module) -> Iterator[None]:
-    modes = {module: module.training for module in model.modules()}
-    try:
-        yield
-    finally:
-        for module, training in modes.items():
-            module.training = training
-
-
-@contextlib.contextmanager
 def _lent(model: nn.Module, device: torch.device, channels_last: bool) -> Iterator[nn.Module]:
     """The model on another device; at the end back, in its modes and without gradients."""
-    home = _device_of(model)
-    with _modes_kept(model):
+    home = device_of(model)
+    with modes_kept(model):
         try:
             model.to(device)
             yield model.to(memory_format=torch.channels_last) if channels_last else model
         finally:
             model.to(home).zero_grad()
-
-
-def _device_of(model: nn.Module) -> torch.device:
-    return next((tensor.device for tensor in model.state_dict().values()), torch.device("cpu"))

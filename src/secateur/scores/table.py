@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from secateur.errors import ScoreError, unknown
 from secateur.graph import Graph, Group
+from secateur.graph.modes import evaluating
 
 
 @dataclass(frozen=True)
@@ -243,20 +244,17 @@ def gradients(
     `.grad`, `requires_grad` and the modes of the user's model are as they were after every batch.
     """
     named = {name: p for name, p in model.named_parameters() if p.is_floating_point()}
-    modes = {module: module.training for module in model.modules()}
     required = {p: p.requires_grad for p in named.values()}
     device = next(iter(named.values())).device
     for x, y in data:
-        try:
-            model.eval()
-            for p in required:
-                p.requires_grad_(True)
-            found = torch.autograd.grad(
-                loss(model(x.to(device)), y.to(device)), list(required), allow_unused=True
-            )
-        finally:
-            for p, flag in required.items():
-                p.requires_grad_(flag)
-            for module, mode in modes.items():
-                module.training = mode
+        with evaluating(model):
+            try:
+                for p in required:
+                    p.requires_grad_(True)
+                found = torch.autograd.grad(
+                    loss(model(x.to(device)), y.to(device)), list(required), allow_unused=True
+                )
+            finally:
+                for p, flag in required.items():
+                    p.requires_grad_(flag)
         yield {name: g for name, g in zip(named, found, strict=True) if g is not None}

@@ -1,7 +1,7 @@
 """Random images and random weights that hide nothing, and how far two sets of outputs are apart."""
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Sequence
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -11,6 +11,7 @@ from torch.utils import _pytree as pytree
 from secateur.graph import Graph, named_tensors
 from secateur.graph.capture import BATCH, Inputs, as_call, with_batch
 from secateur.graph.guard import opened
+from secateur.graph.modes import device_of, evaluating
 
 STATISTICS = ("running_mean", "running_var")
 """Buffers that normalisation layers learn."""
@@ -124,19 +125,7 @@ def difference(reference: Sequence[Tensor], result: Sequence[Tensor]) -> tuple[f
 
 def run_once(model: nn.Module, inputs: Inputs) -> Any:
     """One evaluation-mode forward pass that leaves modes and random numbers as they were."""
-    device = next((t.device for t in model.state_dict().values()), torch.device("cpu"))
+    device = device_of(model)
     args, kwargs = pytree.tree_map(lambda x: x.to(device) if isinstance(x, Tensor) else x, as_call(inputs))
     with evaluating(model), torch.no_grad(), torch.random.fork_rng(devices=[]):
         return model(*args, **kwargs)
-
-
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Inside the block, the model is in evaluation mode; afterwards every module is in its own again."""
-    modes = {module: module.training for module in model.modules()}
-    try:
-        model.eval()
-        yield
-    finally:
-        for module, mode in modes.items():
-            module.training = mode

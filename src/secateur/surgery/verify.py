@@ -9,6 +9,7 @@ from torch.utils import _pytree as pytree
 
 from secateur.errors import CutError
 from secateur.graph import Graph, named_tensors
+from secateur.graph.modes import evaluating
 from secateur.plan import Plan
 from secateur.surgery.cut import kept_positions, tensor_cuts
 from secateur.surgery.duplicate import duplicate
@@ -17,7 +18,6 @@ from secateur.surgery.mask import mask_
 from secateur.surgery.probe import (
     aliases,
     difference,
-    evaluating,
     fit_norms_,
     floats,
     random_inputs,

@@ -17,9 +17,10 @@ from torch.utils import _pytree as pytree
 
 from secateur.errors import CutError
 from secateur.graph import Graph, named_tensors
+from secateur.graph.modes import evaluating
 from secateur.graph.trace import Survivors
 from secateur.surgery.duplicate import duplicate
-from secateur.surgery.probe import aliases, difference, evaluating, floats, random_inputs, random_values
+from secateur.surgery.probe import aliases, difference, floats, random_inputs, random_values
 from secateur.surgery.rewriting.draft import Draft, Writer
 from secateur.surgery.rewriting.listing import Listing, calls
 from secateur.surgery.rewriting.program import NAMES, Around, Named, Ref, refs
