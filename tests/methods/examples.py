@@ -86,6 +86,8 @@ METHODS: dict[str, Make] = {
     ),
     "lapp, shared bypass": lapp(bypass="shared", score="gamma", constraint="log"),
     "lapp, no bypass": lapp(bypass="none", score="taylor", slope="dst", remove_every=2),
+    "lapp, decay": lapp(removal=Decay(3), remove_every=2),
+    "lapp, shared bypass, decay": lapp(bypass="shared", removal=Decay(4)),
     "lapp, soft, no learning": lapp(bypass="none", slope="soft", learn=False),
     "paam, alternating": paam(),
     "paam, joint, linear": paam(regime="joint", scorer="linear"),

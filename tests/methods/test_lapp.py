@@ -13,6 +13,7 @@ from secateur import Budget, Cost, analyze
 from secateur.errors import ModelError, SecateurError
 from secateur.export import export_onnx
 from secateur.methods.lapp import LAPP, Step
+from secateur.methods.removal import Decay, Rectify
 from secateur.recipes.models import build_model
 from secateur.surgery.bypass import Bypass, add_bypass_, fold_bypass_, written_out
 from tests.methods.examples import INPUTS, STEPS, Residual, lapp
@@ -249,6 +250,42 @@ def test_curves_tell_the_course() -> None:
     assert steps[-1] == method.prune_steps
     assert method.curves[-1]["macs"] <= 0.6
     assert set(method.curves[0]["threshold"]) == {method.whole.groups[n].name for n in method.targets}
+
+
+def test_units_fade_and_come_back_by_equal_steps() -> None:
+    """The gate of a unit under its threshold closes over N steps; a unit that comes back opens it again."""
+    method = attached(make(removal=Decay(4), bypass="none", learn=False, prune_share=0.8))
+    method.limits = {}  # nothing has to go
+    number = method.targets[0]
+    low = method.importance(number).argmin()
+    gate = []
+    for tau in (-9.0, *[0.0] * 3, -9.0, *[0.0] * 6):
+        method.threshold.data.fill_(tau)
+        method._move()
+        gate.append(float(method._levels[0][low]))
+    assert gate == pytest.approx([1, 0.75, 0.5, 0.25, 0.5, 0.25, 0, 0, 0, 0, 0], abs=1e-5)
+    assert gate[6] == 0
+    assert method._levels[0][method.importance(number).argmax()] == 1
+
+
+def test_the_last_units_fade_after_landing() -> None:
+    torch.manual_seed(0)
+    method = make(removal=Decay(4), prune_share=0.5, hold_share=0.99)
+    optimizer = torch.optim.SGD(method.model.parameters(), lr=0.05)
+    with method.attach(optimizer):
+        loop(method, optimizer, method.prune_steps)
+        assert method.count("macs") == method.cost.macs()  # decided, not cut
+        loop(method, optimizer, 2)
+        gone = [~method._decided[number] for number in method.targets]  # type: ignore[index]
+        assert any(((level > 0) & mask).any() for level, mask in zip(method._levels, gone, strict=True))
+        loop(method, optimizer, 1)
+        assert method.count("macs") <= method.limits["macs"]
+        loop(method, optimizer, STEPS - method.step)
+    assert method.finish().verification.ok
+    with pytest.raises(SecateurError, match="beyond step"):
+        make(removal=Decay(STEPS))
+    with pytest.raises(SecateurError, match="without rectify"):
+        make(removal=Decay(2, Rectify()))
 
 
 @pytest.mark.parametrize(

@@ -1,10 +1,20 @@
 """Reports as runs would give them, made up from a seed."""
 
 import random
+from dataclasses import replace
 from typing import Any
 
 from secateur.cost.latency import Latency
-from secateur.report import ComparisonReport, FrozenGroup, Group, LatencyPair, Outcome, Report, Width
+from secateur.report import (
+    ComparisonReport,
+    FrozenGroup,
+    Group,
+    LatencyPair,
+    Outcome,
+    Report,
+    UnitDecay,
+    Width,
+)
 
 
 def latency(median_ms: float, runtime: str) -> Latency:
@@ -89,6 +99,32 @@ def resnet20() -> Report:
             "threads": 2,
         },
     )
+
+
+def faded() -> Report:
+    """The same, pruned in four rounds while it was trained; units faded over ten steps, and some were released."""
+    report, rng = resnet20(), random.Random(2)
+    names = [group.name for group in report.groups]
+    course = [
+        {
+            "step": 50 * n,
+            "units": {
+                group.name: group.units - n * (group.units - group.kept) // 4 for group in report.groups
+            },
+            "macs": 1 - 0.125 * n,
+            "params": 1 - 0.12 * n,
+        }
+        for n in range(5)
+    ]
+    decays = []
+    for n in range(40):
+        start, released = 50 * (n // 10), n % 8 == 7
+        end = start + (6 if released else 9)
+        rate, length = rng.uniform(0.61, 1) if released else rng.random(), 3.0 if released else rng.random()
+        decays.append(UnitDecay(names[n % len(names)], n % 16, start, end, released, rate, length))
+    decays[0] = replace(decays[0], rate=None, length=None)
+    above = {"rate": 0.6, "length": 2.5}
+    return replace(report, method="gradual", course=course, decays=decays, release_above=above)
 
 
 def deep() -> Report:

@@ -11,14 +11,23 @@ from typing import Any
 import pytest
 
 from secateur.errors import FileError, SecateurError
-from secateur.report import FrozenGroup, Group, LatencyPair, Report, Width, current_versions, write_report
+from secateur.report import (
+    FrozenGroup,
+    Group,
+    LatencyPair,
+    Report,
+    UnitDecay,
+    Width,
+    current_versions,
+    write_report,
+)
 from secateur.report.figures import figures
 from secateur.report.html import render
 
 from .browser import Browser, browser, missing
-from .examples import deep, latency, resnet20
+from .examples import deep, faded, latency, resnet20
 
-EXAMPLES = pytest.mark.parametrize("example", [resnet20, deep])
+EXAMPLES = pytest.mark.parametrize("example", [resnet20, faded, deep])
 HOSTILE = "</script><script>document.title = 'taken'</script><img src=x onerror=alert(1)>&amp;'\"{{ 7 * 7 }}"
 
 
@@ -51,6 +60,7 @@ def hostile() -> Report:
         groups=[Group(HOSTILE, [True, False], [2.0, 1.0])],
         frozen=[FrozenGroup(HOSTILE, HOSTILE, 1, 1)],
         notes=[HOSTILE],
+        decays=[UnitDecay(HOSTILE, 0, 1, 5, True, 0.7, 3.0)],
         history=[line],
         versions={HOSTILE: HOSTILE},
     )
@@ -156,6 +166,24 @@ def test_the_pictures_hold_the_data(example):
         ]
         assert counts == [group.kept, group.units - group.kept]
     assert ("plot-accuracy" in drawn) == bool(report.history)
+
+
+def test_how_units_faded():
+    report = faded()
+    zero, released = figures(report)["plot-decays"]["data"]
+    assert [len(line["x"]) for line in (zero, released)] == [3 * 35, 3 * 5]
+    first = next(decay for decay in report.decays if decay.released)
+    assert released["x"][:3] == [first.start, first.end, None]
+    assert f"unit {first.unit}: steps 0 to 6, released" in released["text"][0]
+    drawn = figures(report)["plot-resistance"]
+    assert sum(len(points["x"]) for points in drawn["data"]) == 39  # one was never measured
+    assert {(line.get("x0"), line.get("y0")) for line in drawn["layout"]["shapes"]} == {(0.6, 0), (0, 2.5)}
+    assert "40 units faded: 35 to zero, 5 were released." in Page(render(report)).text
+    assert json.loads(json.dumps(report.to_json()["decays"]))[7]["released"] is True
+    unrectified = dataclasses.replace(
+        report, release_above={}, decays=[d for d in report.decays if not d.released]
+    )
+    assert "since this run used no rectifying test" in Page(render(unrectified)).text
 
 
 @EXAMPLES

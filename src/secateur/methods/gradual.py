@@ -14,7 +14,7 @@ from secateur.cost import Budget
 from secateur.errors import ScoreError, SecateurError, unknown
 from secateur.graph import Inputs
 from secateur.methods.oneshot import Pruned
-from secateur.methods.removal import INSTANT, Decay, Pool
+from secateur.methods.removal import INSTANT, Decay, Ending, Pool
 from secateur.methods.structured import StructuredMethod
 from secateur.scores import SCORES
 from secateur.scores.table import group_slices
@@ -83,6 +83,9 @@ class RemovalMethod(StructuredMethod):
             length = None if lengths is None else lengths[number]
             self.pool.start(number, mask, self.step, self.optimizer, length)
 
+    def endings(self) -> Sequence[Ending]:
+        return self.pool.endings
+
     def drop(self) -> None:
         """Cut out what is gone."""
         masks = [torch.ones(len(units), dtype=torch.bool) for units in self.kept]
@@ -112,8 +115,8 @@ class RemovalMethod(StructuredMethod):
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         tensors, facts = super().state()
-        held, log = self.pool.state()
-        return tensors | {f"pool.{name}": t for name, t in held.items()}, facts | {"pool": log}
+        held, pool = self.pool.state()
+        return tensors | {f"pool.{name}": t for name, t in held.items()}, facts | {"pool": pool}
 
     def restore(self, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> None:
         super().restore(tensors, facts)

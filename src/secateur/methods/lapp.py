@@ -8,6 +8,7 @@ Everything else is our choice, and an option.
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from fnmatch import fnmatchcase
 from typing import Any, Literal
 
@@ -20,6 +21,7 @@ from secateur.graph import Graph, Inputs, analyze
 from secateur.methods.gates import Gates, norms_after
 from secateur.methods.oneshot import Pruned
 from secateur.methods.options import Numbers, check_options
+from secateur.methods.removal import INSTANT, Decay
 from secateur.methods.structured import StructuredMethod, makers, own_groups
 from secateur.surgery.bypass import add_bypass_, fold_bypass_
 
@@ -84,6 +86,9 @@ class LAPP(StructuredMethod):
         remove_every: steps after which units below their threshold are cut out for good; None: only at the
             end of pruning. Not with a shared bypass. Once a group has lost units, its mean and std stay.
         min_share: share of its units that every group keeps.
+        removal: how units go. With `Decay(N)` the gate of a unit that falls below its threshold closes over N steps,
+            and opens again as gradually if the unit comes back before; the last ones close after landing on the
+            budget. Here thresholds let units return, so `rectify` has no part in it.
         freeze: module names or shell patterns that no cut may touch.
     Raises:
         ModelError: a bypass is wanted where no convolution is followed by a batch norm.
@@ -112,6 +117,7 @@ class LAPP(StructuredMethod):
         threshold_lr: float | None = None,
         remove_every: int | None = None,
         min_share: float = 0.05,
+        removal: Decay = INSTANT,
         freeze: Sequence[str] = (),
     ) -> None:
         self._options: dict[str, Any] = {
@@ -129,11 +135,16 @@ class LAPP(StructuredMethod):
             "threshold_lr": threshold_lr,
             "remove_every": remove_every,
             "min_share": min_share,
+            "removal": asdict(removal),
         }
         check_options("LAPP", self._options, _NAMES, _NUMBERS)
         if self._options["remove_every"] and self._options["bypass"] == "shared":
             raise SecateurError(
                 "LAPP: remove_every does not go with bypass='shared', whose units leave at the end"
+            )
+        if removal.rectify is not None:
+            raise SecateurError(
+                "LAPP: its thresholds let units return that are worth it; use a removal without rectify"
             )
         if budget.units is not None:
             raise BudgetError("LAPP: the budget bounds units; expected macs, params or both")
@@ -154,6 +165,14 @@ class LAPP(StructuredMethod):
         if bypass == "shared":
             add_bypass_(model, self._bypasses, "shared")
         self.prune_steps = max(1, round(prune_share * steps))
+        self._last = self.prune_steps + removal.steps - 1  # the step after which all that leave are zero
+        if self._last > steps:
+            raise SecateurError(
+                f"LAPP: pruning ends after step {self.prune_steps}, and {removal.steps} steps of removal then go "
+                f"beyond step {steps}; use a smaller prune_share, a shorter removal, or more steps"
+            )
+        self._fade = (1 + 1e-6) / removal.steps  # rounding must leave nothing of a unit after the last step
+        self._levels = [torch.ones(self.whole.groups[number].units) for number in targets]
 
         self.threshold = nn.Parameter(torch.full((len(self.whole.groups),), -3.0))
         lr = 7.8 / self.prune_steps if threshold_lr is None else threshold_lr
@@ -235,7 +254,7 @@ class LAPP(StructuredMethod):
 
     def make_gates(self) -> tuple[Gates, ...]:
         shared = self._options["bypass"] == "shared"
-        if self._decided is not None and not shared:
+        if self._decided is not None and not shared and self.step >= self._last:
             return ()  # the units are gone
         return (Gates(self.original if shared else self.model, self.graph, self.targets, self._norms),)
 
@@ -259,8 +278,20 @@ class LAPP(StructuredMethod):
         self.threshold.grad = None  # also that of a step which the scaler skipped
 
     def advance(self) -> None:
-        if self._decided is not None:
+        if self._decided is None:
+            self._prune()
+        elif self.step > self._last:
             return
+        self._move()
+        if self.step == self._last and self._options["bypass"] != "shared":
+            assert self._decided is not None
+            self.remove(self._decided)
+        self._refresh()
+        if self.step % max(1, self.prune_steps // 100) == 0 or self.step == self._last:
+            self._note()
+
+    def _prune(self) -> None:
+        """One step of the thresholds, and what follows from it."""
         for number, change in self._look:
             rows, memory = self.kept[number], self._saliency[number]
             memory[rows] = torch.lerp(memory[rows], change, 0.01 if self.step > 1 else 1.0)
@@ -270,15 +301,25 @@ class LAPP(StructuredMethod):
             self._threshold_optimizer.step()
         every = self._options["remove_every"]
         if self.step >= self.prune_steps:
-            keep = self._landing()
-            self._decided = keep
-            if self._options["bypass"] != "shared":
-                self.remove(keep)
+            self._decided = self._landing()
         elif every and self.step % every == 0:
             self._remove_below()
-        self._refresh()
-        if self.step % max(1, self.prune_steps // 100) == 0 or self._decided is not None:
-            self._note()
+
+    def _move(self) -> None:
+        """Open or close the gates a little further, towards the masks as they are now."""
+        if self._decided is None:
+            goals = [mask.detach().cpu() for mask in self.masks()]
+        else:
+            goals = [self._decided[number].float() for number in self.targets]
+        self._levels = [
+            level + (goal - level).clamp(-self._fade, self._fade)
+            for level, goal in zip(self._levels, goals, strict=True)
+        ]
+
+    def remove(self, masks: Sequence[Tensor]) -> None:
+        cut = [masks[number].cpu() for number in self.targets]
+        self._levels = [level[mask] for level, mask in zip(self._levels, cut, strict=True)]
+        super().remove(masks)
 
     def finish(self) -> Pruned:
         if self._options["bypass"] == "shared" and self._decided is not None:
@@ -300,6 +341,8 @@ class LAPP(StructuredMethod):
                 tensors[f"optimizer.{slot}"] = value
         for number, mask in enumerate(self._decided or ()):
             tensors[f"decided.{number}"] = mask
+        for place, level in enumerate(self._levels):
+            tensors[f"level.{place}"] = level
         return tensors, facts
 
     def restore(self, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> None:
@@ -314,6 +357,7 @@ class LAPP(StructuredMethod):
         if slots:
             on = {k: v if k == "step" else v.to(device) for k, v in slots.items()}
             self._threshold_optimizer.state[self.threshold] = on
+        self._levels = [tensors[f"level.{place}"].clone() for place in range(len(self._levels))]
         if "decided.0" in tensors:
             self._decided = [tensors[f"decided.{n}"].clone() for n in range(len(self._saliency))]
 
@@ -322,11 +366,14 @@ class LAPP(StructuredMethod):
         if not self.gates:
             return
         (gates,) = self.gates
+        levels = [level.to(self.threshold) for level in self._levels]
         if self._decided is not None:
-            gates.set([self._decided[number].to(self.threshold) for number in self.targets])
+            gates.set(levels)
             return
         self._passed = self.masks()
         passed = self._passed if self._options["task_gradient"] else [mask.detach() for mask in self._passed]
+        if self._fade < 1:
+            passed = [level + (mask - mask.detach()) for level, mask in zip(levels, passed, strict=True)]
         if self.model.training:
             passed = [mask + DUST * (mask == 0) for mask in passed]
         gates.set(passed)
@@ -336,10 +383,11 @@ class LAPP(StructuredMethod):
         return self.choose([self.distance(number) for number in self.targets])
 
     def _remove_below(self) -> None:
-        """Cut out what is below its threshold, but nothing that the budget would let stay."""
+        """Cut out what is below its threshold and has faded, but nothing that the budget would let stay."""
         keep = self._landing()
-        for number, mask in zip(self.targets, self.masks(), strict=True):
-            keep[number] |= mask.detach().cpu() >= 0.5
+        for number, mask, level in zip(self.targets, self.masks(), self._levels, strict=True):
+            mask = mask.detach().cpu()
+            keep[number] |= (mask >= 0.5) | ((level > mask + 1e-6) & (self._fade < 1))
         for number in set(range(len(keep))) - set(self.targets):
             keep[number][:] = True
         self.remove(keep)
@@ -365,7 +413,7 @@ class LAPP(StructuredMethod):
         if self._decided is None:
             for number, mask in zip(self.targets, self._passed, strict=True):
                 counts[number] = int((mask.detach() >= 0.5).sum())
-        elif self._options["bypass"] == "shared":
+        elif self._options["bypass"] == "shared" or self.step < self._last:
             counts = [int(mask.sum()) for mask in self._decided]
         names = [self.whole.groups[number].name for number in self.targets]
         values = self.threshold.detach()[self.targets].tolist()

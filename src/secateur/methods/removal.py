@@ -13,8 +13,9 @@ release is a reconstruction (see `Rectify`).
 """
 
 import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from typing import Any, Literal
 
 import torch
@@ -100,7 +101,30 @@ class Decay:
 
 INSTANT = Decay(1)
 
+
+@dataclass(frozen=True)
+class Ending:
+    """How the decay of one unit ended.
+
+    Attributes:
+        group: its number.
+        unit: the number it had at the start of the training.
+        start, end: optimizer steps; it was chosen after the one, and zero or let go after the other.
+        released: let go, not zero.
+        rate, length: what the rectifying test last measured; None: never.
+    """
+
+    group: int
+    unit: int
+    start: int
+    end: int
+    released: bool
+    rate: float | None = None
+    length: float | None = None
+
+
 _FIELDS: dict[str, tuple[torch.dtype, float]] = {
+    "unit": (torch.int64, 0),  # its number at the start
     "k": (torch.int64, 0),  # steps of the decay done; 0: not decaying
     "length": (torch.float64, 0),  # L
     "gone": (torch.bool, 0),
@@ -121,6 +145,8 @@ class Pool:
         groups: numbers of the groups it looks after.
         tensors: the model's parameters by name.
         decay: how units go.
+    Attributes:
+        endings: of all decays so far; removal at once is none.
     """
 
     def __init__(
@@ -129,11 +155,13 @@ class Pool:
         self.graph, self.groups, self.decay = graph, list(groups), decay
         self.tensors = tensors
         self.rectifying = True
-        self.log: list[dict[str, Any]] = []
+        self.endings: list[Ending] = []
         self._units = {
             n: {name: torch.full((graph.groups[n].units,), v, dtype=t) for name, (t, v) in _FIELDS.items()}
             for n in self.groups
         }
+        for units in self._units.values():
+            units["unit"] = torch.arange(len(units["unit"]))
         self._before: dict[int, tuple[Tensor, Tensor]] = {}
 
     # --- what is known -------------------------------------------------------------------------------------
@@ -203,7 +231,6 @@ class Pool:
         for name in ("resistance", "against", "growth"):
             units[name][new] = 0
         units["since"][new] = step
-        self._log(step, "started", int(new.sum()))
         self._shrink(number, new, step, optimizer)
 
     def observe(self) -> None:
@@ -240,10 +267,11 @@ class Pool:
             units["resistance"] = torch.where(decaying, average, units["resistance"])
             units["against"] += decaying & (product < 0)
             units["growth"] += torch.where(decaying, now - before, 0.0)
+        seen = self.statistics()
         if self.decay.rectify and self.rectifying:
-            self._release(step, self.decay.rectify)
+            self._release(step, self.decay.rectify, seen)
         for number in self._before:
-            self._shrink(number, self._units[number]["k"] > 0, step, optimizer)
+            self._shrink(number, self._units[number]["k"] > 0, step, optimizer, seen.get(number))
 
     def statistics(self) -> dict[int, tuple[Tensor, Tensor]]:
         """(rate, length) of the rectifying test, (units,), per group with decaying units."""
@@ -266,39 +294,38 @@ class Pool:
                 found[number] = ((now - before) / before.clamp_min(1e-300), units["growth"] / start)
         return found
 
-    def _release(self, step: int, rectify: Rectify) -> None:
+    def _release(self, step: int, rectify: Rectify, seen: Mapping[int, tuple[Tensor, Tensor]]) -> None:
         earliest = max(2, math.ceil(rectify.from_share * self.decay.steps))
-        started: dict[int, int] = {}
+        cohorts = Counter(e.start for e in self.endings)
         for units in self._units.values():
-            for since in units["since"][units["k"] > 0].tolist():
-                started[since] = started.get(since, 0) + 1
+            cohorts.update(units["since"][units["k"] > 0].tolist())
+        let_go = Counter(e.start for e in self.endings if e.released)
         candidates = []
-        seen = self.statistics()
         for number, (rate, length) in seen.items():
             units = self._units[number]
             fit = (units["k"] >= earliest) & (units["releases"] < rectify.times)
             fit &= (rate > rectify.rate) & (length > rectify.length)
             candidates += [(-length[u].item(), number, u) for u in fit.nonzero().flatten().tolist()]
-        room = {since: math.floor(rectify.most * count) for since, count in started.items()}
-        count = 0
+        room = {since: math.floor(rectify.most * count) - let_go[since] for since, count in cohorts.items()}
         for _, number, unit in sorted(candidates):  # those that resist most, first
             units = self._units[number]
             since = int(units["since"][unit])
             if room[since] > 0:
                 room[since] -= 1
-                count += 1
                 units["k"][unit] = 0
                 units["releases"][unit] += 1
                 cool_down = self.decay.steps if rectify.cool_down is None else rectify.cool_down
                 units["waits"][unit] = step + cool_down
-        lengths = torch.cat(
-            [length[self._units[n]["k"] > 0] for n, (_, length) in seen.items()] or [torch.zeros(0)]
-        )
-        if count:
-            middle = lengths.median().item() if len(lengths) else 0.0
-            self._log(step, "released", count, median_length=middle)
+                self._ended(number, unit, step, True, seen[number])
 
-    def _shrink(self, number: int, which: Tensor, step: int, optimizer: Optimizer | None) -> None:
+    def _shrink(
+        self,
+        number: int,
+        which: Tensor,
+        step: int,
+        optimizer: Optimizer | None,
+        seen: tuple[Tensor, Tensor] | None = None,
+    ) -> None:
         if not which.any():
             return
         units = self._units[number]
@@ -329,14 +356,16 @@ class Pool:
         if ends.any():
             units["gone"] |= ends
             units["k"][ends] = 0
-            self._log(step, "committed", int(ends.sum()))
+            for unit in ends.nonzero().flatten().tolist() if n > 1 else ():
+                self._ended(number, unit, step, False, seen)
 
-    def _log(self, step: int, what: str, count: int, **facts: float) -> None:
-        if not self.log or self.log[-1]["step"] != step:
-            self.log.append({"step": step})
-        row = self.log[-1]
-        row[what] = row.get(what, 0) + count
-        row |= facts
+    def _ended(
+        self, number: int, unit: int, step: int, released: bool, seen: tuple[Tensor, Tensor] | None
+    ) -> None:
+        units = self._units[number]
+        rate, length = (None, None) if seen is None else (float(f"{values[unit]:.4g}") for values in seen)
+        start = int(units["since"][unit])
+        self.endings.append(Ending(number, int(units["unit"][unit]), start, step, released, rate, length))
 
     # --- cuts and files ------------------------------------------------------------------------------------
 
@@ -350,10 +379,12 @@ class Pool:
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """All that evolves."""
         tensors = {f"{name}.{n}": value for n, units in self._units.items() for name, value in units.items()}
-        return tensors, {"log": self.log, "rectifying": self.rectifying}
+        endings = [list(astuple(ending)) for ending in self.endings]
+        return tensors, {"endings": endings, "rectifying": self.rectifying}
 
     def restore(self, graph: Graph, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> None:
         """Go on from a state, on the model as it was then."""
         self.graph = graph
         self._units = {n: {name: tensors[f"{name}.{n}"].clone() for name in _FIELDS} for n in self.groups}
-        self.log, self.rectifying = list(facts["log"]), bool(facts["rectifying"])
+        self.endings = [Ending(*ending) for ending in facts["endings"]]
+        self.rectifying = bool(facts["rectifying"])

@@ -17,6 +17,7 @@ from secateur.graph import Graph, Group, Inputs, analyze
 from secateur.graph.shrink import shrink
 from secateur.methods.gates import Gates
 from secateur.methods.oneshot import Pruned
+from secateur.methods.removal import Ending
 from secateur.methods.training import TrainingMethod
 from secateur.plan import Plan
 from secateur.surgery import cut_, embed, verify
@@ -128,6 +129,10 @@ class StructuredMethod(TrainingMethod):
                 **facts,
             }
         )
+
+    def endings(self) -> Sequence[Ending]:
+        """How each decay of a unit ended, for methods whose units can decay."""
+        return ()
 
     def install(self) -> None:
         self.gates = self.make_gates()

@@ -15,6 +15,7 @@ from secateur.report.data import (
     LatencyPair,
     Report,
     TrainingPair,
+    UnitDecay,
     Width,
     current_versions,
 )
@@ -27,6 +28,7 @@ __all__ = [
     "Outcome",
     "Report",
     "TrainingPair",
+    "UnitDecay",
     "Width",
     "advice",
     "current_versions",

@@ -159,6 +159,30 @@ class WeightFacts:
         return dict(self.__dict__)
 
 
+@dataclass(frozen=True)
+class UnitDecay:
+    """How the decay of one unit ended.
+
+    Attributes:
+        group, unit: which; the number it had before the training.
+        start, end: optimizer steps; it was chosen after the one, and zero or let go after the other.
+        released: let go, not zero.
+        rate, length: what the rectifying test last measured, if it did.
+    """
+
+    group: str
+    unit: int
+    start: int
+    end: int
+    released: bool
+    rate: float | None = None
+    length: float | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        """The fields by name."""
+        return dict(self.__dict__)
+
+
 @dataclass(frozen=True, kw_only=True)
 class Report:
     """Everything the page and the JSON file say. Accuracies are fractions, 0..1.
@@ -182,6 +206,8 @@ class Report:
         history: the lines of `metrics.jsonl`, one per epoch.
         course: how pruning went while the model was trained: points with a "step", the shares of "macs" and
             "params", "units" per group, and whatever else the method notes per group ("threshold", "scores").
+        decays: of the units that faded while the model was trained, in the order of their ends.
+        release_above: the thresholds of the rectifying test, by its measures "rate" and "length", if it was used.
         versions: see `current_versions`.
     """
 
@@ -215,6 +241,8 @@ class Report:
     notes: Sequence[str] = ()
     history: Sequence[Mapping[str, Any]] = ()
     course: Sequence[Mapping[str, Any]] = ()
+    decays: Sequence[UnitDecay] = ()
+    release_above: Mapping[str, float] = field(default_factory=dict)
     versions: Mapping[str, str | int] = field(default_factory=dict)
 
     def __post_init__(self) -> None:

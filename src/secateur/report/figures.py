@@ -29,15 +29,19 @@ def figures(report: Report) -> dict[str, Figure]:
         drawn["plot-densities"] = densities(report.weights)
         if report.weights.curves:
             drawn["plot-curves"] = curves(report.weights)
-    if report.history:
-        drawn["plot-accuracy"] = accuracy(report)
-        drawn["plot-loss"] = loss(report)
     if report.course:
         drawn["plot-cost"] = cost(report)
         drawn["plot-units"] = over_time(report, "units")
         for key in ("threshold", "scores"):
             if key in report.course[0]:
                 drawn["plot-learnt"] = over_time(report, key)
+    if report.decays:
+        drawn["plot-decays"] = decays(report)
+        if any(decay.rate is not None for decay in report.decays):
+            drawn["plot-resistance"] = resistance(report)
+    if report.history:
+        drawn["plot-accuracy"] = accuracy(report)
+        drawn["plot-loss"] = loss(report)
     return drawn
 
 
@@ -93,6 +97,78 @@ def over_time(report: Report, key: str) -> Figure:
         "hovertemplate": "%{text}<br>step %{x}: %{z:.3~f}<extra></extra>",
     }
     return {"data": [heat | ({"zmin": 0, "zmax": 1} if key == "units" else {})], "layout": layout}
+
+
+def decays(report: Report) -> Figure:
+    """One row per group; in it one line per decay, from its start to its end, units from top to bottom."""
+    counts = {group.name: group.units for group in report.groups}
+    names = [name for name in counts if any(decay.group == name for decay in report.decays)]
+    row = {name: number for number, name in enumerate(names)}
+    layout = plain_layout(80 + 26 * len(names))
+    layout["xaxis"] |= {"title": {"text": "optimizer step"}}
+    layout["yaxis"] |= {
+        "range": [len(names) - 0.4, -0.6],
+        "tickvals": list(range(len(names))),
+        "ticktext": [escape(shorten(name)) for name in names],
+        "tickfont": {"size": 11},
+        "showgrid": False,
+    }
+    lines = []
+    for released, color in ((False, BEFORE), (True, REMOVED)):
+        ended = [decay for decay in report.decays if decay.released == released]
+        places = [
+            row[decay.group] + 0.8 * ((decay.unit + 0.5) / counts[decay.group] - 0.5) for decay in ended
+        ]
+        what = "released" if released else "zero"
+        said = [f"{escape(d.group)}<br>unit {d.unit}: steps {d.start} to {d.end}, {what}" for d in ended]
+        lines.append(
+            {
+                "type": "scatter",
+                "mode": "lines",
+                "x": [x for d in ended for x in (d.start, d.end, None)],
+                "y": [y for place in places for y in (round(place, 3), round(place, 3), None)],
+                "text": [text for text in said for _ in range(3)],
+                "hovertemplate": "%{text}<extra></extra>",
+                "line": {"color": color, "width": 2 + released},
+            }
+        )
+    return {"data": lines, "layout": layout}
+
+
+def resistance(report: Report) -> Figure:
+    """What the rectifying test last measured of each unit that faded, and its thresholds."""
+    layout = plain_layout(320)
+    layout["xaxis"] |= {"title": {"text": "rate"}}
+    layout["yaxis"] |= {"title": {"text": "length"}}
+    edges = (("rate", "x", "y"), ("length", "y", "x"))
+    layout["shapes"] = [
+        {
+            "type": "line",
+            f"{axis}0": report.release_above[name],
+            f"{axis}1": report.release_above[name],
+            f"{other}0": 0,
+            f"{other}1": 1,
+            f"{other}ref": "paper",
+            "line": {"color": BEFORE, "dash": "dot", "width": 1},
+        }
+        for name, axis, other in edges
+        if name in report.release_above
+    ]
+    points = []
+    for released, color in ((False, BEFORE), (True, REMOVED)):
+        ended = [d for d in report.decays if d.released == released and d.rate is not None]
+        points.append(
+            {
+                "type": "scatter",
+                "mode": "markers",
+                "x": [d.rate for d in ended],
+                "y": [d.length for d in ended],
+                "text": [f"{escape(d.group)}, unit {d.unit}" for d in ended],
+                "hovertemplate": "%{text}<br>rate %{x:.3~f}, length %{y:.3~f}<extra></extra>",
+                "marker": {"color": color, "size": 6, "opacity": 0.7},
+            }
+        )
+    return {"data": points, "layout": layout}
 
 
 def widths(report: Report) -> Figure:

@@ -155,9 +155,7 @@ def _during(
     exported = _exported(config, dense, model, subject, folder, watch)
     pair = (method.original, model)
     counts = Counts(pruned.macs, pruned.params)
-    report = compose(
-        config, subject, pruned.graph, pruned.plan, pair, counts, folder, exported, method.curves
-    )
+    report = compose(config, subject, pruned.graph, pruned.plan, pair, counts, folder, exported, method)
     write_report(folder.path, report)
     return report
 

@@ -3,7 +3,6 @@
 import copy
 import math
 import tempfile
-from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -17,12 +16,22 @@ from secateur.cost.training import Holding, TrainingCost, compare_training
 from secateur.errors import ExportError
 from secateur.export import export_onnx, export_program, onnx_runner
 from secateur.graph import Graph, analyze
-from secateur.methods import method_named
+from secateur.methods import StructuredMethod, method_named
 from secateur.methods.latency import Clock, here
+from secateur.methods.removal import Rectify
 from secateur.plan import Plan
 from secateur.recipes.data import Batches, Dataset
 from secateur.recipes.train_config import TrainConfig
-from secateur.report import FrozenGroup, Group, LatencyPair, Report, TrainingPair, Width, current_versions
+from secateur.report import (
+    FrozenGroup,
+    Group,
+    LatencyPair,
+    Report,
+    TrainingPair,
+    UnitDecay,
+    Width,
+    current_versions,
+)
 from secateur.runs.config import PruneConfig
 from secateur.runs.folder import RunFolder, Watch
 from secateur.runs.subject import Subject, device, measure
@@ -177,7 +186,7 @@ def compose(
     counts: Counts,
     folder: RunFolder,
     exported: dict[str, Any],
-    course: Sequence[Mapping[str, Any]] = (),
+    method: StructuredMethod | None = None,
 ) -> Report:
     """The report of a finished run.
 
@@ -185,7 +194,7 @@ def compose(
         graph: of the first model of the pair.
         plan: None if it is not known.
         pair: with the widths before and after.
-        course: what a method noted while it pruned a model in training.
+        method: what pruned the model while it was trained.
     """
     whole, small = pair
     cut = folder.known["cut"]
@@ -234,9 +243,21 @@ def compose(
             *exported["notes"],
         ],
         history=folder.metrics(),
-        course=course,
+        course=method.curves if method else (),
+        decays=_decays(method) if method else (),
+        release_above=_release_above(config),
         versions=current_versions(device()),
     )
+
+
+def _decays(method: StructuredMethod) -> list[UnitDecay]:
+    groups = method.whole.groups
+    return [UnitDecay(**asdict(ending) | {"group": groups[ending.group].name}) for ending in method.endings()]
+
+
+def _release_above(config: PruneConfig) -> dict[str, float]:
+    rectify = Rectify()
+    return {"rate": rectify.rate, "length": rectify.length} if config.rectify else {}
 
 
 def _numbers(scores: list[float | None] | None) -> list[float] | None:
