@@ -3,6 +3,7 @@
 import csv
 import json
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -129,6 +130,40 @@ def test_a_comparison_from_end_to_end_and_on(recipe: Path, tmp_path: Path) -> No
         if o.latency and is_steady(o.latency)
     ]
     assert all(first == second for first, second in kept)
+
+
+def test_processes_end_with_the_command_that_started_them_and_it_says_when_one_is_killed(
+    recipe: Path, tmp_path: Path
+) -> None:
+    psutil = pytest.importorskip("psutil")
+    out, errors = tmp_path / "out", tmp_path / "errors"
+    command = [sys.executable, "-m", "secateur.cli", "compare", str(recipe), "--out", str(out), "--jobs", "2"]
+
+    def started() -> tuple[Any, list[Any]]:
+        """The command, and its workers once they train."""
+        done = len(list(out.glob("*/*/*/config.json")))
+        with errors.open("w") as stderr:
+            process = psutil.Popen(command, stderr=stderr)
+        while len(list(out.glob("*/*/*/config.json"))) < done + 2:
+            assert process.poll() is None, errors.read_text()
+            time.sleep(0.05)
+        workers = [p for p in process.children(recursive=True) if "spawn_main" in " ".join(p.cmdline())]
+        assert len(workers) == 2
+        return process, workers
+
+    process, workers = started()
+    process.kill()
+    process.wait()
+    _, alive = psutil.wait_procs(workers, timeout=30)
+    assert not alive
+
+    process, workers = started()
+    workers[0].kill()
+    assert process.wait(timeout=60)
+    assert "killed from outside" in " ".join(errors.read_text().split())
+
+    outcomes = compare(Comparison.read(recipe), out, jobs=2)
+    assert all(not o.error for o in outcomes), [o.error for o in outcomes]
 
 
 def test_cells_run_one_by_one_are_gathered(

@@ -1,10 +1,14 @@
 """Methods × budgets × seeds on one model and one data set, with the same training for all."""
 
 import multiprocessing
+import multiprocessing.connection
+import os
+import threading
 import tomllib
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
@@ -240,12 +244,16 @@ def compare(
             done(number, run_cell(cell, folder))
     else:
         context = multiprocessing.get_context("spawn")
-        with ProcessPoolExecutor(
-            jobs, context, initializer=torch.set_num_threads, initargs=(threads,)
-        ) as pool:
+        with ProcessPoolExecutor(jobs, context, initializer=_begin_worker, initargs=(threads,)) as pool:
             started = {pool.submit(run_cell, cell, folder): n for n, cell in enumerate(cells)}
-            for future in as_completed(started):
-                done(started[future], future.result())
+            try:
+                for future in as_completed(started):
+                    done(started[future], future.result())
+            except BrokenProcessPool:
+                raise SecateurError(
+                    f"{folder}: a process that trained was killed from outside, perhaps for want of memory. The same "
+                    f"command goes on from here; give it fewer jobs if that happens again."
+                ) from None
     tell("Measuring latency")
     found = [
         replace(
@@ -304,6 +312,19 @@ def _said(outcome: Outcome) -> str:
         outcome.error
         or f"{100 * (outcome.accuracy or 0):.2f} %, {outcome.training_seconds:.0f} s of training"
     )
+
+
+def _begin_worker(threads: int) -> None:
+    """A process that trains cells has so many threads, and ends with the process that started it."""
+    torch.set_num_threads(threads)
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+
+    def watch() -> None:
+        multiprocessing.connection.wait([parent.sentinel])
+        os._exit(1)  # in the middle of a step: the run folder is made for that
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 def run_cell(cell: Cell, folder: Path) -> Outcome:
