@@ -2,6 +2,7 @@
 
 import copy
 import itertools
+import math
 
 import pytest
 import torch
@@ -166,6 +167,21 @@ def test_folded_and_cut_equals_gated(name: str) -> None:
         method._select(last=True)
     assert method.count("macs") <= method.limits["macs"]
     torch.testing.assert_close(model(x) / scale, gated / scale, rtol=0, atol=1e-5)
+
+
+def test_a_common_factor_of_scores_is_hidden_by_the_next_norm() -> None:
+    """So nothing but the weight's smallness keeps all scores of a group from falling together."""
+    x = torch.randn(16, 3, 8, 8)
+    method = stirred(make(regime="joint", scorer="free"))
+    with attached(method):
+        method.model.train()
+        for p in method.scorers.parameters():
+            p.data = -p.data.abs()
+        before, penalty = method.model(x), method.penalty()
+        for p in method.scorers.parameters():
+            p.data -= 1
+        assert torch.allclose(method.model(x), before, rtol=1e-2, atol=1e-2)
+        assert (method.penalty() / penalty).item() == pytest.approx(math.exp(-1), rel=1e-5)
 
 
 def test_mean_score_falls_with_the_weight() -> None:

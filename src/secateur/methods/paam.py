@@ -120,7 +120,10 @@ class PAAM(StructuredMethod):
         scorer: "attention", "additive", "dot", or the controls "linear" and "free"; see `Scorer`.
         hidden: width of the attention.
         leak: slope of phi above 0.
-        weight: of the mean score in the scorer's loss; the same for all layers.
+        weight: of the mean score in the scorer's loss; the same for all layers. Small, because the loss hardly sees a
+            common factor of a group's scores where a batch norm comes after the layer that reads the group: with
+            weight 1, all scores of a group fall to 0 together and say nothing any more. At the right weight the mean
+            score is about the share that stays when selection ends.
         lr: of the scorers (Adam, no weight decay).
         scorer_every: in the alternating regime; the default trains scorers in a fifth of the steps.
         select_every: steps between selections; None: a hundredth of the training.
@@ -147,7 +150,7 @@ class PAAM(StructuredMethod):
         scorer: Literal["attention", "additive", "dot", "linear", "free"] = "attention",
         hidden: int = 32,
         leak: float = 0.01,
-        weight: float = 1.0,
+        weight: float = 0.01,
         lr: float = 1e-3,
         scorer_every: int = 5,
         select_every: int | None = None,
