@@ -249,6 +249,9 @@ def test_curves_tell_the_course() -> None:
     assert steps == sorted(steps)
     assert steps[-1] == method.prune_steps
     assert method.curves[-1]["macs"] <= 0.6
+    layers = method.curves[-1]["layers"]
+    assert sum(layers.values()) == method.count("macs")
+    assert layers["head"] == method.cost.layers()["head"]
     assert set(method.curves[0]["threshold"]) == {method.whole.groups[n].name for n in method.targets}
 
 

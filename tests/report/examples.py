@@ -111,6 +111,7 @@ def faded() -> Report:
             "units": {
                 group.name: group.units - n * (group.units - group.kept) // 4 for group in report.groups
             },
+            "layers": {group.name: 10_000 * (8 - n) // 8 for group in report.groups},
             "macs": 1 - 0.125 * n,
             "params": 1 - 0.12 * n,
         }

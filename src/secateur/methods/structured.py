@@ -118,12 +118,13 @@ class StructuredMethod(TrainingMethod):
         return allocate(pooled, Cost(self.graph), Budget(**over), "global", relative=False)
 
     def note(self, counts: Sequence[int], **facts: Any) -> None:
-        """Add a point to the curves: the step, the units of each target group, costs, and more facts."""
+        """Add a point to the curves: the step, units of target groups, MACs of layers, costs, and more facts."""
         names = [self.whole.groups[number].name for number in self.targets]
         self.curves.append(
             {
                 "step": self.step,
                 "units": dict(zip(names, (counts[number] for number in self.targets), strict=True)),
+                "layers": self.cost.layers(counts),
                 "macs": self.cost.macs(counts) / self.dense.macs(),
                 "params": self.cost.params(counts) / self.dense.params(),
                 **facts,

@@ -205,7 +205,8 @@ class Report:
         notes: whatever else the reader must know, one sentence each.
         history: the lines of `metrics.jsonl`, one per epoch.
         course: how pruning went while the model was trained: points with a "step", the shares of "macs" and
-            "params", "units" per group, and whatever else the method notes per group ("threshold", "scores").
+            "params", "units" per group, MACs of "layers", and whatever else the method notes per group ("threshold",
+            "scores").
         decays: of the units that faded while the model was trained, in the order of their ends.
         release_above: the thresholds of the rectifying test, by its measures "rate" and "length", if it was used.
         versions: see `current_versions`.

@@ -32,6 +32,7 @@ def figures(report: Report) -> dict[str, Figure]:
     if report.course:
         drawn["plot-cost"] = cost(report)
         drawn["plot-units"] = over_time(report, "units")
+        drawn["plot-layers"] = over_time(report, "layers")
         for key in ("threshold", "scores"):
             if key in report.course[0]:
                 drawn["plot-learnt"] = over_time(report, key)
@@ -66,15 +67,15 @@ def cost(report: Report) -> Figure:
 
 
 def over_time(report: Report, key: str) -> Figure:
-    """One row per group, one column per point of the course; darker is more.
+    """One row per group or layer, one column per point of the course; darker is more.
 
-    Units are shares of the group's first; of several scores of one group the mean is shown.
+    Units and the MACs of layers are shares of their first; of several scores of one group the mean is shown.
     """
-    names = list(report.course[0][key])
+    names, counted = list(report.course[0][key]), key in ("units", "layers")
     rows = []
     for name in names:
         values = [np.mean(point[key][name]) if point[key].get(name) else 0.0 for point in report.course]
-        first = values[0] if key == "units" and values[0] else 1.0
+        first = values[0] if counted and values[0] else 1.0
         rows.append([round(float(value / first), 4) for value in values])
     layout = plain_layout(60 + 18 * len(names))
     layout["xaxis"] |= {"title": {"text": "optimizer step"}, "showgrid": False}
@@ -85,7 +86,7 @@ def over_time(report: Report, key: str) -> Figure:
         "tickfont": {"size": 11},
         "showgrid": False,
     }
-    scale = {"units": [[0, "rgba(21,154,156,0.05)"], [1, AFTER]]}.get(key, [[0, AFTER], [1, REMOVED]])
+    scale = [[0, "rgba(21,154,156,0.05)"], [1, AFTER]] if counted else [[0, AFTER], [1, REMOVED]]
     heat = {
         "type": "heatmap",
         "x": [point["step"] for point in report.course],
@@ -93,10 +94,10 @@ def over_time(report: Report, key: str) -> Figure:
         "z": rows,
         "text": [[escape(name)] * len(report.course) for name in names],
         "colorscale": scale,
-        "showscale": key != "units",
+        "showscale": not counted,
         "hovertemplate": "%{text}<br>step %{x}: %{z:.3~f}<extra></extra>",
     }
-    return {"data": [heat | ({"zmin": 0, "zmax": 1} if key == "units" else {})], "layout": layout}
+    return {"data": [heat | ({"zmin": 0, "zmax": 1} if counted else {})], "layout": layout}
 
 
 def decays(report: Report) -> Figure:
