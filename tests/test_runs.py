@@ -337,7 +337,11 @@ def test_a_killed_run_of_such_a_method_goes_on(tmp_path: Path, monkeypatch: pyte
         ({"options": {"bypas": "none"}}, "method lapp: unknown option 'bypas'"),
         ({"options": {"bypass": "wide"}}, "bypass is 'wide'"),
         ({"round_to": 4}, "method lapp takes no round-to"),
-        ({"decay": 5}, "method lapp takes no decay; methods that do: gradual"),
+        (
+            {"method": "paam", "options": {}, "decay": 5},
+            "method paam takes no decay; methods that do: lapp, gradual",
+        ),
+        ({"decay": 3, "rectify": True}, "use a removal without rectify"),
         ({"method": "gradual", "options": {}, "rectify": True}, "rectify needs units that fade"),
         ({"train": None}, "method lapp prunes while the model is trained"),
         ({"finetune": TrainConfig(epochs=1)}, "no fine-tuning after it"),
