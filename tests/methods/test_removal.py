@@ -209,7 +209,8 @@ def test_the_budget_is_met_with_releases() -> None:
         loop(method, optimizer, 40)
     released = [ending for ending in method.endings() if ending.released]
     assert released
-    assert all(0 <= e.unit < method.whole.groups[e.group].units for e in released)
+    units = {group.name: group.units for group in method.whole.groups}
+    assert all(0 <= e.unit < units[e.group] for e in released)
     assert all(e.rate is not None and e.length is not None for e in released)
     pruned = method.finish()
     assert pruned.verification.ok

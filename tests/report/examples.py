@@ -5,6 +5,7 @@ from dataclasses import replace
 from typing import Any
 
 from secateur.cost.latency import Latency
+from secateur.methods.removal import Ending
 from secateur.report import (
     ComparisonReport,
     FrozenGroup,
@@ -12,7 +13,6 @@ from secateur.report import (
     LatencyPair,
     Outcome,
     Report,
-    UnitDecay,
     Width,
 )
 
@@ -122,7 +122,7 @@ def faded() -> Report:
         start, released = 50 * (n // 10), n % 8 == 7
         end = start + (6 if released else 9)
         rate, length = rng.uniform(0.61, 1) if released else rng.random(), 3.0 if released else rng.random()
-        decays.append(UnitDecay(names[n % len(names)], n % 16, start, end, released, rate, length))
+        decays.append(Ending(names[n % len(names)], n % 16, start, end, released, rate, length))
     decays[0] = replace(decays[0], rate=None, length=None)
     above = {"rate": 0.6, "length": 2.5}
     return replace(report, method="gradual", course=course, decays=decays, release_above=above)

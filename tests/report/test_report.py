@@ -11,12 +11,12 @@ from typing import Any
 import pytest
 
 from secateur.errors import FileError, SecateurError
+from secateur.methods.removal import Ending
 from secateur.report import (
     FrozenGroup,
     Group,
     LatencyPair,
     Report,
-    UnitDecay,
     Width,
     current_versions,
     write_report,
@@ -60,7 +60,7 @@ def hostile() -> Report:
         groups=[Group(HOSTILE, [True, False], [2.0, 1.0])],
         frozen=[FrozenGroup(HOSTILE, HOSTILE, 1, 1)],
         notes=[HOSTILE],
-        decays=[UnitDecay(HOSTILE, 0, 1, 5, True, 0.7, 3.0)],
+        decays=[Ending(HOSTILE, 0, 1, 5, True, 0.7, 3.0)],
         history=[line],
         versions={HOSTILE: HOSTILE},
     )

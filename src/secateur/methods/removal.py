@@ -107,14 +107,14 @@ class Ending:
     """How the decay of one unit ended.
 
     Attributes:
-        group: its number.
+        group: its name.
         unit: the number it had at the start of the training.
         start, end: optimizer steps; it was chosen after the one, and zero or let go after the other.
         released: let go, not zero.
         rate, length: what the rectifying test last measured; None: never.
     """
 
-    group: int
+    group: str
     unit: int
     start: int
     end: int
@@ -365,7 +365,8 @@ class Pool:
         units = self._units[number]
         rate, length = (None, None) if seen is None else (float(f"{values[unit]:.4g}") for values in seen)
         start = int(units["since"][unit])
-        self.endings.append(Ending(number, int(units["unit"][unit]), start, step, released, rate, length))
+        group = self.graph.groups[number].name
+        self.endings.append(Ending(group, int(units["unit"][unit]), start, step, released, rate, length))
 
     # --- cuts and files ------------------------------------------------------------------------------------
 

@@ -15,7 +15,6 @@ from secateur.report.data import (
     LatencyPair,
     Report,
     TrainingPair,
-    UnitDecay,
     Width,
     current_versions,
 )
@@ -28,7 +27,6 @@ __all__ = [
     "Outcome",
     "Report",
     "TrainingPair",
-    "UnitDecay",
     "Width",
     "advice",
     "current_versions",

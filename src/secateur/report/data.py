@@ -3,7 +3,7 @@
 import math
 import platform
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import dataclass, field, fields, is_dataclass
 from typing import Any
 
 import torch
@@ -12,6 +12,7 @@ import secateur
 from secateur.cost.latency import Latency, device_name
 from secateur.cost.training import TrainingCost
 from secateur.errors import SecateurError
+from secateur.methods.removal import Ending
 
 PROVEN = 1e-9
 """In float64, rounding alone stays far below this relative error, and a wrong cut far above."""
@@ -24,10 +25,6 @@ class Width:
     layer: str
     before: int
     after: int
-
-    def to_json(self) -> dict[str, Any]:
-        """The fields by name."""
-        return dict(self.__dict__)
 
 
 @dataclass(frozen=True)
@@ -78,10 +75,6 @@ class FrozenGroup:
     params: int
     macs: int
 
-    def to_json(self) -> dict[str, Any]:
-        """The fields by name."""
-        return dict(self.__dict__)
-
 
 @dataclass(frozen=True)
 class LatencyPair:
@@ -108,10 +101,6 @@ class TrainingPair:
     before: TrainingCost
     after: TrainingCost
 
-    def to_json(self) -> dict[str, Any]:
-        """Both measurements by name."""
-        return {"before": asdict(self.before), "after": asdict(self.after)}
-
 
 @dataclass(frozen=True)
 class LayerCurve:
@@ -126,10 +115,6 @@ class LayerCurve:
     layer: str
     kept: Sequence[int]
     distortion: Sequence[float]
-
-    def to_json(self) -> dict[str, Any]:
-        """The fields by name."""
-        return dict(self.__dict__)
 
 
 @dataclass(frozen=True)
@@ -153,34 +138,6 @@ class WeightFacts:
     curves: Sequence[LayerCurve] = ()
     predicted: float | None = None
     measured: float | None = None
-
-    def to_json(self) -> dict[str, Any]:
-        """The fields by name."""
-        return dict(self.__dict__)
-
-
-@dataclass(frozen=True)
-class UnitDecay:
-    """How the decay of one unit ended.
-
-    Attributes:
-        group, unit: which; the number it had before the training.
-        start, end: optimizer steps; it was chosen after the one, and zero or let go after the other.
-        released: let go, not zero.
-        rate, length: what the rectifying test last measured, if it did.
-    """
-
-    group: str
-    unit: int
-    start: int
-    end: int
-    released: bool
-    rate: float | None = None
-    length: float | None = None
-
-    def to_json(self) -> dict[str, Any]:
-        """The fields by name."""
-        return dict(self.__dict__)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -242,7 +199,7 @@ class Report:
     notes: Sequence[str] = ()
     history: Sequence[Mapping[str, Any]] = ()
     course: Sequence[Mapping[str, Any]] = ()
-    decays: Sequence[UnitDecay] = ()
+    decays: Sequence[Ending] = ()
     release_above: Mapping[str, float] = field(default_factory=dict)
     versions: Mapping[str, str | int] = field(default_factory=dict)
 
@@ -323,6 +280,8 @@ def current_versions(device: torch.device | str = "cpu") -> dict[str, str | int]
 def _plain(value: Any) -> Any:
     if hasattr(value, "to_json"):
         return _plain(value.to_json())
+    if is_dataclass(value):
+        return {field.name: _plain(getattr(value, field.name)) for field in fields(value)}
     if isinstance(value, Mapping):
         return {key: _plain(entry) for key, entry in value.items()}
     if isinstance(value, Sequence) and not isinstance(value, str):

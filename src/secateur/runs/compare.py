@@ -9,7 +9,7 @@ import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -375,7 +375,7 @@ def _facts(config: PruneConfig | TrainRunConfig, where: Path) -> dict[str, Any]:
         "step_bytes": cost.after.peak_bytes / cost.before.peak_bytes if cost else None,
         "epochs": len(report.history),
         "training_seconds": sum(line["seconds"] for line in report.history),
-        "widths": [width.to_json() for width in report.widths],
+        "widths": [asdict(width) for width in report.widths],
     }
 
 

@@ -28,7 +28,6 @@ from secateur.report import (
     LatencyPair,
     Report,
     TrainingPair,
-    UnitDecay,
     Width,
     current_versions,
 )
@@ -244,15 +243,10 @@ def compose(
         ],
         history=folder.metrics(),
         course=method.curves if method else (),
-        decays=_decays(method) if method else (),
+        decays=method.endings() if method else (),
         release_above=_release_above(config),
         versions=current_versions(device()),
     )
-
-
-def _decays(method: StructuredMethod) -> list[UnitDecay]:
-    groups = method.whole.groups
-    return [UnitDecay(**asdict(ending) | {"group": groups[ending.group].name}) for ending in method.endings()]
 
 
 def _release_above(config: PruneConfig) -> dict[str, float]:
