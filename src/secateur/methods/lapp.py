@@ -171,6 +171,7 @@ class LAPP(StructuredMethod):
                 f"LAPP: pruning ends after step {self.prune_steps}, and {removal.steps} steps of removal then go "
                 f"beyond step {steps}; use a smaller prune_share, a shorter removal, or more steps"
             )
+        self._fades = removal.steps > 1
         self._fade = (1 + 1e-6) / removal.steps  # rounding must leave nothing of a unit after the last step
         self._levels = [torch.ones(self.whole.groups[number].units) for number in targets]
 
@@ -282,7 +283,8 @@ class LAPP(StructuredMethod):
             self._prune()
         elif self.step > self._last:
             return
-        self._move()
+        if self._fades or self._decided is not None:
+            self._move()
         if self.step == self._last and self._options["bypass"] != "shared":
             assert self._decided is not None
             self.remove(self._decided)
@@ -372,7 +374,7 @@ class LAPP(StructuredMethod):
             return
         self._passed = self.masks()
         passed = self._passed if self._options["task_gradient"] else [mask.detach() for mask in self._passed]
-        if self._fade < 1:
+        if self._fades:
             passed = [level + (mask - mask.detach()) for level, mask in zip(levels, passed, strict=True)]
         if self.model.training:
             passed = [mask + DUST * (mask == 0) for mask in passed]
@@ -387,7 +389,7 @@ class LAPP(StructuredMethod):
         keep = self._landing()
         for number, mask, level in zip(self.targets, self.masks(), self._levels, strict=True):
             mask = mask.detach().cpu()
-            keep[number] |= (mask >= 0.5) | ((level > mask + 1e-6) & (self._fade < 1))
+            keep[number] |= (mask >= 0.5) | ((level > mask + 1e-6) & self._fades)
         for number in set(range(len(keep))) - set(self.targets):
             keep[number][:] = True
         self.remove(keep)

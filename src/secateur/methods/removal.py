@@ -255,10 +255,10 @@ class Pool:
 
     def advance(self, step: int, optimizer: Optimizer | None) -> None:
         """After the optimizer step: release what resists, and shrink the rest of what is decaying."""
+        lengths = {number: self.vectors(number).norm(dim=1).cpu() for number in self._before}
         for number, (product, before) in self._before.items():
-            units = self._units[number]
+            units, now = self._units[number], lengths[number]
             decaying = units["k"] > 0
-            now = self.vectors(number).norm(dim=1).cpu()
             resistance = (-product / before.clamp_min(1e-300)).clamp_min(0)
             memory = self.decay.rectify.memory if self.decay.rectify else 0.9
             average = torch.where(
@@ -267,25 +267,28 @@ class Pool:
             units["resistance"] = torch.where(decaying, average, units["resistance"])
             units["against"] += decaying & (product < 0)
             units["growth"] += torch.where(decaying, now - before, 0.0)
-        seen = self.statistics()
+        seen = self.statistics(lengths)
         if self.decay.rectify and self.rectifying:
             self._release(step, self.decay.rectify, seen)
         for number in self._before:
             self._shrink(number, self._units[number]["k"] > 0, step, optimizer, seen.get(number))
 
-    def statistics(self) -> dict[int, tuple[Tensor, Tensor]]:
-        """(rate, length) of the rectifying test, (units,), per group with decaying units."""
+    def statistics(self, lengths: Mapping[int, Tensor]) -> dict[int, tuple[Tensor, Tensor]]:
+        """(rate, length) of the rectifying test, (units,), per group with decaying units.
+
+        Args:
+            lengths: ||x*||, (units,), of the groups that were observed before the optimizer step.
+        """
         rectify = self.decay.rectify or Rectify()
         decaying = {n: u["k"] > 0 for n, u in self._units.items() if (u["k"] > 0).any()}
         pooled = [self._units[n]["resistance"][mask] for n, mask in decaying.items()]
         median = torch.cat(pooled).median().clamp_min(1e-300) if pooled else torch.ones(())
         found = {}
         for number in decaying:
-            if number not in self._before:
+            if number not in lengths:
                 continue
-            units, (_, before) = self._units[number], self._before[number]
+            units, (_, before), now = self._units[number], self._before[number], lengths[number]
             start = units["length"].clamp_min(1e-300)
-            now = self.vectors(number).norm(dim=1).cpu()
             if rectify.criterion == "radial":
                 found[number] = (units["against"] / units["k"].clamp_min(1), units["resistance"] / median)
             elif rectify.criterion == "ratio":
@@ -296,16 +299,18 @@ class Pool:
 
     def _release(self, step: int, rectify: Rectify, seen: Mapping[int, tuple[Tensor, Tensor]]) -> None:
         earliest = max(2, math.ceil(rectify.from_share * self.decay.steps))
-        cohorts = Counter(e.start for e in self.endings)
-        for units in self._units.values():
-            cohorts.update(units["since"][units["k"] > 0].tolist())
-        let_go = Counter(e.start for e in self.endings if e.released)
         candidates = []
         for number, (rate, length) in seen.items():
             units = self._units[number]
             fit = (units["k"] >= earliest) & (units["releases"] < rectify.times)
             fit &= (rate > rectify.rate) & (length > rectify.length)
             candidates += [(-length[u].item(), number, u) for u in fit.nonzero().flatten().tolist()]
+        if not candidates:
+            return
+        cohorts = Counter(e.start for e in self.endings)
+        for units in self._units.values():
+            cohorts.update(units["since"][units["k"] > 0].tolist())
+        let_go = Counter(e.start for e in self.endings if e.released)
         room = {since: math.floor(rectify.most * count) - let_go[since] for since, count in cohorts.items()}
         for _, number, unit in sorted(candidates):  # those that resist most, first
             units = self._units[number]

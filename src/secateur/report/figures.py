@@ -103,7 +103,8 @@ def over_time(report: Report, key: str) -> Figure:
 def decays(report: Report) -> Figure:
     """One row per group; in it one line per decay, from its start to its end, units from top to bottom."""
     counts = {group.name: group.units for group in report.groups}
-    names = [name for name in counts if any(decay.group == name for decay in report.decays)]
+    faded = {decay.group for decay in report.decays}
+    names = [name for name in counts if name in faded]
     row = {name: number for number, name in enumerate(names)}
     layout = plain_layout(80 + 26 * len(names))
     layout["xaxis"] |= {"title": {"text": "optimizer step"}}
