@@ -1,0 +1,96 @@
+"""A picture of a comparison for a page or a paper: accuracy over the MACs or parameters that are kept.
+
+    pip install 'secateur[benchmark]'
+    python benchmarks/front.py runs/compare/table.csv --out front.svg --arms l2 rd
+
+Reads the `table.csv` that `secateur compare` writes. The arms named are drawn in colour, with bars of one standard
+deviation over the seeds; all others are thin grey lines behind them.
+"""
+
+import argparse
+import csv
+import statistics
+from collections import defaultdict
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("svg")
+from matplotlib import pyplot
+
+COLORS = ("#159a9c", "#e2703a", "#7a6fd0", "#c94f7c", "#5b9a3c", "#b58a1b")
+TITLES = {"macs": "MACs kept, %", "params": "parameters kept, %"}
+
+Line = list[tuple[float, float, float]]
+
+
+def lines_of(path: Path, cost: str) -> tuple[dict[str, Line], float | None]:
+    """Arm -> (cost, mean accuracy, standard deviation) per budget, in per cent; and the dense network's accuracy."""
+    costs, accuracies, dense = defaultdict(list), defaultdict(list), []
+    with path.open(newline="", encoding="utf-8") as file:
+        for row in csv.DictReader(file):
+            if row["accuracy_dense"]:
+                dense.append(100 * float(row["accuracy_dense"]))
+            if not row["accuracy"]:
+                continue
+            if not row["budget"]:
+                dense.append(100 * float(row["accuracy"]))
+                continue
+            key = (row["arm"], row["budget"])
+            costs[key].append(100 * float(row[cost]))
+            accuracies[key].append(100 * float(row["accuracy"]))
+    lines: dict[str, Line] = defaultdict(list)
+    for (arm, budget), found in accuracies.items():
+        spread = statistics.stdev(found) if len(found) > 1 else 0.0
+        lines[arm].append((statistics.mean(costs[arm, budget]), statistics.mean(found), spread))
+    return {arm: sorted(points) for arm, points in lines.items()}, statistics.mean(dense) if dense else None
+
+
+def draw(lines: dict[str, Line], dense: float | None, arms: list[str], cost: str, out: Path) -> None:
+    pyplot.rcParams |= {"svg.fonttype": "none", "svg.hashsalt": "secateur", "font.family": "sans-serif"}
+    figure, axes = pyplot.subplots(figsize=(8, 4.5), layout="constrained")
+    for arm, points in lines.items():
+        if arm not in arms:
+            x, y, _ = zip(*points, strict=True)
+            axes.plot(x, y, color="#c4cad0", linewidth=1, marker=".", zorder=1)
+    for place, arm in enumerate(arms):
+        x, y, spread = zip(*lines[arm], strict=True)
+        axes.errorbar(
+            x,
+            y,
+            spread,
+            color=COLORS[place % len(COLORS)],
+            linestyle="-" if place < len(COLORS) else "--",
+            marker="o",
+            markersize=5,
+            capsize=3,
+            label=arm,
+            zorder=3,
+        )
+    if dense is not None:
+        axes.axhline(dense, color="#6b7785", linewidth=1, linestyle=":", label="dense", zorder=2)
+    axes.set_xlabel(TITLES[cost])
+    axes.set_ylabel("accuracy, %")
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(axis="y", color="#e8ebee")
+    axes.legend(frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))
+    figure.savefig(out, metadata={"Date": None})
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("table", type=Path, help="the table.csv of a comparison")
+    parser.add_argument("--out", type=Path, required=True, help="an SVG file")
+    parser.add_argument("--arms", nargs="+", required=True, help="to draw in colour")
+    parser.add_argument("--cost", choices=sorted(TITLES), default="macs")
+    options = parser.parse_args()
+    lines, dense = lines_of(options.table, options.cost)
+    if missing := [arm for arm in options.arms if arm not in lines]:
+        parser.error(f"no such arm: {', '.join(missing)}; there are {', '.join(lines)}")
+    draw(lines, dense, options.arms, options.cost, options.out)
+
+
+if __name__ == "__main__":
+    main()
