@@ -82,7 +82,7 @@ SOFT = Decay(3, Rectify(rate=0.0, length=0.0, cool_down=2))
 METHODS: dict[str, Make] = {
     "lapp, full bypass": lapp(),
     "lapp, full bypass, removal on the way": lapp(
-        remove_every=3, threshold_optimizer="sgd", threshold_lr=0.5
+        remove_every=3, threshold_optimizer="sgd", threshold_lr=0.5, side="pointwise", side_start=0.0
     ),
     "lapp, shared bypass": lapp(bypass="shared", score="gamma", constraint="log"),
     "lapp, no bypass": lapp(bypass="none", score="taylor", slope="dst", remove_every=2),

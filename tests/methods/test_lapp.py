@@ -1,6 +1,7 @@
 """LAPP against its equations and the traps of a reconstruction."""
 
 import copy
+import math
 from collections.abc import Callable
 from pathlib import Path
 
@@ -15,7 +16,7 @@ from secateur.export import export_onnx
 from secateur.methods.lapp import LAPP, Step
 from secateur.methods.removal import Decay, Rectify
 from secateur.recipes.models import build_model
-from secateur.surgery.bypass import Bypass, add_bypass_, fold_bypass_, written_out
+from secateur.surgery.bypass import Bypass, Side, add_bypass_, fold_bypass_, written_out
 from tests.methods.examples import INPUTS, STEPS, Residual, lapp
 from tests.methods.test_training_methods import loop
 
@@ -193,14 +194,18 @@ def test_penalty_equals_its_equation() -> None:
         assert (method.threshold.grad[method.targets] < 0).all()  # raising a threshold makes it cheaper
 
 
+@pytest.mark.parametrize("kind", ["depthwise", "pointwise"])
 @pytest.mark.parametrize("inputs", [8, 12, 6])
-def test_a_shared_bypass_folds_exactly(inputs: int) -> None:
+@pytest.mark.parametrize("size", [3, (1, 5)])
+def test_a_shared_bypass_folds_exactly(inputs: int, kind: Side, size: int | tuple[int, int]) -> None:
     torch.manual_seed(0)
-    conv, norm = nn.Conv2d(inputs, 12, 3, 2, 1, bias=True), nn.BatchNorm2d(12)
+    padding = 1 if size == 3 else (0, 4)
+    conv, norm = nn.Conv2d(inputs, 12, size, 2, padding, (1, 1 if size == 3 else 2)), nn.BatchNorm2d(12)
     model = nn.Sequential(conv, norm, nn.ReLU()).double()
     layers = [("0", "1")]
-    add_bypass_(model, layers, "shared")
+    add_bypass_(model, layers, "shared", kind)
     assert isinstance(model[0], Bypass)
+    assert model[0].side.groups == (math.gcd(inputs, 12) if kind == "depthwise" else math.gcd(inputs, 4))
     for module in model.modules():
         if isinstance(module, nn.BatchNorm2d):
             nn.init.normal_(module.weight)
@@ -218,9 +223,22 @@ def test_a_shared_bypass_folds_exactly(inputs: int) -> None:
 def test_written_out_kernels() -> None:
     conv = nn.Conv2d(6, 4, 3, groups=2, bias=False)
     whole = nn.Conv2d(6, 4, 3, bias=False)
-    whole.weight.data = written_out(conv)
+    whole.weight.data = written_out(conv, (3, 3))
     x = torch.randn(1, 6, 5, 5)
     torch.testing.assert_close(whole(x), conv(x))
+
+
+def test_a_pointwise_side_stands_beside_convolutions_that_keep_the_size() -> None:
+    model = nn.Sequential(
+        nn.Conv2d(4, 8, 3), nn.BatchNorm2d(8), nn.Conv2d(8, 8, 3, padding="same"), nn.BatchNorm2d(8)
+    )
+    with pytest.raises(ModelError, match="0: a pointwise bypass needs"):
+        add_bypass_(model, [("2", "3"), ("0", "1")], "full", "pointwise")
+    assert type(model[2]) is nn.Conv2d
+    x = torch.randn(2, 8, 6, 6)
+    expected = model.eval()[3](model[2](x))
+    add_bypass_(model, [("2", "3")], "full", "pointwise", start=0.0)
+    torch.testing.assert_close(model.eval()[2](x), expected)
 
 
 def test_a_full_bypass_starts_as_a_plain_sum_and_scatters_after_a_cut() -> None:
@@ -295,6 +313,8 @@ def test_the_last_units_fade_after_landing() -> None:
     "options",
     [
         {"bypass": "wide"},
+        {"side": "deep"},
+        {"side_start": -1},
         {"score": "l3"},
         {"prune_share": 0},
         {"temperature": -1},

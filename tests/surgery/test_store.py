@@ -14,7 +14,7 @@ import secateur as sc
 from secateur.errors import FileError
 from secateur.files import read_tensors, write_tensors
 from secateur.recipes.models import build_model
-from secateur.surgery.bypass import add_bypass_
+from secateur.surgery.bypass import Side, add_bypass_
 from tests.networks import network
 
 REBUILD = """
@@ -133,23 +133,27 @@ def test_a_folder_that_is_not_there(saved, tmp_path) -> None:
         sc.save(model, tmp_path / "none" / "m.safetensors")
 
 
-def bypassed(tmp_path: Path) -> Path:
+def bypassed(tmp_path: Path, kind: Side = "depthwise") -> Path:
     """A file of a network with a full bypass, some of whose channels are gone."""
     model = build_model("resnet8", in_channels=1)
-    add_bypass_(model, [("block1.conv1", "block1.bn1")], "full")
+    place = 1 if kind == "depthwise" else 2  # the first has no padding
+    add_bypass_(model, [(f"block1.conv{place}", f"block1.bn{place}")], "full", kind)
     graph = sc.analyze(model, torch.zeros(1, 1, 8, 8))
     masks = [torch.ones(group.units, dtype=torch.bool) for group in graph.groups]
-    number = next(n for n, g in enumerate(graph.groups) if g.name == "block1.conv1.conv")
+    number = next(n for n, g in enumerate(graph.groups) if g.name == f"block1.conv{place}.conv")
     masks[number][[1, 4, 5]] = False
     sc.save(sc.cut_(model, graph, sc.Plan.of(graph, masks)), tmp_path / "m.safetensors")
     return tmp_path / "m.safetensors"
 
 
-def test_a_bypass_is_rebuilt(tmp_path: Path) -> None:
-    file = bypassed(tmp_path)
+@pytest.mark.parametrize("kind", ["depthwise", "pointwise"])
+def test_a_bypass_is_rebuilt(kind: Side, tmp_path: Path) -> None:
+    file = bypassed(tmp_path, kind)
     torch.manual_seed(5)
     model = sc.load(build_model("resnet8", in_channels=1), file)
-    assert model.block1.conv1.index.tolist() == [i for i in range(16) if i not in (1, 4, 5)]
+    layer = model.block1.conv1 if kind == "depthwise" else model.block1.conv2
+    assert layer.side.kernel_size == ((3, 3) if kind == "depthwise" else (1, 1))
+    assert layer.index.tolist() == [i for i in range(16) if i not in (1, 4, 5)]
     again = tmp_path / "again.safetensors"
     sc.save(model, again)
     first, second = read_tensors(file), read_tensors(again)
@@ -164,6 +168,14 @@ def test_a_bypass_is_rebuilt(tmp_path: Path) -> None:
         ({"block1.conv1": {"norm": "block1.conv2"}}, "followed by Conv2d"),
         ({"block1": {"norm": "block1.bn1"}}, "an ordinary convolution"),
         ({"nowhere": {"norm": "block1.bn1"}}, "an ordinary convolution"),
+        ({"block1.conv1": {"norm": "block1.bn1", "side": "deep"}}, "unknown side of a bypass 'deep'"),
+        (
+            {
+                "block1.conv1": {"norm": "block1.bn1", "side": "pointwise"},
+                "block1.conv2": {"norm": "block1.bn2"},
+            },
+            "of several kinds",
+        ),
     ],
 )
 def test_a_hostile_bypass_is_refused(recipe: dict[str, object], message: str, tmp_path: Path) -> None:

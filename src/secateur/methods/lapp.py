@@ -23,7 +23,7 @@ from secateur.methods.oneshot import Pruned
 from secateur.methods.options import Numbers, check_options
 from secateur.methods.removal import INSTANT, Decay
 from secateur.methods.structured import StructuredMethod, makers, own_groups
-from secateur.surgery.bypass import add_bypass_, fold_bypass_
+from secateur.surgery.bypass import SIDES, Side, add_bypass_, fold_bypass_, keeps_size
 
 DUST = 1e-20
 """What a masked unit passes on while training: nothing in any sum, but enough for the gradient of a ReLU
@@ -31,6 +31,7 @@ behind it, which is 0 at 0 and would hide from the threshold what the unit is wo
 
 _NAMES = {
     "bypass": ("full", "shared", "none"),
+    "side": SIDES,
     "score": ("l2", "gamma", "taylor"),
     "slope": ("sigmoid", "dst", "soft"),
     "constraint": ("linear", "log"),
@@ -44,6 +45,7 @@ _NUMBERS: Numbers = {
     "threshold_lr": (lambda v: v is None or v > 0, "None or above 0"),
     "remove_every": (lambda v: v is None or v >= 1, "None or a number of steps"),
     "min_share": (lambda v: 0 <= v < 1, "at least 0, below 1"),
+    "side_start": (lambda v: v >= 0, "at least 0"),
 }
 
 
@@ -72,6 +74,9 @@ class LAPP(StructuredMethod):
         hold_share: share of those in which they wait until importances say something.
         bypass: "full" keeps each layer's output width, so that a layer may become narrow and residual sums
             need no alignment; "shared" loses the channels its layer loses, and folds away at the end; "none".
+        side: what the bypass computes: "depthwise", one filter of the layer's size per output channel; or "pointwise",
+            1 × 1 in four groups, beside the layers whose padding keeps the image's size.
+        side_start: scale of the batch norm behind it, at the start.
         score: importance of a unit: "l2" norm of its filter, "gamma", the size of its batch-norm scale, or
             "taylor", a moving average of (gamma · dL/dgamma)².
         slope: backward of the mask: "sigmoid"; "dst", the piecewise slope of Liu et al. 2020,
@@ -106,6 +111,8 @@ class LAPP(StructuredMethod):
         prune_share: float = 0.05,
         hold_share: float = 0.05,
         bypass: Literal["full", "shared", "none"] = "full",
+        side: Side = "depthwise",
+        side_start: float = 1.0,
         score: Literal["l2", "gamma", "taylor"] = "l2",
         slope: Literal["sigmoid", "dst", "soft"] = "sigmoid",
         temperature: float = 0.5,
@@ -124,6 +131,8 @@ class LAPP(StructuredMethod):
             "prune_share": prune_share,
             "hold_share": hold_share,
             "bypass": bypass,
+            "side": side,
+            "side_start": side_start,
             "score": score,
             "slope": slope,
             "temperature": temperature,
@@ -150,9 +159,9 @@ class LAPP(StructuredMethod):
             raise BudgetError("LAPP: the budget bounds units; expected macs, params or both")
         plain = analyze(model, inputs, freeze=freeze)
         norms = norms_after(model, inputs)
-        self._bypasses = _candidates(model, plain, norms, bypass, freeze)
+        self._bypasses = _candidates(model, plain, norms, bypass, side, freeze)
         if bypass == "full":
-            add_bypass_(model, self._bypasses, "full")
+            add_bypass_(model, self._bypasses, "full", side, side_start)
             norms = norms_after(model, inputs)
         super().__init__(model, inputs, budget=budget, steps=steps, dense=Cost(plain), freeze=freeze)
         self._norms, self._tensors = norms, dict(model.named_parameters())
@@ -163,7 +172,7 @@ class LAPP(StructuredMethod):
             targets = own_groups(self.whole)
         self.aim(targets, [max(1, math.ceil(min_share * group.units)) for group in self.whole.groups])
         if bypass == "shared":
-            add_bypass_(model, self._bypasses, "shared")
+            add_bypass_(model, self._bypasses, "shared", side, side_start)
         self.prune_steps = max(1, round(prune_share * steps))
         self._last = self.prune_steps + removal.steps - 1  # the step after which all that leave are zero
         if self._last > steps:
@@ -444,7 +453,7 @@ class Step(torch.autograd.Function):
 
 
 def _candidates(
-    model: nn.Module, graph: Graph, norms: Mapping[str, str], bypass: str, freeze: Sequence[str]
+    model: nn.Module, graph: Graph, norms: Mapping[str, str], bypass: str, side: Side, freeze: Sequence[str]
 ) -> list[tuple[str, str]]:
     """Convolutions to put a bypass beside, with their norms.
 
@@ -458,6 +467,8 @@ def _candidates(
     for name in dict.fromkeys(product.name for product in graph.macs):
         conv = model.get_submodule(name)
         if type(conv) is not nn.Conv2d or conv.groups > 1 or name not in norms or name == graph.macs[0].name:
+            continue
+        if side == "pointwise" and not keeps_size(conv):
             continue
         frozen = any(fnmatchcase(name, f) or fnmatchcase(name, f"{f}.*") for f in freeze)
         if not frozen and (name in own or (bypass == "full" and max(conv.kernel_size) > 1)):

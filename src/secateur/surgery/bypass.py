@@ -3,8 +3,8 @@
     full:    y = scatter(norm(conv(x))) + side_norm(side(x))       the output keeps its width
     shared:  y = norm(conv(x)) + side_norm(side(x))                both lose the same channels
 
-`side` is depthwise: one k × k filter per output channel. A shared side is linear, so that it folds into the
-convolution's own kernel when training is over and costs nothing; a full one stays.
+`side` is depthwise, one k × k filter per output channel, or pointwise, 1 × 1 in four groups. A shared side is linear,
+so that it folds into the convolution's own kernel when training is over and costs nothing; a full one stays.
 
 Source: reconstruction; Zhai et al. 2023, arXiv:2309.14157, say that a light bypass stands beside every pruned
 convolution, not what it is made of.
@@ -15,11 +15,15 @@ from collections.abc import Sequence
 from typing import Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-from secateur.errors import ModelError
+from secateur.errors import ModelError, unknown
 
 Form = Literal["full", "shared"]
+Side = Literal["depthwise", "pointwise"]
+
+SIDES: tuple[Side, ...] = ("depthwise", "pointwise")
 
 
 class Bypass(nn.Module):
@@ -30,23 +34,33 @@ class Bypass(nn.Module):
         norm: the batch norm that reads it.
         form: "full" or "shared".
         norm_name: where the norm was.
+        kind: of the side.
+        start: scale of the side's norm.
     """
 
     index: Tensor
 
-    def __init__(self, conv: nn.Conv2d, norm: nn.BatchNorm2d, form: Form, norm_name: str = "") -> None:
+    def __init__(
+        self,
+        conv: nn.Conv2d,
+        norm: nn.BatchNorm2d,
+        form: Form,
+        norm_name: str = "",
+        kind: Side = "depthwise",
+        start: float = 1.0,
+    ) -> None:
         super().__init__()
-        self.conv, self.norm, self.form, self.norm_name = conv, norm, form, norm_name
-        width = conv.out_channels
-        weight = conv.weight
+        self.conv, self.norm, self.form, self.norm_name, self.kind = conv, norm, form, norm_name, kind
+        width, groups = conv.out_channels, math.gcd(conv.in_channels, conv.out_channels)
+        weight, deep = conv.weight, kind == "depthwise"
         self.side = nn.Conv2d(
             conv.in_channels,
             width,
-            conv.kernel_size,  # type: ignore[arg-type]
+            conv.kernel_size if deep else 1,  # type: ignore[arg-type]
             conv.stride,  # type: ignore[arg-type]
-            conv.padding,  # type: ignore[arg-type]
-            conv.dilation,  # type: ignore[arg-type]
-            groups=math.gcd(conv.in_channels, width),
+            conv.padding if deep else 0,  # type: ignore[arg-type]
+            conv.dilation if deep else 1,  # type: ignore[arg-type]
+            groups=groups if deep else math.gcd(4, groups),
             bias=False,
             padding_mode=conv.padding_mode,
             device=weight.device,
@@ -55,6 +69,7 @@ class Bypass(nn.Module):
         self.side_norm = nn.BatchNorm2d(
             width, norm.eps, norm.momentum, device=weight.device, dtype=weight.dtype
         )
+        nn.init.constant_(self.side_norm.weight, start)
         self.register_buffer("index", torch.arange(width, device=weight.device) if form == "full" else None)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -71,18 +86,29 @@ class Bypass(nn.Module):
         return side.index_add(1, self.index, main)  # type: ignore[no-any-return]
 
 
-def add_bypass_(model: nn.Module, layers: Sequence[tuple[str, str]], form: Form) -> list[str]:
+def add_bypass_(
+    model: nn.Module,
+    layers: Sequence[tuple[str, str]],
+    form: Form,
+    kind: Side = "depthwise",
+    start: float = 1.0,
+) -> list[str]:
     """Put a bypass beside convolutions; their norms move into it, and an identity takes their place.
 
     Args:
         model: changed in place.
         layers: (convolution, its batch norm) by name.
         form: "full" or "shared".
+        kind: of the side: "depthwise" or "pointwise".
+        start: scale of the side's norm: 1 adds it from the start, 0 lets it grow.
     Returns:
         the names of the bypasses: those of the convolutions.
     Raises:
-        ModelError: a layer is not a plain 2-d convolution followed by a batch norm.
+        ModelError: a layer is not a plain 2-d convolution followed by a batch norm, or a pointwise side does not fit
+            it; or there is no such kind.
     """
+    if kind not in SIDES:
+        raise ModelError(unknown("side of a bypass", kind, SIDES))
     modules = dict(model.named_modules())
     for conv_name, norm_name in layers:
         conv, norm = modules.get(conv_name), modules.get(norm_name)
@@ -91,11 +117,17 @@ def add_bypass_(model: nn.Module, layers: Sequence[tuple[str, str]], form: Form)
                 f"{conv_name}: a bypass needs an ordinary convolution followed by a batch norm; got "
                 f"{type(conv).__name__} followed by {type(norm).__name__}"
             )
+        if kind == "pointwise" and not keeps_size(conv):
+            raise ModelError(
+                f"{conv_name}: a pointwise bypass needs a convolution whose padding keeps the image's size; use a "
+                f"depthwise one"
+            )
     for conv_name, norm_name in layers:
         conv, norm = modules[conv_name], modules[norm_name]
         assert isinstance(conv, nn.Conv2d)
         assert isinstance(norm, nn.BatchNorm2d)
-        model.set_submodule(conv_name, Bypass(conv, norm, form, norm_name).train(conv.training))
+        bypass = Bypass(conv, norm, form, norm_name, kind, start)
+        model.set_submodule(conv_name, bypass.train(conv.training))
         model.set_submodule(norm_name, nn.Identity())
     return [name for name, _ in layers]
 
@@ -133,7 +165,7 @@ def fold_bypass_(model: nn.Module, layers: Sequence[tuple[str, str]]) -> None:
             side_scale, side_shift = affine(side_norm)
             bias = conv.bias.double() if conv.bias is not None else torch.zeros_like(scale)
             kernel = conv.weight.double() * scale.view(-1, 1, 1, 1)
-            kernel += written_out(side).double() * side_scale.view(-1, 1, 1, 1)
+            kernel += written_out(side, conv.kernel_size).double() * side_scale.view(-1, 1, 1, 1)
             total = shift + scale * bias + side_shift
             deviation = (norm.running_var.double() + norm.eps).sqrt()  # type: ignore[union-attr]
             norm.weight.copy_(deviation)
@@ -154,12 +186,22 @@ def affine(norm: nn.BatchNorm2d) -> tuple[Tensor, Tensor]:
     return scale, norm.bias.double() - scale * norm.running_mean.double()
 
 
-def written_out(conv: nn.Conv2d) -> Tensor:
-    """The kernel of a grouped convolution as one over all inputs, (o, i, kh, kw), zero outside its groups."""
+def keeps_size(conv: nn.Conv2d) -> bool:
+    """Whether the output is as large as the input, up to the stride."""
+    if isinstance(conv.padding, str):
+        return conv.padding == "same" or max(conv.kernel_size) == 1
+    return all(
+        2 * p == d * (k - 1) for p, d, k in zip(conv.padding, conv.dilation, conv.kernel_size, strict=True)
+    )
+
+
+def written_out(conv: nn.Conv2d, size: Sequence[int]) -> Tensor:
+    """The kernel of a grouped convolution as one over all inputs, (o, i, *size), with zeros where it has none."""
     out, each, *kernel = conv.weight.shape
     full = conv.weight.new_zeros(out, conv.in_channels, *kernel)
     per = out // conv.groups
     for group in range(conv.groups):
         rows, columns = slice(group * per, (group + 1) * per), slice(group * each, (group + 1) * each)
         full[rows, columns] = conv.weight[rows]
-    return full
+    (top, down), (left, right) = (((s - k) // 2, (s - k + 1) // 2) for s, k in zip(size, kernel, strict=True))
+    return F.pad(full, (left, right, top, down))

@@ -17,7 +17,7 @@ from secateur.files import read_tensors, write_tensors
 from secateur.graph import mirrored, named_tensors
 from secateur.graph.modules import pad_attributes
 from secateur.surgery.bits import pack, unpack
-from secateur.surgery.bypass import Bypass, add_bypass_, remove_bypass_
+from secateur.surgery.bypass import SIDES, Bypass, add_bypass_, remove_bypass_
 from secateur.surgery.edit import Edit
 from secateur.surgery.rewriting.known import known_attributes
 from secateur.surgery.rewriting.program import Program
@@ -50,7 +50,7 @@ def save(model: nn.Module, path: str | Path) -> None:
             for name, module in rewritten_modules(model).items()
         },
         "bypasses": {
-            name: {"norm": module.norm_name}
+            name: {"norm": module.norm_name, "side": module.kind}
             for name, module in model.named_modules()
             if isinstance(module, Bypass) and module.form == "full"
         },
@@ -98,8 +98,11 @@ def load(model: nn.Module, path: str | Path) -> nn.Module:
     tensors, metadata = read_tensors(path)
     recipe = _recipe(path, metadata)
     layers = [(name, str(entry.get("norm"))) for name, entry in recipe["bypasses"].items()]
+    kinds = {str(entry.get("side", SIDES[0])) for entry in recipe["bypasses"].values()} or {SIDES[0]}
+    if len(kinds) > 1:
+        raise _misfit(path, model, ["its bypasses are of several kinds"])
     try:
-        add_bypass_(model, layers, "full")
+        add_bypass_(model, layers, "full", kinds.pop())  # type: ignore[arg-type]  # it knows which there are
     except ModelError as error:
         raise _misfit(path, model, [str(error)]) from None
     try:
