@@ -134,6 +134,21 @@ def test_training_cut_short_is_an_error() -> None:
         method.finish()
 
 
+@every_method
+def test_the_end_comes_after_the_block(make: Make) -> None:
+    model = Residual()
+    method = make(model)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
+    with method.attach(optimizer):
+        loop(method, optimizer, STEPS)
+        with pytest.raises(TrainingError, match="after the block"):
+            method.finish()
+    first, second = method.finish(), method.finish()
+    assert first.verification.ok
+    assert second.verification.ok
+    assert first.macs == second.macs
+
+
 def test_the_optimizer_must_know_the_bypass() -> None:
     model = Residual()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05)

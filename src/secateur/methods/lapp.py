@@ -25,10 +25,6 @@ from secateur.methods.removal import INSTANT, Decay
 from secateur.methods.structured import StructuredMethod, makers, own_groups
 from secateur.surgery.bypass import SIDES, Side, add_bypass_, fold_bypass_, keeps_size
 
-DUST = 1e-20
-"""What a masked unit passes on while training: nothing in any sum, but enough for the gradient of a ReLU
-behind it, which is 0 at 0 and would hide from the threshold what the unit is worth."""
-
 _NAMES = {
     "bypass": ("full", "shared", "none"),
     "side": SIDES,
@@ -42,10 +38,12 @@ _NUMBERS: Numbers = {
     "hold_share": (lambda v: 0 <= v < 1, "at least 0, below 1"),
     "temperature": (lambda v: v > 0, "above 0"),
     "weight": (lambda v: v >= 0, "at least 0"),
-    "threshold_lr": (lambda v: v is None or v > 0, "None or above 0"),
-    "remove_every": (lambda v: v is None or v >= 1, "None or a number of steps"),
+    "threshold_lr": (lambda v: v is None or 0 < v < math.inf, "None or above 0"),
+    "remove_every": (lambda v: v is None or (isinstance(v, int) and v >= 1), "None or a number of steps"),
     "min_share": (lambda v: 0 <= v < 1, "at least 0, below 1"),
     "side_start": (lambda v: v >= 0, "at least 0"),
+    "learn": (lambda v: isinstance(v, bool), "True or False"),
+    "task_gradient": (lambda v: isinstance(v, bool), "True or False"),
 }
 
 
@@ -144,9 +142,11 @@ class LAPP(StructuredMethod):
             "threshold_lr": threshold_lr,
             "remove_every": remove_every,
             "min_share": min_share,
-            "removal": asdict(removal),
         }
         check_options("LAPP", self._options, _NAMES, _NUMBERS)
+        if not isinstance(removal, Decay):
+            raise SecateurError(f"LAPP: removal is {removal!r}; expected Decay(steps) from secateur.methods")
+        self._options["removal"] = asdict(removal)
         if self._options["remove_every"] and self._options["bypass"] == "shared":
             raise SecateurError(
                 "LAPP: remove_every does not go with bypass='shared', whose units leave at the end"
@@ -333,10 +333,15 @@ class LAPP(StructuredMethod):
         super().remove(masks)
 
     def finish(self) -> Pruned:
-        if self._options["bypass"] == "shared" and self._decided is not None:
+        """Prove the result, after a shared bypass has been folded in and the units are cut.
+
+        Followers keep their shared bypasses. A folded norm's statistics serve evaluation: train on, if at all, before.
+        """
+        if self._options["bypass"] == "shared" and self._decided is not None and self._handle is None:
             fold_bypass_(self.model, self._bypasses)
-            self.followers = ()  # they still have their bypasses
+            self.followers, self._bypasses = (), []
             self.remove(self._decided)
+            self._decided = None
         return super().finish()
 
     def settings(self) -> dict[str, Any]:
@@ -385,9 +390,7 @@ class LAPP(StructuredMethod):
         passed = self._passed if self._options["task_gradient"] else [mask.detach() for mask in self._passed]
         if self._fades:
             passed = [level + (mask - mask.detach()) for level, mask in zip(levels, passed, strict=True)]
-        if self.model.training:
-            passed = [mask + DUST * (mask == 0) for mask in passed]
-        gates.set(passed)
+        gates.set(passed, dust=self.model.training)
 
     def _landing(self) -> list[Tensor]:
         """Which units stay if the budget were to be met now: one common offset on all thresholds."""

@@ -191,9 +191,13 @@ class StructuredMethod(TrainingMethod):
         """Prove the result: the small model equals the original with its weights and zeros for the rest.
 
         Raises:
-            TrainingError: training is not over, so the budget is not met.
+            TrainingError: training is not over, so the budget is not met; or its hooks are still on the model.
             CutError: the models are not equal; the message says by how much.
         """
+        if self._handle is not None:
+            raise TrainingError(
+                f"{type(self).__name__}: finish() within `with method.attach(optimizer):`; call it after the block"
+            )
         over = [name for name, limit in self.limits.items() if self.count(name) > limit]
         if over:
             raise TrainingError(

@@ -13,7 +13,9 @@
     result = method.finish()
 
 With gradient accumulation the hooks run once per optimizer step, and each micro-step adds its share of the
-penalty. With a gradient scaler, unscale before `before_step`; a step that the scaler skips does not count.
+penalty. With a gradient scaler, say which with `attach(optimizer, scaler=scaler)`, so that what the method itself
+learns is unscaled too, and call `scaler.unscale_(optimizer)` before `before_step`; a step that the scaler skips does
+not count.
 """
 
 from collections.abc import Iterable, Mapping
@@ -47,15 +49,23 @@ class TrainingMethod:
         self.step = 0
         self.optimizer: Optimizer | None = None
         self.followers: tuple[nn.Module, ...] = ()
+        self.scaler: torch.amp.GradScaler | None = None
         self._stepped = False
         self._handle: Any = None
 
-    def attach(self, optimizer: Optimizer, *, followers: Iterable[nn.Module] = ()) -> Self:
+    def attach(
+        self,
+        optimizer: Optimizer,
+        *,
+        followers: Iterable[nn.Module] = (),
+        scaler: torch.amp.GradScaler | None = None,
+    ) -> Self:
         """Say which optimizer trains the model; then enter the method as a context.
 
         Args:
             optimizer: over all of `model.parameters()` that are trained; its state follows every cut.
             followers: copies of the model that are cut along, such as a moving average.
+            scaler: that scales the loss, if one does.
         """
         known = {p for group in optimizer.param_groups for p in group["params"]}
         strange = [n for n, p in self.model.named_parameters() if p.requires_grad and p not in known]
@@ -64,7 +74,7 @@ class TrainingMethod:
                 f"{type(self).__name__}: the optimizer does not know {strange[0]} ({len(strange)} in all). Make it "
                 f"from model.parameters() after the method, which may have added some."
             )
-        self.optimizer, self.followers = optimizer, tuple(followers)
+        self.optimizer, self.followers, self.scaler = optimizer, tuple(followers), scaler
         return self
 
     def __enter__(self) -> Self:
@@ -76,6 +86,7 @@ class TrainingMethod:
 
     def __exit__(self, *_: object) -> None:
         self._handle.remove()
+        self._handle = None
         self.uninstall()
 
     def install(self) -> None:
@@ -93,12 +104,19 @@ class TrainingMethod:
         return torch.zeros((), device=next(self.model.parameters()).device)
 
     def before_step(self) -> None:
-        """All gradients are there: the method's own are averaged over processes, those of weights may change."""
-        if dist.is_initialized():
-            for p in self.parameters():
-                if p.grad is not None:
-                    dist.all_reduce(p.grad)
-                    p.grad /= dist.get_world_size()
+        """All gradients are there: the method's own are averaged over processes, those of weights may change.
+
+        With a gradient scaler the method's own are unscaled, and one that overflowed is dropped.
+        """
+        for p in self.parameters():
+            if p.grad is None:
+                continue
+            if dist.is_initialized():
+                dist.all_reduce(p.grad)
+                p.grad /= dist.get_world_size()
+            if self.scaler is not None:
+                p.grad /= self.scaler.get_scale()
+                p.grad = p.grad if p.grad.isfinite().all() else None
 
     def after_step(self) -> None:
         """The optimizer was called; if it did take a step, the method goes on by one."""

@@ -105,7 +105,7 @@ def add_bypass_(
         the names of the bypasses: those of the convolutions.
     Raises:
         ModelError: a layer is not a plain 2-d convolution followed by a batch norm, or a pointwise side does not fit
-            it; or there is no such kind.
+            it; a norm lacks what a shared side folds into; or there is no such kind.
     """
     if kind not in SIDES:
         raise ModelError(unknown("side of a bypass", kind, SIDES))
@@ -115,7 +115,13 @@ def add_bypass_(
         if type(conv) is not nn.Conv2d or conv.groups > 1 or type(norm) is not nn.BatchNorm2d:
             raise ModelError(
                 f"{conv_name}: a bypass needs an ordinary convolution followed by a batch norm; got "
-                f"{type(conv).__name__} followed by {type(norm).__name__}"
+                f"{type(conv).__name__} followed by {type(norm).__name__}. Convert norms, to SyncBatchNorm for one, "
+                f"after the bypass is there, or do without one."
+            )
+        if form == "shared" and (norm.running_var is None or norm.weight is None):
+            raise ModelError(
+                f"{norm_name}: a shared bypass folds into the norm's scale and running statistics; make the norm with "
+                f"affine=True and track_running_stats=True, or use a full bypass or none"
             )
         if kind == "pointwise" and not keeps_size(conv):
             raise ModelError(
@@ -187,7 +193,9 @@ def affine(norm: nn.BatchNorm2d) -> tuple[Tensor, Tensor]:
 
 
 def keeps_size(conv: nn.Conv2d) -> bool:
-    """Whether the output is as large as the input, up to the stride."""
+    """Whether the output is as large as the input, up to the stride, and the kernel has a tap for its centre."""
+    if any(d > 1 and k % 2 == 0 for d, k in zip(conv.dilation, conv.kernel_size, strict=True)):
+        return False
     if isinstance(conv.padding, str):
         return conv.padding == "same" or max(conv.kernel_size) == 1
     return all(
