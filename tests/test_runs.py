@@ -125,6 +125,15 @@ def test_damaged_progress_is_refused(tmp_path: Path) -> None:
         RunFolder(tmp_path, "prune", SETTINGS, "resume")
 
 
+def test_densities_of_your_own_can_come_from_a_file() -> None:
+    options = {"densities": {"block3.conv1": 0.5}}
+    config = PruneConfig(
+        task=TASK, method="precrop", keep_params=0.9, options=options, finetune=TrainConfig(epochs=1)
+    )
+    assert not config.needs_data
+    assert config.to_json()["options"] == options
+
+
 @pytest.mark.usefixtures("no_exports")
 @pytest.mark.parametrize(
     ("keep", "least"), [({}, 1), ({"min_keep": 3}, 3), ({"min_keep": 3, "round_to": 4}, 4)]

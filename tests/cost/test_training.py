@@ -74,6 +74,23 @@ def test_masks_cost_as_much_as_the_dense_network() -> None:
         training_cost(model, batch(), steps=0)
 
 
+def test_layer_times_add_up_all_calls_of_a_pass() -> None:
+    class Again(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(500, 500)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            for _ in range(20):
+                x = self.layer(x)
+            return x
+
+    x = torch.randn(256, 500)
+    many = layer_times(Again(), x, ["layer"])["layer"]
+    once = layer_times(nn.Sequential(nn.Linear(500, 500)), x, ["0"])["0"]
+    assert many > 5 * once
+
+
 def test_layer_times_name_every_layer_and_leave_no_hook() -> None:
     model = nn.Sequential(nn.Linear(50, 300), nn.ReLU(), nn.Linear(300, 20))
     times = layer_times(model, batch(256)[0], ["0", "2"], repeats=3)

@@ -216,6 +216,23 @@ def test_preconfig_grows_some_layers_within_both_budgets() -> None:
     assert max(preconfig(dense, X, Budget(params=0.7), cap=1.0).plan.origin["widths"].values()) <= 64
 
 
+def test_densities_of_layers_that_cannot_change_have_no_say(resnet8: nn.Module, graph: Graph) -> None:
+    """Streams are kept, so the first layer and the classifier are as they are; others do not pay for them."""
+    own = {"block3.conv1": 0.5}
+    assert design(resnet8, X, {}, graph=graph, densities=own | {"conv1": 0.1, "fc": 0.1}).widths == (
+        design(resnet8, X, {}, graph=graph, densities=own).widths
+    )
+
+
+def test_frozen_weights_are_scored_as_others(resnet8: nn.Module, graph: Graph) -> None:
+    limits = {"params": Cost(graph).params() // 4}
+    expected = design(resnet8, X, limits, graph=graph, densities="synflow", draws=1)
+    still = copy.deepcopy(resnet8)
+    still.fc.requires_grad_(False)
+    assert design(still, X, limits, graph=graph, densities="synflow", draws=1).widths == expected.widths
+    assert not still.fc.weight.requires_grad
+
+
 def test_two_budgets_are_both_used() -> None:
     model = CifarResNet(3)
     graph = analyze(model, X)
@@ -246,5 +263,24 @@ def test_mistakes_say_what_to_do(resnet8: nn.Module) -> None:
         precrop(resnet8, X, None)
     with pytest.raises(BudgetError, match="macs and params"):
         precrop(resnet8, X, Budget(units=0.5))
+    with pytest.raises(BudgetError, match="macs and params"):
+        precrop(resnet8, X, Budget(units=0.5), densities={"block3.conv1": 0.1})
+    for wrong in (float("nan"), -0.1, 0, 1.5):
+        with pytest.raises(BudgetError, match="expected above 0, at most 1"):
+            precrop(resnet8, X, None, densities={"block3.conv1": wrong})
+    with pytest.raises(BudgetError, match="blokc3"):
+        precrop(resnet8, X, None, densities={"blokc3.conv1": 0.3})
+    for name in ("min_keep", "round_to"):
+        with pytest.raises(BudgetError, match=f"{name} is 0"):
+            precrop(resnet8, X, Budget(macs=0.5), **{name: 0})
+    for cap in (0.5, float("inf"), float("nan")):
+        with pytest.raises(BudgetError, match="cap is"):
+            preconfig(resnet8, X, Budget(macs=0.5), cap=cap)
+    with pytest.raises(BudgetError, match="draws is 0"):
+        precrop(resnet8, X, Budget(macs=0.5), densities="synflow", draws=0)
+    with pytest.raises(BudgetError, match="stem"):
+        precrop(resnet8, X, None, latency=({"stem": 1.0}, 0.5))
+    with pytest.raises(BudgetError, match="nan ms"):
+        precrop(resnet8, X, None, latency=({"block3.conv1": float("nan")}, 0.5))
     with pytest.raises(BudgetError, match="expected a layer"):
         random_weights(resnet8, {"conv9": 0.5})

@@ -6,7 +6,7 @@ import statistics
 import time
 import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -86,19 +86,20 @@ def compare_training(
     device, seconds = batch[0].device, {name: list[float]() for name in models}
     counted: dict[str, tuple[int, int]] = {}
     runs: dict[str, Step] = {}
-    with ExitStack() as stack:
-        for name, model in models.items():
-            present = torch.cuda.memory_allocated(device) if device.type == "cuda" else 0
-            step = Step(copy.deepcopy(model).train(), batch, loss)
-            stack.enter_context((holding or {}).get(name, nullcontext)(step.model))
+    held = {name: (holding or {}).get(name, nullcontext) for name in models}
+    for name, model in models.items():
+        present = torch.cuda.memory_allocated(device) if device.type == "cuda" else 0
+        step = Step(copy.deepcopy(model).train(), batch, loss)
+        with held[name](step.model):
             for _ in range(warmup):
                 step()
             with FlopCounterMode(display=False, custom_mapping=RULES) as counter:
                 step()
             counted[name] = counter.get_total_flops() // 2, _peak_bytes(step, present)
-            runs[name] = step
-        for _ in range(steps):
-            for name, step in runs.items():
+        runs[name] = step
+    for _ in range(steps):
+        for name, step in runs.items():
+            with held[name](step.model):  # only while it is its turn: what holds masks may see all optimizers
                 _wait(device)
                 start = time.perf_counter()
                 step()
@@ -219,7 +220,7 @@ class Alive(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 
 def layer_times(model: nn.Module, x: Tensor, names: Iterable[str], *, repeats: int = 5) -> dict[str, float]:
-    """Milliseconds that each layer takes in the forward pass, the median over the repeats.
+    """Milliseconds that each layer takes in a forward pass, all its calls together; the median over the repeats.
 
     Args:
         model: only read, in evaluation mode.
@@ -228,7 +229,7 @@ def layer_times(model: nn.Module, x: Tensor, names: Iterable[str], *, repeats: i
         repeats: after one that is not timed.
     """
     began: dict[str, float] = {}
-    took: dict[str, list[float]] = {name: [] for name in names}
+    took: dict[str, list[float]] = {name: [] for name in names}  # one sum per pass
     timed = copy.deepcopy(model).eval()  # hooks stay on the copy
 
     def before(name: str) -> Callable[..., None]:
@@ -241,7 +242,7 @@ def layer_times(model: nn.Module, x: Tensor, names: Iterable[str], *, repeats: i
     def after(name: str) -> Callable[..., None]:
         def hook(*_: object) -> None:
             _wait(x.device)
-            took[name].append(1e3 * (time.perf_counter() - began[name]))
+            took[name][-1] += 1e3 * (time.perf_counter() - began[name])
 
         return hook
 
@@ -251,5 +252,7 @@ def layer_times(model: nn.Module, x: Tensor, names: Iterable[str], *, repeats: i
         module.register_forward_hook(after(name))
     with torch.no_grad():
         for _ in range(repeats + 1):
+            for values in took.values():
+                values.append(0.0)
             timed(x)
-    return {name: statistics.median(values[1:] or [0.0]) for name, values in took.items()}
+    return {name: statistics.median(values[1:]) for name, values in took.items()}

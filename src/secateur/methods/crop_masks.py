@@ -1,9 +1,8 @@
 """The controls of precropping: as dense in every layer as the crop, at random places of a network of full width."""
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Iterable, Mapping, Sequence
 
-from torch import nn
+from torch import Tensor, nn
 
 from secateur.allocate.density import layer_table
 from secateur.cost import Budget, Cost
@@ -11,6 +10,7 @@ from secateur.errors import BudgetError, unknown
 from secateur.graph import Inputs, analyze
 from secateur.methods.initial import Sparse, layer_bounds, masked, random_masks
 from secateur.methods.precrop import design, limits_of
+from secateur.scores.initial import Loss
 
 PLACES = {
     "weights": "single weights, drawn at random in each layer",
@@ -31,13 +31,16 @@ def crop_masks(
     freeze: Sequence[str] = (),
     min_keep: int = 1,
     round_to: int = 1,
+    data: Iterable[tuple[Tensor, Tensor]] | None = None,
+    loss: Loss = nn.functional.cross_entropy,
+    draws: int = 3,
     seed: int = 0,
-    **options: Any,
 ) -> Sparse:
     """Mask a fresh network at random, each layer as dense as `precrop` with the same arguments would leave it.
 
     If the claim holds that only densities matter, the three train to the same accuracy. Only the crop trains faster.
-    Layers that the crop leaves whole stay whole.
+    Layers that the crop leaves whole stay whole. Layers are drawn independently of each other, as densities are meant:
+    a filter that stays also reads what is at zero, while a layer of the crop reads only what the layer before makes.
 
     Args:
         model: untrained; it is only read.
@@ -45,8 +48,8 @@ def crop_masks(
         budget: of parameters, MACs or both; a weight at zero costs nothing. None with densities that are given.
         granularity: a name in `PLACES`.
         densities, streams, rule, freeze, min_keep, round_to: as for `precrop`.
+        data, loss, draws: for densities by scores, as for `precrop`.
         seed: of the places.
-        options: `data`, `loss` and `draws`, for densities by scores.
     Returns:
         the masked network. A budget of parameters leaves it slightly less dense than the crop, whose norms are
         narrower too.
@@ -58,20 +61,22 @@ def crop_masks(
     if granularity not in PLACES:
         raise BudgetError(unknown("granularity", granularity, PLACES))
     graph = analyze(model, inputs, freeze=freeze)
-    limits = limits_of(graph, budget, densities, None)
     found = design(
         model,
         inputs,
-        limits,
+        limits_of(graph, budget, densities, None),
         densities=densities,
         streams=streams,
         rule=rule,
         min_keep=min_keep,
         round_to=round_to,
         graph=graph,
+        data=data,
+        loss=loss,
+        draws=draws,
         seed=seed,
-        **options,
     )
+    limits = found.limits
     layers = [layer for layer in layer_table(graph, classifier=True) if found.densities[layer.name] < 1]
     bounds = layer_bounds(layers, limits, {name: Cost(graph).of(name) for name in limits})
     masks = random_masks(model, graph, layers, found.densities, bounds, granularity, seed=seed)

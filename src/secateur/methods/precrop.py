@@ -48,6 +48,7 @@ class Design:
 
     Attributes:
         graph: of the dense model.
+        limits: largest cost of the whole network, by measure.
         widths: units per group of it.
         targets: density that each layer was to have, of those whose widths can change.
         densities: density that it has at these widths.
@@ -56,6 +57,7 @@ class Design:
     """
 
     graph: Graph
+    limits: dict[str, int]
     widths: tuple[int, ...]
     targets: Densities
     densities: Densities
@@ -97,6 +99,8 @@ def layer_densities(
     """
     if densities not in DENSITIES:
         raise BudgetError(unknown("source of densities", densities, DENSITIES))
+    if draws < 1:
+        raise BudgetError(f"draws is {draws}; expected at least 1")
     if densities != "optimal" and (cap > 1 or latency):
         raise BudgetError(
             f"densities={densities!r} knows no growth and no latency; choose densities='optimal'"
@@ -115,7 +119,7 @@ def layer_densities(
     data = None if data is None else list(data)
     total = dict.fromkeys((layer.name for layer in layers), 0.0)
     for draw in range(draws):
-        drawn = reset_(copy.deepcopy(model), seed=seed + draw) if draw else model
+        drawn = reset_(copy.deepcopy(model), seed=seed * draws + draw) if draw else model
         masks = initial_masks(drawn, inputs, layers, bounds, densities, data=data, loss=loss, seed=seed)
         for name, p in densities_of(layers, masks).items():
             total[name] += p / draws
@@ -136,7 +140,10 @@ def design(
     min_keep: int = 1,
     round_to: int = 1,
     graph: Graph | None = None,
-    **options: Any,
+    data: Iterable[tuple[Tensor, Tensor]] | None = None,
+    loss: Loss = nn.functional.cross_entropy,
+    draws: int = 3,
+    seed: int = 0,
 ) -> Design:
     """Choose widths; nothing is cut.
 
@@ -146,8 +153,9 @@ def design(
     Args:
         model: untrained; only read.
         inputs: example inputs.
-        limits: largest cost of the whole network, by measure.
-        densities: a name in `DENSITIES`, or a density per layer; layers left out have no say.
+        limits: largest cost of the whole network, by measure; none with given densities: what these cost in weights.
+        densities: a name in `DENSITIES`, or a density per layer. Layers left out have no say, nor have those whose
+            width cannot change.
         streams: a name in `STREAMS`.
         rule: a name in `secateur.allocate.widths.RULES`.
         cap: largest density and share.
@@ -156,16 +164,23 @@ def design(
         min_keep: units that every group keeps at least.
         round_to: widths are multiples of this, or what they were.
         graph: from `analyze`, if it is known.
-        options: `data`, `loss`, `draws` and `seed` of `layer_densities`.
+        data, loss, draws, seed: as for `layer_densities`.
     Raises:
         BudgetError: an unknown name, or a budget out of reach.
     """
     if streams not in STREAMS:
         raise BudgetError(unknown("streams", streams, STREAMS))
+    for name, number in (("min_keep", min_keep), ("round_to", round_to), ("cap", cap)):
+        if not 1 <= number < np.inf:
+            raise BudgetError(f"{name} is {number}; expected at least 1")
     graph = graph or analyze(model, inputs, freeze=freeze)
     if not graph.groups:
         raise BudgetError("no width can change: the model has no group of removable units (see graph.frozen)")
     cost, layers = Cost(graph), layer_table(graph, classifier=True)
+    if not isinstance(densities, str):
+        _check_densities(densities, layers, cap)
+    if latency is not None:
+        _check_times(latency, layers)
     widths = Widths(graph, layers)
     tied = widths.streams([name for name, m in model.named_modules() if getattr(m, "groups", 1) > 1])
     keep = [] if streams == "shared" else tied
@@ -182,10 +197,12 @@ def design(
         shared = streams == "shared"
         return fit_shares(widths, p, streams=tied, shared=shared, rule=rule, cap=cap, weigh=weigh)
 
+    able = [layer for layer, can in zip(layers, widths.change(keep), strict=True) if can]
+    if not isinstance(densities, str) and not limits and latency is None:
+        gone = sum((1 - densities.get(layer.name, 1.0)) * layer.weights for layer in able)
+        limits = {"params": int(cost.params() - gone + 1e-6)}
+    bounds = layer_bounds(able, limits, {m: cost.of(m) for m in limits})
     if isinstance(densities, str):
-        able = [layer for layer, can in zip(layers, widths.change(keep), strict=True) if can]
-        bounds = layer_bounds(able, limits, {m: cost.of(m) for m in limits})
-
         if latency is not None:
             bounds["latency_ms"] = latency[1]
         fixed = {m: limits[m] - bound for m, bound in bounds.items() if m in limits}
@@ -193,7 +210,8 @@ def design(
         def wanted(allowed: Mapping[str, float]) -> Densities:
             own = {m: bound for m, bound in allowed.items() if m in limits}
             timed = (latency[0], allowed["latency_ms"]) if latency else None
-            return layer_densities(model, inputs, able, own, densities, cap=cap, latency=timed, **options)
+            given: dict[str, Any] = {"data": data, "loss": loss, "draws": draws, "seed": seed}
+            return layer_densities(model, inputs, able, own, densities, cap=cap, latency=timed, **given)
 
         def spent(measure: str, shares: Vector) -> float:
             if measure == "latency_ms":
@@ -212,7 +230,7 @@ def design(
             except BudgetError:  # less than one weight per layer
                 break
     else:
-        targets = {name: float(p) for name, p in densities.items()}
+        targets = {layer.name: densities[layer.name] for layer in able if layer.name in densities}
         shares = fitted(targets)
     kept = land(
         cost,
@@ -227,6 +245,7 @@ def design(
     realised = widths.densities(np.array(kept) / widths.units)
     return Design(
         graph,
+        dict(limits),
         tuple(kept),
         targets,
         {layer.name: float(p) for layer, p in zip(layers, realised, strict=True)},
@@ -248,8 +267,10 @@ def precrop(
     min_keep: int = 1,
     round_to: int = 1,
     initialise: Callable[[nn.Module], object] | None = None,
+    data: Iterable[tuple[Tensor, Tensor]] | None = None,
+    loss: Loss = nn.functional.cross_entropy,
+    draws: int = 3,
     seed: int = 0,
-    **options: Any,
 ) -> Pruned:
     """Make a copy of an untrained network narrower, with fresh weights, to be trained once.
 
@@ -257,7 +278,8 @@ def precrop(
         model: untrained; it is only read.
         inputs: example inputs.
         budget: what the result may cost at most; None with densities that are given: what these cost in weights.
-        densities: a name in `DENSITIES`, or a density per layer; layers left out have no say.
+        densities: a name in `DENSITIES`, or a density per layer. Layers left out have no say, nor have those whose
+            width cannot change.
         streams: a name in `STREAMS`: what happens to residual streams.
         rule: a name in `secateur.allocate.widths.RULES`.
         latency: (milliseconds per layer at density 1, how many of them are allowed), a further bound.
@@ -265,8 +287,8 @@ def precrop(
         min_keep: units that every group keeps at least.
         round_to: widths are multiples of this, or what they were.
         initialise: draws the weights of the narrow model in place; None: `secateur.surgery.reset.reset_`.
+        data, loss, draws: for densities by scores, as for `layer_densities`.
         seed: of what is drawn.
-        options: `data`, `loss` and `draws`, for densities by scores.
     Returns:
         the narrow network; the proof is of the cut, before its weights were drawn again.
     Raises:
@@ -298,8 +320,10 @@ def precrop(
         min_keep=min_keep,
         round_to=round_to,
         graph=graph,
+        data=data,
+        loss=loss,
+        draws=draws,
         seed=seed,
-        **options,
     )
     return _built(model, found, freeze, initialise, seed, settings | {"budget": _bounds(budget)})
 
@@ -307,18 +331,31 @@ def precrop(
 def limits_of(
     graph: Graph, budget: Budget | None, densities: str | Mapping[str, float], latency: object
 ) -> dict[str, int]:
-    """Largest cost of the whole network, by measure; of given densities without a budget, what they cost."""
+    """Largest cost of the whole network, by measure; empty where densities or latency alone decide."""
     cost = Cost(graph)
     if budget is not None:
         return budget.limits({name: cost.of(name) for name in budget.bounds})
-    if isinstance(densities, str):
-        if latency is None:
-            raise BudgetError("no budget: give one, or a density for each layer")
-        return {}
-    gone = sum(
-        (1 - densities.get(layer.name, 1.0)) * layer.weights for layer in layer_table(graph, classifier=True)
-    )
-    return {"params": int(cost.params() - gone + 1e-6)}
+    if isinstance(densities, str) and latency is None:
+        raise BudgetError("no budget: give one, or a density for each layer")
+    return {}
+
+
+def _check_densities(densities: Mapping[str, float], layers: Sequence[Layer], cap: float) -> None:
+    known = {layer.name for layer in layers}
+    for name, p in densities.items():
+        if name not in known:
+            raise BudgetError(unknown("layer", name, known))
+        if not 0 < p <= cap:
+            raise BudgetError(f"density {p} of layer {name!r}; expected above 0, at most {cap:g}")
+
+
+def _check_times(latency: tuple[Mapping[str, float], float], layers: Sequence[Layer]) -> None:
+    known = {layer.name for layer in layers}
+    for name, ms in latency[0].items():
+        if name not in known:
+            raise BudgetError(unknown("layer", name, known))
+        if not 0 <= ms < np.inf:
+            raise BudgetError(f"latency of layer {name!r}: {ms} ms; expected a number, at least 0")
 
 
 def preconfig(
@@ -327,13 +364,15 @@ def preconfig(
     budget: Budget,
     *,
     cap: float = 2.0,
+    densities: str | Mapping[str, float] = "optimal",
+    rule: str = "fit",
+    latency: tuple[Mapping[str, float], float] | None = None,
     streams: str = "keep",
     freeze: Sequence[str] = (),
     min_keep: int = 1,
     round_to: int = 1,
     initialise: Callable[[nn.Module], object] | None = None,
     seed: int = 0,
-    **options: Any,
 ) -> Pruned:
     """Give an untrained network other proportions: some layers grow, some shrink.
 
@@ -344,8 +383,8 @@ def preconfig(
         inputs: example inputs.
         budget: of parameters or MACs, or both.
         cap: largest density and share of units.
-        streams, freeze, min_keep, round_to, initialise, seed: as for `precrop`.
-        options: `densities` per layer, `rule` and `latency` of `design`.
+        densities: "optimal", or a density per layer.
+        rule, latency, streams, freeze, min_keep, round_to, initialise, seed: as for `precrop`.
     Returns:
         the network; `graph` and `plan` are of the widened one that it was cut from, with proof of that cut.
     Raises:
@@ -354,8 +393,6 @@ def preconfig(
     Source: Cai et al., later versions of arXiv:2203.02549 (PreConfig).
     Differs: a reconstruction, see docs/precrop.md; the cap is our choice.
     """
-    if not cap >= 1:
-        raise BudgetError(f"cap={cap}: the largest share of units; expected at least 1")
     graph = analyze(model, inputs, freeze=freeze)
     cost = Cost(graph)
     dense = {"macs": cost.macs(), "params": cost.params()}
@@ -364,16 +401,20 @@ def preconfig(
         model,
         inputs,
         limits,
+        densities=densities,
+        rule=rule,
+        latency=latency,
         cap=cap,
         streams=streams,
         min_keep=min_keep,
         round_to=round_to,
         graph=graph,
         seed=seed,
-        **options,
     )
     settings = {
         "method": "preconfig",
+        "densities": densities if isinstance(densities, str) else dict(densities),
+        "rule": rule,
         "budget": _bounds(budget),
         "cap": cap,
         "streams": streams,

@@ -224,7 +224,7 @@ class PruneConfig:
     def needs_data(self) -> bool:
         """Whether what goes is chosen on labelled images."""
         entry = method_named(self.method)
-        scored = {self.method, self.options.get("densities")} & {"snip", "grasp", "rd"}
+        scored = {"snip", "grasp", "rd"}.intersection((self.method, str(self.options.get("densities"))))
         by_units = self.method == "oneshot" and SCORES[self.score].needs_data
         return bool(scored) or by_units or (entry.own and entry.takes("data"))
 

@@ -38,7 +38,7 @@ class Synflow:
         self.model = positive_(copy.deepcopy(model).double().eval())
         self.names = list(names)
         self.args, self.kwargs = as_call(with_batch(inputs, 1))
-        parameters = dict(self.model.named_parameters())
+        parameters = dict(self.model.requires_grad_(True).named_parameters())
         self.whole = {name: parameters[name].detach().clone() for name in self.names}
         self.parameters = {name: parameters[name] for name in self.names}
 
