@@ -5,10 +5,11 @@ import dataclasses
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from secateur.report import ComparisonReport, LatencyPair, Outcome, advice, standings, write_comparison
-from secateur.report.comparison import markdown
+from secateur.report.comparison import margin_of, markdown
 from secateur.report.comparison_figures import arms_of, comparison_figures
 from secateur.report.html import render_comparison
 
@@ -69,26 +70,79 @@ def test_differences_are_to_the_given_weights_where_all_start_from_them():
     assert scratch.difference == pytest.approx(-0.1)
 
 
+def test_the_margin_is_that_of_tukey():
+    """Against least squares: noise is what arm and seed leave unexplained."""
+    rng = np.random.default_rng(0)
+    values = rng.normal(0.9, 0.01, (4, 3)) + np.array([0.0, 0.02, -0.01])
+    arms, seeds = values.shape
+    columns = [[i == a for i in range(arms) for _ in range(seeds)] for a in range(arms)]
+    columns += [[j == b for _ in range(arms) for j in range(seeds)] for b in range(1, seeds)]
+    design = np.array(columns, dtype=float).T
+    rest = values.ravel() - design @ np.linalg.lstsq(design, values.ravel())[0]
+    sigma = np.sqrt((rest**2).sum() / ((arms - 1) * (seeds - 1)))
+    # 4.896 is the 5 % point of the studentised range for 4 means and 6 degrees of freedom, from printed tables
+    assert margin_of(values) == pytest.approx(4.896 * sigma / np.sqrt(seeds), rel=1e-3)
+    assert margin_of(values[:1]) is None
+    assert margin_of(values[:, :1]) is None
+
+
+def test_equal_arms_are_rarely_told_apart():
+    """Whatever their number: in one comparison out of twenty."""
+    rng, told = np.random.default_rng(1), 0
+    for _ in range(400):
+        values = rng.normal(0.9, 0.003, (8, 3)) + rng.normal(0, 0.01, 3)
+        means = values.mean(1)
+        told += means.max() - means.min() > (margin_of(values) or 0)
+    assert 0.02 < told / 400 < 0.09
+
+
 def test_a_clear_lead_is_told():
-    (one,) = advice(
-        [outcome("a", s, 0.9 + 0.01 * s) for s in (0, 1)] + [outcome("b", s, 0.89 + 0.01 * s) for s in (0, 1)]
-    )
-    assert (one.best, one.rival, one.cheaper) == ("a", "b", None)
-    assert one.lead == pytest.approx(0.01)  # the seeds differ as much, but the pairs do not
-    assert "cannot be told apart" not in one.text
-
-
-def test_a_lead_within_the_spread_names_the_cheaper_of_the_two():
-    runs = [outcome("a", 0, 0.92, latency=timed(2.0)), outcome("a", 1, 0.90, latency=timed(2.0))]
-    runs += [outcome("b", 0, 0.90, latency=timed(1.0)), outcome("b", 1, 0.91, latency=timed(1.0))]
-    runs += [outcome("c", 0, 0.91, latency=timed(0.5)), outcome("c", 1, 0.89, latency=timed(0.5))]
+    runs = [
+        outcome("a", s, 0.9 + 0.01 * s) for s in (0, 1, 2)
+    ]  # the seeds differ as much, but the pairs do not
+    runs += [outcome("b", s, 0.89 + 0.01 * s + 0.0001 * (s == 1)) for s in (0, 1, 2)]
+    runs += [outcome("c", s, 0.5 + 0.01 * s) for s in (0, 1, 2)]
     (one,) = advice(runs)
-    assert (one.best, one.rival, one.cheaper) == ("a", "b", "b")
-    assert "with these 2 seeds the two cannot be told apart" in one.text
-    assert "1 ms against 2 ms" in one.text
-    assert one.others == ()  # c is behind by the same at both seeds
+    assert (one.best, one.rival, one.cheaper, one.others) == ("a", "b", None, ())
+    assert one.lead == pytest.approx(0.01, abs=1e-4)
+    assert one.margin is not None
+    assert one.margin < 0.001
+    assert "ahead of all others" in one.text
+
+
+def test_what_cannot_be_told_apart_is_named_with_the_cheapest():
+    runs = [outcome("a", s, a, latency=timed(2.0)) for s, a in enumerate((0.92, 0.90, 0.915))]
+    runs += [outcome("b", s, a, latency=timed(1.0)) for s, a in enumerate((0.90, 0.91, 0.905))]
+    runs += [outcome("c", s, 0.5 + 0.001 * s, latency=timed(0.5)) for s in (0, 1, 2)]
+    runs += [outcome("d", s, a, latency=timed(0.9)) for s, a in enumerate((0.91, 0.89, 0.90))]
+    (one,) = advice(runs)
+    assert (one.best, one.rival, one.cheaper, one.others) == ("a", "b", "d", ("b", "d"))
+    assert "With these 3 seeds means closer than" in one.text
+    assert (
+        "it is not ahead of “b”, “d”. Of these “d” is the cheapest to run: 0.9 ms against 2 ms." in one.text
+    )
     (one,) = advice([dataclasses.replace(run, latency=None) for run in runs])
     assert one.cheaper is None  # equal MACs
+
+
+def test_a_latency_that_scatters_makes_nothing_cheaper():
+    runs = [outcome("a", s, a, latency=timed(2.0)) for s, a in enumerate((0.92, 0.90))]
+    runs += [outcome("b", s, a, latency=timed(ms)) for s, a, ms in ((0, 0.90, 1.0), (1, 0.91, 2.6))]
+    (one,) = advice(runs)
+    assert (one.others, one.cheaper) == (("b",), None)
+    row = next(row for row in standings(runs) if row.arm == "b")
+    assert (row.latency_ms, row.latency_spread) == (pytest.approx(1.8), pytest.approx(1.131, abs=1e-3))
+
+
+def test_arms_with_missing_runs_and_masks_under_a_budget_of_macs_are_not_recommended():
+    runs = [outcome("a", s, 0.9 + 0.001 * s) for s in (0, 1)] + [outcome("b", s, 0.8) for s in (0, 1)]
+    runs += [outcome("lucky", 0, 0.95), outcome("lucky", 1, None, error="broke")]
+    runs += [outcome("masked", s, 0.93, masked=True) for s in (0, 1)]
+    (one,) = advice(runs)
+    assert (one.best, one.rival) == ("a", "b")
+    assert "Left out, since runs are missing: “lucky”." in one.text
+    (one,) = advice([dataclasses.replace(run, budget={"params": 0.5}, params=0.5) for run in runs])
+    assert one.best == "masked"
 
 
 def test_a_clock_that_drifts_between_runs_does_not_matter():
@@ -114,7 +168,7 @@ def test_what_other_work_disturbed_is_left_out_and_said():
 
 def test_one_seed_tells_nothing_apart():
     (one,) = advice([outcome("a", 0, 0.92), outcome("b", 0, 0.60, macs=0.3)])
-    assert (one.best, one.cheaper, one.lead_spread) == ("a", "b", None)
+    assert (one.best, one.cheaper, one.margin) == ("a", None, None)
     assert "one seed tells nothing about spread" in one.text
 
 
@@ -126,6 +180,18 @@ def test_what_is_over_the_budget_is_not_recommended():
         "masks",
     ]
     assert advice([outcome("masks", 0, 0.95, macs=1.0), outcome("b", 0, None, error="broke")]) == []
+
+
+def test_one_run_over_the_budget_is_enough():
+    runs = [outcome("a", s, 0.9, macs=macs) for s, macs in enumerate((0.55, 0.45, 0.45))]
+    assert [row.over for row in standings(runs)] == [True]
+
+
+def test_a_message_of_several_lines_is_one_cell():
+    report = dataclasses.replace(
+        comparison(), outcomes=[outcome("a", 0, None, error="one\ntwo | three")], notes={}
+    )
+    assert "failed: one two \\| three |" in markdown(report)
 
 
 def test_the_fronts_and_widths_hold_the_table():

@@ -101,7 +101,7 @@ def compare_latency(
     repeats: int = 30,
     threads: int | None = None,
 ) -> dict[str, Latency]:
-    """Time several models on the same inputs, in turn: A, B, A, B, …
+    """Time several models on the same inputs, in turn: A, B, B, A, A, B, …
 
     A machine that slows down or speeds up in the meantime does so for all of them alike, so their
     quotients can be trusted further than those of separate measurements.
@@ -122,6 +122,7 @@ def compare_latency(
     device = device or torch.device("cpu")
 
     milliseconds: dict[str, list[float]] = {name: [] for name in runs}
+    order = list(runs.items())
     # not inference_mode: what a module caches under it could never again take part in training
     with contextlib.ExitStack() as stack:
         for run in runs.values():
@@ -130,7 +131,7 @@ def compare_latency(
         stack.enter_context(_torch_threads(threads))
         stack.enter_context(torch.no_grad())
         for i in range(warmup + repeats):
-            for name, run in runs.items():
+            for name, run in order if i % 2 == 0 else reversed(order):
                 _wait_for(device)
                 start = time.perf_counter_ns()
                 run(*args, **kwargs)

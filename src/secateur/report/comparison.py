@@ -1,22 +1,31 @@
 """What came of a comparison: outcomes of single runs, means over seeds, and what to recommend."""
 
 import csv
+import functools
 import io
+import math
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, fields
-from typing import Any
+from dataclasses import dataclass, field, fields, replace
+
+import numpy as np
+from scipy.stats import studentized_range
 
 from secateur.report.data import LatencyPair, Width
 
 MEASURES = {"macs": "MACs", "params": "parameters"}
 """What a budget of a comparison may bound -> as people say it."""
 
+MASKS = (
+    "Of masked networks, weights at zero are not counted as kept. Their operations are done all the same, so under a "
+    "budget of MACs none is recommended."
+)
+
 DENSE = "dense"
 """The arm that trains the dense model, which others are compared with if nothing else is said."""
 
 SAME = 0.05
-"""Share by which two costs must differ before one is called cheaper: clocks are not better than that."""
+"""Share by which two costs must differ at least before one is called cheaper."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -113,7 +122,9 @@ class Standing:
         over: whether it costs more than the budget allows.
         latency_ms: of one pass, as a share of the dense network's, which was measured beside it, times the median of
             all measurements of the dense network: a clock that drifts between runs does not matter.
+        latency_spread: sample standard deviation of that over the runs, milliseconds.
         speed_up: dense over this.
+        seconds_per_epoch, training_seconds: medians over the seeds.
         failed: what went wrong with the others.
     """
 
@@ -131,6 +142,7 @@ class Standing:
     step_macs: float | None
     step_bytes: float | None
     latency_ms: float | None
+    latency_spread: float | None
     speed_up: float | None
     seconds_per_epoch: float
     training_seconds: float
@@ -145,18 +157,19 @@ class Advice:
     Attributes:
         budget: in words.
         best, rival: the two best mean accuracies within the budget.
-        lead: mean difference of the two, paired by seed; with the sample standard deviation.
-        cheaper: of the two, where they cannot be told apart.
-        others: further arms that cannot be told apart from the best.
+        lead: difference of the two.
+        margin: the least difference that means something; None: not known.
+        others: arms that cannot be told apart from the best.
+        cheaper: of these, the one that is cheapest to run, if it is cheaper than the best.
         text: all that as sentences.
     """
 
     budget: str
     best: str
-    text: str
+    text: str = ""
     rival: str | None = None
     lead: float | None = None
-    lead_spread: float | None = None
+    margin: float | None = None
     cheaper: str | None = None
     others: tuple[str, ...] = ()
 
@@ -189,7 +202,8 @@ def _standing(
     paired = [a - b for a, b in zip(accuracies, others, strict=True) if b is not None and against != arm]
     timed = [o.latency for o in good if o.latency and is_steady(o.latency)]
     macs, params = _mean(o.macs for o in good), _mean(o.params for o in good)
-    speed_up, bounds = _mean(pair.speed_up for pair in timed), found[0].budget
+    shares, bounds = [1 / pair.speed_up for pair in timed], found[0].budget
+    share, share_spread = _mean(shares), _spread(shares)
     return Standing(
         arm=arm,
         budget=budget,
@@ -204,13 +218,12 @@ def _standing(
         against=against if paired else "",
         step_macs=_mean(o.step_macs for o in good if o.step_macs is not None),
         step_bytes=_mean(o.step_bytes for o in good if o.step_bytes is not None),
-        latency_ms=clock / speed_up if clock and speed_up else None,
-        speed_up=speed_up,
-        seconds_per_epoch=_mean(o.training_seconds / o.epochs for o in good if o.epochs) or 0.0,
-        training_seconds=_mean(o.training_seconds for o in good) or 0.0,
-        over=any(
-            (share or 0) > bounds.get(name, 1) + 1e-6 for name, share in (("macs", macs), ("params", params))
-        ),
+        latency_ms=clock * share if clock and share else None,
+        latency_spread=clock * share_spread if clock and share_spread is not None else None,
+        speed_up=1 / share if share else None,
+        seconds_per_epoch=_median(o.training_seconds / o.epochs for o in good if o.epochs) or 0.0,
+        training_seconds=_median(o.training_seconds for o in good) or 0.0,
+        over=any(getattr(o, name) > bound + 1e-6 for o in good for name, bound in bounds.items()),
         failed="; ".join(dict.fromkeys(o.error for o in found if o.error)),
     )
 
@@ -245,82 +258,97 @@ def dense_latency(outcomes: Sequence[Outcome]) -> float | None:
 
 
 def advice(outcomes: Sequence[Outcome]) -> list[Advice]:
-    """What to take at each budget: the best mean accuracy, and whether it can be told from the next.
+    """What to take at each budget: the best mean accuracy, and what cannot be told apart from it.
 
-    Two arms can be told apart if the mean of their differences, paired by seed, is larger than the spread of these
-    differences. Arms over the budget do not count.
+    Arms over the budget do not count, nor do those that lack a seed which others have. Masks save no operation, so a
+    budget of MACs takes no masked arm.
     """
     found = []
     table = standings(outcomes)
     for budget in dict.fromkeys(line.budget for line in table if line.budget):
+        there = [o for o in outcomes if in_words(o.budget) == budget and o.accuracy is not None]
+        masked = {o.arm for o in there if o.masked and "macs" in o.budget}
         able = [
-            line for line in table if line.budget == budget and line.accuracy is not None and not line.over
-        ]
+            line for line in table
+            if line.budget == budget and line.accuracy is not None and not line.over and line.arm not in masked
+        ]  # fmt: skip
+        seeds = max((line.seeds for line in able), default=0)
         if able:
-            found.append(_advice(budget, able, outcomes))
+            complete = [line for line in able if line.seeds == seeds]
+            text, one = _advice(budget, complete, there)
+            if fewer := [f"“{line.arm}”" for line in able if line.seeds < seeds]:
+                text += f" Left out, since runs are missing: {', '.join(fewer)}."
+            found.append(replace(one, text=text))
     return found
 
 
-def _advice(budget: str, able: Sequence[Standing], outcomes: Sequence[Outcome]) -> Advice:
+def _advice(budget: str, able: Sequence[Standing], outcomes: Sequence[Outcome]) -> tuple[str, Advice]:
     best = able[0]
     says = f"“{best.arm}” has the best mean accuracy, {percentage(best.accuracy, best.spread)} %"
     if len(able) == 1:
-        return Advice(budget=budget, best=best.arm, text=f"{says}; there is nothing to compare it with.")
-    rival = able[1]
-    by_seed = {
-        line.arm: {o.seed: o.accuracy for o in outcomes if (o.arm, in_words(o.budget)) == (line.arm, budget)}
-        for line in able
-    }
-
-    def lead(other: Standing) -> list[float]:
-        mine, theirs = by_seed[best.arm], by_seed[other.arm]
-        return [a - b for s, a in mine.items() if a is not None and (b := theirs.get(s)) is not None]
-
-    gaps = lead(rival)
-    mean, spread = _mean(gaps), _spread(gaps)
-    if mean is None:
-        text = f"{says}. “{rival.arm}” is next, but shares no seed with it."
-        return Advice(budget=budget, best=best.arm, rival=rival.arm, text=text)
-    says += f", {percentage(mean)} points ahead of “{rival.arm}”"
-    ahead: dict[str, Any] = {"budget": budget, "best": best.arm, "rival": rival.arm}
-    ahead |= {"lead": mean, "lead_spread": spread}
-    if spread is not None and mean > spread:
-        text = f"{says} (spread of the paired differences {percentage(spread)})."
-        return Advice(**ahead, text=text)
-    others = tuple(o.arm for o in able[2:] if not _apart(lead(o)))
-    if spread is None:
-        text = f"{says}; one seed tells nothing about spread, so the two cannot be told apart."
-    else:
-        text = (
-            f"{says}, which is less than the spread of the paired differences ({percentage(spread)}): with these "
-            f"{len(gaps)} seeds the two cannot be told apart."
-        )
-    cheaper, why = _cheaper(best, rival)
-    text += (
-        f" “{cheaper}” is cheaper to run: {why}." if cheaper else f" They cost about the same to run: {why}."
+        return f"{says}; there is nothing to compare it with.", Advice(budget=budget, best=best.arm)
+    rival, lead = able[1], (best.accuracy or 0) - (able[1].accuracy or 0)
+    says += f", {percentage(lead)} points ahead of “{rival.arm}”"
+    by = {(o.arm, o.seed): o.accuracy for o in outcomes}
+    seeds = dict.fromkeys(o.seed for o in outcomes if o.arm == best.arm)
+    margin = margin_of([[by.get((line.arm, seed)) or math.nan for seed in seeds] for line in able])
+    one = Advice(budget=budget, best=best.arm, rival=rival.arm, lead=lead, margin=margin)
+    if margin is None:
+        return f"{says}; one seed tells nothing about spread, so no two arms can be told apart.", one
+    close = [line for line in able[1:] if (best.accuracy or 0) - (line.accuracy or 0) <= margin]
+    says += (
+        f". With these {len(seeds)} seeds means closer than {percentage(margin)} points cannot be told apart"
     )
-    if others and spread is not None:
-        text += f" Nor can be told from the best: {', '.join(f'“{arm}”' for arm in others)}."
-    return Advice(
-        **ahead, cheaper=cheaper, others=others if spread is not None else (), text=text
-    )  # fmt: skip
-
-
-def _apart(gaps: Sequence[float]) -> bool:
-    mean, spread = _mean(gaps), _spread(gaps)
-    return mean is not None and spread is not None and mean > spread
-
-
-def _cheaper(one: Standing, other: Standing) -> tuple[str | None, str]:
-    """Which of two networks is cheaper to run, by the clock or else by MACs, if one is; and the numbers."""
-    clock = one.latency_ms is not None and other.latency_ms is not None
-    first, second = sorted((one, other), key=lambda line: (line.latency_ms or 0) if clock else line.macs)
-    low, high = (first.latency_ms or 0, second.latency_ms or 0) if clock else (first.macs, second.macs)
-    if clock:
-        numbers = f"{low:.3g} ms against {high:.3g} ms"
+    if not close:
+        return f"{says}, so it is ahead of all others.", one
+    if len(close) == len(able) - 1:
+        says += ", and it is ahead of none of the others by as much."
     else:
+        says += f", so it is not ahead of {', '.join(f'“{line.arm}”' for line in close)}."
+    cheaper, why = _cheapest([best, *close])
+    if cheaper:
+        says += f" Of these “{cheaper}” is the cheapest to run: {why}."
+    return says, replace(one, cheaper=cheaper, others=tuple(line.arm for line in close))
+
+
+def margin_of(accuracies: Sequence[Sequence[float]]) -> float | None:
+    """How far apart the means of two arms must be to be told apart: Tukey's honest significant difference at 5 %.
+
+    What is left of the accuracies without the means of arms and of seeds is taken for noise, alike in all arms.
+
+    Args:
+        accuracies: (arms, seeds); all arms have the same seeds.
+    Returns:
+        None where one arm, one seed or a missing run leaves no noise to see.
+    Source: Tukey 1949, "Comparing individual means in the analysis of variance", for a randomised block design.
+    """
+    values = np.asarray(accuracies, dtype=float)
+    arms, seeds = values.shape
+    if arms < 2 or seeds < 2 or not np.isfinite(values).all():
+        return None
+    rest = values - values.mean(1, keepdims=True) - values.mean(0, keepdims=True) + values.mean()
+    freedom = (arms - 1) * (seeds - 1)
+    return _quantile(arms, freedom) * math.sqrt((rest**2).sum() / freedom / seeds)
+
+
+@functools.cache
+def _quantile(arms: int, freedom: int) -> float:
+    return float(studentized_range.ppf(0.95, arms, freedom))
+
+
+def _cheapest(lines: Sequence[Standing]) -> tuple[str | None, str]:
+    """Which network is cheaper to run than the first, by the clock or else by MACs, if one is; and the numbers."""
+    clock = all(line.latency_ms is not None for line in lines)
+    best, cheap = lines[0], min(lines, key=lambda line: (line.latency_ms or 0) if clock else line.macs)
+    if clock:
+        low, high = cheap.latency_ms or 0, best.latency_ms or 0
+        numbers = f"{low:.3g} ms against {high:.3g} ms"
+        least = max(SAME * high, (cheap.latency_spread or 0) + (best.latency_spread or 0))
+    else:
+        low, high = cheap.macs, best.macs
         numbers = f"{100 * low:.1f} % of the MACs against {100 * high:.1f} %"
-    return (first.arm if low < (1 - SAME) * high else None), numbers
+        least = SAME * high
+    return (cheap.arm if high - low > least else None), numbers
 
 
 def in_words(budget: Mapping[str, float]) -> str:
@@ -357,10 +385,7 @@ def markdown(report: ComparisonReport) -> str:
     for one in advice(outcomes):
         lines.append(f"- **At most {one.budget}:** {one.text}")
     if any(o.masked for o in outcomes):
-        lines += [
-            "",
-            "Of masked networks, weights at zero are not counted as kept; see what a step costs them.",
-        ]
+        lines += ["", MASKS]
     lines += [
         "",
         "| budget | arm | MACs kept | params kept | right after the cut | accuracy | difference | ms | "
@@ -369,19 +394,19 @@ def markdown(report: ComparisonReport) -> str:
     ]
     for row in standings(outcomes):
         if row.accuracy is None:
-            lines.append(f"| {row.budget} | {row.arm} | | | | failed: {row.failed} | | | | | | 0 |")
+            lines.append(f"| {row.budget} | {row.arm} | | | | failed: {_cell(row.failed)} | | | | | | 0 |")
             continue
         cut = "" if row.accuracy_cut is None else percentage(row.accuracy_cut)
         difference = ""
         if row.difference is not None:
             difference = f"{percentage(row.difference, row.difference_spread, '+')} to {row.against}"
         step = "" if row.step_macs is None else f"{row.step_macs:.2f}, {row.step_bytes:.2f}"
-        latency = "" if row.latency_ms is None else f"{row.latency_ms:.3g}"
+        latency = "" if row.latency_ms is None else milliseconds(row.latency_ms, row.latency_spread)
         lines.append(
             f"| {row.budget or 'dense'} | {row.arm}{' (over the budget)' if row.over else ''} | {row.macs:.3f} | "
             f"{row.params:.3f} | {cut} | {percentage(row.accuracy, row.spread)} | {difference} | {latency} | "
             f"{step} | {_whole(row.seconds_per_epoch)} | {_whole(row.training_seconds)} | "
-            f"{row.seeds}{f' ({row.failed})' if row.failed else ''} |"
+            f"{row.seeds}{f' ({_cell(row.failed)})' if row.failed else ''} |"
         )
     if note := unsteady(outcomes):
         lines += ["", note]
@@ -409,6 +434,23 @@ def as_csv(outcomes: Sequence[Outcome]) -> str:
     return text.getvalue()
 
 
+def milliseconds(mean: float, spread: float | None) -> str:
+    """A latency, with as many digits as its spread.
+
+    >>> milliseconds(1.2345, 0.056), milliseconds(12.345, None)
+    ('1.23 ± 0.06', '12.3')
+    """
+    if spread is None:
+        return f"{mean:.3g}"
+    digits = max(0, 2 - math.floor(math.log10(mean)))
+    return f"{mean:.{digits}f} ± {spread:.{digits}f}"
+
+
+def _cell(text: str) -> str:
+    """A message as one cell of a table."""
+    return " ".join(text.replace("|", "\\|").split())
+
+
 def _whole(seconds: float) -> str:
     return f"{seconds:.0f}" if seconds >= 10 else f"{seconds:.2g}"
 
@@ -416,6 +458,11 @@ def _whole(seconds: float) -> str:
 def _mean(values: Iterable[float]) -> float | None:
     found = list(values)
     return statistics.mean(found) if found else None
+
+
+def _median(values: Iterable[float]) -> float | None:
+    found = list(values)
+    return statistics.median(found) if found else None
 
 
 def _spread(values: Sequence[float]) -> float | None:

@@ -69,6 +69,14 @@ def front(outcomes: Sequence[Outcome], name: str) -> Figure:
                     "thickness": 1,
                     "width": 3,
                 },
+                "error_x": {
+                    "type": "data",
+                    "array": [
+                        round((line.latency_spread or 0) if field == "latency_ms" else 0, 4) for line in lines
+                    ],
+                    "thickness": 1,
+                    "width": 3,
+                },
                 "line": {"color": color, "width": 1.5, "dash": "dot" if hollow else "solid"},
                 "marker": {"color": color, "size": 8, "symbol": symbol},
                 "hovertemplate": f"{escape(arm)}<br>{title.split(',')[0]} %{{x:.3~f}}<br>accuracy %{{y:.2f}} %"

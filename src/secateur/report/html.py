@@ -8,10 +8,12 @@ from typing import Any
 from secateur.cost.latency import Latency
 from secateur.cost.training import TrainingCost
 from secateur.report.comparison import (
+    MASKS,
     ComparisonReport,
     advice,
     dense_accuracies,
     is_steady,
+    milliseconds,
     percentage,
     standings,
     unsteady,
@@ -61,6 +63,7 @@ def render_comparison(report: ComparisonReport) -> str:
         dense=statistics.mean(dense.values()) if dense else None,
         timed=timed.after if timed else None,
         unsteady=unsteady(report.outcomes),
+        masked=MASKS if any(o.masked for o in report.outcomes) else "",
         seconds=sum(o.training_seconds for o in report.outcomes),
     )
 
@@ -81,7 +84,8 @@ def _page(template: str, pictures: dict[str, Figure], **values: Any) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {"si": si, "percent": percent, "percentage": percentage, "duration": duration}
+    named = {"percentage": percentage, "duration": duration, "milliseconds": milliseconds}
+    environment.filters |= {"si": si, "percent": percent} | named
     plotly_js = markupsafe.Markup(plotly.offline.get_plotlyjs())
     return environment.get_template(template).render(figures=pictures, plotly=plotly_js, **values)
 
