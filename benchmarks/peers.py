@@ -25,22 +25,22 @@ def torch_pruning(
     inputs: Tensor,
     budget: Budget,
     *,
-    importance: str = "l2",
+    importance: str = "group-norm",
     data: Data | None = None,
     every: int = 10,
 ) -> nn.Module:
     """Torch-Pruning, global: step by step to the widths that first meet the budget.
 
     Args:
-        importance: "l2", norms of each group's first layer; "group-norm", of all its layers, as its
-            `GroupNormPruner` has it without sparse training; "taylor", first order.
+        importance: "group-norm", norms over all layers of a group, its default; "first-l2", of each group's first
+            layer alone; "taylor", first order.
         data: for "taylor".
         every: steps between two measurements of the gradients; in between they are cut with the weights.
     """
     import torch_pruning as tp
 
     importances = {
-        "l2": tp.importance.MagnitudeImportance(p=2, group_reduction="first"),
+        "first-l2": tp.importance.MagnitudeImportance(p=2, group_reduction="first"),
         "group-norm": tp.importance.GroupMagnitudeImportance(p=2),
         "taylor": tp.importance.GroupTaylorImportance(),
     }

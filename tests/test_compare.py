@@ -11,7 +11,8 @@ import pytest
 
 from secateur.errors import FileError, SecateurError
 from secateur.methods import METHODS
-from secateur.report.comparison import is_steady
+from secateur.recipes.data import Batches
+from secateur.report.comparison import is_steady, standings
 from secateur.runs import PruneConfig, TrainRunConfig
 from secateur.runs.compare import Arm, Cell, Comparison, compare, run_only
 from secateur.runs.schedules import SCHEDULES
@@ -85,13 +86,16 @@ def test_methods_that_choose_widths_before_training_take_no_trained_weights(tmp_
     plan = SCHEDULES["short"]
     cells = Comparison.read(path, schedule="short", weights=str(weights)).cells()
     for cell in cells:
-        assert isinstance(cell.config, PruneConfig)
+        if isinstance(cell.config, TrainRunConfig):
+            assert (cell.arm, cell.config.task.weights) == ("dense", weights)
+            assert (cell.config.train.epochs, cell.config.train.lr) == (plan.tune_epochs, plan.tune_lr)
+            continue
         scratch = cell.arm in ("precrop", "random weights", "uniform width")
         assert (cell.config.task.weights is None) == scratch
         (phase,) = [phase for phase in (cell.config.train, cell.config.finetune) if phase]
         assert (phase.epochs, phase.lr) == (plan.tune_epochs, plan.lr if scratch else plan.tune_lr)
     assert {cell.arm for cell in cells} == {
-        "precrop", "random weights", "uniform width", "l2, fine-tuned", "gradual"
+        "dense", "precrop", "random weights", "uniform width", "l2, fine-tuned", "gradual"
     }  # fmt: skip
 
 
@@ -283,12 +287,87 @@ def test_a_failed_cell_does_not_stop_the_rest(recipe: Path, tmp_path: Path) -> N
         ("rounds", "runds", "unknown option 'runds'"),
         ("macs = ", "flops = ", "unknown measure 'flops'; choose one of: macs, params"),
         ("[arms.dense]", "[arms.dense", "cannot be read as a recipe"),
+        ("{ macs = 0.6 }", "0.6", "budgets: expected a list such as"),
+        ("macs = 0.6", 'macs = "0.6"', "budgets: expected a list such as"),
+        ("macs = 0.6", "macs = 1.5", "macs 1.5; expected the share that may stay"),
+        ("[0, 1]", "3", "seeds: expected a list such as"),
+        ("[arms.dense]", "[arms.dense]\nbudgets = 3", "budgets: expected a list such as"),
+        ("[arms.gradual]", '[arms."random, weights"]', "would share the folder random-weights"),
+        ("[arms.gradual]", '[arms.".."]', "need a folder"),
+        ('model = "resnet8"', "", "no model; give --model"),
     ],
 )
 def test_mistakes_in_a_recipe_are_named(recipe: Path, old: str, new: str, message: str) -> None:
     recipe.write_text(RECIPE.replace(old, new))
     with pytest.raises((SecateurError, FileError), match=message):
         Comparison.read(recipe).cells()
+
+
+def test_arms_are_tables(recipe: Path) -> None:
+    recipe.write_text(RECIPE.partition("[arms.dense]")[0] + "arms = 3\n")
+    with pytest.raises(SecateurError, match="arms: expected a table per arm"):
+        Comparison.read(recipe)
+
+
+def test_runs_of_other_settings_are_left_alone(recipe: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    comparison = Comparison.read(recipe, seeds=[0], arms={"dense": {}})
+    compare(comparison, out)
+    before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
+    with pytest.raises(FileError, match="train_images was 100, is now 90"):
+        compare(Comparison.read(recipe, seeds=[0], train_images=90), out)
+    assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} == before
+
+
+def test_a_latency_that_cannot_be_measured_costs_no_page(
+    recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*_: object, **__: object) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr(sys.modules["secateur.runs.compare"], "compare_latency", broken)
+    said: list[str] = []
+    (outcome,) = compare(Comparison.read(recipe, seeds=[0], arms={"dense": {}}), tmp_path, tell=said.append)
+    assert outcome.accuracy is not None
+    assert outcome.latency is None
+    assert "latency could not be measured (MemoryError: )" in said[-1]
+    assert (tmp_path / "index.html").exists()
+
+
+def test_two_phases_see_what_one_of_their_length_sees(
+    recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Methods that cut in between get neither the first epochs' order nor their augmentation again."""
+    seen: list[int] = []
+    epoch = Batches.epoch
+
+    def noted(self: Batches, number: int, **more: int) -> object:
+        if self.shuffle:
+            seen.append(number)
+        return epoch(self, number, **more)
+
+    monkeypatch.setattr(Batches, "epoch", noted)
+    for cell in Comparison.read(recipe, seeds=[0]).cells()[:2]:
+        seen.clear()
+        run_only(Comparison.read(recipe, seeds=[0]), cell.name, tmp_path / "out")
+        assert seen == [0, 1], cell.name
+
+
+def test_with_weights_the_dense_arm_trains_on_as_others_do(tmp_path: Path, recipe: Path) -> None:
+    first = Comparison.read(recipe, seeds=[0], arms={"dense": {}})
+    compare(first, tmp_path / "scratch")
+    weights = tmp_path / "scratch" / "dense" / "dense" / "seed-0" / "model.safetensors"
+    second = Comparison.read(recipe, arms={"dense": {}, "l2": {"method": "oneshot"}}, weights=str(weights))
+    assert all(epochs(cell) == SCHEDULES["tiny"].tune_epochs for cell in second.cells())
+    outcomes = compare(second, tmp_path / "on")
+    assert all(not o.error for o in outcomes), [o.error for o in outcomes]
+    dense = {o.seed: o.accuracy for o in outcomes if o.arm == "dense"}
+    for o in outcomes:
+        if o.arm == "l2":
+            assert o.accuracy_dense is not None
+    row = next(row for row in standings(outcomes) if row.arm == "l2")
+    pairs = [(o.accuracy or 0) - (dense[o.seed] or 0) for o in outcomes if o.arm == "l2"]
+    assert row.difference == pytest.approx(sum(pairs) / 2)
 
 
 def test_the_committed_recipes_are_sound(monkeypatch: pytest.MonkeyPatch) -> None:

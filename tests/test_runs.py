@@ -261,12 +261,14 @@ def test_a_run_tells_what_it_does(tmp_path: Path) -> None:
     assert told.lines[2].startswith("Accuracy of the cut model: ")
 
 
-def test_training_takes_no_weights(tmp_path: Path) -> None:
-    weights = tmp_path / "w.safetensors"
-    weights.touch()
-    config = TrainRunConfig(task=replace(TASK, weights=weights), train=TrainConfig(epochs=1))
-    with pytest.raises(SecateurError, match="fresh weights"):
-        train_run(config, tmp_path / "run")
+def test_training_goes_on_from_weights(tmp_path: Path) -> None:
+    first = train_run(TrainRunConfig(task=TASK, train=TrainConfig(epochs=1)), tmp_path / "first")
+    task = replace(TASK, weights=tmp_path / "first" / "model.safetensors")
+    still = TrainConfig(epochs=1, lr=1e-12, momentum=0, nesterov=False)
+    second = train_run(TrainRunConfig(task=task, train=still), tmp_path / "second")
+    before, after = (read_tensors(tmp_path / name / "model.safetensors")[0] for name in ("first", "second"))
+    torch.testing.assert_close(before["conv1.weight"], after["conv1.weight"])
+    assert second.history[0].loss < first.history[0].loss
 
 
 @pytest.mark.usefixtures("no_exports")

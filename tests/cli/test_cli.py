@@ -624,6 +624,22 @@ def test_a_comparison_lists_its_cells_and_runs_one(tmp_path: Path, run: Run) -> 
     assert "unknown cell 'l2'" in run(*arguments, "--only", "l2").err
 
 
+def test_a_comparison_needs_no_file_and_tells_of_failures(tmp_path: Path, run: Run) -> None:
+    words = ["compare", "--model", "resnet8", "--data", "digits", "--schedule", "tiny", "--train-images", 100]
+    words += ["--method", "dense", "--method", "gradual", "--keep-macs", 0.6, "--keep-params", 0.5]
+    words += ["--out", tmp_path / "out"]
+    cells = [shlex.split(line)[-1] for line in run(*words, "--list").out.splitlines()]
+    assert cells == ["dense/dense/seed-0", "gradual/macs-0.6/seed-0", "gradual/params-0.5/seed-0"]
+    ended = run(*words)  # 4 steps are too few for the rounds of gradual
+    assert ended.code == 1
+    assert "2 of 3 runs failed" in ended.out
+    assert "do not fit" in (tmp_path / "out" / "table.md").read_text()
+    assert (
+        "no budgets; give --keep-macs"
+        in run("compare", "--model", "resnet8", "--data", "digits", "--out", tmp_path).err
+    )
+
+
 def test_an_interrupted_run_says_how_to_go_on(
     tmp_path: Path, run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Annotated
 
-from typer import Argument, Option
+from typer import Argument, Exit, Option
 
 from secateur.cli import options as o
 from secateur.cli.options import DATA, RUN, SUBJECT
@@ -11,9 +11,13 @@ from secateur.cli.options import DATA, RUN, SUBJECT
 
 def compare(
     recipe: Annotated[
-        Path,
-        Argument(metavar="RECIPE", help="TOML file: model, data, budgets, seeds, arms.", show_default=False),
-    ],
+        Path | None,
+        Argument(
+            metavar="[RECIPE]",
+            help="TOML file: model, data, budgets, seeds, arms. What follows takes the place of what it says.",
+            show_default=False,
+        ),
+    ] = None,
     *,
     model: Annotated[
         str | None,
@@ -44,6 +48,33 @@ def compare(
             help="tiny, short, standard, paper or imagenet; the same for every arm.",
             rich_help_panel=DATA,
             show_default="the recipe's",
+        ),
+    ] = None,
+    method: Annotated[
+        list[str] | None,
+        Option(
+            metavar="NAME",
+            help="An arm: a method with its defaults, or dense. Repeat it for several.",
+            rich_help_panel=RUN,
+            show_default="the recipe's arms",
+        ),
+    ] = None,
+    keep_macs: Annotated[
+        list[float] | None,
+        Option(
+            metavar="X",
+            help="A budget: this share of the MACs may stay. Repeat it for several.",
+            rich_help_panel=RUN,
+            show_default="the recipe's budgets",
+        ),
+    ] = None,
+    keep_params: Annotated[
+        list[float] | None,
+        Option(
+            metavar="X",
+            help="A budget: this share of the parameters may stay. Repeat it for several.",
+            rich_help_panel=RUN,
+            show_default="the recipe's budgets",
         ),
     ] = None,
     seeds: Annotated[
@@ -88,8 +119,11 @@ def compare(
     from secateur.cli.show import say, typed_command
     from secateur.runs.compare import Comparison, compare, run_only
 
+    budgets = [{"macs": x} for x in keep_macs or ()] + [{"params": x} for x in keep_params or ()]
     comparison = Comparison.read(
         recipe,
+        arms={name: {} if name == "dense" else {"method": name} for name in method} if method else None,
+        budgets=budgets or None,
         model=model,
         weights=weights,
         data=data,
@@ -107,6 +141,11 @@ def compare(
     elif only is not None:
         run_only(comparison, only, out, tell=say)
     else:
-        compare(comparison, out, jobs=jobs, command=typed_command(), tell=say)
+        outcomes = compare(comparison, out, jobs=jobs, command=typed_command(), tell=say)
         say(f"Table: {out / 'table.md'}")
         say(f"Page: {out / 'index.html'}")
+        if failed := sum(bool(outcome.error) for outcome in outcomes):
+            say(
+                f"{failed} of {len(outcomes)} runs failed; the table says why, and the same command tries them again."
+            )
+            raise Exit(1)

@@ -11,6 +11,7 @@ from secateur.cli.options import TRAINING
 def train(
     *,
     model: o.Model,
+    weights: o.Weights = None,
     data: o.Data,
     data_dir: o.DataDir = None,
     image_size: o.ImageSize = None,
@@ -57,7 +58,7 @@ def train(
     overwrite: o.Overwrite = False,
     no_progress: o.NoProgress = False,
 ) -> None:
-    """Train a model from scratch; OUT/model.safetensors can then be pruned.
+    """Train a model, from scratch or on from --weights; OUT/model.safetensors can then be pruned.
 
     On several processes: accelerate launch --multi_gpu -m secateur.cli train …
     """
@@ -72,6 +73,7 @@ def train(
     config = TrainRunConfig(
         task=Task(
             model=model,
+            weights=weights,
             data=data,
             data_dir=data_dir,
             image_size=image_size,

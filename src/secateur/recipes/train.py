@@ -113,6 +113,7 @@ def fit(
     method: TrainingMethod | None = None,
     resume: bool = False,
     phase: str = "train",
+    first_epoch: int = 0,
     progress: bool = True,
 ) -> FitResult:
     """Train a model in place.
@@ -135,6 +136,7 @@ def fit(
         resume: go on from the phase's checkpoint, if there is one; a phase that is done is not repeated.
             Otherwise the phase's earlier files in `folder` are replaced.
         phase: names this training among others in the same folder.
+        first_epoch: epochs that the model has seen of this order of the images before, in another phase.
         progress: show a progress bar, if this is a terminal.
     Raises:
         TrainingError: the settings do not fit together, or the loss stopped being a finite number. The model
@@ -187,7 +189,7 @@ def fit(
             method.attach(optimizer, followers=() if average is None else (average,))
         tally = torch.zeros(2, len(batches), device=device)
         state = State(model, optimizer, average, method, tally)
-        run = _description(model, data, config, phase, method)
+        run = _description(model, data, config, phase, method) | {"first_epoch": first_epoch}
         if resume and checkpoint.exists():
             state.load(checkpoint, run)
             if rank > 0:
@@ -205,9 +207,10 @@ def fit(
         while state.epoch < config.epochs:
             started = time.perf_counter() - state.seconds
             model.train()
-            for x, y in batches.epoch(state.epoch, start_batch=state.batch):
+            for x, y in batches.epoch(first_epoch + state.epoch, start_batch=state.batch):
                 step = state.epoch * len(batches) + state.batch
-                torch.manual_seed(zlib.crc32(f"{config.seed} {step} {rank}".encode()))
+                drawn = f"{config.seed} {first_epoch * len(batches) + step} {rank}"
+                torch.manual_seed(zlib.crc32(drawn.encode()))
                 for group in optimizer.param_groups:
                     group["lr"] = learning_rate(config, step, steps)
 

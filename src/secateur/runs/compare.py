@@ -30,7 +30,7 @@ from secateur.runs.schedules import Schedule, schedule_named
 from secateur.runs.subject import device, fresh_model, load_into
 from secateur.runs.train import train_run
 
-_REPEATS = 50  # timed passes of each network
+_REPEATS = 100  # timed passes of each network
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,7 +38,8 @@ class Arm:
     """One row of the comparison: a method with its settings.
 
     Args:
-        method: as in `PruneConfig`: a name, or `module:function` of your own; None: the dense model, trained.
+        method: as in `PruneConfig`: a name, or `module:function` of your own; None: the dense model, trained as all
+            others are: from scratch, or on from the weights.
         before: prune the fresh model and train the small one all the time (for methods that could also prune a
             trained one).
         score, allocation, granularity, options, decay, rectify: as in `PruneConfig`.
@@ -83,22 +84,28 @@ class Comparison:
     latency_batch: int = 1
 
     @classmethod
-    def read(cls, path: str | Path, **changes: Any) -> "Comparison":
+    def read(cls, path: str | Path | None, **changes: Any) -> "Comparison":
         """Read a recipe: a TOML file with the fields of `Task` and of this class, and a table per arm.
 
         Args:
-            path: the file.
-            changes: of the task, such as `data_dir`, and of the comparison, such as `seeds`.
+            path: the file; None: `changes` say it all.
+            changes: of the task, such as `data_dir`, and of the comparison, such as `seeds` and `arms`.
         Raises:
             FileError: it cannot be read.
-            SecateurError: a name or value in it is wrong.
+            SecateurError: a name or value in it is wrong, or something is missing.
         """
-        try:
-            given = tomllib.loads(Path(path).read_text(encoding="utf-8"))
-        except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
-            raise FileError(f"{path}: cannot be read as a recipe ({error})") from None
-        arms = given.pop("arms", {})
+        given: dict[str, Any] = {}
+        if path is not None:
+            try:
+                given = tomllib.loads(Path(path).read_text(encoding="utf-8"))
+            except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+                raise FileError(f"{path}: cannot be read as a recipe ({error})") from None
         given |= {name: value for name, value in changes.items() if value is not None}
+        path, arms = path or "compare", given.pop("arms", {})
+        for name, option in (("model", "--model"), ("data", "--data"), ("budgets", "--keep-macs")):
+            if name not in given:
+                raise SecateurError(f"{path}: no {name}; give {option}, or `{name}` in a recipe")
+        _check_types(path, given, arms)
         own = {f.name for f in fields(cls)} - {"task", "arms"}
         names = {f.name for f in fields(Task)} | own
         for name in given:
@@ -120,13 +127,28 @@ class Comparison:
         """Everything to run; what is wrong with any of it is raised now."""
         if not self.arms:
             raise SecateurError("compare: no arms; give at least one method")
+        folders: dict[str, str] = {}
         for name, arm in self.arms.items():
+            folder = _plain(name)
+            if not folder.strip("."):
+                raise SecateurError(
+                    f"arm {name!r}: its runs need a folder; use letters or digits in its name"
+                )
+            if folders.setdefault(folder, name) != name:
+                raise SecateurError(
+                    f"arms {folders[folder]!r} and {name!r} would share the folder {folder}; rename one"
+                )
             if arm.against not in (*self.arms, DENSE):
                 raise SecateurError(f"arm {name!r}: against {unknown('arm', arm.against, self.arms)}")
         for budget in (*self.budgets, *(b for arm in self.arms.values() for b in arm.budgets or ())):
             for measure in budget:
                 if measure not in MEASURES:
                     raise SecateurError(f"budgets of a comparison: {unknown('measure', measure, MEASURES)}")
+                if not 0 < budget[measure] < 1:
+                    raise SecateurError(
+                        f"budgets of a comparison: {measure} {budget[measure]:g}; expected the share that may stay, "
+                        f"above 0 and below 1"
+                    )
         return [
             cell
             for seed in self.seeds
@@ -138,9 +160,8 @@ class Comparison:
         plan = schedule_named(self.schedule)
         task = replace(self.task, seed=seed, train_images=self.task.train_images or plan.train_images)
         if arm.method is None:
-            if self.task.weights is None:
-                train = TrainRunConfig(task=task, train=plan.train(precision=self.precision))
-                yield Cell(name, {}, seed, train, arm.against)
+            how = plan.train(tune=task.weights is not None, precision=self.precision)
+            yield Cell(name, {}, seed, TrainRunConfig(task=task, train=how), arm.against)
             return
         for budget in self.budgets if arm.budgets is None else arm.budgets:
             config = self._pruning(arm, arm.method, budget, task, plan)
@@ -218,7 +239,8 @@ def compare(
     """Run all cells that are not done yet; `out` gets a run folder for each, the tables and `index.html`.
 
     A cell that fails is reported, and the others go on. Started again, finished cells are not repeated and a
-    killed one goes on from its checkpoint. When all are done, latency is measured, one network at a time.
+    killed one goes on from its checkpoint. When all are done, latency is measured, one network at a time. Several GPUs
+    are shared out among the jobs.
 
     Args:
         comparison: what to run.
@@ -227,9 +249,12 @@ def compare(
         command: as it was typed, for the page.
         tell: is told what is done.
     Raises:
-        SecateurError: what is wrong with the comparison, before anything is run.
+        SecateurError: what is wrong with the comparison, or the folder holds runs of other settings; nothing has been
+            written then.
     """
     cells, folder = comparison.cells(), Path(out)
+    for cell in cells:
+        _begun(cell, folder)
     folder.mkdir(parents=True, exist_ok=True)
     outcomes: dict[int, Outcome] = {}
     threads = max(1, torch.get_num_threads() // jobs)
@@ -244,7 +269,10 @@ def compare(
             done(number, run_cell(cell, folder))
     else:
         context = multiprocessing.get_context("spawn")
-        with ProcessPoolExecutor(jobs, context, initializer=_begin_worker, initargs=(threads,)) as pool:
+        gpus = context.SimpleQueue()
+        for name in shared_out(jobs, torch.cuda.device_count(), os.environ.get("CUDA_VISIBLE_DEVICES")):
+            gpus.put(name)
+        with ProcessPoolExecutor(jobs, context, initializer=_begin_worker, initargs=(threads, gpus)) as pool:
             started = {pool.submit(run_cell, cell, folder): n for n, cell in enumerate(cells)}
             try:
                 for future in as_completed(started):
@@ -255,12 +283,14 @@ def compare(
                     f"command goes on from here; give it fewer jobs if that happens again."
                 ) from None
     tell("Measuring latency")
-    found = [
-        replace(
-            outcomes[n], latency=None if outcomes[n].error else timed(cell, folder, comparison.latency_batch)
-        )
-        for n, cell in enumerate(cells)
-    ]
+    found = []
+    for n, cell in enumerate(cells):
+        pair = None
+        try:
+            pair = None if outcomes[n].error else timed(cell, folder, comparison.latency_batch)
+        except Exception as error:  # the page must not be lost for one network
+            tell(f"{cell.name}: latency could not be measured ({type(error).__name__}: {error})")
+        found.append(replace(outcomes[n], latency=pair))
     write_comparison(folder, _report(comparison, found, command))
     return found
 
@@ -276,7 +306,10 @@ def _report(comparison: Comparison, outcomes: Sequence[Outcome], command: str = 
     return ComparisonReport(
         model=task.model,
         dataset=task.data,
-        training=f"{epochs}, {f'{images:,}' if images else 'all'} training images (schedule {comparison.schedule})",
+        training=(
+            f"{epochs}, {f'{images:,}' if images else 'all'} training images (schedule {comparison.schedule}"
+            f"{', bfloat16' if comparison.precision == 'bf16' else ''})"
+        ),
         seeds=comparison.seeds,
         test_images=task.test_images,
         outcomes=outcomes,
@@ -314,8 +347,22 @@ def _said(outcome: Outcome) -> str:
     )
 
 
-def _begin_worker(threads: int) -> None:
-    """A process that trains cells has so many threads, and ends with the process that started it."""
+def shared_out(jobs: int, gpus: int, visible: str | None) -> list[str | None]:
+    """Which GPU each job sees, by the name that CUDA_VISIBLE_DEVICES takes; None: whatever there is.
+
+    >>> shared_out(3, 2, None), shared_out(3, 2, "4,7"), shared_out(2, 1, None)
+    (['0', '1', '0'], ['4', '7', '4'], [None, None])
+    """
+    if gpus < 2:
+        return [None] * jobs
+    names = [name.strip() for name in visible.split(",")] if visible else [str(n) for n in range(gpus)]
+    return [names[n % gpus] for n in range(jobs)]
+
+
+def _begin_worker(threads: int, gpus: "multiprocessing.queues.SimpleQueue[str | None]") -> None:
+    """A process that trains cells has so many threads and one GPU, and ends with the process that started it."""
+    if (gpu := gpus.get()) is not None:
+        os.environ["CUDA_VISIBLE_DEVICES"] = gpu
     torch.set_num_threads(threads)
     parent = multiprocessing.parent_process()
     assert parent is not None
@@ -329,26 +376,36 @@ def _begin_worker(threads: int) -> None:
 
 def run_cell(cell: Cell, folder: Path) -> Outcome:
     """Run one cell, or go on with it, or read what came of it; whatever goes wrong is part of the outcome."""
-    where, kind = folder / cell.folder, "train" if isinstance(cell.config, TrainRunConfig) else "prune"
+    where, trace = folder / cell.folder, folder / "errors" / f"{_plain(cell.name)}.txt"
     who: dict[str, Any] = {
         "arm": cell.arm,
         "budget": cell.budget,
         "seed": cell.seed,
         "against": cell.against,
     }
-    settings = cell.config.to_json()
     try:
-        if "outcome" not in RunFolder(where, kind, settings, "resume").known:
+        if "outcome" not in _begun(cell, folder).known:
             facts = _facts(cell.config, where)
-            RunFolder(where, kind, settings, "resume").once("outcome", lambda: facts)
-        known = RunFolder(where, kind, settings, "resume").known["outcome"]
+            _begun(cell, folder).once("outcome", lambda: facts)
+            trace.unlink(missing_ok=True)  # of an earlier try
+        known = _begun(cell, folder).known["outcome"]
         return Outcome(**who, **known | {"widths": [Width(**width) for width in known["widths"]]})
     except SecateurError as error:
         return Outcome(**who, error=str(error))
     except Exception as error:  # a bug in one method must not end a night's work
-        (folder / "errors").mkdir(exist_ok=True)
-        atomic_write(folder / "errors" / f"{_plain(cell.name)}.txt", traceback.format_exc())
+        trace.parent.mkdir(exist_ok=True)
+        atomic_write(trace, traceback.format_exc())
         return Outcome(**who, error=f"{type(error).__name__}: {error}")
+
+
+def _begun(cell: Cell, folder: Path) -> RunFolder:
+    """The folder of a cell, for going on with it.
+
+    Raises:
+        FileError: it holds something else.
+    """
+    kind = "train" if isinstance(cell.config, TrainRunConfig) else "prune"
+    return RunFolder(folder / cell.folder, kind, cell.config.to_json(), "resume")
 
 
 def _facts(config: PruneConfig | TrainRunConfig, where: Path) -> dict[str, Any]:
@@ -387,10 +444,11 @@ def timed(cell: Cell, folder: Path, batch: int) -> LatencyPair | None:
     than widths.
     """
     where = folder / cell.folder
-    kind = "train" if isinstance(cell.config, TrainRunConfig) else "prune"
-    run, saved = RunFolder(where, kind, cell.config.to_json(), "resume"), SavedRun.read(where)
+    run, saved = _begun(cell, folder), SavedRun.read(where)
     here, task = device(), cell.config.task
-    name = f"latency at batch {batch} on {current_versions(here)['device']}"
+    versions = current_versions(here)
+    how = f"{torch.get_num_threads()} threads, torch {versions['torch']}, {versions['device']}"
+    name = f"latency at batch {batch}, {how}"
     if name in run.known:
         return pair_of(run.known[name])
     dense, small = (fresh_model(task.model, saved.classes, saved.input_shape[0], task.seed) for _ in range(2))
@@ -404,6 +462,29 @@ def timed(cell: Cell, folder: Path, batch: int) -> LatencyPair | None:
     if is_steady(pair):
         run.once(name, lambda: [pair.before.to_json(), pair.after.to_json()])
     return pair
+
+
+def _check_types(path: str | Path, given: Mapping[str, Any], arms: Any) -> None:
+    """Raise SecateurError for what a recipe's own syntax lets through."""
+    tables = isinstance(arms, dict) and all(isinstance(arm, dict) for arm in arms.values())
+    budgets = (
+        [given["budgets"], *(arm["budgets"] for arm in arms.values() if "budgets" in arm)] if tables else []
+    )
+    seeds = given.get("seeds", [])
+    for name, fits, expected in (
+        ("arms", tables, "a table per arm"),
+        ("budgets", all(_are_budgets(value) for value in budgets), "a list such as [{ macs = 0.5 }]"),
+        ("seeds", isinstance(seeds, list) and all(type(n) is int for n in seeds), "a list such as [0, 1, 2]"),
+    ):
+        if not fits:
+            raise SecateurError(f"{path}: {name}: expected {expected}")
+
+
+def _are_budgets(value: Any) -> bool:
+    return isinstance(value, list) and all(
+        isinstance(budget, dict) and budget and all(type(share) in (int, float) for share in budget.values())
+        for budget in value
+    )
 
 
 def _plain(name: str) -> str:

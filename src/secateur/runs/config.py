@@ -80,7 +80,7 @@ def check_model_name(name: str) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class TrainRunConfig:
-    """A training from scratch.
+    """A training, from scratch or on from the task's weights.
 
     Args:
         task: what to train on what; its seed takes the place of that in `train`.

@@ -94,7 +94,10 @@ def prune_run(
         watch.tell(f"{doing}: {config.finetune.epochs} × {len(data.train):,} images")
         how = replace(config.finetune, seed=config.task.seed)
         teacher = dense if how.distill_weight > 0 else None
-        _fit(small, data, how, out, "train" if when == "before" else "finetune", mode, watch, teacher)
+        phase, seen = (
+            ("train", 0) if when == "before" else ("finetune", config.train.epochs if config.train else 0)
+        )
+        _fit(small, data, how, out, phase, mode, watch, teacher, first_epoch=seen)
     if not folder:
         return None
     save(small, folder / "model.safetensors")
@@ -260,8 +263,19 @@ def _fit(
     mode: Mode,
     watch: Watch,
     teacher: nn.Module | None = None,
+    first_epoch: int = 0,
 ) -> None:
-    fit(model, data, how, out, teacher=teacher, resume=mode == "resume", phase=phase, progress=watch.bars)
+    fit(
+        model,
+        data,
+        how,
+        out,
+        teacher=teacher,
+        resume=mode == "resume",
+        phase=phase,
+        first_epoch=first_epoch,
+        progress=watch.bars,
+    )
     for trained in (model, teacher):
         if trained is not None:  # models of one layout can be compared by the clock
             trained.to(memory_format=torch.contiguous_format)

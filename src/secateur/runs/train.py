@@ -5,7 +5,6 @@ from pathlib import Path
 
 import torch
 
-from secateur.errors import SecateurError
 from secateur.recipes.train import FitResult, fit
 from secateur.runs.config import TrainRunConfig
 from secateur.runs.folder import Mode, RunFolder, Watch, is_main_process
@@ -21,7 +20,7 @@ def train_run(
     command: str = "",
     watch: Watch | None = None,
 ) -> FitResult:
-    """Train a model from scratch; `out` gets its weights, metrics and checkpoint.
+    """Train a model, from scratch or on from the task's weights; `out` gets its weights, metrics and checkpoint.
 
     Several processes launched together share the work, and the first of them writes.
 
@@ -35,8 +34,6 @@ def train_run(
         SecateurError: whatever is wrong with names, data, folder or numbers; before that nothing is written.
     """
     watch = watch or Watch()
-    if config.task.weights is not None:
-        raise SecateurError("train: starts from fresh weights; give no weights, or fine-tune with `prune`.")
     main, settings = is_main_process(), config.to_json()
     folder = RunFolder(out, "train", settings, mode) if main else None
     with watch.doing(f"Loading {config.task.data} and building {config.task.model}"):
