@@ -110,6 +110,16 @@ def test_a_clear_lead_is_told():
     assert "ahead of all others" in one.text
 
 
+def test_an_arm_that_scatters_far_behind_blurs_nothing():
+    runs = [outcome("a", s, 0.90 + 0.001 * s) for s in (0, 1, 2)]
+    runs += [outcome("b", s, 0.89 + 0.001 * s + 0.0002 * (s == 1)) for s in (0, 1, 2)]
+    runs += [outcome("c", s, a) for s, a in enumerate((0.3, 0.5, 0.4))]
+    (one,) = advice(runs)
+    assert one.others == ()
+    assert "ahead of all others" in one.text
+    assert margin_of([[0.9, 0.901, 0.902], [0.89, 0.8912, 0.892], [0.3, 0.5, 0.4]]) > 0.1
+
+
 def test_what_cannot_be_told_apart_is_named_with_the_cheapest():
     runs = [outcome("a", s, a, latency=timed(2.0)) for s, a in enumerate((0.92, 0.90, 0.915))]
     runs += [outcome("b", s, a, latency=timed(1.0)) for s, a in enumerate((0.90, 0.91, 0.905))]

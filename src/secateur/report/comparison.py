@@ -291,11 +291,12 @@ def _advice(budget: str, able: Sequence[Standing], outcomes: Sequence[Outcome]) 
     says += f", {percentage(lead)} points ahead of “{rival.arm}”"
     by = {(o.arm, o.seed): o.accuracy for o in outcomes}
     seeds = dict.fromkeys(o.seed for o in outcomes if o.arm == best.arm)
-    margin = margin_of([[by.get((line.arm, seed)) or math.nan for seed in seeds] for line in able])
+    close, margin = _contenders(
+        able, {line.arm: [by.get((line.arm, seed)) or math.nan for seed in seeds] for line in able}
+    )
     one = Advice(budget=budget, best=best.arm, rival=rival.arm, lead=lead, margin=margin)
     if margin is None:
         return f"{says}; one seed tells nothing about spread, so no two arms can be told apart.", one
-    close = [line for line in able[1:] if (best.accuracy or 0) - (line.accuracy or 0) <= margin]
     says += (
         f". With these {len(seeds)} seeds means closer than {percentage(margin)} points cannot be told apart"
     )
@@ -309,6 +310,27 @@ def _advice(budget: str, able: Sequence[Standing], outcomes: Sequence[Outcome]) 
     if cheaper:
         says += f" Of these “{cheaper}” is the cheapest to run: {why}."
     return says, replace(one, cheaper=cheaper, others=tuple(line.arm for line in close))
+
+
+def _contenders(
+    able: Sequence[Standing], accuracies: Mapping[str, Sequence[float]]
+) -> tuple[list[Standing], float | None]:
+    """The arms behind the best that cannot be told apart from it, and the margin within which they are.
+
+    Arms that fall behind by more than the margin are set aside, and the margin is taken again for those that are left,
+    until it sets none aside: how much an arm that is out of the running scatters has no bearing on the others.
+    """
+    close, margin = list(able[1:]), None
+    while close:
+        found = margin_of([accuracies[line.arm] for line in (able[0], *close)])
+        margin = found if found is not None else margin
+        if margin is None:
+            return [], None
+        left = [line for line in close if (able[0].accuracy or 0) - (line.accuracy or 0) <= margin]
+        if len(left) == len(close):
+            break
+        close = left
+    return close, margin
 
 
 def margin_of(accuracies: Sequence[Sequence[float]]) -> float | None:
