@@ -71,11 +71,20 @@ def test_the_closed_form_on_residual_networks(network, measure, share, level, de
     assert kept.sum() == pytest.approx(share * sum(costs[measure]), rel=1e-12)
 
 
-def test_the_graph_gives_the_same_layers() -> None:
-    layers = layer_table(analyze(build_model("resnet20"), torch.zeros(1, 3, 32, 32)))
-    assert [layer.weights for layer in layers] == resnet20()["params"]
-    assert [layer.macs for layer in layers] == resnet20()["macs"]
-    assert [round(costs_of(layers, m).sum()) for m in ("params", "macs")] == [267_696, 40_550_400]
+@pytest.mark.parametrize(
+    ("name", "side", "written", "totals"),
+    [
+        ("resnet20", 32, resnet20, [267_696, 40_550_400]),
+        ("torchvision/resnet50", 224, resnet50, [23_454_912, 4_087_136_256]),
+    ],
+)
+def test_the_graph_gives_the_same_layers(name, side, written, totals) -> None:
+    if "/" in name:
+        pytest.importorskip("torchvision")
+    layers = layer_table(analyze(build_model(name), torch.zeros(1, 3, side, side)))
+    found = sorted((layer.weights, layer.macs) for layer in layers)
+    assert found == sorted(zip(*written().values(), strict=True))
+    assert [round(costs_of(layers, m).sum()) for m in ("params", "macs")] == totals
 
 
 CASES = st.integers(0, 10_000)
