@@ -168,7 +168,8 @@ def layer_bounds(
         if bounds[measure] <= 0:
             raise BudgetError(
                 f"budget {measure}: {limit:,} asked for, but what no layer of weights costs is already "
-                f"{dense[measure] - own:,.0f} (biases, norms, the classifier, what is frozen). Ask for more."
+                f"{dense[measure] - own:,.0f} (biases, norms, the classifier, what is frozen, "
+                f"layers without a parameter `weight` of their own, such as weight-normed ones). Ask for more."
             )
     return bounds
 
