@@ -25,12 +25,15 @@ Line = list[tuple[float, float, float]]
 
 
 def lines_of(path: Path, cost: str) -> tuple[dict[str, Line], float | None]:
-    """Arm -> (cost, mean accuracy, standard deviation) per budget, in per cent; and the dense network's accuracy."""
-    costs, accuracies, dense = defaultdict(list), defaultdict(list), []
+    """Accuracies: arm -> (cost, mean, standard deviation) per budget, in per cent; and the dense network's.
+
+    That is the one trained beside the others, or the one they started from.
+    """
+    costs, accuracies, start, dense = defaultdict(list), defaultdict(list), [], []
     with path.open(newline="", encoding="utf-8") as file:
         for row in csv.DictReader(file):
             if row["accuracy_dense"]:
-                dense.append(100 * float(row["accuracy_dense"]))
+                start.append(100 * float(row["accuracy_dense"]))
             if not row["accuracy"]:
                 continue
             if not row["budget"]:
@@ -43,7 +46,8 @@ def lines_of(path: Path, cost: str) -> tuple[dict[str, Line], float | None]:
     for (arm, budget), found in accuracies.items():
         spread = statistics.stdev(found) if len(found) > 1 else 0.0
         lines[arm].append((statistics.mean(costs[arm, budget]), statistics.mean(found), spread))
-    return {arm: sorted(points) for arm, points in lines.items()}, statistics.mean(dense) if dense else None
+    whole = dense or start
+    return {arm: sorted(points) for arm, points in lines.items()}, statistics.mean(whole) if whole else None
 
 
 def draw(lines: dict[str, Line], dense: float | None, arms: list[str], cost: str, out: Path) -> None:

@@ -274,19 +274,18 @@ def advice(outcomes: Sequence[Outcome]) -> list[Advice]:
         ]  # fmt: skip
         seeds = max((line.seeds for line in able), default=0)
         if able:
-            complete = [line for line in able if line.seeds == seeds]
-            text, one = _advice(budget, complete, there)
+            one = _advice(budget, [line for line in able if line.seeds == seeds], there)
             if fewer := [f"“{line.arm}”" for line in able if line.seeds < seeds]:
-                text += f" Left out, since runs are missing: {', '.join(fewer)}."
-            found.append(replace(one, text=text))
+                one = replace(one, text=f"{one.text} Left out, since runs are missing: {', '.join(fewer)}.")
+            found.append(one)
     return found
 
 
-def _advice(budget: str, able: Sequence[Standing], outcomes: Sequence[Outcome]) -> tuple[str, Advice]:
+def _advice(budget: str, able: Sequence[Standing], outcomes: Sequence[Outcome]) -> Advice:
     best = able[0]
     says = f"“{best.arm}” has the best mean accuracy, {percentage(best.accuracy, best.spread)} %"
     if len(able) == 1:
-        return f"{says}; there is nothing to compare it with.", Advice(budget=budget, best=best.arm)
+        return Advice(budget=budget, best=best.arm, text=f"{says}; there is nothing to compare it with.")
     rival, lead = able[1], (best.accuracy or 0) - (able[1].accuracy or 0)
     says += f", {percentage(lead)} points ahead of “{rival.arm}”"
     by = {(o.arm, o.seed): o.accuracy for o in outcomes}
@@ -294,22 +293,31 @@ def _advice(budget: str, able: Sequence[Standing], outcomes: Sequence[Outcome]) 
     close, margin = _contenders(
         able, {line.arm: [by.get((line.arm, seed)) or math.nan for seed in seeds] for line in able}
     )
-    one = Advice(budget=budget, best=best.arm, rival=rival.arm, lead=lead, margin=margin)
+    cheaper = None
     if margin is None:
-        return f"{says}; one seed tells nothing about spread, so no two arms can be told apart.", one
-    says += (
-        f". With these {len(seeds)} seeds means closer than {percentage(margin)} points cannot be told apart"
-    )
-    if not close:
-        return f"{says}, so it is ahead of all others.", one
-    if len(close) == len(able) - 1:
-        says += ", and it is ahead of none of the others by as much."
+        says += "; one seed tells nothing about spread, so no two arms can be told apart."
     else:
-        says += f", so it is not ahead of {', '.join(f'“{line.arm}”' for line in close)}."
-    cheaper, why = _cheapest([best, *close])
-    if cheaper:
-        says += f" Of these “{cheaper}” is the cheapest to run: {why}."
-    return says, replace(one, cheaper=cheaper, others=tuple(line.arm for line in close))
+        points = percentage(margin)
+        says += f". With these {len(seeds)} seeds means closer than {points} points cannot be told apart"
+        if not close:
+            says += ", so it is ahead of all others."
+        elif len(close) == len(able) - 1:
+            says += ", and it is ahead of none of the others by as much."
+        else:
+            says += f", so it is not ahead of {', '.join(f'“{line.arm}”' for line in close)}."
+        cheaper, why = _cheapest([best, *close])
+        if cheaper:
+            says += f" Of these “{cheaper}” is the cheapest to run: {why}."
+    return Advice(
+        budget=budget,
+        best=best.arm,
+        text=says,
+        rival=rival.arm,
+        lead=lead,
+        margin=margin,
+        cheaper=cheaper,
+        others=tuple(line.arm for line in close),
+    )
 
 
 def _contenders(
