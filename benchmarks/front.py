@@ -1,6 +1,6 @@
 """A picture of a comparison for a page or a paper: accuracy over the MACs or parameters that are kept.
 
-    pip install 'secateur[benchmark]'
+    pip install '.[benchmark]'
     python benchmarks/front.py runs/compare/table.csv --out front.svg --arms l2 rd
 
 Reads the `table.csv` that `secateur compare` writes. The arms named are drawn in colour, with bars of one standard

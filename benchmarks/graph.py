@@ -1,6 +1,6 @@
 """Seconds and peak memory from a model to its groups and to the cut model, beside Torch-Pruning.
 
-    pip install 'secateur[benchmark]'
+    pip install '.[benchmark]'
     python benchmarks/graph.py --repeats 5
 
 Every measurement runs in a process of its own, the tools in turn. Both remove half of the channels of every

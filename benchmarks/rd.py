@@ -512,7 +512,8 @@ def render(bench: Bench, tables: dict[str, Any]) -> str:
         f"{device_name('cpu')}, {torch.get_num_threads()} thread, torch {torch.__version__}, Python "
         f"{platform.python_version()}. CIFAR-10, accuracy in % on all 10,000 test images, in bfloat16 autocast",
         "(for the dense networks, float32 is shown beside it). Standard error of an accuracy of 90 %: 0.3",
-        f"points, of 70 %: 0.5. Calibration: {IMAGES} training images, balanced, not augmented; seed 0. A dash was",
+        f"points, of 70 %: 0.5. Calibration: {IMAGES} training images, balanced, not augmented; seed 0. Defaults were",
+        "chosen on a part of these test images. A dash was",
         "not measured. Seconds are wall time on a machine that other work shared.",
         "",
     ]

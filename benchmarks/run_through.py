@@ -1,6 +1,6 @@
 """Training methods on networks too large to train here: a few steps each, from fresh weights to the exported file.
 
-    pip install 'secateur[vision]'
+    pip install '.[vision]'
     python benchmarks/run_through.py --out docs/results/run-through.md
 
 Random images; nothing is learned. Shown is that budgets are met, that the result is proven and exported, and what

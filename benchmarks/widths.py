@@ -1,6 +1,6 @@
 """Widths before training: what PreCropping makes of networks at half and a quarter of their MACs and parameters.
 
-    pip install 'secateur[vision]'
+    pip install '.[vision]'
     python benchmarks/widths.py --out docs/results/widths.md
 
 Only graphs are read; nothing is trained.

@@ -1,6 +1,6 @@
 """Coverage: every torchvision and timm architecture through capture, cut and proof, beside Torch-Pruning.
 
-    pip install 'secateur[benchmark]'
+    pip install '.[benchmark]'
     python benchmarks/zoo.py --work runs/zoo --out docs/results/zoo
 
 Every network and tool runs in a process of its own with a limit on processor time and memory. A finished one

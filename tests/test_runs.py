@@ -357,6 +357,36 @@ def test_a_killed_run_of_such_a_method_goes_on(tmp_path: Path, monkeypatch: pyte
         ({"train": None}, "method lapp prunes while the model is trained"),
         ({"finetune": TrainConfig(epochs=1)}, "no fine-tuning after it"),
         ({"method": "lap"}, "unknown method 'lap'"),
+        ({"train": TrainConfig(epochs=1, distill_weight=0.5)}, "needs a trained dense model as its teacher"),
+        (
+            {
+                "method": "precrop",
+                "options": {},
+                "train": None,
+                "finetune": TrainConfig(epochs=1, distill_weight=0.5),
+            },
+            "needs a trained dense model as its teacher",
+        ),
+        (
+            {
+                "method": "precrop",
+                "options": {},
+                "train": None,
+                "task": replace(DURING.task, weights=Path(__file__)),
+            },
+            "method precrop draws fresh weights; leave out weights",
+        ),
+        (
+            {
+                "method": "rd",
+                "options": {},
+                "granularity": "weights",
+                "freeze": ("conv",),
+                "min_keep": 2,
+                "sparsity": 0.5,
+            },
+            "granularity weights of trained models takes no freeze, min-keep",
+        ),
     ],
 )
 def test_wrong_settings_of_a_method_are_named(

@@ -309,6 +309,12 @@ def test_methods_lists_every_choice(run: Run) -> None:
         assert word in out
 
 
+def test_methods_tells_options_with_their_defaults(run: Run) -> None:
+    assert "bypass = full" in run("methods", "lapp").out
+    assert "densities = optimal" in run("methods", "precrop").out
+    assert "Options" not in run("methods", "rd").out.split("--granularity weights:")[1]
+
+
 @pytest.mark.parametrize("columns", [80, 120])
 @pytest.mark.parametrize("command", ["", *COMMANDS])
 def test_help_fits_the_window(command: str, columns: int, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:

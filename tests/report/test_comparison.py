@@ -120,6 +120,19 @@ def test_an_arm_that_scatters_far_behind_blurs_nothing():
     assert margin_of([[0.9, 0.901, 0.902], [0.89, 0.8912, 0.892], [0.3, 0.5, 0.4]]) > 0.1
 
 
+def test_the_margin_that_is_named_parts_the_arms():
+    rng = np.random.default_rng(2)
+    for _ in range(100):
+        values = rng.normal(0.9, 0.01, (5, 3)) - np.array([0, 0, 0.02, 0.03, 0.05])[:, None]
+        runs = [outcome("abcde"[arm], seed, values[arm, seed]) for arm in range(5) for seed in range(3)]
+        (one,) = advice(runs)
+        means = dict(zip("abcde", values.mean(1), strict=True))
+        assert one.margin is not None
+        assert set(one.others) == {
+            arm for arm in means if arm != one.best and means[one.best] - means[arm] <= one.margin
+        }
+
+
 def test_what_cannot_be_told_apart_is_named_with_the_cheapest():
     runs = [outcome("a", s, a, latency=timed(2.0)) for s, a in enumerate((0.92, 0.90, 0.915))]
     runs += [outcome("b", s, a, latency=timed(1.0)) for s, a in enumerate((0.90, 0.91, 0.905))]

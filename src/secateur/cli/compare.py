@@ -13,7 +13,7 @@ def compare(
     recipe: Annotated[
         Path | None,
         Argument(
-            metavar="[RECIPE]",
+            metavar="RECIPE",
             help="TOML file: model, data, budgets, seeds, arms. What follows takes the place of what it says.",
             show_default=False,
         ),
@@ -39,22 +39,40 @@ def compare(
         ),
     ] = None,
     data_dir: o.DataDir = None,
-    train_images: o.TrainImages = None,
-    test_images: o.TestImages = None,
+    train_images: Annotated[
+        int | None,
+        Option(
+            min=1,
+            metavar="N",
+            help="Learn from a fixed, balanced part of the images.",
+            rich_help_panel=DATA,
+            show_default="the recipe's, else the schedule's",
+        ),
+    ] = None,
+    test_images: Annotated[
+        int | None,
+        Option(
+            min=1,
+            metavar="N",
+            help="Measure on a fixed, balanced part of the images.",
+            rich_help_panel=DATA,
+            show_default="the recipe's, else all",
+        ),
+    ] = None,
     schedule: Annotated[
         str | None,
         Option(
             metavar="NAME",
             help="tiny, short, standard, paper or imagenet; the same for every arm.",
             rich_help_panel=DATA,
-            show_default="the recipe's",
+            show_default="the recipe's, else short",
         ),
     ] = None,
     method: Annotated[
         list[str] | None,
         Option(
             metavar="NAME",
-            help="An arm: a method with its defaults, or dense. Repeat it for several.",
+            help="An arm of the comparison: a method with its defaults, or dense. Repeat it for several.",
             rich_help_panel=RUN,
             show_default="the recipe's arms",
         ),
@@ -80,13 +98,20 @@ def compare(
     seeds: Annotated[
         int | None,
         Option(
-            min=1, metavar="N", help="Run seeds 0 to N - 1.", rich_help_panel=RUN, show_default="the recipe's"
+            min=1,
+            metavar="N",
+            help="Run seeds 0 to N - 1.",
+            rich_help_panel=RUN,
+            show_default="the recipe's, else 1",
         ),
     ] = None,
     precision: Annotated[
         str | None,
         Option(
-            metavar="NAME", help="no (float32) or bf16.", rich_help_panel=RUN, show_default="the recipe's"
+            metavar="NAME",
+            help="no (float32) or bf16.",
+            rich_help_panel=RUN,
+            show_default="the recipe's, else no",
         ),
     ] = None,
     jobs: Annotated[int, Option(min=1, metavar="N", help="Runs side by side.", rich_help_panel=RUN)] = 1,
@@ -101,13 +126,21 @@ def compare(
     only: Annotated[
         str | None,
         Option(
-            metavar="CELL",
+            metavar="RUN",
             help="Run this one alone, as [bold]--list[/] names it; without it, the same command gathers all.",
             rich_help_panel=RUN,
             show_default=False,
         ),
     ] = None,
-    out: o.Out,
+    out: Annotated[
+        Path,
+        Option(
+            metavar="DIR",
+            help="Folder for the table, the page and a folder per run; it may hold runs of this comparison.",
+            rich_help_panel=RUN,
+            show_default=False,
+        ),
+    ],
 ) -> None:
     """Compare methods at equal training and equal budgets; write a page and a table of means over seeds.
 

@@ -16,6 +16,7 @@ def inspect(
     channels: o.Channels = 3,
     classes: o.Classes = None,
     freeze: o.Freeze = None,
+    attention: o.Attention = "heads",
     as_json: Annotated[bool, Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Show what can be pruned, what stays and why, and which budgets can be reached."""
@@ -31,7 +32,7 @@ def inspect(
     network = fresh_model(model, classes, channels, seed=0)
     if weights is not None:
         load_into(network, weights)
-    graph = analyze(network, torch.zeros(1, *shape), freeze=freeze or ())
+    graph = analyze(network, torch.zeros(1, *shape), freeze=freeze or (), attention=attention)
     cost = Cost(graph)
 
     groups: list[dict[str, Any]] = []

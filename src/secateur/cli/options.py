@@ -40,7 +40,7 @@ Weights = Annotated[
     Path | None,
     Option(
         metavar="FILE",
-        help="Weights (.safetensors): original ones, or a model that Secateur saved; default: random.",
+        help="Weights (.safetensors): original ones, or a model that Secateur saved.",
         rich_help_panel=SUBJECT,
         show_default=False,
     ),
@@ -154,6 +154,14 @@ Freeze = Annotated[
         help="Module, or pattern such as 'layer4.*', that no cut may touch; may be repeated.",
         rich_help_panel=METHOD,
         show_default=False,
+    ),
+]
+Attention = Annotated[
+    str,
+    Option(
+        metavar="NAME",
+        help="What attention loses: whole heads, or the same dims of every head.",
+        rich_help_panel=METHOD,
     ),
 ]
 Out = Annotated[

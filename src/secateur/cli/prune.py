@@ -111,14 +111,7 @@ def prune(
         ),
     ] = 1,
     freeze: o.Freeze = None,
-    attention: Annotated[
-        str,
-        Option(
-            metavar="NAME",
-            help="What attention loses: whole heads, or the same dims of every head.",
-            rich_help_panel=METHOD,
-        ),
-    ] = "heads",
+    attention: o.Attention = "heads",
     calibration_images: Annotated[
         int,
         Option(
@@ -143,19 +136,20 @@ def prune(
         Option(
             min=1,
             metavar="N",
-            help="Fade units over N steps; 1 cuts them at once. For gradual, depgraph, oto, gate-decorator.",
+            help="Fade units over N steps; 1 cuts them at once. For lapp, gradual, depgraph, oto and gate-decorator.",
             rich_help_panel=METHOD,
         ),
     ] = 1,
     rectify: Annotated[
-        bool, Option("--rectify", help="Let fading units go that resist.", rich_help_panel=METHOD)
+        bool,
+        Option("--rectify", help="Let fading units go that resist; not for lapp.", rich_help_panel=METHOD),
     ] = False,
     epochs: Annotated[
         int,
         Option(
             min=0,
             metavar="N",
-            help="Epochs of fine-tuning, 0: none; of the whole training, if the method prunes during it.",
+            help="Epochs of fine-tuning, 0: none; of the whole training, if the method prunes before or during it.",
             rich_help_panel=FINE_TUNING,
         ),
     ] = 0,
@@ -177,7 +171,7 @@ def prune(
         float,
         Option(
             metavar="X",
-            help="Share of the loss that is distance to the dense model, 0 to 1.",
+            help="Share of the loss that is distance to the dense model, 0 to 1; where a trained model is pruned.",
             rich_help_panel=FINE_TUNING,
         ),
     ] = 0.0,

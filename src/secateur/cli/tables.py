@@ -1,6 +1,7 @@
 """`secateur methods`."""
 
 import inspect
+import json
 from functools import partial
 from typing import Annotated
 
@@ -10,7 +11,7 @@ from typer import Argument
 def methods(
     name: Annotated[
         str | None,
-        Argument(metavar="[METHOD]", help="Tell about one method and its options.", show_default=False),
+        Argument(metavar="METHOD", help="Tell about one method and its options.", show_default=False),
     ] = None,
 ) -> None:
     """List methods, scores, allocations, built-in models and data sets; or one method's options."""
@@ -29,10 +30,20 @@ def methods(
         if name == AUTO:
             say(inspect.getdoc(choose) or "")
             return
-        for number, (granularity, run) in enumerate(method_named(name).runs.items()):
+        entry = method_named(name)
+        for number, (granularity, run) in enumerate(entry.runs.items()):
             if number:
                 say(f"\n--granularity {granularity}:\n")
             say(inspect.getdoc(run.func if isinstance(run, partial) else run) or "")
+            if entry.when == "after" and granularity != "channels":
+                continue  # it has no options on the command line
+            options = entry.options(granularity)
+            settings = "\n".join(
+                f"    {option} = {_said(default)}"
+                for option, default in options.items()
+                if option != "removal"
+            )
+            say(f"\nOptions, with their defaults:\n{settings}")
         return
     rows = Table.grid(padding=(0, 2))
     for title, entries in (
@@ -53,3 +64,14 @@ def methods(
     rows.add_row("[bold]--model[/]", ", ".join(list_models()))
     rows.add_row("[bold]--data[/]", ", ".join(list_data()))
     print_table(rows)
+
+
+def _said(default: object) -> str:
+    """A default as `--option` takes it.
+
+    >>> _said(True), _said("full"), _said(inspect.Parameter.empty)
+    ('true', 'full', '(must be given)')
+    """
+    if default is inspect.Parameter.empty:
+        return "(must be given)"
+    return default if isinstance(default, str) else json.dumps(default, default=str)

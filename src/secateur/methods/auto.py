@@ -31,11 +31,11 @@ def choose(
     side: int,
     wanted: Collection[str] = (),
 ) -> Choice:
-    """Choose a method for a budget.
+    """Choose a method for a budget: rd for trained weights, one bound and small images, else oneshot.
 
-    Follows docs/results/rd.md, table "Channels": right after the cut, rd is ahead of every score at every budget. How
-    they compare after training the cut network is not measured yet: `training` makes no difference until
-    benchmarks/compare/compare.toml has been run.
+    rd also needs data, and takes not every setting that oneshot has. Right after the cut it is ahead of every score at
+    every budget (docs/results/rd.md); how they compare after training is not measured yet, so `training` makes no
+    difference.
 
     Args:
         bounds: measures that the budget bounds.

@@ -326,14 +326,15 @@ def _contenders(
     """The arms behind the best that cannot be told apart from it, and the margin within which they are.
 
     Arms that fall behind by more than the margin are set aside, and the margin is taken again for those that are left,
-    until it sets none aside: how much an arm that is out of the running scatters has no bearing on the others.
+    as long as it shrinks and sets some aside: how much an arm that is out of the running scatters has no bearing on the
+    others.
     """
-    close, margin = list(able[1:]), None
+    close, margin = list(able[1:]), math.inf
     while close:
         found = margin_of([accuracies[line.arm] for line in (able[0], *close)])
-        margin = found if found is not None else margin
-        if margin is None:
+        if found is None:
             return [], None
+        margin = min(margin, found)
         left = [line for line in close if (able[0].accuracy or 0) - (line.accuracy or 0) <= margin]
         if len(left) == len(close):
             break

@@ -107,7 +107,7 @@ class Comparison:
                 raise SecateurError(f"{path}: no {name}; give {option}, or `{name}` in a recipe")
         _check_types(path, given, arms)
         own = {f.name for f in fields(cls)} - {"task", "arms"}
-        names = {f.name for f in fields(Task)} | own
+        names = {f.name for f in fields(Task)} - {"normalisation", "seed"} | own
         for name in given:
             if name not in names:
                 raise SecateurError(f"{path}: {unknown('setting', name, names)}")

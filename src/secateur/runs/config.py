@@ -26,6 +26,7 @@ GRANULARITIES = {
 """What one unit may be -> one line for lists of choices."""
 
 _SHARED = ("score", "allocation", "attention", "compensation", "min_keep", "round_to")
+_OF_CHANNELS = ("freeze", "score", "attention", "min_keep", "round_to", "decay", "rectify")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,7 +65,7 @@ class Task:
         check_model_name(self.model)
         if self.weights is not None and not self.weights.is_file():
             raise FileError(f"weights {self.weights}: no such file. Check the path.")
-        if self.data_dir is not None and not self.data_dir.is_dir():
+        if self.data_dir is not None and not self.data_dir.is_dir() and not self.download:
             raise DataError(f"data folder {self.data_dir}: no such folder. Check the path.")
         if self.seed < 0:
             raise SecateurError(f"seed {self.seed}: expected a whole number, at least 0")
@@ -125,7 +126,7 @@ class PruneConfig:
         train: how to train the dense model first; None: take it as it is. With a method that prunes during
             training: how to train.
         finetune: how to train the cut model; None: leave it as it is. A `distill_weight` above 0 makes the
-            dense model its teacher.
+            trained dense model its teacher.
         latency_batch: images per pass where latency is measured.
         exports: also write ONNX and `torch.export` files, and measure latency.
     Raises:
@@ -245,11 +246,22 @@ class PruneConfig:
                 )
         elif when == "before" and self.train is not None:
             raise SecateurError(f"method {self.method} prunes before training; give `finetune`, not `train`")
+        if when == "before" and not self.masks and self.task.weights is not None:
+            raise SecateurError(f"method {self.method} draws fresh weights; leave out weights")
+        taught = [how for how in (self.train, self.finetune) if how and how.distill_weight > 0]
+        if taught and (when != "after" or self.train in taught):
+            raise SecateurError(
+                f"distillation needs a trained dense model as its teacher, and method {self.method} with this training "
+                f"has none; set distill to 0"
+            )
 
     @property
     def wanted(self) -> list[str]:
         """Those settings of `method_options` that several methods share and that are not at their defaults."""
-        return [o for o in _SHARED if getattr(self, o) != type(self).__dataclass_fields__[o].default]
+        return [name for name in _SHARED if self._is_set(name)]
+
+    def _is_set(self, name: str) -> bool:
+        return getattr(self, name) != type(self).__dataclass_fields__[name].default  # type: ignore[no-any-return]
 
     def method_options(self) -> dict[str, Any]:
         """What the method is to be run with: its own options, and those that several methods share.
@@ -259,8 +271,10 @@ class PruneConfig:
         """
         entry = method_named(self.method)
         if self.masks and entry.when == "after":
-            if self.options:
-                raise SecateurError(f"method {self.method} has no options for single weights")
+            given = [*self.options, *(name for name in _OF_CHANNELS if self._is_set(name))]
+            if given:
+                names = ", ".join(given).replace("_", "-")
+                raise SecateurError(f"granularity {self.unit} of trained models takes no {names}")
             return {}
         able = entry.options(self.unit)
         entry.check(self.method, self.options, self.unit)

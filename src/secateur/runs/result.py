@@ -262,7 +262,8 @@ def _numbers(scores: list[float | None] | None) -> list[float] | None:
 def described(config: PruneConfig) -> str:
     """The method with what was set about it."""
     if config.masks and method_named(config.method).when == "after":
-        return f"single weights, {config.allocation}, compensation {config.compensation}"
+        allocation = "rd" if config.method == "rd" else config.allocation
+        return f"single weights, {allocation}, compensation {config.compensation}"
     if config.method == "oneshot":
         return f"oneshot, {config.score}, {config.allocation}"
     masks = [f"masks of {config.unit}"] if config.masks else []
