@@ -148,6 +148,19 @@ def test_what_cannot_be_told_apart_is_named_with_the_cheapest():
     assert one.cheaper is None  # equal MACs
 
 
+def test_zeros_are_computed_with_all_the_same():
+    best, second, third = (0.92, 0.90, 0.915), (0.90, 0.91, 0.905), (0.91, 0.89, 0.90)
+    masked = {"budget": {"params": 0.5}, "params": 0.5, "macs": 0.3, "masked": True}
+    runs = [outcome("a", s, a, **masked | {"macs": 0.5}) for s, a in enumerate(best)]
+    runs += [outcome("b", s, a, **masked) for s, a in enumerate(second)]
+    (one,) = advice(runs)
+    assert (one.others, one.cheaper) == (("b",), None)
+    small = {"budget": {"params": 0.5}, "params": 0.5, "macs": 0.8}
+    (one,) = advice([*runs, *(outcome("c", s, a, **small) for s, a in enumerate(third))])
+    assert one.cheaper == "c"
+    assert one.text.endswith("Of these “c” is the cheapest to run: 80.0 % of the MACs against 100.0 %.")
+
+
 def test_a_latency_that_scatters_makes_nothing_cheaper():
     runs = [outcome("a", s, a, latency=timed(2.0)) for s, a in enumerate((0.92, 0.90))]
     runs += [outcome("b", s, a, latency=timed(ms)) for s, a, ms in ((0, 0.90, 1.0), (1, 0.91, 2.6))]

@@ -120,6 +120,7 @@ class Standing:
         difference: to the arm `against`, paired by seed; with its sample standard deviation.
         against: the dense model, or another arm; empty if there is nothing to compare with.
         over: whether it costs more than the budget allows.
+        masked: whether units are zeros, with which all operations are done.
         latency_ms: of one pass, as a share of the dense network's, which was measured beside it, times the median of
             all measurements of the dense network: a clock that drifts between runs does not matter.
         latency_spread: sample standard deviation of that over the runs, milliseconds.
@@ -147,6 +148,7 @@ class Standing:
     seconds_per_epoch: float
     training_seconds: float
     over: bool
+    masked: bool
     failed: str
 
 
@@ -224,6 +226,7 @@ def _standing(
         seconds_per_epoch=_median(o.training_seconds / o.epochs for o in good if o.epochs) or 0.0,
         training_seconds=_median(o.training_seconds for o in good) or 0.0,
         over=any(getattr(o, name) > bound + 1e-6 for o in good for name, bound in bounds.items()),
+        masked=any(o.masked for o in good),
         failed="; ".join(dict.fromkeys(o.error for o in found if o.error)),
     )
 
@@ -267,10 +270,10 @@ def advice(outcomes: Sequence[Outcome]) -> list[Advice]:
     table = standings(outcomes)
     for budget in dict.fromkeys(line.budget for line in table if line.budget):
         there = [o for o in outcomes if in_words(o.budget) == budget and o.accuracy is not None]
-        masked = {o.arm for o in there if o.masked and "macs" in o.budget}
+        in_macs = any("macs" in o.budget for o in there)
         able = [
             line for line in table
-            if line.budget == budget and line.accuracy is not None and not line.over and line.arm not in masked
+            if line.budget == budget and line.accuracy is not None and not line.over and not (line.masked and in_macs)
         ]  # fmt: skip
         seeds = max((line.seeds for line in able), default=0)
         if able:
@@ -368,15 +371,21 @@ def _quantile(arms: int, freedom: int) -> float:
 
 
 def _cheapest(lines: Sequence[Standing]) -> tuple[str | None, str]:
-    """Which network is cheaper to run than the first, by the clock or else by MACs, if one is; and the numbers."""
+    """Which network is cheaper to run than the first, by the clock or else by MACs, if one is; and the numbers.
+
+    A masked network does all operations of the dense one.
+    """
     clock = all(line.latency_ms is not None for line in lines)
-    best, cheap = lines[0], min(lines, key=lambda line: (line.latency_ms or 0) if clock else line.macs)
+
+    def cost(line: Standing) -> float:
+        return (line.latency_ms or 0) if clock else 1.0 if line.masked else line.macs
+
+    best, cheap = lines[0], min(lines, key=cost)
+    low, high = cost(cheap), cost(best)
     if clock:
-        low, high = cheap.latency_ms or 0, best.latency_ms or 0
         numbers = f"{low:.3g} ms against {high:.3g} ms"
         least = max(SAME * high, (cheap.latency_spread or 0) + (best.latency_spread or 0))
     else:
-        low, high = cheap.macs, best.macs
         numbers = f"{100 * low:.1f} % of the MACs against {100 * high:.1f} %"
         least = SAME * high
     return (cheap.arm if high - low > least else None), numbers
