@@ -220,15 +220,8 @@ def design(
 
         targets = wanted(bounds)
         shares = fitted(targets)
-        allowed = dict(bounds)
-        for _ in range(REPEATS if densities not in INITIAL_SCORES else 0):
-            for m, bound in bounds.items():
-                factor = bound / max(spent(m, shares), 0.1 * bound)
-                allowed[m] = min(max(factor * allowed[m], 0.1 * bound), 10 * bound)
-            try:
-                shares = fitted(wanted(allowed))
-            except BudgetError:  # less than one weight per layer
-                break
+        if densities not in INITIAL_SCORES:
+            shares = _asked_again(bounds, shares, lambda allowed: fitted(wanted(allowed)), spent)
     else:
         targets = {layer.name: densities[layer.name] for layer in able if layer.name in densities}
         shares = fitted(targets)
@@ -252,6 +245,27 @@ def design(
         macs=(cost.macs(), cost.macs(kept)),
         params=(cost.params(), cost.params(kept)),
     )
+
+
+def _asked_again(
+    bounds: Mapping[str, float],
+    shares: Vector,
+    shares_for: Callable[[Mapping[str, float]], Vector],
+    spent: Callable[[str, Vector], float],
+) -> Vector:
+    """Shares of widths that cost what the bounds allow: a formula knows densities, of which widths make something else,
+    so it is asked for more or less of each cost.
+    """
+    allowed = dict(bounds)
+    for _ in range(REPEATS):
+        for m, bound in bounds.items():
+            factor = bound / max(spent(m, shares), 0.1 * bound)
+            allowed[m] = min(max(factor * allowed[m], 0.1 * bound), 10 * bound)
+        try:
+            shares = shares_for(allowed)
+        except BudgetError:  # less than one weight per layer
+            break
+    return shares
 
 
 def precrop(
