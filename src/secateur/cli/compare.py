@@ -77,6 +77,15 @@ def compare(
             show_default="the recipe's arms",
         ),
     ] = None,
+    arm: Annotated[
+        list[str] | None,
+        Option(
+            metavar="NAME",
+            help="Of the recipe's arms, this one. Repeat it for several.",
+            rich_help_panel=RUN,
+            show_default="all",
+        ),
+    ] = None,
     keep_macs: Annotated[
         list[float] | None,
         Option(
@@ -167,6 +176,8 @@ def compare(
         seeds=None if seeds is None else list(range(seeds)),
         precision=precision,
     )
+    if arm:
+        comparison = comparison.with_arms(arm)
     if list_cells:
         words = [word for word in sys.argv[1:] if word != "--list"]
         for cell in comparison.cells():

@@ -123,6 +123,17 @@ class Comparison:
         except TypeError as error:
             raise SecateurError(f"{path}: {error}") from None
 
+    def with_arms(self, names: Sequence[str]) -> "Comparison":
+        """This comparison with some of its arms, in its own order.
+
+        Raises:
+            SecateurError: there is no such arm.
+        """
+        for name in names:
+            if name not in self.arms:
+                raise SecateurError(unknown("arm", name, self.arms))
+        return replace(self, arms={name: arm for name, arm in self.arms.items() if name in names})
+
     def cells(self) -> "list[Cell]":
         """Everything to run; what is wrong with any of it is raised now."""
         if not self.arms:
