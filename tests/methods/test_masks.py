@@ -114,6 +114,20 @@ def test_three_granularities_are_equally_dense_in_every_layer(
                 assert not whole.all(), name
 
 
+@pytest.mark.parametrize("seed", [0, 1])
+def test_a_classifier_keeps_the_inputs_that_filters_still_make(net: nn.Module, seed: int) -> None:
+    name = next(name for name, m in net.named_modules() if isinstance(m, nn.Linear))
+    budget = Budget(params=0.4)
+    sparse = crop_masks(net, X, budget, granularity="filters", streams="shared", seed=seed)
+    seen: list[torch.Tensor] = []
+    sparse.model.get_submodule(name).register_forward_pre_hook(lambda _, x: seen.append(x[0]))
+    sparse.model.train()(X)
+    read, made = sparse.plan.masks[f"{name}.weight"].any(0), (seen[0] != 0).any(0)
+    assert 0 < made.sum() < len(made)
+    assert 0 < read.sum() < len(read)
+    assert (made & read).sum() == min(made.sum(), read.sum())
+
+
 def test_a_shuffle_keeps_as_many_weights_of_each_layer_elsewhere() -> None:
     model = build_model("resnet8")
     chosen, shuffled, again = (

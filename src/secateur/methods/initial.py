@@ -248,7 +248,8 @@ def random_masks(
 ) -> dict[str, Tensor]:
     """Masks at given densities within every budget, at random: of single weights or of whole filters.
 
-    A layer that makes the model's outputs loses inputs instead of filters, as in a crop: no class goes.
+    A layer that makes the model's outputs loses inputs instead of filters, as in a crop: no class goes. Those that no
+    filter makes any more go first; chosen by itself, it might be left with nothing to read.
 
     Args:
         graph: of the model.
@@ -270,7 +271,37 @@ def random_masks(
     exact = {name: counts[name] / places[name] for name in places}
     if granularity == "weights":
         return dict(random_weights(model, exact, seed=seed).masks)
-    return dict(random_filters(model, exact, inputs_of=outputs, seed=seed).masks)
+    masks = dict(random_filters(model, exact, inputs_of=outputs, seed=seed).masks)
+    made = {weight: mask.flatten(1).any(1) for weight, mask in masks.items()}
+    generator = torch.Generator().manual_seed(seed)
+    for name in outputs:
+        weight = f"{name}.weight"
+        first = _share_made(graph, weight, made, shapes[name][1])
+        first += 1e-4 * torch.rand(len(first), generator=generator)  # among equals, at random
+        shape = [1, -1] + [1] * (len(shapes[name]) - 2)
+        masks[weight] = top(first, counts[name]).view(shape).expand(shapes[name]).clone()
+    return masks
+
+
+def _share_made(graph: Graph, weight: str, made: Mapping[str, Tensor], size: int) -> Tensor:
+    """Of the layers that make each input of a layer, the share whose filters for it stay; (size,).
+
+    Args:
+        weight: of the layer that reads.
+        made: filters that stay, (filters,) bool, by weight.
+        size: how many inputs there are.
+    """
+    found = torch.ones(size)
+    for group in graph.groups:
+        makers = [
+            m for m in group.members if m.dim == 0 and m.role in ("out", "depthwise") and m.tensor in made
+        ]
+        for reader in group.members:
+            if makers and (reader.tensor, reader.dim) == (weight, 1):
+                share = torch.stack([m.take(made[m.tensor].float()).mean(1) for m in makers]).mean(0)
+                index = torch.as_tensor(reader.index)
+                found[index] = share[:, None].expand(index.shape)
+    return found
 
 
 def counts_within(
