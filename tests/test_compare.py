@@ -94,6 +94,8 @@ def test_methods_that_choose_widths_before_training_take_no_trained_weights(tmp_
         assert (cell.config.task.weights is None) == scratch
         (phase,) = [phase for phase in (cell.config.train, cell.config.finetune) if phase]
         assert (phase.epochs, phase.lr) == (plan.tune_epochs, plan.lr if scratch else plan.tune_lr)
+    slower = Comparison.read(path, weights=str(weights), tune_lr=0.001).cells()
+    assert {c.config.train.lr for c in slower if isinstance(c.config, TrainRunConfig)} == {0.001}
     assert {cell.arm for cell in cells} == {
         "dense", "precrop", "random weights", "uniform width", "l2, fine-tuned", "gradual"
     }  # fmt: skip

@@ -39,26 +39,8 @@ def compare(
         ),
     ] = None,
     data_dir: o.DataDir = None,
-    train_images: Annotated[
-        int | None,
-        Option(
-            min=1,
-            metavar="N",
-            help="Learn from a fixed, balanced part of the images.",
-            rich_help_panel=DATA,
-            show_default="the recipe's, else the schedule's",
-        ),
-    ] = None,
-    test_images: Annotated[
-        int | None,
-        Option(
-            min=1,
-            metavar="N",
-            help="Measure on a fixed, balanced part of the images.",
-            rich_help_panel=DATA,
-            show_default="the recipe's, else all",
-        ),
-    ] = None,
+    train_images: Annotated[int | None, o.train_images("the recipe's, else the schedule's")] = None,
+    test_images: Annotated[int | None, o.test_images("the recipe's, else all")] = None,
     schedule: Annotated[
         str | None,
         Option(
@@ -66,6 +48,15 @@ def compare(
             help="tiny, short, standard, paper or imagenet; the same for every arm.",
             rich_help_panel=DATA,
             show_default="the recipe's, else short",
+        ),
+    ] = None,
+    tune_lr: Annotated[
+        float | None,
+        Option(
+            metavar="X",
+            help="The highest learning rate of training on from weights.",
+            rich_help_panel=DATA,
+            show_default="the recipe's, else the schedule's",
         ),
     ] = None,
     method: Annotated[
@@ -173,6 +164,7 @@ def compare(
         train_images=train_images,
         test_images=test_images,
         schedule=schedule,
+        tune_lr=tune_lr,
         seeds=None if seeds is None else list(range(seeds)),
         precision=precision,
     )

@@ -125,26 +125,24 @@ Normalize = Annotated[
         show_default="what the weights were trained with, if known, else the data set's own",
     ),
 ]
-TrainImages = Annotated[
-    int | None,
-    Option(
-        min=1,
-        metavar="N",
-        help="Learn from a fixed, balanced part of the images.",
-        rich_help_panel=DATA,
-        show_default="all",
-    ),
-]
-TestImages = Annotated[
-    int | None,
-    Option(
-        min=1,
-        metavar="N",
-        help="Measure on a fixed, balanced part of the images.",
-        rich_help_panel=DATA,
-        show_default="all",
-    ),
-]
+
+
+def train_images(default: str) -> Any:
+    """Option for a part of the training images; `default` says what holds without it."""
+    return _images("Learn from a fixed, balanced part of the images.", default)
+
+
+def test_images(default: str) -> Any:
+    """The same for the test images."""
+    return _images("Measure on a fixed, balanced part of the images.", default)
+
+
+def _images(what: str, default: str) -> Any:
+    return Option(min=1, metavar="N", help=what, rich_help_panel=DATA, show_default=default)
+
+
+TrainImages = Annotated[int | None, train_images("all")]
+TestImages = Annotated[int | None, test_images("all")]
 Download = Annotated[bool, Option("--download", help="Let torchvision fetch the data.", rich_help_panel=DATA)]
 
 Freeze = Annotated[

@@ -6,7 +6,7 @@ masks are `WeightPlan`s, which hold through training with `with plan.holding(mod
 """
 
 import copy
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any
@@ -271,15 +271,14 @@ def random_masks(
     exact = {name: counts[name] / places[name] for name in places}
     if granularity == "weights":
         return dict(random_weights(model, exact, seed=seed).masks)
-    masks = dict(random_filters(model, exact, inputs_of=outputs, seed=seed).masks)
+    masks = dict(random_filters(model, {n: p for n, p in exact.items() if n not in outputs}, seed=seed).masks)
     made = {weight: mask.flatten(1).any(1) for weight, mask in masks.items()}
     generator = torch.Generator().manual_seed(seed)
     for name in outputs:
         weight = f"{name}.weight"
         first = _share_made(graph, weight, made, shapes[name][1])
         first += 1e-4 * torch.rand(len(first), generator=generator)  # among equals, at random
-        shape = [1, -1] + [1] * (len(shapes[name]) - 2)
-        masks[weight] = top(first, counts[name]).view(shape).expand(shapes[name]).clone()
+        masks[weight] = _spread(top(first, counts[name]), 1, shapes[name])
     return masks
 
 
@@ -369,24 +368,24 @@ def random_filters(
     model: nn.Module,
     densities: Mapping[str, float],
     *,
-    inputs_of: Collection[str] = (),
     seed: int = 0,
 ) -> WeightPlan:
     """Keep a share of each layer's filters at random, whole; the others are zero.
 
     Args:
-        inputs_of: layers that lose whole inputs instead, such as the classifier.
         model, densities, seed: as for `random_weights`.
     """
     generator = torch.Generator().manual_seed(seed)
     masks = {}
     for name, w in _weights(model, densities).items():
-        dim = 1 if name in inputs_of else 0
-        size = w.shape[dim]
-        mask = top(torch.rand(size, generator=generator), max(1, round(densities[name] * size)))
-        shape = [size if d == dim else 1 for d in range(w.ndim)]
-        masks[f"{name}.weight"] = mask.view(shape).expand(w.shape).clone()
+        filters = top(torch.rand(len(w), generator=generator), max(1, round(densities[name] * len(w))))
+        masks[f"{name}.weight"] = _spread(filters, 0, w.shape)
     return WeightPlan.of(model, masks, {"method": "random-filters", "seed": seed})
+
+
+def _spread(mask: Tensor, dim: int, shape: Sequence[int]) -> Tensor:
+    """A mask of the positions along one dim, for all weights of a tensor of this shape."""
+    return mask.view([-1 if d == dim else 1 for d in range(len(shape))]).expand(*shape).clone()
 
 
 def _weights(model: nn.Module, densities: Mapping[str, float]) -> dict[str, Tensor]:

@@ -71,6 +71,7 @@ class Comparison:
         budgets: each {"macs": share}, {"params": share}, or both.
         seeds: of weights, order and augmentation: all arms see the same.
         schedule: a name in `SCHEDULES`.
+        tune_lr: the highest learning rate of training on from weights; None: the schedule's.
         precision: "no" or "bf16".
         latency_batch: images per pass where latency is measured.
     """
@@ -80,8 +81,15 @@ class Comparison:
     budgets: Sequence[Mapping[str, float]]
     seeds: Sequence[int] = (0,)
     schedule: str = "short"
+    tune_lr: float | None = None
     precision: str = "no"
     latency_batch: int = 1
+
+    @property
+    def plan(self) -> Schedule:
+        """How all arms train."""
+        plan = schedule_named(self.schedule)
+        return plan if self.tune_lr is None else replace(plan, tune_lr=self.tune_lr)
 
     @classmethod
     def read(cls, path: str | Path | None, **changes: Any) -> "Comparison":
@@ -168,7 +176,7 @@ class Comparison:
         ]
 
     def _of(self, name: str, arm: Arm, seed: int) -> Iterator["Cell"]:
-        plan = schedule_named(self.schedule)
+        plan = self.plan
         task = replace(self.task, seed=seed, train_images=self.task.train_images or plan.train_images)
         if arm.method is None:
             how = plan.train(tune=task.weights is not None, precision=self.precision)
@@ -307,12 +315,12 @@ def compare(
 
 
 def _report(comparison: Comparison, outcomes: Sequence[Outcome], command: str = "") -> ComparisonReport:
-    plan, task = schedule_named(comparison.schedule), comparison.task
+    plan, task = comparison.plan, comparison.task
     images = task.train_images or plan.train_images
     epochs = (
         f"{plan.epochs} epochs"
         if task.weights is None
-        else f"{plan.tune_epochs} epochs on from trained weights"
+        else f"{plan.tune_epochs} epochs on from trained weights at a learning rate of up to {plan.tune_lr:g}"
     )
     return ComparisonReport(
         model=task.model,
@@ -485,6 +493,7 @@ def _check_types(path: str | Path, given: Mapping[str, Any], arms: Any) -> None:
     for name, fits, expected in (
         ("arms", tables, "a table per arm"),
         ("budgets", all(_are_budgets(value) for value in budgets), "a list such as [{ macs = 0.5 }]"),
+        ("tune_lr", type(given.get("tune_lr", 0.0)) in (int, float), "a learning rate such as 0.01"),
         ("seeds", isinstance(seeds, list) and all(type(n) is int for n in seeds), "a list such as [0, 1, 2]"),
     ):
         if not fits:
