@@ -4,6 +4,7 @@ import csv
 import json
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import pytest
 from secateur.errors import FileError, SecateurError
 from secateur.methods import METHODS
 from secateur.recipes.data import Batches
+from secateur.recipes.train_config import TrainConfig
 from secateur.report.comparison import is_steady, standings
 from secateur.runs import PruneConfig, TrainRunConfig
 from secateur.runs.compare import Arm, Cell, Comparison, compare, run_only
@@ -99,6 +101,22 @@ def test_methods_that_choose_widths_before_training_take_no_trained_weights(tmp_
     assert {cell.arm for cell in cells} == {
         "dense", "precrop", "random weights", "uniform width", "l2, fine-tuned", "gradual"
     }  # fmt: skip
+
+
+def test_an_arm_may_learn_from_the_dense_model(recipe: Path) -> None:
+    def finetune(text: str, arm: str) -> TrainConfig:
+        recipe.write_text(RECIPE + text)
+        config = next(cell.config for cell in Comparison.read(recipe).cells() if cell.arm == arm)
+        assert isinstance(config, PruneConfig)
+        assert config.finetune is not None
+        return config.finetune
+
+    plain = finetune("", "l2, fine-tuned")
+    taught = finetune('[arms.taught]\nmethod = "oneshot"\ndistill = 0.7\n', "taught")
+    assert taught == replace(plain, distill_weight=0.7)
+    for wrong in ("", 'method = "oneshot"\nbefore = true\n', 'method = "lapp"\n'):
+        with pytest.raises(SecateurError, match="distill"):
+            finetune(f"[arms.wrong]\n{wrong}distill = 0.7\n", "wrong")
 
 
 def test_a_comparison_from_end_to_end_and_on(recipe: Path, tmp_path: Path) -> None:

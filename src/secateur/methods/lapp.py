@@ -74,7 +74,7 @@ class LAPP(StructuredMethod):
             need no alignment; "shared" loses the channels its layer loses, and folds away at the end; "none".
         side: what the bypass computes: "depthwise", one filter of the layer's size per output channel; or "pointwise",
             1 × 1 in four groups, beside the layers whose padding keeps the image's size.
-        side_start: scale of the batch norm behind it, at the start.
+        side_start: scale of the batch norm behind it, at the start; anything but 0 disturbs a trained model.
         score: importance of a unit: "l2" norm of its filter, "gamma", the size of its batch-norm scale, or
             "taylor", a moving average of (gamma · dL/dgamma)².
         slope: backward of the mask: "sigmoid"; "dst", the piecewise slope of Liu et al. 2020,
@@ -110,7 +110,7 @@ class LAPP(StructuredMethod):
         hold_share: float = 0.05,
         bypass: Literal["full", "shared", "none"] = "full",
         side: Side = "depthwise",
-        side_start: float = 1.0,
+        side_start: float = 0.0,
         score: Literal["l2", "gamma", "taylor"] = "l2",
         slope: Literal["sigmoid", "dst", "soft"] = "sigmoid",
         temperature: float = 0.5,

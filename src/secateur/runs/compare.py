@@ -43,6 +43,7 @@ class Arm:
         before: prune the fresh model and train the small one all the time (for methods that could also prune a
             trained one).
         score, allocation, granularity, options, decay, rectify: as in `PruneConfig`.
+        distill: share of the loss after the cut that is distance to the dense model, 0 to 1.
         budgets: its own, in place of the comparison's.
         against: the arm that its accuracy is compared with, seed by seed; at the same budget if that arm has one.
         note: what a reader of the table must know about this arm.
@@ -56,6 +57,7 @@ class Arm:
     options: Mapping[str, Any] = field(default_factory=dict)
     decay: int = 1
     rectify: bool = False
+    distill: float = 0.0
     budgets: Sequence[Mapping[str, float]] | None = None
     against: str = DENSE
     note: str = ""
@@ -159,6 +161,10 @@ class Comparison:
                 )
             if arm.against not in (*self.arms, DENSE):
                 raise SecateurError(f"arm {name!r}: against {unknown('arm', arm.against, self.arms)}")
+            if arm.distill and (arm.method is None or arm.before):
+                raise SecateurError(
+                    f"arm {name!r}: there is no trained dense model to distill from; set distill to 0"
+                )
         for budget in (*self.budgets, *(b for arm in self.arms.values() for b in arm.budgets or ())):
             for measure in budget:
                 if measure not in MEASURES:
@@ -191,6 +197,7 @@ class Comparison:
     ) -> PruneConfig:
         """Every arm trains for the same number of epochs in all."""
         scratch, how = task.weights is None, dict[str, Any](precision=self.precision)
+        taught = how | {"distill_weight": arm.distill}
         when = "after" if method == AUTO else method_named(method).when
         epochs = plan.epochs if scratch else plan.tune_epochs
         train = finetune = None
@@ -198,16 +205,16 @@ class Comparison:
             arm.before and when == "after"
         ):  # the weights that others start from are no use
             task = replace(task, weights=None)
-            finetune = plan.train(epochs=epochs, **how)
+            finetune = plan.train(epochs=epochs, **taught)
         elif when == "during":
-            train = plan.train(tune=not scratch, **how)
+            train = plan.train(tune=not scratch, **taught)
         elif not scratch:
-            finetune = plan.train(tune=True, **how)
+            finetune = plan.train(tune=True, **taught)
         else:
             first = max(1, round(plan.dense_share * epochs))
             train = plan.train(epochs=first, **how)
             if epochs > first:
-                finetune = plan.train(epochs=epochs - first, tune=True, **how)
+                finetune = plan.train(epochs=epochs - first, tune=True, **taught)
         return PruneConfig(
             task=task,
             keep_macs=budget.get("macs"),
