@@ -4,7 +4,7 @@
     python benchmarks/front.py runs/compare/table.csv --out front.svg --arms l2 rd
 
 Reads the `table.csv` that `secateur compare` writes. The arms named are drawn in colour, with bars of one standard
-deviation over the seeds; all others are thin grey lines behind them.
+deviation over the seeds; all others are thin grey lines behind them. Runs over their budget are left out.
 """
 
 import argparse
@@ -38,6 +38,9 @@ def lines_of(path: Path, cost: str) -> tuple[dict[str, Line], float | None]:
                 continue
             if not row["budget"]:
                 dense.append(100 * float(row["accuracy"]))
+                continue
+            bounds = (bound.split() for bound in row["budget"].split(", "))
+            if any(float(row[measure]) > float(share) + 1e-6 for measure, share in bounds):
                 continue
             key = (row["arm"], row["budget"])
             costs[key].append(100 * float(row[cost]))
@@ -88,11 +91,13 @@ def main() -> None:
     parser.add_argument("table", type=Path, help="the table.csv of a comparison")
     parser.add_argument("--out", type=Path, required=True, help="an SVG file")
     parser.add_argument("--arms", nargs="+", required=True, help="to draw in colour")
+    parser.add_argument("--without", nargs="+", default=[], help="to leave out")
     parser.add_argument("--cost", choices=sorted(TITLES), default="macs")
     options = parser.parse_args()
     lines, dense = lines_of(options.table, options.cost)
-    if missing := [arm for arm in options.arms if arm not in lines]:
+    if missing := [arm for arm in (*options.arms, *options.without) if arm not in lines]:
         parser.error(f"no such arm: {', '.join(missing)}; there are {', '.join(lines)}")
+    lines = {arm: points for arm, points in lines.items() if arm not in options.without}
     draw(lines, dense, options.arms, options.cost, options.out)
 
 

@@ -450,7 +450,7 @@ def markdown(report: ComparisonReport) -> str:
         )
     if note := unsteady(outcomes):
         lines += ["", note]
-    lines += ["", *(f"{arm}: {note}" for arm, note in report.notes.items())]
+    lines += ["", *(f"- {arm}: {note}" for arm, note in report.notes.items())]
     return "\n".join(lines).rstrip() + "\n"
 
 
