@@ -105,6 +105,13 @@ def test_channels_last_changes_the_layout_only():
     assert torch.equal(x, next(iter(training(split)))[0])
 
 
+def test_images_in_memory_are_kept_on_the_device():
+    """Not copied there batch by batch; "meta" is a device, too, whose tensors have no values."""
+    batches = training(pictures(12), device="meta")
+    assert batches.split.images.device.type == batches.split.labels.device.type == "meta"
+    assert [(x.device.type, len(y)) for x, y in batches] == [("meta", 8), ("meta", 4)]
+
+
 @pytest.mark.parametrize("side", [8, 16, 28])
 @pytest.mark.parametrize("augment", ["shift", "shift+flip"])
 def test_every_sample_is_moved_and_mirrored_on_its_own(side, augment):

@@ -22,7 +22,7 @@ class Batches:
     uninterrupted run would have seen. Iterating the object itself gives epoch 0.
 
     Args:
-        split: the images; they stay where they are, in memory or in files; each batch moves to `device` as uint8.
+        split: the images. Those in memory move to `device` whole, as uint8; of those in files, each batch does.
         batch_size: images per global batch, a multiple of `world_size`.
         normalisation: applied last.
         augment: "none"; "shift" moves each image by up to an eighth of its side, zeros coming in, which for
@@ -33,7 +33,7 @@ class Batches:
         seed: of order and augmentation, at least 0.
         rank: which part of each global batch to yield; it may be empty if the last one is very small.
         world_size: into how many parts global batches are divided.
-        device: where the batches are augmented and yielded.
+        device: where the images are kept, augmented and yielded.
         channels_last: yield images in the channels-last memory format.
     Raises:
         DataError: unknown augmentation, sizes that do not fit, or not a single batch.
@@ -70,7 +70,7 @@ class Batches:
             raise DataError(
                 f"batch_size {batch_size}: expected a positive multiple of the {world_size} ranks"
             )
-        self.split = split
+        self.split = split.to(device)
         self.batch_size = batch_size
         self.normalisation = normalisation
         self.augment = augment

@@ -60,6 +60,12 @@ class Split:
         """The images at `indices` (m,), in that order."""
         return Split(self.images[indices], self.labels[indices])
 
+    def to(self, device: torch.device | str) -> "Split":
+        """The same images and labels on a device; images in files stay there."""
+        if not isinstance(self.images, Tensor):
+            return self
+        return Split(self.images.to(device), self.labels.to(device))
+
     def batches(self, requests: Iterable[tuple[Tensor, Crops | None]]) -> Iterator[tuple[Tensor, Tensor]]:
         """Batches of images (m, c, h, w), uint8, and labels (m,), in order.
 
