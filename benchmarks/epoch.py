@@ -1,35 +1,96 @@
-"""Seconds per epoch of a built-in model on images of CIFAR-10's size and number, on this machine.
+"""Seconds per epoch of built-in models on images of CIFAR-10's size and number, on this machine.
 
-python benchmarks/epoch.py [model] [images]
+    python benchmarks/epoch.py [--models resnet20 resnet56] [--images 50000] [--out docs/results/epoch.md]
+
+Random images; their content does not change the time. Of three epochs the last counts; *start* is what the first took
+more. An epoch is 128 images per step, augmentation and loss included, without the test.
 """
 
-import sys
+import argparse
+import platform
 import tempfile
+from pathlib import Path
 
 import torch
 
+from secateur.cost.latency import device_name
 from secateur.recipes.data import Dataset, Normalisation, Split
 from secateur.recipes.models import build_model
 from secateur.recipes.train import TrainConfig, fit
 
-name = sys.argv[1] if len(sys.argv) > 1 else "resnet20"
-images = int(sys.argv[2]) if len(sys.argv) > 2 else 50_000
+CLASSES = tuple("0123456789")
 
-torch.manual_seed(0)
-data = Dataset(
-    name="noise",
-    train=Split(torch.randint(256, (images, 3, 32, 32), dtype=torch.uint8), torch.randint(10, (images,))),
-    test=Split(torch.randint(256, (10_000, 3, 32, 32), dtype=torch.uint8), torch.randint(10, (10_000,))),
-    classes=tuple("0123456789"),
-    normalisation=Normalisation((0.5,) * 3, (0.25,) * 3),
-    augment="shift+flip",
-)
-for precision in ("no", "bf16"):
-    for channels_last in (True, False):
-        config = TrainConfig(epochs=2, lr=0.01, precision=precision, channels_last=channels_last)
-        with tempfile.TemporaryDirectory() as folder:
-            last = fit(build_model(name), data, config, folder).history[-1]
-        print(
-            f"{name}, precision {precision!r}, channels_last {channels_last}: {last.seconds:.1f} s per epoch "
-            f"with its test, {last.images_per_second:.0f} training images/s"
-        )
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--models", nargs="*", default=["resnet20", "resnet56"])
+    parser.add_argument("--images", type=int, default=50_000, help="of an epoch")
+    parser.add_argument("--out", type=Path, help="also write the table to this Markdown file")
+    options = parser.parse_args()
+    torch.manual_seed(0)
+    data = Dataset(
+        name="noise",
+        train=images(options.images),
+        test=images(1),
+        classes=CLASSES,
+        normalisation=Normalisation((0.5,) * 3, (0.25,) * 3),
+        augment="shift+flip",
+    )
+    rows = [
+        row(model, data, precision, channels_last, compiled)
+        for model in options.models
+        for precision in ("no", "bf16")
+        for channels_last, compiled in ((False, False), (True, False), (True, True))
+    ]
+    text = page(rows, options)
+    print(text)
+    if options.out:
+        options.out.write_text(text, encoding="utf-8")
+
+
+def images(count: int) -> Split:
+    return Split(
+        torch.randint(256, (count, 3, 32, 32), dtype=torch.uint8), torch.randint(len(CLASSES), (count,))
+    )
+
+
+def row(model: str, data: Dataset, precision: str, channels_last: bool, compiled: bool) -> str:
+    config = TrainConfig(
+        epochs=3, lr=0.01, precision=precision, channels_last=channels_last, compile=compiled, test_every=3
+    )
+    with tempfile.TemporaryDirectory() as folder:
+        first, *_, last = fit(build_model(model), data, config, folder).history
+    seconds = [len(data.train) / epoch.images_per_second for epoch in (first, last)]
+    settings = "float32" if precision == "no" else "bfloat16"
+    settings += ", channels last" if channels_last else ", contiguous"
+    settings += ", compiled" if compiled else ""
+    start, rate = seconds[0] - seconds[1], last.images_per_second
+    return f"| {model} | {settings} | {seconds[1]:.1f} | {rate:,.0f} | {start:.0f} |"
+
+
+def page(rows: list[str], options: argparse.Namespace) -> str:
+    device = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
+    command = f"--models {' '.join(options.models)} --images {options.images} --out docs/results/epoch.md"
+    return "\n".join(
+        [
+            "# Seconds per epoch",
+            "",
+            f"`python benchmarks/epoch.py {command}`",
+            "",
+            f"Epochs of {options.images:,} images of 32 × 32 pixels, 128 per step, augmentation and loss included,",
+            "without the test; the last of three, one run. *Start* is what the first took more.",
+            f"{device_name(device)}, {torch.get_num_threads()} threads, torch {torch.__version__}, Python "
+            f"{platform.python_version()}.",
+            "",
+            "| model | settings | s per epoch | images/s | start, s |",
+            "|---|---|---|---|---|",
+            *rows,
+            "",
+        ]
+    )
+
+
+if __name__ == "__main__":
+    main()

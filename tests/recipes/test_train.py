@@ -2,6 +2,7 @@ import copy
 import errno
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -385,6 +386,37 @@ def test_bf16_trains(tmp_path: Path) -> None:
     result = fit(model, toy_data(), replace(CONFIG, epochs=8, precision="bf16"), tmp_path)
     assert result.accuracy >= 0.9
     assert seen == {(True, torch.bfloat16), (False, torch.float32)}
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler on the CPU")
+def test_compiled_steps_train_the_same(tmp_path: Path) -> None:
+    graphs = torch._dynamo.utils.counters["stats"]
+    models, histories = {}, {}
+    for compile in (False, True):
+        graphs.clear()
+        models[compile] = toy_model(dropout=0.0)
+        histories[compile] = fit(
+            models[compile],
+            toy_data(),
+            replace(CONFIG, epochs=2, compile=compile, distill_weight=0.5),
+            tmp_path / str(compile),
+            teacher=toy_model(seed=1),
+        ).history
+        assert graphs["unique_graphs"] == (4 if compile else 0)  # whole and last batch; the teacher as well
+    for plain, compiled in zip(histories[False], histories[True], strict=True):
+        assert compiled.loss == pytest.approx(plain.loss, rel=1e-4)
+    for name, tensor in models[False].state_dict().items():
+        torch.testing.assert_close(models[True].state_dict()[name], tensor, rtol=1e-3, atol=1e-4)
+
+
+def test_a_machine_that_cannot_compile_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch._inductor.config.cpp, "cxx", ("/no/compiler",))
+    monkeypatch.setattr(torch._inductor.config, "force_disable_caches", True)
+    torch._dynamo.reset()
+    with pytest.raises(
+        TrainingError, match=r"torch.compile cannot compile Sequential here. Train without compile"
+    ):
+        fit(toy_model(), toy_data(), replace(CONFIG, compile=True), tmp_path)
 
 
 def test_the_model_comes_back_as_it_was(tmp_path: Path) -> None:

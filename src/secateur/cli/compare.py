@@ -114,6 +114,7 @@ def compare(
             show_default="the recipe's, else no",
         ),
     ] = None,
+    compile_steps: Annotated[bool, o.compile_steps(RUN)] = False,
     jobs: Annotated[int, Option(min=1, metavar="N", help="Runs side by side.", rich_help_panel=RUN)] = 1,
     list_cells: Annotated[
         bool,
@@ -167,6 +168,7 @@ def compare(
         tune_lr=tune_lr,
         seeds=None if seeds is None else list(range(seeds)),
         precision=precision,
+        compile=compile_steps or None,
     )
     if arm:
         comparison = comparison.with_arms(arm)

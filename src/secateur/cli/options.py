@@ -224,6 +224,14 @@ def precision(panel: str) -> Any:
     return Option(metavar="NAME", help="no (float32) or bf16.", rich_help_panel=panel)
 
 
+def compile_steps(panel: str) -> Any:
+    return Option(
+        "--compile",
+        help="Run the steps in which no method prunes through torch.compile.",
+        rich_help_panel=panel,
+    )
+
+
 def checkpoint_every(panel: str) -> Any:
     return Option(min=1, metavar="N", help="Steps between checkpoints.", rich_help_panel=panel)
 

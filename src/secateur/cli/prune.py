@@ -176,6 +176,7 @@ def prune(
         ),
     ] = 0.0,
     precision: Annotated[str, o.precision(FINE_TUNING)] = "no",
+    compile_steps: Annotated[bool, o.compile_steps(FINE_TUNING)] = False,
     checkpoint_every: Annotated[int, o.checkpoint_every(FINE_TUNING)] = 500,
     out: o.Out,
     seed: o.Seed = 0,
@@ -220,6 +221,7 @@ def prune(
             "label_smoothing": label_smoothing,
             "distill_weight": distill,
             "precision": precision,
+            "compile": compile_steps,
             "checkpoint_every": checkpoint_every,
             "seed": seed,
         }

@@ -50,6 +50,7 @@ def train(
         ),
     ] = None,
     precision: Annotated[str, o.precision(TRAINING)] = "no",
+    compile_steps: Annotated[bool, o.compile_steps(TRAINING)] = False,
     checkpoint_every: Annotated[int, o.checkpoint_every(TRAINING)] = 500,
     out: o.Out,
     seed: o.Seed = 0,
@@ -95,6 +96,7 @@ def train(
             ema=ema,
             clip_norm=clip_norm,
             precision=precision,  # type: ignore[arg-type]
+            compile=compile_steps,
             checkpoint_every=checkpoint_every,
             seed=seed,
         ),

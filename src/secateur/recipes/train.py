@@ -10,7 +10,7 @@ import copy
 import re
 import time
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -183,6 +183,9 @@ def fit(
             stack.enter_context(WholeBatchNorm())
             share_weights(model)
 
+        compiled = config.compile and method is None
+        forward = _compiled(model) if compiled else model
+        teacher_forward = _compiled(teacher) if compiled and teacher is not None else teacher
         average = copy.deepcopy(model) if config.ema is not None else None
         optimizer = _optimizer(model, config)
         if method is not None:
@@ -215,9 +218,11 @@ def fit(
                     group["lr"] = learning_rate(config, step, steps)
 
                 with torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bf16"):
-                    logits = _logits(model, x, classes)
-                    with torch.no_grad():
-                        target = _logits(teacher, x, classes) if teacher is not None else None
+                    logits = _logits(model, x, forward(x), classes)
+                    target = None
+                    if teacher is not None and teacher_forward is not None:
+                        with torch.no_grad():
+                            target = _logits(teacher, x, teacher_forward(x), classes)
                 losses = _losses(logits, y, target, config)
                 optimizer.zero_grad()
                 images = min(config.batch_size, len(data.train) - state.batch * config.batch_size)
@@ -298,6 +303,8 @@ def _check_fit(config: TrainConfig, teacher: nn.Module | None, phase: str, accel
             f"fit: distill_weight is {config.distill_weight} with {'a' if teacher is not None else 'no'} "
             f"teacher; pass a teacher and a weight above 0, or neither."
         )
+    if config.compile and accelerator.num_processes > 1:
+        raise TrainingError("fit: compile is for training on one process; leave it out, or use one device.")
     if not re.fullmatch(r"\w[\w.-]*", phase):
         raise TrainingError(f"fit: phase is {phase!r}; expected letters, digits, '.', '_' and '-'.")
 
@@ -346,8 +353,27 @@ def _optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optimizer:
     return torch.optim.SGD(groups, lr=config.lr, momentum=config.momentum, nesterov=config.nesterov)
 
 
-def _logits(model: nn.Module, x: Tensor, classes: int) -> Tensor:
-    logits = model(x)
+def _compiled(model: nn.Module) -> Callable[[Tensor], Tensor]:
+    """The model's forward through `torch.compile`, for fixed batch sizes; the model itself stays as it is."""
+    from torch._dynamo.exc import TorchDynamoException
+
+    compiled = torch.compile(model, dynamic=False)
+
+    def forward(x: Tensor) -> Tensor:
+        try:
+            y: Tensor = compiled(x)
+        except TorchDynamoException as error:
+            raise TrainingError(
+                f"fit: torch.compile cannot compile {type(model).__name__} here. Train without compile, or do what "
+                f"it says (on CPUs it needs a C++ compiler): {str(error).strip().splitlines()[0]}"
+            ) from error
+        return y
+
+    return forward
+
+
+def _logits(model: nn.Module, x: Tensor, logits: Any, classes: int) -> Tensor:
+    """What the model made of images, checked, in float32."""
     if not isinstance(logits, Tensor) or logits.shape != (len(x), classes):
         found = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
         raise ModelError(
@@ -419,7 +445,7 @@ def _measure(model: nn.Module, batches: Batches, classes: int) -> Tensor:
     """Sums over this process's part: cross-entropy and number correct."""
     sums = torch.zeros(2, device=batches.device)
     for x, y in batches:
-        logits = _logits(model, x, classes)
+        logits = _logits(model, x, model(x), classes)
         loss = F.cross_entropy(logits, y, reduction="sum")
         sums += torch.stack([loss, (logits.argmax(1) == y).sum()])
     return sums

@@ -30,6 +30,8 @@ class TrainConfig:
         distill_weight: share of the loss that is distance to a teacher, 0..1 (0: no teacher).
         distill_temperature: softens both distributions (Hinton et al. 2015, arXiv:1503.02531).
         precision: "no" is float32; "bf16" computes in bfloat16 where torch deems it safe.
+        compile: run the steps in which no method prunes through `torch.compile`, on one process. It costs a
+            minute or more at the start and changes results by rounding; benchmarks/epoch.py tells if it pays.
         channels_last: lay images and weights out as n h w c, which is faster on most devices.
         ema: decay of a moving average of the weights, which then is what is tested and returned; None: off.
             Early on the decay is (1 + step) / (10 + step), so that the start is forgotten.
@@ -61,6 +63,7 @@ class TrainConfig:
     distill_weight: float = 0.0
     distill_temperature: float = 4.0
     precision: Literal["no", "bf16"] = "no"
+    compile: bool = False
     channels_last: bool = True
     ema: float | None = None
     clip_norm: float | None = None

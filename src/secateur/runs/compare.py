@@ -75,6 +75,7 @@ class Comparison:
         schedule: a name in `SCHEDULES`.
         tune_lr: the highest learning rate of training on from weights; None: the schedule's.
         precision: "no" or "bf16".
+        compile: run the steps in which no method prunes through `torch.compile`.
         latency_batch: images per pass where latency is measured.
     """
 
@@ -85,6 +86,7 @@ class Comparison:
     schedule: str = "short"
     tune_lr: float | None = None
     precision: str = "no"
+    compile: bool = False
     latency_batch: int = 1
 
     @property
@@ -92,6 +94,10 @@ class Comparison:
         """How all arms train."""
         plan = schedule_named(self.schedule)
         return plan if self.tune_lr is None else replace(plan, tune_lr=self.tune_lr)
+
+    @property
+    def _how(self) -> dict[str, Any]:
+        return {"precision": self.precision, "compile": self.compile}
 
     @classmethod
     def read(cls, path: str | Path | None, **changes: Any) -> "Comparison":
@@ -185,7 +191,7 @@ class Comparison:
         plan = self.plan
         task = replace(self.task, seed=seed, train_images=self.task.train_images or plan.train_images)
         if arm.method is None:
-            how = plan.train(tune=task.weights is not None, precision=self.precision)
+            how = plan.train(tune=task.weights is not None, **self._how)
             yield Cell(name, {}, seed, TrainRunConfig(task=task, train=how), arm.against)
             return
         for budget in self.budgets if arm.budgets is None else arm.budgets:
@@ -196,7 +202,7 @@ class Comparison:
         self, arm: Arm, method: str, budget: Mapping[str, float], task: Task, plan: Schedule
     ) -> PruneConfig:
         """Every arm trains for the same number of epochs in all."""
-        scratch, how = task.weights is None, dict[str, Any](precision=self.precision)
+        scratch, how = task.weights is None, self._how
         taught = how | {"distill_weight": arm.distill}
         when = "after" if method == AUTO else method_named(method).when
         epochs = plan.epochs if scratch else plan.tune_epochs
@@ -334,7 +340,8 @@ def _report(comparison: Comparison, outcomes: Sequence[Outcome], command: str = 
         dataset=task.data,
         training=(
             f"{epochs}, {f'{images:,}' if images else 'all'} training images (schedule {comparison.schedule}"
-            f"{', bfloat16' if comparison.precision == 'bf16' else ''})"
+            f"{', bfloat16' if comparison.precision == 'bf16' else ''}"
+            f"{', compiled' if comparison.compile else ''})"
         ),
         seeds=comparison.seeds,
         test_images=task.test_images,
@@ -496,10 +503,11 @@ def _check_types(path: str | Path, given: Mapping[str, Any], arms: Any) -> None:
     budgets = (
         [given["budgets"], *(arm["budgets"] for arm in arms.values() if "budgets" in arm)] if tables else []
     )
-    seeds = given.get("seeds", [])
+    seeds, compiled = given.get("seeds", []), given.get("compile", False)
     for name, fits, expected in (
         ("arms", tables, "a table per arm"),
         ("budgets", all(_are_budgets(value) for value in budgets), "a list such as [{ macs = 0.5 }]"),
+        ("compile", isinstance(compiled, bool), "true or false"),
         ("tune_lr", type(given.get("tune_lr", 0.0)) in (int, float), "a learning rate such as 0.01"),
         ("seeds", isinstance(seeds, list) and all(type(n) is int for n in seeds), "a list such as [0, 1, 2]"),
     ):
