@@ -194,12 +194,21 @@ def test_cells_run_one_by_one_are_gathered(
     recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     comparison, out = Comparison.read(recipe, seeds=[0]), tmp_path / "out"
-    alone = [run_only(comparison, cell.name, out) for cell in comparison.cells()]
-    assert not (out / "table.md").exists()  # several processes may run cells of one folder at once
+    with pytest.raises(SecateurError, match="no run of this comparison is finished"):
+        compare(comparison, out, gather=True)
+    assert not out.exists()
+    first, *rest = comparison.cells()
+    alone = [run_only(comparison, first.name, out)]
+    some = compare(comparison, out, gather=True)
+    assert [(o.arm, o.accuracy) for o in some] == [(first.arm, alone[0].accuracy)]
+    assert "4 of 5 runs are not finished and left out." in (out / "table.md").read_text()
+    assert "<dd>1 of 5</dd>" in (out / "index.html").read_text()
+    alone += [run_only(comparison, cell.name, out) for cell in rest]
     for name in ("prune_run", "train_run"):  # nothing is left to run
         monkeypatch.setattr(sys.modules["secateur.runs.compare"], name, None)
     gathered = compare(comparison, out)
     assert [o.accuracy for o in gathered] == [o.accuracy for o in alone]
+    assert "not finished" not in (out / "table.md").read_text()
     with pytest.raises(SecateurError, match="unknown cell 'gradual'; choose one of: dense/dense/seed-0"):
         run_only(comparison, "gradual", out)
 
@@ -314,6 +323,9 @@ def test_a_failed_cell_does_not_stop_the_rest(recipe: Path, tmp_path: Path) -> N
         ("[arms.dense]", "[arms.dense]\nbudgets = 3", "budgets: expected a list such as"),
         ("[arms.gradual]", '[arms."random, weights"]', "would share the folder random-weights"),
         ("[arms.gradual]", '[arms.".."]', "need a folder"),
+        ("rounds = 1 }", 'rounds = 1 }\nfreeze = "conv1"', "freeze: expected a list such as"),
+        ("rounds = 1 }", "rounds = 1 }\nmin_keep = 1.5", "min_keep: expected a whole number"),
+        ("rounds = 1 }", "rounds = 1 }\nround_to = 8", "method gradual takes no round-to"),
         ('model = "resnet8"', "", "no model; give --model"),
     ],
 )

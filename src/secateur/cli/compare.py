@@ -133,6 +133,14 @@ def compare(
             show_default=False,
         ),
     ] = None,
+    gather: Annotated[
+        bool,
+        Option(
+            "--gather",
+            help="Run nothing: write table and page of the runs that are finished; others may go on meanwhile.",
+            rich_help_panel=RUN,
+        ),
+    ] = False,
     out: Annotated[
         Path,
         Option(
@@ -151,8 +159,11 @@ def compare(
     import sys
 
     from secateur.cli.show import say, typed_command
+    from secateur.errors import SecateurError
     from secateur.runs.compare import Comparison, compare, run_only
 
+    if list_cells + gather + (only is not None) > 1:
+        raise SecateurError("--list, --only and --gather do different things; give one of them")
     budgets = [{"macs": x} for x in keep_macs or ()] + [{"params": x} for x in keep_params or ()]
     comparison = Comparison.read(
         recipe,
@@ -179,7 +190,7 @@ def compare(
     elif only is not None:
         run_only(comparison, only, out, tell=say)
     else:
-        outcomes = compare(comparison, out, jobs=jobs, command=typed_command(), tell=say)
+        outcomes = compare(comparison, out, jobs=jobs, gather=gather, command=typed_command(), tell=say)
         say(f"Table: {out / 'table.md'}")
         say(f"Page: {out / 'index.html'}")
         if failed := sum(bool(outcome.error) for outcome in outcomes):

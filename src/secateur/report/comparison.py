@@ -77,6 +77,7 @@ class ComparisonReport:
         model, dataset: what was pruned, on what.
         training: that all runs had, in words.
         seeds: of the runs.
+        missing: runs that are not finished.
         test_images: that accuracy was measured on; None: the whole test set.
         outcomes: of the runs.
         notes: arm -> what the reader must know about it.
@@ -89,6 +90,7 @@ class ComparisonReport:
     training: str
     seeds: Sequence[int]
     outcomes: Sequence[Outcome]
+    missing: int = 0
     test_images: int | None = None
     notes: Mapping[str, str] = field(default_factory=dict)
     command: str = ""
@@ -101,14 +103,19 @@ class ComparisonReport:
 
     @property
     def summary(self) -> str:
-        """How it was compared, in two sentences."""
+        """How it was compared, in a few sentences."""
         seeds = ", ".join(map(str, self.seeds))
         on = f"{self.test_images:,} test images" if self.test_images else "the whole test set"
         return (
             f"{self.model} on {self.dataset}, {self.training}, {'seeds' if len(self.seeds) > 1 else 'seed'} {seeds}. "
             f"Accuracy on {on}, mean ± standard deviation over the seeds; differences are "
-            f"paired by seed."
+            f"paired by seed.{f' {self.unfinished}' if self.missing else ''}"
         )
+
+    @property
+    def unfinished(self) -> str:
+        """What to say about runs that are missing."""
+        return f"{self.missing} of {self.missing + len(self.outcomes)} runs are not finished and left out."
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -42,7 +42,7 @@ class Arm:
             others are: from scratch, or on from the weights.
         before: prune the fresh model and train the small one all the time (for methods that could also prune a
             trained one).
-        score, allocation, granularity, options, decay, rectify: as in `PruneConfig`.
+        score, allocation, granularity, freeze, min_keep, round_to, options, decay, rectify: as in `PruneConfig`.
         distill: share of the loss after the cut that is distance to the dense model, 0 to 1.
         budgets: its own, in place of the comparison's.
         against: the arm that its accuracy is compared with, seed by seed; at the same budget if that arm has one.
@@ -54,6 +54,9 @@ class Arm:
     score: str = "l2"
     allocation: str = "global"
     granularity: str | None = None
+    freeze: Sequence[str] = ()
+    min_keep: int = 1
+    round_to: int = 1
     options: Mapping[str, Any] = field(default_factory=dict)
     decay: int = 1
     rectify: bool = False
@@ -229,6 +232,9 @@ class Comparison:
             score=arm.score,
             allocation=arm.allocation,
             granularity=arm.granularity,
+            freeze=tuple(arm.freeze),
+            min_keep=arm.min_keep,
+            round_to=arm.round_to,
             options=arm.options,
             decay=arm.decay,
             rectify=arm.rectify,
@@ -265,6 +271,7 @@ def compare(
     out: str | Path,
     *,
     jobs: int = 1,
+    gather: bool = False,
     command: str = "",
     tell: Callable[[str], None] = lambda _: None,
 ) -> list[Outcome]:
@@ -278,15 +285,21 @@ def compare(
         comparison: what to run.
         out: the folder.
         jobs: runs side by side, each on its share of the CPU's threads.
+        gather: run nothing: the tables and the page are of the runs that are finished; others may go on meanwhile.
         command: as it was typed, for the page.
         tell: is told what is done.
     Raises:
-        SecateurError: what is wrong with the comparison, or the folder holds runs of other settings; nothing has been
-            written then.
+        SecateurError: what is wrong with the comparison, or the folder holds runs of other settings, or none that is
+            finished to gather; nothing has been written then.
     """
     cells, folder = comparison.cells(), Path(out)
-    for cell in cells:
-        _begun(cell, folder)
+    finished = [cell for cell in cells if "outcome" in _begun(cell, folder).known]
+    if gather:
+        if not finished:
+            raise SecateurError(
+                f"{folder}: no run of this comparison is finished. Without --gather they are run."
+            )
+        cells = finished
     folder.mkdir(parents=True, exist_ok=True)
     outcomes: dict[int, Outcome] = {}
     threads = max(1, torch.get_num_threads() // jobs)
@@ -346,6 +359,7 @@ def _report(comparison: Comparison, outcomes: Sequence[Outcome], command: str = 
         seeds=comparison.seeds,
         test_images=task.test_images,
         outcomes=outcomes,
+        missing=len(comparison.cells()) - len(outcomes),
         notes={name: arm.note for name, arm in comparison.arms.items() if arm.note},
         command=command,
         versions=current_versions(device()),
@@ -500,19 +514,25 @@ def timed(cell: Cell, folder: Path, batch: int) -> LatencyPair | None:
 def _check_types(path: str | Path, given: Mapping[str, Any], arms: Any) -> None:
     """Raise SecateurError for what a recipe's own syntax lets through."""
     tables = isinstance(arms, dict) and all(isinstance(arm, dict) for arm in arms.values())
-    budgets = (
-        [given["budgets"], *(arm["budgets"] for arm in arms.values() if "budgets" in arm)] if tables else []
-    )
+    each = list(arms.values()) if tables else []
+    budgets = [given["budgets"], *(arm["budgets"] for arm in each if "budgets" in arm)]
     seeds, compiled = given.get("seeds", []), given.get("compile", False)
     for name, fits, expected in (
         ("arms", tables, "a table per arm"),
         ("budgets", all(_are_budgets(value) for value in budgets), "a list such as [{ macs = 0.5 }]"),
+        ("freeze", all(_are_names(arm.get("freeze", [])) for arm in each), 'a list such as ["layer4"]'),
+        ("min_keep", all(type(arm.get("min_keep", 1)) is int for arm in each), "a whole number such as 8"),
+        ("round_to", all(type(arm.get("round_to", 1)) is int for arm in each), "a whole number such as 8"),
         ("compile", isinstance(compiled, bool), "true or false"),
         ("tune_lr", type(given.get("tune_lr", 0.0)) in (int, float), "a learning rate such as 0.01"),
         ("seeds", isinstance(seeds, list) and all(type(n) is int for n in seeds), "a list such as [0, 1, 2]"),
     ):
         if not fits:
             raise SecateurError(f"{path}: {name}: expected {expected}")
+
+
+def _are_names(value: Any) -> bool:
+    return isinstance(value, list) and all(isinstance(name, str) for name in value)
 
 
 def _are_budgets(value: Any) -> bool:
