@@ -131,6 +131,26 @@ class Curves:
             raise FileError(f"{path}: its curves are damaged ({error!r}); remove the file") from None
         return cls(names, kept, images, key)
 
+    @classmethod
+    def once(cls, where: str | Path | None, key: str, compute: "Callable[[], Curves]") -> "Curves":
+        """Read the curves of `key`, or compute them and keep them.
+
+        Args:
+            where: the file; or a folder, in which curves of any key have files of their own; None: none is kept.
+        Raises:
+            FileError: see `load`.
+        """
+        if where is None:
+            return compute()
+        path = Path(where)
+        if path.is_dir():
+            path = path / f"curves-{key[:16]}.safetensors"
+        if path.exists():
+            return cls.load(path, key)
+        found = compute()
+        found.save(path)
+        return found
+
 
 def key_of(model: nn.Module, batches: Sequence[Tensor], settings: Mapping[str, Any]) -> str:
     """Hash of all weights and buffers, all calibration images, and the settings."""

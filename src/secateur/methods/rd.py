@@ -181,7 +181,8 @@ def prune_weights(
         allocation: "rd", or a name in `secateur.allocate.weights.WEIGHT_ALLOCATIONS`.
         settings: how; the default is the recipe that measures best, `FAITHFUL` the published one.
         previous: masks of an earlier round: what is gone stays gone.
-        curves: file that curves are read from if they are of these weights, images and settings, and written to.
+        curves: file that curves are read from if they are of these weights, images and settings, and written to; or a
+            folder for such files.
         tick: is told (passes done, of how many) while curves are measured.
     Raises:
         BudgetError: unknown allocation, or a sparsity out of reach; the message gives the reachable range.
@@ -291,8 +292,10 @@ class Task:
         del relevant["rivals"]
         masked = {name: mask.sum().item() for name, mask in self.alive.items()}
         key = key_of(self.program.model, self.batches, {"settings": relevant, "alive": masked})
-        if path is not None and Path(path).exists():
-            return Curves.load(path, key)
+        return Curves.once(path, key, lambda: self.sampled(key))
+
+    def sampled(self, key: str) -> Curves:
+        """The distortion of every layer at every level."""
         kept, candidates = self.levels()
         images = measure(
             self.program,
@@ -303,10 +306,7 @@ class Task:
             tick=self.tick,
         )
         zero = np.zeros((1, sum(len(x) for x in self.batches)))
-        found = Curves(tuple(self.weights), kept, tuple(np.concatenate([zero, v]) for v in images), key)
-        if path is not None:
-            found.save(path)
-        return found
+        return Curves(tuple(self.weights), kept, tuple(np.concatenate([zero, v]) for v in images), key)
 
     def allocated(self, allocation: str) -> Counts:
         """Weights per layer by a rule that needs no curves."""

@@ -80,7 +80,8 @@ def rd(
         min_keep: units that every group keeps at least.
         round_to: kept units per group are a multiple of this, or all of them.
         seed: of the images for verification.
-        curves: file that curves are read from if they are of these weights, images and settings, and written to.
+        curves: file that curves are read from if they are of these weights, images and settings, and written to; or a
+            folder for such files.
         tick: is told (passes done, of how many) while curves are measured.
     Raises:
         CaptureError, BudgetError, ScoreError: see `analyze`, `choose_widths`; no data.
@@ -112,12 +113,11 @@ def rd(
     }  # fmt: skip
     key = key_of(model, batches, settings)
     orders, widths = ranked(program, graph, batches, levels, min_keep, round_to)
-    if curves is not None and Path(curves).exists():
-        found = Curves.load(curves, key)
-    else:
-        found = measured(program, graph, batches, orders, widths, compensation, distortion, key, tick)
-        if curves is not None:
-            found.save(curves)
+    found = Curves.once(
+        curves,
+        key,
+        lambda: measured(program, graph, batches, orders, widths, compensation, distortion, key, tick),
+    )
     best: tuple[float, float, Choice, Plan, dict[str, Tensor]] | None = None
     for exponent in exponents:
         choice = decided(cost, graph, found, exponent, bound, limit, min_keep, round_to)

@@ -432,7 +432,7 @@ def run_cell(cell: Cell, folder: Path) -> Outcome:
     }
     try:
         if "outcome" not in _begun(cell, folder).known:
-            facts = _facts(cell.config, where)
+            facts = _facts(cell.config, where, folder / "curves")
             _begun(cell, folder).once("outcome", lambda: facts)
             trace.unlink(missing_ok=True)  # of an earlier try
         known = _begun(cell, folder).known["outcome"]
@@ -455,7 +455,7 @@ def _begun(cell: Cell, folder: Path) -> RunFolder:
     return RunFolder(folder / cell.folder, kind, cell.config.to_json(), "resume")
 
 
-def _facts(config: PruneConfig | TrainRunConfig, where: Path) -> dict[str, Any]:
+def _facts(config: PruneConfig | TrainRunConfig, where: Path, curves: Path) -> dict[str, Any]:
     """Run it; the fields of `Outcome` as plain JSON."""
     if isinstance(config, TrainRunConfig):
         result = train_run(config, where, mode="resume")
@@ -465,7 +465,7 @@ def _facts(config: PruneConfig | TrainRunConfig, where: Path) -> dict[str, Any]:
             "training_seconds": result.seconds,
             "widths": [],
         }
-    report = prune_run(config, where, mode="resume")
+    report = prune_run(config, where, mode="resume", curves=curves)
     assert report is not None
     left, cost = report.weights, report.training_cost
     return {

@@ -27,7 +27,13 @@ from secateur.surgery import load, save
 
 
 def prune_run(
-    config: PruneConfig, out: str | Path, *, mode: Mode = "new", command: str = "", watch: Watch | None = None
+    config: PruneConfig,
+    out: str | Path,
+    *,
+    mode: Mode = "new",
+    command: str = "",
+    watch: Watch | None = None,
+    curves: Path | None = None,
 ) -> Report | None:
     """Prune a model to a budget; `out` gets the plan, the small model, its exports, and the report.
 
@@ -43,6 +49,8 @@ def prune_run(
         mode: what to do if it holds a run.
         command: as it was typed, for the record.
         watch: is told what goes on.
+        curves: folder for the distortion curves that method "rd" measures, which serve every budget; None: they are
+            not kept.
     Returns:
         what the report says; None on every process but the first.
     Raises:
@@ -66,7 +74,7 @@ def prune_run(
         decision = None
         measures = config.method == "rd" or method_named(config.method).own
         if config.train is None or not measures:  # if the weights are yet to be trained, a rehearsal
-            decision = _decide(config, subject, graph, folder)
+            decision = _decide(config, subject, graph, folder, curves)
     if folder:
         folder.begin(subject.saved_run("prune", command, settings))
 
@@ -74,7 +82,7 @@ def prune_run(
         watch.tell(f"Training: {config.train.epochs} × {len(data.train):,} images")
         _fit(dense, data, replace(config.train, seed=config.task.seed), out, "train", mode, watch)
         with watch.doing("Choosing what to remove"):
-            decision = _decide(config, subject, graph, folder)
+            decision = _decide(config, subject, graph, folder, curves)
     assert decision is not None
     small = decision.model
     if folder:
@@ -188,7 +196,9 @@ class Decision:
     facts: dict[str, Any]
 
 
-def _decide(config: PruneConfig, subject: Subject, graph: Graph, folder: RunFolder | None) -> Decision:
+def _decide(
+    config: PruneConfig, subject: Subject, graph: Graph, folder: RunFolder | None, curves: Path | None
+) -> Decision:
     method = method_named(config.method)
     # what comes before training is cheap, and drawn from the seed
     kept = method.when == "after" and folder and folder.resumed and "cut" in folder.known
@@ -197,9 +207,14 @@ def _decide(config: PruneConfig, subject: Subject, graph: Graph, folder: RunFold
         plan.check(graph)
         small = load(copy.deepcopy(subject.model), folder / "cut.safetensors")
         return Decision(plan, graph, small, folder.known["cut"])
-    data = {"data": subject.batches(config.calibration_images)} if config.needs_data else {}
+    given: dict[str, Any] = {}
+    if config.needs_data:
+        given["data"] = subject.batches(config.calibration_images)
     if method.own:
-        return _by_own(config, subject, graph, data)
+        return _by_own(config, subject, graph, given)
+    if curves is not None and method.takes("curves"):
+        curves.mkdir(parents=True, exist_ok=True)
+        given["curves"] = curves
     pruned = prune(
         subject.model,
         subject.inputs,
@@ -208,7 +223,7 @@ def _decide(config: PruneConfig, subject: Subject, graph: Graph, folder: RunFold
         clock=clock_of(subject.model, subject.inputs, config.latency_batch),
         freeze=config.freeze,
         **config.method_options(),
-        **data,
+        **given,
     )
     return Decision(pruned.plan, pruned.graph, pruned.model, _facts(pruned))
 
