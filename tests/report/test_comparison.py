@@ -208,6 +208,17 @@ def test_one_seed_tells_nothing_apart():
     assert "one seed tells nothing about spread" in one.text
 
 
+def test_a_training_that_took_more_than_it_gave_is_named():
+    runs = [outcome("a", 0, 0.9, accuracy_cut=0.1), outcome("b", 0, 0.89, accuracy_cut=0.912)]
+    (one,) = advice(runs)
+    assert one.best == "a"
+    assert one.text.endswith(
+        "“b” had more right after its cut, 91.20 %: this training took more than it gave."
+    )
+    (one,) = advice([runs[0], outcome("b", 0, 0.89, accuracy_cut=0.9)])
+    assert "right after its cut" not in one.text
+
+
 def test_what_is_over_the_budget_is_not_recommended():
     (one,) = advice([outcome("masks", 0, 0.95, macs=1.0), outcome("b", 0, 0.9)])
     assert one.best == "b"

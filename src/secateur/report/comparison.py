@@ -285,6 +285,10 @@ def advice(outcomes: Sequence[Outcome]) -> list[Advice]:
         seeds = max((line.seeds for line in able), default=0)
         if able:
             one = _advice(budget, [line for line in able if line.seeds == seeds], there)
+            early = max(able, key=lambda line: line.accuracy_cut or 0)
+            if (early.accuracy_cut or 0) > (able[0].accuracy or 0):
+                had = f"“{early.arm}” had more right after its cut, {percentage(early.accuracy_cut)} %"
+                one = replace(one, text=f"{one.text} {had}: this training took more than it gave.")
             if fewer := [f"“{line.arm}”" for line in able if line.seeds < seeds]:
                 one = replace(one, text=f"{one.text} Left out, since runs are missing: {', '.join(fewer)}.")
             found.append(one)
