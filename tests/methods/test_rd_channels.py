@@ -13,7 +13,7 @@ from secateur.errors import BudgetError, ScoreError, SecateurError
 from secateur.graph import analyze
 from secateur.graph.replay import Program
 from secateur.methods.oneshot import oneshot
-from secateur.methods.rd_channels import columns_of, compensated, rd
+from secateur.methods.rd_channels import PrunedByCurves, columns_of, compensated, is_stream, rd
 from secateur.surgery import verify
 from secateur.surgery.cut import cut_copy
 from secateur.surgery.leastsquares import Moments, block_prices, solve
@@ -104,6 +104,24 @@ def test_curves_are_cached_and_widths_respect_the_options(tmp_path: Path) -> Non
     assert all((np.diff(curve) >= 0).all() for curve in pruned.curves.reduced())
 
 
+def test_groups_that_several_layers_write_are_streams() -> None:
+    model, x = residual_net()
+    names = {group.name: is_stream(group) for group in analyze(model, x[:2]).groups}
+    assert names == {"stem": True, "block.conv1": False}
+
+
+def test_of_several_sums_the_one_whose_widths_measure_best_is_taken() -> None:
+    model, x = residual_net(images=64)
+
+    def by(*streams: float) -> PrunedByCurves:
+        return rd(model, x[:2], Budget(macs=0.6), data=[x], levels=5, exponents=(1.0,), streams=streams)
+
+    few, much = by(0.01), by(100.0)
+    assert few.measured != much.measured
+    for both in (by(0.01, 100.0), by(100.0, 0.01)):
+        assert both.plan == (few if few.measured < much.measured else much).plan
+
+
 def test_mistakes_say_what_to_do() -> None:
     model, x = residual_net()
     with pytest.raises(ScoreError, match="data="):
@@ -114,3 +132,7 @@ def test_mistakes_say_what_to_do() -> None:
         rd(model, x[:2], Budget(macs=0.01), data=[x], levels=3)
     with pytest.raises(SecateurError, match="least-squares"):
         rd(model, x[:2], Budget(macs=0.5), data=[x], compensation="magic")
+    with pytest.raises(SecateurError, match=r"streams are \(\); give at least one number above 0"):
+        rd(model, x[:2], Budget(macs=0.5), data=[x], streams=())
+    with pytest.raises(SecateurError, match=r"exponents are .*; give at least one number above 0"):
+        rd(model, x[:2], Budget(macs=0.5), data=[x], exponents=(1.0, 0.0))

@@ -1,6 +1,7 @@
 """Rate–distortion pruning of channels: curves per group, widths as one problem, consumers solved again."""
 
 import copy
+import itertools
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -52,7 +53,8 @@ def rd(
     data: Iterable[Tensor | tuple[Tensor, Tensor]] | None = None,
     compensation: str = "least-squares",
     distortion: str = "kl",
-    exponents: Sequence[float] = (0.5, 1.0),
+    exponents: Sequence[float] = (0.5, 0.75, 1.0),
+    streams: Sequence[float] = (1.0, 10.0, 100.0),
     levels: int = 9,
     freeze: Sequence[str] = (),
     min_keep: int = 1,
@@ -65,7 +67,8 @@ def rd(
 
     For each group of channels and several widths, the distance of the outputs is measured when only that group is
     pruned, with the layers that read it solved again. Widths of least summed distance within the budget are then
-    cut together, and all remaining weights solved again.
+    cut together, and all remaining weights solved again. Sums mislead most about groups that several layers write, such
+    as residual streams; so several sums are tried, and the widths taken whose distance, measured together, is least.
 
     Args:
         model: one image tensor in, logits out; it is only read.
@@ -74,7 +77,8 @@ def rd(
         data: calibration images, or (images, targets), batch by batch; a few hundred images from training.
         compensation: a name in `secateur.methods.rd.COMPENSATIONS`.
         distortion: a name in `secateur.allocate.distortion.DISTORTIONS`.
-        exponents: of the mean distortion before curves are added up; of several, the one whose widths measure best.
+        exponents: of the mean distortion before curves are added up, each above 0.
+        streams: factors of the curves of groups that several layers write, each above 0.
         levels: widths measured per group.
         freeze: module names or shell patterns that no cut may touch.
         min_keep: units that every group keeps at least.
@@ -96,6 +100,9 @@ def rd(
         raise BudgetError(f"method 'rd' takes one bound, got {', '.join(budget.bounds)}; give one of them")
     if compensation not in COMPENSATIONS:
         raise SecateurError(unknown("compensation", compensation, COMPENSATIONS))
+    for name, values in (("exponents", exponents), ("streams", streams)):
+        if not values or min(values) <= 0:
+            raise SecateurError(f"method 'rd': {name} are {tuple(values)}; give at least one number above 0")
     batches = [x if isinstance(x, Tensor) else x[0] for x in data]
     model = copy.deepcopy(model).eval()
     graph = analyze(model, inputs, freeze=freeze)
@@ -118,26 +125,29 @@ def rd(
         key,
         lambda: measured(program, graph, batches, orders, widths, compensation, distortion, key, tick),
     )
-    best: tuple[float, float, Choice, Plan, dict[str, Tensor]] | None = None
-    for exponent in exponents:
-        choice = decided(cost, graph, found, exponent, bound, limit, min_keep, round_to)
+    best, seen = None, set()
+    for stream, exponent in itertools.product(streams, exponents):
+        choice = decided(cost, graph, found, exponent, stream, bound, limit, min_keep, round_to)
+        if choice.kept in seen:
+            continue
+        seen.add(choice.kept)
         masks = [keep_first(order, kept) for order, kept in zip(orders, choice.kept, strict=True)]
         origin = {
             "method": "rd",
             **settings,
             "exponent": exponent,
+            "stream": stream,
             "budget": dict(budget.bounds),
             "seed": seed,
         }
         plan = Plan.of(graph, masks, origin)
         tensors = compensated(program, graph, plan, batches, compensation)
         moved = float(joint(program, batches, tensors, distortion=distortion).mean())
-        if best is None or moved < best[0]:
-            best = moved, exponent, choice, plan, tensors
-    if best is None:
-        raise SecateurError("exponents: got none; give at least one, such as (0.5, 1.0)")
-    moved, exponent, choice, plan, tensors = best
-    for name, tensor in tensors.items():
+        if best is None or moved < best.measured:
+            best = Trial(moved, summed(found, choice.kept, exponent), choice.gap, plan, tensors)
+    assert best is not None
+    plan = best.plan
+    for name, tensor in best.tensors.items():
         program.tensor(name).copy_(tensor)
     small = cut_copy(model, graph, plan)
     with torch.enable_grad():
@@ -154,10 +164,21 @@ def rd(
         macs=(cost.macs(), cost.macs(kept)),
         params=(cost.params(), cost.params(kept)),
         curves=found,
-        predicted=choice.distortion ** (1 / exponent),
-        measured=moved,
-        gap=choice.gap,
+        predicted=best.predicted,
+        measured=best.measured,
+        gap=best.gap,
     )
+
+
+@dataclass(frozen=True)
+class Trial:
+    """Widths that were carried out: as `PrunedByCurves` has them, and the tensors that make up for what went."""
+
+    measured: float
+    predicted: float
+    gap: float
+    plan: Plan
+    tensors: dict[str, Tensor]
 
 
 def ranked(
@@ -270,6 +291,7 @@ def decided(
     graph: Graph,
     curves: Curves,
     exponent: float,
+    stream: float,
     bound: str,
     limit: float,
     min_keep: int,
@@ -278,7 +300,8 @@ def decided(
     """Widths of least summed distortion within the limit, then single units as long as one more fits."""
     levels, values = [], []
     for group, kept, curve in zip(graph.groups, curves.kept, curves.reduced(), strict=True):
-        grid, value = interpolated(kept, curve**exponent, 4 * len(kept))
+        factor = stream if is_stream(group) else 1.0
+        grid, value = interpolated(kept, (factor * curve) ** exponent, 4 * len(kept))
         possible = np.isin(grid, allowed(group.units, min_keep, round_to))
         levels.append(grid[possible])
         values.append(value[possible])
@@ -303,6 +326,19 @@ def decided(
         kept_now[best[1]] = best[2]
     total = sum(float(np.interp(-k, -lv, v)) for k, lv, v in zip(kept_now, levels, values, strict=True))
     return Choice(tuple(kept_now), min(total, choice.distortion), choice.bound)
+
+
+def is_stream(group: Group) -> bool:
+    """Whether several layers write the units of a group, as they do where branches are added up."""
+    return len({member.tensor for member in group.members if member.role == "out"}) > 1
+
+
+def summed(curves: Curves, kept: Sequence[int], exponent: float) -> float:
+    """The distortion that the curves foretell for these widths."""
+    total = 0.0
+    for width, levels, curve in zip(kept, curves.kept, curves.reduced(), strict=True):
+        total += float(np.interp(-width, -levels, curve**exponent))
+    return float(total ** (1 / exponent))
 
 
 def positions(program: Program, groups: Sequence[Group], masks: Sequence[Tensor]) -> dict[str, Tensor]:
