@@ -203,8 +203,9 @@ def channel_cell(bench: Bench, budget: float, how: str, compensation: str) -> di
     if how == "rd":
         curves = bench.options.runs / "curves-channels.safetensors"
         pruned = rd(
-            model, inputs, Budget(macs=budget), data=batches, compensation=compensation, curves=curves
-        )
+            model, inputs, Budget(macs=budget), data=batches, compensation=compensation, curves=curves,
+            stream_gain=1.0,  # no training follows
+        )  # fmt: skip
         small, macs = pruned.model, pruned.macs
     else:
         score, allocation = how.split("-")

@@ -18,7 +18,9 @@ TASK = Task(model="resnet8", data="digits", image_size=8, train_images=100, test
 
 
 def test_trained_weights_and_data_are_measured_on():
-    assert choose(**ENOUGH).method == choose(**ENOUGH | {"training": True}).method == "rd"
+    untrained, trained = choose(**ENOUGH), choose(**ENOUGH | {"training": True})
+    assert untrained.method == trained.method == "rd"
+    assert (untrained.options, trained.options) == ({"stream_gain": 1.0}, {})
 
 
 @pytest.mark.parametrize(
@@ -60,11 +62,11 @@ def test_the_report_says_which_and_why(tmp_path: Path, monkeypatch: pytest.Monke
     config = replace(config, calibration_images=64)
     report = prune_run(config, tmp_path / "out")
     assert report is not None
-    assert report.method == "rd"
+    assert report.method == "rd, stream_gain 1.0"
     assert any("Method auto chose rd" in note for note in report.notes)
     again = prune_run(config, tmp_path / "out", mode="resume")
     assert again is not None
-    assert again.method == "rd"
+    assert again.method == report.method
 
 
 def test_auto_has_no_options_of_its_own():

@@ -110,16 +110,24 @@ def test_groups_that_several_layers_write_are_streams() -> None:
     assert names == {"stem": True, "block.conv1": False}
 
 
-def test_of_several_sums_the_one_whose_widths_measure_best_is_taken() -> None:
+def test_streams_are_spared_where_that_measures_enough_better() -> None:
     model, x = residual_net(images=64)
 
-    def by(*streams: float) -> PrunedByCurves:
-        return rd(model, x[:2], Budget(macs=0.6), data=[x], levels=5, exponents=(1.0,), streams=streams)
+    def by(weight: float, gain: float) -> PrunedByCurves:
+        return rd(
+            model, x[:2], Budget(macs=0.6), data=[x], levels=5, exponents=(0.5,), stream_weight=weight,
+            stream_gain=gain,
+        )  # fmt: skip
 
-    few, much = by(0.01), by(100.0)
-    assert few.measured != much.measured
-    for both in (by(0.01, 100.0), by(100.0, 0.01)):
-        assert both.plan == (few if few.measured < much.measured else much).plan
+    plain, spared = by(1.0, 1.0), by(1000.0, 1.0)
+    assert spared.plan.origin["stream_weight"] == 1000.0
+    assert spared.measured < plain.measured
+    share = spared.measured / plain.measured
+    assert by(1000.0, 0.99 * share).plan == plain.plan
+    assert by(1000.0, min(1.0, 1.01 * share)).plan == spared.plan
+    kept = [plan.plan.kept(plan.graph) for plan in (plain, spared)]
+    (stream,) = (place for place, group in enumerate(plain.graph.groups) if is_stream(group))
+    assert kept[0][stream] < kept[1][stream]
 
 
 def test_mistakes_say_what_to_do() -> None:
@@ -132,7 +140,9 @@ def test_mistakes_say_what_to_do() -> None:
         rd(model, x[:2], Budget(macs=0.01), data=[x], levels=3)
     with pytest.raises(SecateurError, match="least-squares"):
         rd(model, x[:2], Budget(macs=0.5), data=[x], compensation="magic")
-    with pytest.raises(SecateurError, match=r"streams are \(\); give at least one number above 0"):
-        rd(model, x[:2], Budget(macs=0.5), data=[x], streams=())
-    with pytest.raises(SecateurError, match=r"exponents are .*; give at least one number above 0"):
-        rd(model, x[:2], Budget(macs=0.5), data=[x], exponents=(1.0, 0.0))
+    for exponents in ((), (1.0, 0.0)):
+        with pytest.raises(SecateurError, match=r"exponents are .*; give at least one, each above 0"):
+            rd(model, x[:2], Budget(macs=0.5), data=[x], exponents=exponents)
+    for wrong in ({"stream_weight": 0.5}, {"stream_gain": 0.0}, {"stream_gain": 2.0}):
+        with pytest.raises(SecateurError, match="expected at least 1, and above 0 and at most 1"):
+            rd(model, x[:2], Budget(macs=0.5), data=[x], **wrong)

@@ -34,9 +34,8 @@ def choose(
     """Choose a method for a budget: rd for trained weights, one bound and small images, else oneshot.
 
     rd also needs data, and takes not every setting that oneshot has. Right after the cut it is ahead of every score at
-    every budget (docs/results/rd.md). After training as well on ShuffleNetV2; on ResNet-20 LAPP is ahead at 70 % of the
-    MACs by a point and level below, and on ShuffleNetV2 behind (docs/results/compare.md), so `training` makes no
-    difference.
+    every budget (docs/results/rd.md). After training as well on ShuffleNetV2, where LAPP is far behind; on ResNets LAPP is
+    level with it (docs/results/compare.md). So `training` only decides when rd spares residual streams.
 
     Args:
         bounds: measures that the budget bounds.
@@ -61,4 +60,5 @@ def choose(
     return Choice(
         "rd",
         f"Method auto chose rd: right after the cut it keeps more accuracy than any score of weights{later}.",
+        {} if training else {"stream_gain": 1.0},
     )

@@ -1,7 +1,6 @@
 """Rate–distortion pruning of channels: curves per group, widths as one problem, consumers solved again."""
 
 import copy
-import itertools
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -53,8 +52,9 @@ def rd(
     data: Iterable[Tensor | tuple[Tensor, Tensor]] | None = None,
     compensation: str = "least-squares",
     distortion: str = "kl",
-    exponents: Sequence[float] = (0.5, 0.75, 1.0),
-    streams: Sequence[float] = (1.0, 10.0, 100.0),
+    exponents: Sequence[float] = (0.5, 1.0),
+    stream_weight: float = 10.0,
+    stream_gain: float = 0.5,
     levels: int = 9,
     freeze: Sequence[str] = (),
     min_keep: int = 1,
@@ -68,7 +68,7 @@ def rd(
     For each group of channels and several widths, the distance of the outputs is measured when only that group is
     pruned, with the layers that read it solved again. Widths of least summed distance within the budget are then
     cut together, and all remaining weights solved again. Sums mislead most about groups that several layers write, such
-    as residual streams; so several sums are tried, and the widths taken whose distance, measured together, is least.
+    as residual streams; so sums that spare these are carried out as well.
 
     Args:
         model: one image tensor in, logits out; it is only read.
@@ -77,8 +77,13 @@ def rd(
         data: calibration images, or (images, targets), batch by batch; a few hundred images from training.
         compensation: a name in `secateur.methods.rd.COMPENSATIONS`.
         distortion: a name in `secateur.allocate.distortion.DISTORTIONS`.
-        exponents: of the mean distortion before curves are added up, each above 0.
-        streams: factors of the curves of groups that several layers write, each above 0.
+        exponents: of the mean distortion before curves are added up, each above 0; of several, the one whose widths
+            measure best.
+        stream_weight: factor, at least 1, of the curves of groups that several layers write, in the sums that spare
+            them; 1: there are none.
+        stream_gain: widths by these sums are taken if they measure less than this share of what the others do, above
+            0, at most 1. Layers made narrow beside whole streams learn less when the model is trained on; without
+            training, 1 is best.
         levels: widths measured per group.
         freeze: module names or shell patterns that no cut may touch.
         min_keep: units that every group keeps at least.
@@ -100,9 +105,15 @@ def rd(
         raise BudgetError(f"method 'rd' takes one bound, got {', '.join(budget.bounds)}; give one of them")
     if compensation not in COMPENSATIONS:
         raise SecateurError(unknown("compensation", compensation, COMPENSATIONS))
-    for name, values in (("exponents", exponents), ("streams", streams)):
-        if not values or min(values) <= 0:
-            raise SecateurError(f"method 'rd': {name} are {tuple(values)}; give at least one number above 0")
+    if not exponents or min(exponents) <= 0:
+        raise SecateurError(
+            f"method 'rd': exponents are {tuple(exponents)}; give at least one, each above 0, such as (0.5, 1.0)"
+        )
+    if stream_weight < 1 or not 0 < stream_gain <= 1:
+        raise SecateurError(
+            f"method 'rd': stream_weight is {stream_weight} and stream_gain {stream_gain}; expected at least 1, and "
+            f"above 0 and at most 1"
+        )
     batches = [x if isinstance(x, Tensor) else x[0] for x in data]
     model = copy.deepcopy(model).eval()
     graph = analyze(model, inputs, freeze=freeze)
@@ -126,25 +137,29 @@ def rd(
         lambda: measured(program, graph, batches, orders, widths, compensation, distortion, key, tick),
     )
     best, seen = None, set()
-    for stream, exponent in itertools.product(streams, exponents):
-        choice = decided(cost, graph, found, exponent, stream, bound, limit, min_keep, round_to)
-        if choice.kept in seen:
-            continue
-        seen.add(choice.kept)
-        masks = [keep_first(order, kept) for order, kept in zip(orders, choice.kept, strict=True)]
-        origin = {
-            "method": "rd",
-            **settings,
-            "exponent": exponent,
-            "stream": stream,
-            "budget": dict(budget.bounds),
-            "seed": seed,
-        }
-        plan = Plan.of(graph, masks, origin)
-        tensors = compensated(program, graph, plan, batches, compensation)
-        moved = float(joint(program, batches, tensors, distortion=distortion).mean())
-        if best is None or moved < best.measured:
-            best = Trial(moved, summed(found, choice.kept, exponent), choice.gap, plan, tensors)
+    for weight in (1.0, stream_weight):
+        rival = None
+        for exponent in exponents:
+            choice = decided(cost, graph, found, exponent, weight, bound, limit, min_keep, round_to)
+            if choice.kept in seen:
+                continue
+            seen.add(choice.kept)
+            masks = [keep_first(order, kept) for order, kept in zip(orders, choice.kept, strict=True)]
+            origin = {
+                "method": "rd",
+                **settings,
+                "exponent": exponent,
+                "stream_weight": weight,
+                "budget": dict(budget.bounds),
+                "seed": seed,
+            }
+            plan = Plan.of(graph, masks, origin)
+            tensors = compensated(program, graph, plan, batches, compensation)
+            moved = float(joint(program, batches, tensors, distortion=distortion).mean())
+            if rival is None or moved < rival.measured:
+                rival = Trial(moved, summed(found, choice.kept, exponent), choice.gap, plan, tensors)
+        if best is None or (rival is not None and rival.measured < stream_gain * best.measured):
+            best = rival
     assert best is not None
     plan = best.plan
     for name, tensor in best.tensors.items():
@@ -291,7 +306,7 @@ def decided(
     graph: Graph,
     curves: Curves,
     exponent: float,
-    stream: float,
+    stream_weight: float,
     bound: str,
     limit: float,
     min_keep: int,
@@ -300,7 +315,7 @@ def decided(
     """Widths of least summed distortion within the limit, then single units as long as one more fits."""
     levels, values = [], []
     for group, kept, curve in zip(graph.groups, curves.kept, curves.reduced(), strict=True):
-        factor = stream if is_stream(group) else 1.0
+        factor = stream_weight if is_stream(group) else 1.0
         grid, value = interpolated(kept, (factor * curve) ** exponent, 4 * len(kept))
         possible = np.isin(grid, allowed(group.units, min_keep, round_to))
         levels.append(grid[possible])
