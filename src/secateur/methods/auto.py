@@ -56,7 +56,7 @@ def choose(
     for reason, holds in against:
         if holds:
             return Choice("oneshot", f"Method auto chose oneshot: {reason}.")
-    later = ", and after training no other was ahead on both networks measured" if training else ""
+    later = ", and after training no other was ahead on every network measured" if training else ""
     return Choice(
         "rd",
         f"Method auto chose rd: right after the cut it keeps more accuracy than any score of weights{later}.",
