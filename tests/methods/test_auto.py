@@ -69,6 +69,15 @@ def test_the_report_says_which_and_why(tmp_path: Path, monkeypatch: pytest.Monke
     assert again.method == report.method
 
 
+def test_options_for_channels_are_not_for_single_weights(tmp_path: Path):
+    weights = tmp_path / "weights.safetensors"
+    save(fresh_model("resnet8", 10, 1, 0), weights)
+    task = replace(TASK, weights=weights)
+    config = PruneConfig(task=task, sparsity=0.5, granularity="weights", method="auto")
+    found, _ = resolved(config, load_subject(task))
+    assert (found.method, found.options) == ("rd", {})
+
+
 def test_auto_has_no_options_of_its_own():
     with pytest.raises(SecateurError, match="method auto takes no rounds; name the method"):
         PruneConfig(task=TASK, keep_macs=0.5, method="auto", options={"rounds": 2})

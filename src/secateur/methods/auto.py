@@ -15,7 +15,7 @@ LARGEST_SIDE = 64
 
 @dataclass(frozen=True)
 class Choice:
-    """A method, its options, and in one sentence why."""
+    """A method, its options where it cuts channels, and in one sentence why."""
 
     method: str
     why: str

@@ -25,7 +25,7 @@ def resolved(config: PruneConfig, subject: Subject) -> tuple[PruneConfig, Subjec
         side=subject.inputs.shape[-1],
         wanted=config.wanted,
     )
-    chosen: dict[str, Any] = {"method": choice.method, "options": choice.options}
+    chosen: dict[str, Any] = {"method": choice.method, "options": {} if config.masks else choice.options}
     if METHODS[choice.method].when == "during":
         chosen |= {"train": config.finetune, "finetune": None}
     return replace(config, **chosen), replace(subject, notes=(*subject.notes, choice.why))
