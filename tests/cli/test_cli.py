@@ -628,6 +628,7 @@ def test_a_comparison_lists_its_cells_and_runs_one(tmp_path: Path, run: Run) -> 
     assert (tmp_path / "out" / "l2-cut" / "macs-0.5" / "seed-0" / "report.json").exists()
     assert not (tmp_path / "out" / "table.md").exists()
     assert "unknown cell 'l2'" in run(*arguments, "--only", "l2").err
+    assert "--list, --only and --gather do different things" in run(*arguments, "--list", "--gather").err
     some = run(*arguments, "--arm", "l2, cut", "--list").out.splitlines()
     assert [shlex.split(line)[-1] for line in some] == [f"l2-cut/macs-0.5/seed-{seed}" for seed in (0, 1)]
     assert "unknown arm 'l2'" in run(*arguments, "--arm", "l2", "--list").err

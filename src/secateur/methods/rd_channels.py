@@ -137,7 +137,8 @@ def rd(
         lambda: measured(program, graph, batches, orders, widths, compensation, distortion, key, tick),
     )
     best, seen = None, set()
-    for weight in (1.0, stream_weight):
+    weights = (1.0, stream_weight) if any(map(is_stream, graph.groups)) else (1.0,)
+    for weight in weights:
         rival = None
         for exponent in exponents:
             choice = decided(cost, graph, found, exponent, weight, bound, limit, min_keep, round_to)

@@ -293,6 +293,7 @@ def compare(
             finished to gather; nothing has been written then.
     """
     cells, folder = comparison.cells(), Path(out)
+    runs = len(cells)
     finished = [cell for cell in cells if "outcome" in _begun(cell, folder).known]
     if gather:
         if not finished:
@@ -307,7 +308,7 @@ def compare(
     def done(number: int, outcome: Outcome) -> None:
         outcomes[number] = outcome
         tell(f"{len(outcomes)}/{len(cells)}  {cells[number].name}: {_said(outcome)}")
-        write_tables(folder, _report(comparison, [outcomes[n] for n in sorted(outcomes)]))
+        write_tables(folder, _report(comparison, [outcomes[n] for n in sorted(outcomes)], runs))
 
     if jobs == 1:
         for number, cell in enumerate(cells):
@@ -336,11 +337,13 @@ def compare(
         except Exception as error:  # the page must not be lost for one network
             tell(f"{cell.name}: latency could not be measured ({type(error).__name__}: {error})")
         found.append(replace(outcomes[n], latency=pair))
-    write_comparison(folder, _report(comparison, found, command))
+    write_comparison(folder, _report(comparison, found, runs, command))
     return found
 
 
-def _report(comparison: Comparison, outcomes: Sequence[Outcome], command: str = "") -> ComparisonReport:
+def _report(
+    comparison: Comparison, outcomes: Sequence[Outcome], runs: int, command: str = ""
+) -> ComparisonReport:
     plan, task = comparison.plan, comparison.task
     images = task.train_images or plan.train_images
     epochs = (
@@ -359,7 +362,7 @@ def _report(comparison: Comparison, outcomes: Sequence[Outcome], command: str = 
         seeds=comparison.seeds,
         test_images=task.test_images,
         outcomes=outcomes,
-        missing=len(comparison.cells()) - len(outcomes),
+        missing=runs - len(outcomes),
         notes={name: arm.note for name, arm in comparison.arms.items() if arm.note},
         command=command,
         versions=current_versions(device()),
