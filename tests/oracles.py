@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 from torch.utils.flop_counter import FlopCounterMode
@@ -18,8 +19,8 @@ def counted_macs(model: nn.Module, inputs: torch.Tensor) -> int:
     """Multiply-adds counted by torch while the model runs (two floating-point operations each)."""
     fast = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)  # a fused encoder layer would not be counted
-    try:
-        with FlopCounterMode(display=False) as counter, torch.no_grad():
+    try:  # nor would fused attention on a CPU
+        with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter, torch.no_grad():
             model.eval()(inputs)
     finally:
         torch.backends.mha.set_fastpath_enabled(fast)

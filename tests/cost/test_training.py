@@ -37,6 +37,24 @@ def test_grouped_and_transposed_convolutions_cost_three_passes() -> None:
     assert found.macs == expected
 
 
+class Attention(nn.Module):
+    """Three heads of four dims over five tokens of ten numbers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.qkv, self.head = nn.Linear(10, 36, bias=False), nn.Linear(12, 7, bias=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        q, k, v = self.qkv(x.view(-1, 5, 10)).view(-1, 5, 3, 3, 4).permute(2, 0, 3, 1, 4)
+        y = nn.functional.scaled_dot_product_attention(q, k, v)
+        return self.head(y.transpose(1, 2).flatten(2).mean(1))
+
+
+def test_fused_attention_costs_its_two_products_and_five_more_backward() -> None:
+    found = training_cost(Attention(), batch(), steps=1)
+    assert found.macs == 4 * (2 * 5 * 10 * 36 + (2 + 5) * 3 * 5 * 5 * 4 + 3 * 12 * 7)
+
+
 def test_models_are_compared_without_touching_one_another() -> None:
     small, large = nn.Linear(50, 10), nn.Linear(50, 400)
     pair = compare_training({"small": small, "large": large}, batch(), steps=2)

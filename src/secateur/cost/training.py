@@ -135,8 +135,25 @@ def _backward_flops(
     return 2 * math.prod(x if transposed else grad) * math.prod(w[1:]) * sum(wanted[:2])
 
 
-RULES = {torch.ops.aten.convolution_backward: _backward_flops}
-"""Operators that PyTorch's own counter gets wrong: it takes the weights of grouped convolutions for whole ones."""
+def _attention_flops(q: Sequence[int], k: Sequence[int], v: Sequence[int], *_: object, **__: object) -> int:
+    """Of attention: scores, and their product with the values."""
+    return 2 * math.prod(q[:-1]) * k[-2] * (q[-1] + v[-1])
+
+
+def _attention_backward_flops(
+    grad: Sequence[int], q: Sequence[int], k: Sequence[int], v: Sequence[int], *_: object, **__: object
+) -> int:
+    """Of its backward pass: the scores once more, then two gradients of each of the two products."""
+    return 2 * math.prod(q[:-1]) * k[-2] * (3 * q[-1] + 2 * v[-1])
+
+
+RULES = {
+    torch.ops.aten.convolution_backward: _backward_flops,
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention_flops,
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward_flops,
+}
+"""Operators that PyTorch's own counter gets wrong: it takes the weights of grouped convolutions for whole ones, and
+some versions miss fused attention on a CPU."""
 
 
 class Step:
