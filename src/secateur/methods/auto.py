@@ -34,9 +34,9 @@ def choose(
     """Choose a method for a budget: rd for trained weights, one bound and small images, else oneshot.
 
     rd also needs data, and takes not every setting that oneshot has. Right after the cut it is ahead of every score at
-    every budget (docs/results/rd.md). After training LAPP is level with it or a little ahead on ResNets and far
-    behind on ShuffleNetV2; Gate Decorator is level on ShuffleNetV2 down to half the MACs, far behind at less, and behind
-    on ResNet-20 (docs/results/compare.md). So `training` only decides when rd spares residual streams.
+    every budget (docs/results/rd.md). After training LAPP is level with it or a little ahead on ResNets and far behind
+    on ShuffleNetV2; Gate Decorator is level on ShuffleNetV2 down to half the MACs, far behind at less, and behind on
+    ResNet-20 (docs/results/compare.md). So `training` only decides when rd spares residual streams.
 
     Args:
         bounds: measures that the budget bounds.
