@@ -10,7 +10,8 @@ import pytest
 
 from secateur.report import ComparisonReport, LatencyPair, Outcome, advice, standings, write_comparison
 from secateur.report.comparison import margin_of, markdown
-from secateur.report.comparison_figures import arms_of, comparison_figures
+from secateur.report.comparison_figures import arms_of, comparison_figures, widths
+from secateur.report.data import Width
 from secateur.report.html import render_comparison
 
 from .browser import Browser, browser, missing
@@ -62,6 +63,21 @@ def test_differences_may_be_to_another_arm_at_the_same_budget():
     assert row.difference == pytest.approx((0.82 - 0.85 + 0.8 - 0.79) / 2)
     assert row.against == "a"
     assert {row.against for row in found if row.arm == "a"} == {""}
+
+
+def test_the_largest_budget_comes_first_whichever_cells_there_are():
+    found = [outcome("dense", 0, 0.9, budget={}, macs=1.0)]
+    for arm, share in (("a", 0.3), ("a", 0.7), ("b", 0.5), ("b", 0.3)):
+        kept = [Width("conv", 10, round(10 * share))]
+        found.append(outcome(arm, 0, 0.8, budget={"macs": share}, macs=share, widths=kept))
+    rows = ["", "70 % of the MACs", "50 % of the MACs", "30 % of the MACs"]
+    assert list(dict.fromkeys(line.budget for line in standings(found))) == rows
+    assert [one.budget for one in advice(found)] == rows[1:]
+    assert [trace["z"] for trace in widths(found)["data"]] == [
+        [[0.7], [None]],
+        [[None], [0.5]],
+        [[0.3], [0.3]],
+    ]
 
 
 def test_differences_are_to_the_given_weights_where_all_start_from_them():

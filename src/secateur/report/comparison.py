@@ -184,7 +184,7 @@ class Advice:
 
 
 def standings(outcomes: Sequence[Outcome]) -> list[Standing]:
-    """One line per budget and arm, the best of each budget first, and those over the budget last."""
+    """One line per budget and arm: the largest budget first, its best arm first and those over the budget last."""
     dense = dense_accuracies(outcomes)
     groups: dict[tuple[str, str], list[Outcome]] = {}
     for outcome in outcomes:
@@ -193,8 +193,14 @@ def standings(outcomes: Sequence[Outcome]) -> list[Standing]:
     by = {(o.arm, in_words(o.budget), o.seed): o.accuracy for o in outcomes if o.accuracy is not None}
     by |= {(DENSE, "", seed): accuracy for seed, accuracy in dense.items()}
     lines = [_standing(budget, arm, found, by, clock) for (budget, arm), found in groups.items()]
-    places = {budget: place for place, budget in enumerate(dict.fromkeys(line.budget for line in lines))}
+    places = {budget: place for place, budget in enumerate(budgets_of(outcomes))}
     return sorted(lines, key=lambda line: (places[line.budget], line.over, -(line.accuracy or 0)))
+
+
+def budgets_of(outcomes: Sequence[Outcome]) -> list[str]:
+    """The budgets in words, the dense model's first and then the largest, whichever cells there are."""
+    found = {in_words(o.budget): o.budget for o in outcomes}
+    return sorted(found, key=lambda words: (tuple(found[words]), [-share for share in found[words].values()]))
 
 
 def _standing(

@@ -4,7 +4,15 @@ import statistics
 from collections.abc import Sequence
 from typing import Any
 
-from secateur.report.comparison import Outcome, Standing, dense_accuracies, dense_latency, in_words, standings
+from secateur.report.comparison import (
+    Outcome,
+    Standing,
+    budgets_of,
+    dense_accuracies,
+    dense_latency,
+    in_words,
+    standings,
+)
 from secateur.report.figures import AFTER, BEFORE, REMOVED, Figure, escape, plain_layout
 
 _COLORS = (
@@ -111,7 +119,7 @@ def widths(outcomes: Sequence[Outcome]) -> Figure:
     arms = arms_of(outcomes)
     layers = {width.layer: width.before for outcome in outcomes for width in outcome.widths}
     data = []
-    for number, budget in enumerate(dict.fromkeys(in_words(o.budget) for o in outcomes if o.budget)):
+    for number, budget in enumerate(filter(None, budgets_of(outcomes))):
         rows, words = [], []
         for arm in arms:
             found = [o for o in outcomes if o.arm == arm and in_words(o.budget) == budget]
