@@ -738,16 +738,8 @@ def test_published_weights_on_real_images(shared_data: Path, tmp_path: Path, run
     weights = shared_data / "weights" / "cifar10_resnet20_optA_akamaster.safetensors"
     ended = run(
         *("prune", "--model", "resnet20", "--weights", weights, "--data", "cifar10"),
-        *(
-            "--data-dir",
-            shared_data / "cifar10",
-            "--test-images",
-            2000,
-            "--keep-macs",
-            0.5,
-            "--out",
-            tmp_path / "run",
-        ),
+        *("--data-dir", shared_data / "cifar10", "--test-images", 2000, "--calibration-images", 200),
+        *("--keep-macs", 0.5, "--out", tmp_path / "run"),
     )
     assert ended.code == 0, ended.err
     report = report_of(tmp_path / "run")

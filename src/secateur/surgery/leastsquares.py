@@ -145,13 +145,15 @@ def _systems(
     ranking = dtype == torch.float32
     a = (moments.a + moments.damping * torch.eye(size, dtype=torch.float64)).to(dtype)
     b = (moments.b + moments.damping * moments.before.double()).to(dtype)
-    if bool((mask == mask[:1]).all()):  # one system for all outputs, as where whole inputs are gone
-        columns = mask[0].nonzero().flatten()
-        if len(columns):
-            factor = _factor(a[columns[:, None], columns])
-            found = torch.cholesky_solve(b[:, columns].T, factor).T
-            spread = torch.cholesky_inverse(factor).diagonal() if ranking else torch.ones_like(found[0])
-            yield torch.arange(outputs), columns.expand(outputs, -1), found, spread.expand(outputs, -1)
+    patterns, pattern = mask.unique(dim=0, return_inverse=True)
+    if 2 * len(patterns) <= outputs + 1:  # outputs share systems, as where whole inputs and outputs are gone
+        for number, shared in enumerate(patterns):
+            columns, rows = shared.nonzero().flatten(), (pattern == number).nonzero().flatten()
+            if len(columns):
+                factor = _factor(a[columns[:, None], columns])
+                found = torch.cholesky_solve(b[rows[:, None], columns].T, factor).T
+                spread = torch.cholesky_inverse(factor).diagonal() if ranking else torch.ones_like(found[0])
+                yield rows, columns.expand(len(rows), -1), found, spread.expand(len(rows), -1)
         return
     counts = mask.sum(1)
     order = mask.to(torch.uint8).sort(dim=1, descending=True, stable=True).indices
