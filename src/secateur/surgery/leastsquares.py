@@ -145,7 +145,7 @@ def _systems(
     ranking = dtype == torch.float32
     a = (moments.a + moments.damping * torch.eye(size, dtype=torch.float64)).to(dtype)
     b = (moments.b + moments.damping * moments.before.double()).to(dtype)
-    patterns, pattern = mask.unique(dim=0, return_inverse=True)
+    patterns, pattern = torch.unique(mask, dim=0, return_inverse=True)
     if 2 * len(patterns) <= outputs + 1:  # outputs share systems, as where whole inputs and outputs are gone
         for number, shared in enumerate(patterns):
             columns, rows = shared.nonzero().flatten(), (pattern == number).nonzero().flatten()
