@@ -28,14 +28,14 @@ import torch
 from torch import Tensor, nn
 
 from secateur import Budget
-from secateur.allocate.distortion import measure
 from secateur.allocate.knapsack import Problem, dp, hull, milp
 from secateur.cost.latency import device_name
 from secateur.graph.replay import Program
 from secateur.methods import oneshot, rd
 from secateur.methods.additivity import check_additivity
-from secateur.methods.rd import FAITHFUL, RDSettings, prune_weights, task_of
-from secateur.methods.rd_channels import compensated
+from secateur.methods.rd.channels import compensated
+from secateur.methods.rd.curves import measure
+from secateur.methods.rd.single_weights import FAITHFUL, RDSettings, prune_weights, task_of
 from secateur.recipes.data import Batches, Dataset, load_data
 from secateur.recipes.models import build_model
 from secateur.recipes.models.weights import load_weights, normalisation_for

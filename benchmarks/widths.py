@@ -41,7 +41,7 @@ def rows(name: str, round_to: int) -> list[dict]:
 
     from secateur import Cost, analyze
     from secateur.errors import BudgetError
-    from secateur.methods.precrop import STREAMS, design
+    from secateur.methods.precrop.crop import STREAMS, design
     from secateur.recipes.models import build_model
 
     torch.manual_seed(0)

@@ -5,8 +5,8 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from secateur.proof.verify import randomise_
 from secateur.recipes.models import build_model, list_models
-from secateur.surgery.verify import randomise_
 
 TORCHVISION = [
     "densenet121",

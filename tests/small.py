@@ -3,7 +3,7 @@
 import torch
 from torch import nn
 
-from secateur.surgery.verify import randomise_
+from secateur.proof.verify import randomise_
 
 
 class Block(nn.Module):

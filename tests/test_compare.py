@@ -216,7 +216,7 @@ def test_cells_run_one_by_one_are_gathered(
 def test_curves_are_measured_once_for_all_budgets(
     recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    channels, calls = sys.modules["secateur.methods.rd_channels"], []
+    channels, calls = sys.modules["secateur.methods.rd.channels"], []
     honest = channels.measured
     monkeypatch.setattr(channels, "measured", lambda *args: calls.append(1) or honest(*args))
     arms, budgets = {"rd": {"method": "rd"}}, [{"macs": 0.7}, {"macs": 0.6}]

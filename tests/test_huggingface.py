@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 import secateur as sc
-from secateur.surgery.verify import randomise_
+from secateur.proof.verify import randomise_
 from tests.oracles import random_masks, tensors_of, twin, without_units
 
 transformers = pytest.importorskip("transformers")

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 import secateur as sc
 from secateur.export import export_onnx, onnx_runner
 from secateur.methods import Pruned
-from secateur.surgery.verify import trains
+from secateur.proof.verify import trains
 
 NETWORKS = {
     "vit": lambda: timm.create_model("vit_small_patch16_224"),

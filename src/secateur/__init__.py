@@ -14,8 +14,8 @@ if TYPE_CHECKING:
     from secateur.graph import analyze, register_pad
     from secateur.methods import prune
     from secateur.plan import Plan
+    from secateur.proof.verify import verify
     from secateur.surgery import cut_, load, mask_, save
-    from secateur.surgery.verify import verify
 
 _HOME = {
     "Budget": "cost",
@@ -29,7 +29,7 @@ _HOME = {
     "prune": "methods",
     "register_pad": "graph",
     "save": "surgery",
-    "verify": "surgery",
+    "verify": "proof",
 }
 
 __all__ = [

@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from secateur.allocate.weights import WEIGHT_ALLOCATIONS, allocate_weights
+from secateur.allocate.sparsity import WEIGHT_ALLOCATIONS, allocate_weights
 from secateur.errors import BudgetError
 
 

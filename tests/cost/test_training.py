@@ -7,7 +7,7 @@ from torch import nn
 from secateur import Budget
 from secateur.cost.training import compare_training, layer_times, training_cost
 from secateur.errors import SecateurError
-from secateur.methods.initial import prune_initial
+from secateur.methods.at_init import prune_initial
 
 
 def batch(n: int = 4) -> tuple[torch.Tensor, torch.Tensor]:

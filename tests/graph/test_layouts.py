@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import secateur as sc
-from secateur.surgery.verify import randomise_
+from secateur.proof.verify import randomise_
 from tests.graph.nets import Net, conv, patches, tokens
 from tests.oracles import counted_macs, random_masks, tensors_of, without_units
 

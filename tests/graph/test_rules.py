@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 import secateur as sc
 from secateur.graph import Graph
-from secateur.surgery.verify import randomise_
+from secateur.proof.verify import randomise_
 from tests.graph.nets import Net, conv
 from tests.oracles import counted_macs, random_masks, tensors_of, without_units
 

@@ -7,14 +7,14 @@ import torch
 from torch import Tensor, nn
 
 from secateur import Budget
+from secateur.engine.decay import Decay, Rectify
+from secateur.engine.structured import StructuredMethod
 from secateur.methods.depgraph import DepGraph
 from secateur.methods.gate_decorator import GateDecorator
 from secateur.methods.gradual import Gradual
 from secateur.methods.lapp import LAPP
 from secateur.methods.oto import HESSO, OTO
 from secateur.methods.paam import PAAM
-from secateur.methods.removal import Decay, Rectify
-from secateur.methods.structured import StructuredMethod
 from secateur.recipes.train import FitResult, TrainConfig, fit, training_steps
 from tests.recipes.test_train import toy_data
 

@@ -11,10 +11,10 @@ import torch.nn.functional as F
 from torch import nn
 
 from secateur import Budget, Cost, analyze
+from secateur.engine.decay import Decay, Rectify
 from secateur.errors import ModelError, SecateurError
 from secateur.export import export_onnx
 from secateur.methods.lapp import LAPP, Step
-from secateur.methods.removal import Decay, Rectify
 from secateur.recipes.models import build_model
 from secateur.surgery.bypass import Bypass, Side, add_bypass_, fold_bypass_, written_out
 from tests.methods.examples import INPUTS, STEPS, Residual, lapp

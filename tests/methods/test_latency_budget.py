@@ -9,8 +9,9 @@ from torch import nn
 from secateur import Budget, analyze, prune
 from secateur.cost import Cost
 from secateur.errors import BudgetError
-from secateur.methods import LAPP, budget_in_macs, oneshot, rd_channels
+from secateur.methods import LAPP, budget_in_macs, oneshot
 from secateur.methods.latency import Clock
+from secateur.methods.rd import channels as rd_channels
 from tests.small import residual_net
 
 

@@ -15,13 +15,13 @@ from secateur.cli import app
 from secateur.errors import BudgetError, ScoreError, SecateurError
 from secateur.files import read_tensors
 from secateur.methods import crop_masks, precrop, prune, prune_initial
-from secateur.methods.initial import Sparse
+from secateur.methods.at_init import Sparse
+from secateur.plan.weight_plan import WeightPlan
 from secateur.recipes.models import build_model
 from secateur.recipes.models.mobilenet import CifarMobileNetV2
 from secateur.recipes.train_config import TrainConfig
 from secateur.runs import PruneConfig, Task, prune_run
 from secateur.surgery import load
-from secateur.surgery.weights import WeightPlan
 from tests.oracles import counted_params
 
 X = torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(0))

@@ -9,8 +9,8 @@ from torch import nn
 from secateur import Budget, Cost, analyze, prune
 from secateur.errors import BudgetError
 from secateur.graph import Graph
-from secateur.methods.initial import INITIAL_SCORES, prune_initial, random_filters, random_weights
-from secateur.methods.precrop import DENSITIES, design, preconfig, precrop
+from secateur.methods.at_init import INITIAL_SCORES, prune_initial, random_filters, random_weights
+from secateur.methods.precrop.crop import DENSITIES, design, preconfig, precrop
 from secateur.recipes.models import build_model
 from secateur.recipes.models.densenet import CifarDenseNet
 from secateur.recipes.models.mobilenet import CifarMobileNetV2

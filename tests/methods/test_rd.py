@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 import torch
 
-from secateur.allocate.distortion import Curves, even, geometric, interpolated, joint, key_of, measure
 from secateur.errors import BudgetError, FileError, PlanError, SecateurError
 from secateur.graph.replay import Program
 from secateur.methods.additivity import Additivity, check_additivity, drawn
-from secateur.methods.rd import (
+from secateur.methods.rd.curves import Curves, even, geometric, interpolated, joint, key_of, measure
+from secateur.methods.rd.single_weights import (
     FAITHFUL,
     WEIGHT_CHOICES,
     RDSettings,

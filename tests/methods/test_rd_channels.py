@@ -13,10 +13,10 @@ from secateur.errors import BudgetError, ScoreError, SecateurError
 from secateur.graph import analyze
 from secateur.graph.replay import Program
 from secateur.methods.oneshot import oneshot
-from secateur.methods.rd_channels import PrunedByCurves, columns_of, compensated, is_stream, rd
-from secateur.surgery import verify
+from secateur.methods.rd.channels import PrunedByCurves, columns_of, compensated, is_stream, rd
+from secateur.proof import verify
+from secateur.reconstruction.leastsquares import Moments, block_prices, solve
 from secateur.surgery.cut import cut_copy
-from secateur.surgery.leastsquares import Moments, block_prices, solve
 from tests.small import residual_net
 
 

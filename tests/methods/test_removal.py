@@ -9,9 +9,9 @@ import torch.nn.functional as F
 from torch import nn
 
 from secateur import Budget, analyze
+from secateur.engine.decay import Decay, Pool, Rectify
 from secateur.errors import SecateurError
 from secateur.methods.gradual import Gradual
-from secateur.methods.removal import Decay, Pool, Rectify
 from tests.methods.examples import INPUTS, STEPS, Residual
 from tests.methods.test_training_methods import loop
 

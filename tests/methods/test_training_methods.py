@@ -13,9 +13,9 @@ import torch.nn.functional as F
 from torch import nn
 
 from secateur import Budget, analyze, cut_
+from secateur.engine.training import TrainingMethod
 from secateur.errors import BudgetError, TrainingError
 from secateur.files import read_tensors
-from secateur.methods.training import TrainingMethod
 from secateur.recipes.train import fit
 from tests.methods.examples import CONFIG, INPUTS, METHODS, STEPS, Make, Residual, lapp, train
 from tests.recipes.test_train import toy_data

@@ -8,9 +8,9 @@ import pytest
 from typer.testing import CliRunner
 
 from secateur.cli import app
+from secateur.plan.weight_plan import WeightPlan
 from secateur.recipes.models import build_model
 from secateur.surgery import load
-from secateur.surgery.weights import WeightPlan
 
 DIGITS = (
     "--model resnet8 --data digits --train-images 100 --test-images 50 --calibration-images 16 --no-progress"

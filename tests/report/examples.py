@@ -5,7 +5,7 @@ from dataclasses import replace
 from typing import Any
 
 from secateur.cost.latency import Latency
-from secateur.methods.removal import Ending
+from secateur.engine.decay import Ending
 from secateur.report import (
     ComparisonReport,
     FrozenGroup,

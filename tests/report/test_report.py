@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 
+from secateur.engine.decay import Ending
 from secateur.errors import FileError, SecateurError
-from secateur.methods.removal import Ending
 from secateur.report import (
     FrozenGroup,
     Group,

@@ -9,8 +9,8 @@ from torch import nn
 from secateur import analyze
 from secateur.allocate.density import Layer, layer_table
 from secateur.errors import ScoreError
-from secateur.methods.initial import densities_of, initial_masks
-from secateur.scores.initial import Synflow, grasp, snip
+from secateur.methods.at_init import densities_of, initial_masks
+from secateur.scores.at_init import Synflow, grasp, snip
 
 
 def chain(depth: int = 4) -> nn.Sequential:

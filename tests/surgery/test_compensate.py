@@ -8,9 +8,9 @@ import torch.nn.functional as F
 from torch import nn
 
 from secateur.graph.replay import Program
-from secateur.surgery.compensate import compensate, layers, reestimate, rows_of
-from secateur.surgery.leastsquares import DAMPING, Moments, choose, solve
-from secateur.surgery.weights import top
+from secateur.plan.weight_plan import top
+from secateur.reconstruction.compensate import compensate, layers, reestimate, rows_of
+from secateur.reconstruction.leastsquares import DAMPING, Moments, choose, solve
 from tests.small import residual_net
 
 

@@ -6,7 +6,7 @@ from torch import nn
 
 import secateur as sc
 from secateur.graph import Graph, Group, named_tensors
-from secateur.surgery.verify import trains
+from secateur.proof.verify import trains
 from tests.networks import ALL, LARGE, Network, network
 from tests.oracles import counted_macs, counted_params, random_masks, twin
 

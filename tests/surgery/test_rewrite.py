@@ -15,10 +15,10 @@ from secateur.export import export_onnx, export_program
 from secateur.files import read_tensors, write_tensors
 from secateur.graph import Graph, named_tensors
 from secateur.graph.capture import capture
-from secateur.surgery.reference import Reference
-from secateur.surgery.rewriting import draft
-from secateur.surgery.rewriting.rewrite import Rewritten, rewritten_modules
-from secateur.surgery.verify import randomise_
+from secateur.proof.reference import Reference
+from secateur.proof.verify import randomise_
+from secateur.rewriting import draft
+from secateur.rewriting.rewrite import Rewritten, rewritten_modules
 from tests.oracles import random_masks
 
 

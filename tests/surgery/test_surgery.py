@@ -9,7 +9,7 @@ from torch import Tensor, nn
 import secateur as sc
 from secateur.errors import CutError, PlanError
 from secateur.graph import Graph
-from secateur.surgery.probe import fit_norms_
+from secateur.graph.probe import fit_norms_
 from tests.networks import Network, network
 from tests.oracles import random_masks
 

@@ -9,12 +9,12 @@ import torch
 from torch import nn
 
 from secateur.errors import CutError, FileError, PlanError
+from secateur.plan.bits import pack, unpack
+from secateur.plan.weight_plan import WeightPlan, pattern_mask, to_semi_structured_, top
 from secateur.recipes.data import load_data
 from secateur.recipes.models import build_model
 from secateur.recipes.train import TrainConfig, fit
 from secateur.surgery import load, save
-from secateur.surgery.bits import pack, unpack
-from secateur.surgery.weights import WeightPlan, pattern_mask, to_semi_structured_, top
 
 
 def small() -> nn.Module:

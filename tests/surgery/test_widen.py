@@ -8,9 +8,9 @@ from torch import nn
 
 from secateur import Cost, analyze
 from secateur.errors import CutError, PlanError
+from secateur.methods.precrop.reset import reset_
+from secateur.methods.precrop.widen import widen_
 from secateur.recipes.models import build_model
-from secateur.surgery.reset import reset_
-from secateur.surgery.widen import widen_
 from tests.oracles import counted_macs, counted_params
 
 

@@ -12,7 +12,7 @@ import torch
 from scipy.optimize import brentq
 from torch import Tensor
 
-from secateur.allocate.weights import allocate_weights
+from secateur.allocate.sparsity import allocate_weights
 from secateur.cost import Cost
 from secateur.errors import BudgetError
 from secateur.graph import Graph
@@ -137,7 +137,7 @@ def by_formula(
         layers: from `layer_table`.
         weights: their weights by parameter name; the formulas read shapes, some also values.
         limits: what these layers may cost together, in "params" and "macs".
-        allocation: a name in `secateur.allocate.weights.WEIGHT_ALLOCATIONS`.
+        allocation: a name in `secateur.allocate.sparsity.WEIGHT_ALLOCATIONS`.
     Raises:
         BudgetError: unknown allocation, or limits that not even one weight per layer meets.
     """

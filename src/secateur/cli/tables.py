@@ -20,7 +20,7 @@ def methods(
     from secateur.allocate import ALLOCATIONS
     from secateur.cli.show import print_table, say
     from secateur.methods import AUTO, METHODS, choose, method_named
-    from secateur.methods.rd import COMPENSATIONS, WEIGHT_CHOICES
+    from secateur.methods.rd.single_weights import COMPENSATIONS, WEIGHT_CHOICES
     from secateur.recipes.data import list_data
     from secateur.recipes.models import list_models
     from secateur.runs.config import GRANULARITIES

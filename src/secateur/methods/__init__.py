@@ -11,26 +11,27 @@ from typing import Any, Literal
 from torch import nn
 
 from secateur.cost import Budget
+from secateur.engine.decay import Decay, Rectify
+from secateur.engine.pruned import Pruned
+from secateur.engine.structured import StructuredMethod
+from secateur.engine.training import TrainingMethod
 from secateur.errors import SecateurError, unknown
 from secateur.graph import Inputs
 from secateur.imports import imported
+from secateur.methods.at_init import INITIAL_SCORES, Sparse, prune_initial
 from secateur.methods.auto import AUTO, Choice, choose
-from secateur.methods.crop_masks import crop_masks
 from secateur.methods.depgraph import DepGraph
 from secateur.methods.gate_decorator import GateDecorator
 from secateur.methods.gradual import Gradual
-from secateur.methods.initial import INITIAL_SCORES, Sparse, prune_initial
 from secateur.methods.lapp import LAPP
 from secateur.methods.latency import Clock, budget_in_macs, here, prune_to_latency
-from secateur.methods.oneshot import Pruned, oneshot
+from secateur.methods.oneshot import oneshot
 from secateur.methods.oto import HESSO, OTO
 from secateur.methods.paam import PAAM
-from secateur.methods.precrop import preconfig, precrop
-from secateur.methods.rd import prune_weights
-from secateur.methods.rd_channels import rd
-from secateur.methods.removal import Decay, Rectify
-from secateur.methods.structured import StructuredMethod
-from secateur.methods.training import TrainingMethod
+from secateur.methods.precrop.crop import preconfig, precrop
+from secateur.methods.precrop.random_masks import crop_masks
+from secateur.methods.rd.channels import rd
+from secateur.methods.rd.single_weights import prune_weights
 
 __all__ = [
     "AUTO",

@@ -9,10 +9,10 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
-from secateur.allocate.distortion import Tick, joint, measure
 from secateur.errors import BudgetError
 from secateur.graph.replay import Program
-from secateur.methods.rd import RDSettings, passes, task_of
+from secateur.methods.rd.curves import Tick, joint, measure
+from secateur.methods.rd.single_weights import RDSettings, passes, task_of
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from secateur.methods.rd_channels import rd
+from secateur.methods.rd.channels import rd
 
 AUTO = "auto"
 

@@ -7,10 +7,10 @@ import torch
 from torch import Tensor, nn
 
 from secateur.cost import Budget
+from secateur.engine.decay import INSTANT, Decay
 from secateur.errors import SecateurError
 from secateur.graph import Inputs
 from secateur.methods.gradual import Gradual
-from secateur.methods.removal import INSTANT, Decay
 from secateur.scores.table import group_l2, group_slices
 
 

@@ -8,11 +8,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from secateur.cost import Budget
+from secateur.engine.decay import INSTANT, Decay
+from secateur.engine.pruned import Pruned
 from secateur.errors import ModelError, SecateurError
 from secateur.graph import Inputs
 from secateur.methods.gradual import RemovalMethod
-from secateur.methods.oneshot import Pruned
-from secateur.methods.removal import INSTANT, Decay
 
 
 class GatedBatchNorm2d(nn.BatchNorm2d):

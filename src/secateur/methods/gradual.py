@@ -11,11 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from secateur.cost import Budget
+from secateur.engine.decay import INSTANT, Decay, Ending, Pool
+from secateur.engine.pruned import Pruned
+from secateur.engine.structured import StructuredMethod
 from secateur.errors import ScoreError, SecateurError, unknown
 from secateur.graph import Inputs
-from secateur.methods.oneshot import Pruned
-from secateur.methods.removal import INSTANT, Decay, Ending, Pool
-from secateur.methods.structured import StructuredMethod
 from secateur.scores import SCORES
 from secateur.scores.table import group_slices
 

@@ -16,13 +16,13 @@ import torch
 from torch import Tensor, nn
 
 from secateur.cost import Budget, Cost
+from secateur.engine.decay import INSTANT, Decay
+from secateur.engine.gates import Gates, norms_after
+from secateur.engine.options import Numbers, check_options
+from secateur.engine.pruned import Pruned
+from secateur.engine.structured import StructuredMethod, makers, own_groups
 from secateur.errors import BudgetError, ModelError, SecateurError
 from secateur.graph import Graph, Inputs, analyze
-from secateur.methods.gates import Gates, norms_after
-from secateur.methods.oneshot import Pruned
-from secateur.methods.options import Numbers, check_options
-from secateur.methods.removal import INSTANT, Decay
-from secateur.methods.structured import StructuredMethod, makers, own_groups
 from secateur.surgery.bypass import SIDES, Side, add_bypass_, fold_bypass_, keeps_size
 
 _NAMES = {

@@ -8,9 +8,10 @@ from torch import nn
 
 from secateur.cost import Budget
 from secateur.cost.latency import compare_latency, measure_latency
+from secateur.engine.pruned import Pruned
 from secateur.errors import BudgetError
 from secateur.graph import Inputs
-from secateur.methods.oneshot import Pruned, oneshot
+from secateur.methods.oneshot import oneshot
 
 Clock = Callable[[nn.Module], float]
 """A model -> the milliseconds of one pass."""

@@ -7,10 +7,10 @@ import torch
 from torch import Tensor, nn
 
 from secateur.cost import Budget
+from secateur.engine.decay import INSTANT, Decay
 from secateur.errors import BudgetError, SecateurError
 from secateur.graph import Inputs
 from secateur.methods.gradual import Gradual, RemovalMethod
-from secateur.methods.removal import INSTANT, Decay
 
 
 class _Directions(RemovalMethod):

@@ -17,12 +17,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from secateur.cost import Budget
+from secateur.engine.gates import Gates, last_layers, norms_after
+from secateur.engine.options import Numbers, check_options
+from secateur.engine.pruned import Pruned
+from secateur.engine.structured import StructuredMethod, own_groups
 from secateur.errors import SecateurError
 from secateur.graph import Inputs
-from secateur.methods.gates import Gates, last_layers, norms_after
-from secateur.methods.oneshot import Pruned
-from secateur.methods.options import Numbers, check_options
-from secateur.methods.structured import StructuredMethod, own_groups
 
 
 class Activation(torch.autograd.Function):

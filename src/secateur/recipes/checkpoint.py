@@ -13,9 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from secateur.engine.training import TrainingMethod
 from secateur.errors import FileError
 from secateur.files import read_tensors, write_tensors
-from secateur.methods.training import TrainingMethod
 
 _FORMAT = "secateur-checkpoint-1"
 _SLOTS = {  # what an optimizer keeps for a parameter it has stepped

@@ -19,9 +19,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from secateur.engine.training import TrainingMethod
 from secateur.errors import ModelError, TrainingError
 from secateur.graph.modes import device_of, evaluating, modes_kept
-from secateur.methods.training import TrainingMethod
 from secateur.recipes.checkpoint import Epoch, State
 from secateur.recipes.data import Batches, Dataset, Split
 from secateur.recipes.parallel import WholeBatchNorm, add_gradients, share_weights

@@ -11,8 +11,8 @@ import torch
 import secateur
 from secateur.cost.latency import Latency, device_name
 from secateur.cost.training import TrainingCost
+from secateur.engine.decay import Ending
 from secateur.errors import SecateurError
-from secateur.methods.removal import Ending
 
 PROVEN = 1e-9
 """In float64, rounding alone stays far below this relative error, and a wrong cut far above."""

@@ -12,7 +12,7 @@ from secateur.cost import Budget, Cost
 from secateur.errors import BudgetError, DataError, FileError, ModelError, SecateurError, unknown
 from secateur.graph import Graph
 from secateur.methods import AUTO, METHODS, Decay, Rectify, method_named
-from secateur.methods.rd import COMPENSATIONS, WEIGHT_CHOICES
+from secateur.methods.rd.single_weights import COMPENSATIONS, WEIGHT_CHOICES
 from secateur.recipes.data import Normalisation, list_data
 from secateur.recipes.models import build_model, list_models
 from secateur.recipes.train_config import TrainConfig
@@ -111,9 +111,10 @@ class PruneConfig:
         score: a name in `secateur.scores.SCORES`.
         allocation: a name in `secateur.allocate.ALLOCATIONS`.
         granularity: a name in `GRANULARITIES`; None: what the method removes unless told otherwise. For the weights of
-            trained models, the budget is `sparsity`, the allocation a name in `secateur.methods.rd.WEIGHT_CHOICES`.
+            trained models, the budget is `sparsity`, the allocation a name in `WEIGHT_CHOICES` of
+            `secateur.methods.rd.single_weights`.
             Before training, a weight at zero costs nothing in budgets of MACs and parameters.
-        compensation: a name in `secateur.methods.rd.COMPENSATIONS`, for method "rd" and for weights of trained models.
+        compensation: a name in `COMPENSATIONS` of the same module, for method "rd" and for weights of trained models.
         freeze: module names or shell patterns that no cut may touch.
         attention: what attention loses: whole "heads", or the same "dims" of every head.
         min_keep: units that every group keeps at least.

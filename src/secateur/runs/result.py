@@ -13,13 +13,14 @@ from torch import Tensor, nn
 from secateur.cost import Cost
 from secateur.cost.latency import Latency, compare_latency
 from secateur.cost.training import Holding, TrainingCost, compare_training
+from secateur.engine.decay import Rectify
 from secateur.errors import ExportError
 from secateur.export import export_onnx, export_program, onnx_runner
 from secateur.graph import Graph, analyze
 from secateur.methods import StructuredMethod, method_named
 from secateur.methods.latency import Clock, here
-from secateur.methods.removal import Rectify
 from secateur.plan import Plan
+from secateur.proof import Verification
 from secateur.recipes.data import Batches, Dataset
 from secateur.recipes.train_config import TrainConfig
 from secateur.report import (
@@ -34,7 +35,7 @@ from secateur.report import (
 from secateur.runs.config import PruneConfig
 from secateur.runs.folder import RunFolder, Watch
 from secateur.runs.subject import Subject, device, measure
-from secateur.surgery import Verification, save
+from secateur.surgery import save
 
 _REPEATS = 50
 

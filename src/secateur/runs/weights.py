@@ -13,8 +13,9 @@ from secateur.errors import SecateurError
 from secateur.graph import Graph, analyze
 from secateur.methods import Sparse, method_named, prune_weights
 from secateur.methods.additivity import Additivity, check_additivity
-from secateur.methods.initial import costs_left
-from secateur.methods.rd import RDSettings
+from secateur.methods.at_init import costs_left
+from secateur.methods.rd.single_weights import RDSettings
+from secateur.plan.weight_plan import WeightPlan
 from secateur.recipes.train import fit
 from secateur.report import Report, current_versions, write_report
 from secateur.report.data import LayerCurve, WeightFacts
@@ -24,7 +25,6 @@ from secateur.runs.folder import Mode, RunFolder, Watch, is_main_process
 from secateur.runs.result import described, tested, training_costs, training_pair
 from secateur.runs.subject import Subject, device, fresh_model, load_subject
 from secateur.surgery import load, save
-from secateur.surgery.weights import WeightPlan
 
 KEPT = ("masks.safetensors", "cut.safetensors")
 """Files of what was decided: the masks, and the model under them before any further training."""

@@ -1,9 +1,8 @@
-"""Carrying a plan out: mask, cut, verify, save and load."""
+"""Applying a plan: mask, cut, save and load."""
 
 from secateur.surgery.cut import cut_
 from secateur.surgery.embed import embed
 from secateur.surgery.mask import mask_
 from secateur.surgery.store import load, save
-from secateur.surgery.verify import Verification, verify
 
-__all__ = ["Verification", "cut_", "embed", "load", "mask_", "save", "verify"]
+__all__ = ["cut_", "embed", "load", "mask_", "save"]

@@ -9,14 +9,14 @@ from torch.optim import Optimizer
 
 from secateur.errors import CutError, PlanError
 from secateur.graph import Graph, fingerprint, mirrored, named_tensors
+from secateur.graph.duplicate import duplicate
 from secateur.graph.groups import PadSite
 from secateur.graph.modules import Keep
 from secateur.plan import Plan
-from secateur.surgery.duplicate import duplicate
+from secateur.rewriting.known import following
+from secateur.rewriting.rewrite import rewrite_
+from secateur.rewriting.settle import settle
 from secateur.surgery.edit import Edit, select, select_states
-from secateur.surgery.rewriting.known import following
-from secateur.surgery.rewriting.rewrite import rewrite_
-from secateur.surgery.rewriting.settle import settle
 
 
 def cut_(model: nn.Module, graph: Graph, plan: Plan, *, optimizer: Optimizer | None = None) -> nn.Module:

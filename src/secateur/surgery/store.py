@@ -16,13 +16,13 @@ from secateur.errors import FileError, ModelError
 from secateur.files import read_tensors, write_tensors
 from secateur.graph import mirrored, named_tensors
 from secateur.graph.modules import pad_attributes
-from secateur.surgery.bits import pack, unpack
+from secateur.plan.bits import pack, unpack
+from secateur.rewriting.known import known_attributes
+from secateur.rewriting.program import Program
+from secateur.rewriting.program_json import Reader, to_json
+from secateur.rewriting.rewrite import CONSTANT, rewrite_, rewritten_modules
 from secateur.surgery.bypass import SIDES, Bypass, add_bypass_, remove_bypass_
 from secateur.surgery.edit import Edit
-from secateur.surgery.rewriting.known import known_attributes
-from secateur.surgery.rewriting.program import Program
-from secateur.surgery.rewriting.program_json import Reader, to_json
-from secateur.surgery.rewriting.rewrite import CONSTANT, rewrite_, rewritten_modules
 
 FORMAT = "1"
 _VALUES, _PLACES = ":values", ":places"

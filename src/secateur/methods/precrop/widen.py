@@ -9,8 +9,8 @@ from secateur.errors import CutError, PlanError
 from secateur.graph import Graph, fingerprint, named_tensors
 from secateur.graph.groups import Member
 from secateur.graph.modules import resized
+from secateur.graph.probe import run_once
 from secateur.surgery.edit import Edit
-from secateur.surgery.probe import run_once
 
 
 def widen_(model: nn.Module, graph: Graph, widths: Sequence[int]) -> nn.Module:

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from secateur.errors import ModelError
 from secateur.graph import Graph, Inputs
-from secateur.surgery.probe import run_once
+from secateur.graph.probe import run_once
 
 DUST = {torch.float16: 1e-4}
 """What a closed gate passes on where asked to, per type; 1e-20 for others: nothing in any sum, but enough for the

@@ -10,7 +10,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from secateur.allocate.distortion import (
+from secateur.allocate.knapsack import SOLVERS, Problem, Solution, solve
+from secateur.allocate.sparsity import WEIGHT_ALLOCATIONS, Counts, allocate_weights, landed
+from secateur.errors import BudgetError, PlanError, SecateurError, unknown
+from secateur.graph.replay import Program, Tensors
+from secateur.methods.rd.curves import (
     DISTORTIONS,
     REDUCTIONS,
     Curves,
@@ -22,12 +26,8 @@ from secateur.allocate.distortion import (
     key_of,
     measure,
 )
-from secateur.allocate.knapsack import SOLVERS, Problem, Solution, solve
-from secateur.allocate.weights import WEIGHT_ALLOCATIONS, Counts, allocate_weights, landed
-from secateur.errors import BudgetError, PlanError, SecateurError, unknown
-from secateur.graph.replay import Program, Tensors
-from secateur.surgery.compensate import Choice, Fitted, compensate, layers, reestimate
-from secateur.surgery.weights import WeightPlan, pattern_mask, top
+from secateur.plan.weight_plan import WeightPlan, pattern_mask, top
+from secateur.reconstruction.compensate import Choice, Fitted, compensate, layers, reestimate
 
 SELECTIONS = {
     "magnitude": "the largest weights of a layer stay",
@@ -55,7 +55,7 @@ class RDSettings:
     Args:
         selection: a name in `SELECTIONS`.
         compensation: a name in `COMPENSATIONS`; it is part of what the curves measure.
-        distortion: a name in `secateur.allocate.distortion.DISTORTIONS`.
+        distortion: a name in `secateur.methods.rd.curves.DISTORTIONS`.
         reduction: over the calibration images: "mean", or "max" for the worst of them.
         exponent: of the reduced distortion before curves are added up: 1 takes errors of different layers for
             uncorrelated, 0.5 bounds them by the triangle inequality.
@@ -66,7 +66,7 @@ class RDSettings:
         min_density: share of each layer that stays at least.
         steps: in which a layer's weights are eliminated.
         pattern: (n, m): a layer either stays whole or keeps n of every m weights.
-        rivals: allocations of `secateur.allocate.weights` that are carried out as well; the one whose measured
+        rivals: allocations of `secateur.allocate.sparsity` that are carried out as well; the one whose measured
             distortion is lowest is taken, since sums over layers are only nearly what all layers do together.
         corrections: rounds in which curves are measured again around the solution; a round that does not lower
             the measured distortion is undone.
@@ -178,7 +178,7 @@ def prune_weights(
         model: one image tensor in, logits out; it is only read.
         batches: calibration images, (n, …) each, as the model expects them; noise will do where there are none.
         sparsity: share of these weights that goes.
-        allocation: "rd", or a name in `secateur.allocate.weights.WEIGHT_ALLOCATIONS`.
+        allocation: "rd", or a name in `secateur.allocate.sparsity.WEIGHT_ALLOCATIONS`.
         settings: how; the default is the recipe that measures best, `FAITHFUL` the published one.
         previous: masks of an earlier round: what is gone stays gone.
         curves: file that curves are read from if they are of these weights, images and settings, and written to; or a

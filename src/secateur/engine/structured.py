@@ -12,15 +12,16 @@ from torch.utils import _pytree as pytree
 
 from secateur.allocate import allocate
 from secateur.cost import Budget, Cost
+from secateur.engine.decay import Ending
+from secateur.engine.gates import Gates
+from secateur.engine.pruned import Pruned
+from secateur.engine.training import TrainingMethod
 from secateur.errors import BudgetError, CutError, ModelError, TrainingError
 from secateur.graph import Graph, Group, Inputs, analyze
 from secateur.graph.shrink import shrink
-from secateur.methods.gates import Gates
-from secateur.methods.oneshot import Pruned
-from secateur.methods.removal import Ending
-from secateur.methods.training import TrainingMethod
 from secateur.plan import Plan
-from secateur.surgery import cut_, embed, verify
+from secateur.proof import verify
+from secateur.surgery import cut_, embed
 
 
 class StructuredMethod(TrainingMethod):

@@ -10,19 +10,19 @@ import torch
 from torch import Tensor, nn
 
 from secateur.allocate.density import Densities, Layer, Vector, by_formula, costs_of, layer_table, optimal
-from secateur.allocate.weights import WEIGHT_ALLOCATIONS
+from secateur.allocate.sparsity import WEIGHT_ALLOCATIONS
 from secateur.allocate.widths import Widths, fit_shares, land
 from secateur.cost import Budget, Cost
+from secateur.engine.pruned import Pruned
 from secateur.errors import BudgetError, CutError, unknown
 from secateur.graph import Graph, Inputs, analyze
-from secateur.methods.initial import INITIAL_SCORES, densities_of, initial_masks, layer_bounds
-from secateur.methods.oneshot import Pruned
+from secateur.methods.at_init import INITIAL_SCORES, densities_of, initial_masks, layer_bounds
+from secateur.methods.precrop.reset import reset_
+from secateur.methods.precrop.widen import widen_
 from secateur.plan import Plan
-from secateur.scores.initial import Loss
-from secateur.surgery import verify
+from secateur.proof import verify
+from secateur.scores.at_init import Loss
 from secateur.surgery.cut import cut_copy
-from secateur.surgery.reset import reset_
-from secateur.surgery.widen import widen_
 
 DENSITIES = (
     {"optimal": "greatest product of densities under the budget, in closed form"}
@@ -300,7 +300,7 @@ def precrop(
         freeze: module names or shell patterns that keep their widths.
         min_keep: units that every group keeps at least.
         round_to: widths are multiples of this, or what they were.
-        initialise: draws the weights of the narrow model in place; None: `secateur.surgery.reset.reset_`.
+        initialise: draws the weights of the narrow model in place; None: `secateur.methods.precrop.reset.reset_`.
         data, loss, draws: for densities by scores, as for `layer_densities`.
         seed: of what is drawn.
     Returns:

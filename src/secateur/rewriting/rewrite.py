@@ -14,8 +14,8 @@ from torch import Tensor, fx, nn
 from secateur.errors import CutError
 from secateur.graph.labels import Value
 from secateur.graph.trace import Survivors, Trace
-from secateur.surgery.rewriting.listing import Listing, Shape, cut_step, listing
-from secateur.surgery.rewriting.program import ANYTHING, NAMES, Named, Program, Ref
+from secateur.rewriting.listing import Listing, Shape, cut_step, listing
+from secateur.rewriting.program import ANYTHING, NAMES, Named, Program, Ref
 
 CONSTANT = "rewritten_constant_"
 """Prefix of the buffers that hold the tensors a rewritten forward reads and that had no name."""

@@ -22,10 +22,10 @@ from secateur.errors import CaptureError, CutError
 from secateur.graph.capture import BATCH, Capture, Inputs, as_call, capture, with_batch
 from secateur.graph.labels import Value
 from secateur.graph.trace import Survivors, Trace
-from secateur.surgery.rewriting.listing import Listing, Step, listing
-from secateur.surgery.rewriting.listing import calls as calls_of
-from secateur.surgery.rewriting.program import ANYTHING, OPERATORS, Named, Program, Ref, Size, Training
-from secateur.surgery.rewriting.rewrite import CONSTANT, arguments_of, cut_steps
+from secateur.rewriting.listing import Listing, Step, listing
+from secateur.rewriting.listing import calls as calls_of
+from secateur.rewriting.program import ANYTHING, OPERATORS, Named, Program, Ref, Size, Training
+from secateur.rewriting.rewrite import CONSTANT, arguments_of, cut_steps
 
 Calls = list[tuple[tuple[Any, ...], dict[str, Any]]]
 

@@ -8,9 +8,9 @@ from secateur.allocate.density import layer_table
 from secateur.cost import Budget, Cost
 from secateur.errors import BudgetError, unknown
 from secateur.graph import Inputs, analyze
-from secateur.methods.initial import Sparse, layer_bounds, masked, random_masks
-from secateur.methods.precrop import design, limits_of
-from secateur.scores.initial import Loss
+from secateur.methods.at_init import Sparse, layer_bounds, masked, random_masks
+from secateur.methods.precrop.crop import design, limits_of
+from secateur.scores.at_init import Loss
 
 PLACES = {
     "weights": "single weights, drawn at random in each layer",

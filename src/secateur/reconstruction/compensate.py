@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx
 
 from secateur.graph.replay import Program, Step, Tensors, Values
-from secateur.surgery.leastsquares import Moments, choose, solve
+from secateur.reconstruction.leastsquares import Moments, choose, solve
 
 POSITIONS = 32
 """Positions of each image that a convolution is fitted on: more of one image add little."""

@@ -19,8 +19,8 @@ from secateur.allocate.density import Densities, Layer, Vector, costs_of, layer_
 from secateur.cost import Budget, Cost
 from secateur.errors import BudgetError, ScoreError, unknown
 from secateur.graph import Graph, Inputs, analyze
-from secateur.scores.initial import Loss, Synflow, grasp, snip
-from secateur.surgery.weights import WeightPlan, top
+from secateur.plan.weight_plan import WeightPlan, top
+from secateur.scores.at_init import Loss, Synflow, grasp, snip
 
 INITIAL_SCORES = {
     "synflow": "paths through the weight, signs dropped; iterated, needs no data",

@@ -8,7 +8,7 @@ import math
 from collections.abc import Collection
 from typing import Any
 
-from secateur.surgery.rewriting.program import (
+from secateur.rewriting.program import (
     ANYTHING,
     LARGEST,
     LARGEST_TENSOR,

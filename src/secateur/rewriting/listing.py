@@ -19,7 +19,7 @@ from secateur.graph.labels import Value
 from secateur.graph.modules import Keep
 from secateur.graph.propagate import BODIES, module_of, shapes_of
 from secateur.graph.trace import Survivors
-from secateur.surgery.rewriting.program import DEVICE, Named, Op, Ref
+from secateur.rewriting.program import DEVICE, Named, Op, Ref
 
 Shape = tuple[int, ...]
 

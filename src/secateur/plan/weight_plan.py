@@ -20,7 +20,7 @@ from secateur import __version__
 from secateur.errors import CutError, FileError, PlanError
 from secateur.files import read_tensors, write_tensors
 from secateur.graph import fingerprint
-from secateur.surgery.bits import pack, unpack
+from secateur.plan.bits import pack, unpack
 
 FORMAT = "secateur-masks-1"
 

@@ -10,20 +10,20 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from secateur.allocate.distortion import Curves, Tick, interpolated, joint, key_of, measure
 from secateur.allocate.products import Choice, choose_widths
 from secateur.allocate.table import allowed
 from secateur.cost import Budget, Cost
+from secateur.engine.pruned import Pruned
 from secateur.errors import BudgetError, CutError, ScoreError, SecateurError, unknown
 from secateur.graph import Graph, Group, Inputs, Member, analyze
 from secateur.graph.replay import Program, Tensors
-from secateur.methods.oneshot import Pruned
-from secateur.methods.rd import COMPENSATIONS, passes
+from secateur.methods.rd.curves import Curves, Tick, interpolated, joint, key_of, measure
+from secateur.methods.rd.single_weights import COMPENSATIONS, passes
 from secateur.plan import Plan
-from secateur.surgery import verify
-from secateur.surgery.compensate import Fitted, compensate, layers, reestimate
+from secateur.proof import verify
+from secateur.reconstruction.compensate import Fitted, compensate, layers, reestimate
+from secateur.reconstruction.leastsquares import block_prices
 from secateur.surgery.cut import cut_copy
-from secateur.surgery.leastsquares import block_prices
 
 
 @dataclass(frozen=True)
@@ -75,8 +75,8 @@ def rd(
         inputs: example inputs, such as torch.randn(1, 3, 224, 224).
         budget: one bound; it is met from below.
         data: calibration images, or (images, targets), batch by batch; a few hundred images from training.
-        compensation: a name in `secateur.methods.rd.COMPENSATIONS`.
-        distortion: a name in `secateur.allocate.distortion.DISTORTIONS`.
+        compensation: a name in `secateur.methods.rd.single_weights.COMPENSATIONS`.
+        distortion: a name in `secateur.methods.rd.curves.DISTORTIONS`.
         exponents: of the mean distortion before curves are added up, each above 0; of several, the one whose widths
             measure best.
         stream_weight: factor, at least 1, of the curves of groups that several layers write, in the sums that spare
@@ -383,7 +383,7 @@ def compensated(
         graph: of the same model.
         plan: any plan for it, whatever chose it.
         batches: calibration images, (n, …) each.
-        compensation: a name in `secateur.methods.rd.COMPENSATIONS`.
+        compensation: a name in `secateur.methods.rd.single_weights.COMPENSATIONS`.
     """
     keep = positions(program, graph.groups, plan.masks(graph))
     start = {name: program.tensor(name) * k for name, k in keep.items()}

@@ -12,8 +12,8 @@ from torch import nn
 
 from secateur.graph import mirrored
 from secateur.graph.trace import Survivors, Trace
-from secateur.surgery.rewriting.listing import regions
-from secateur.surgery.rewriting.rewrite import Rewritten, cut_listing
+from secateur.rewriting.listing import regions
+from secateur.rewriting.rewrite import Rewritten, cut_listing
 
 KNOWN = frozenset(
     """

@@ -15,9 +15,9 @@ from torch.utils import _pytree as pytree
 
 from secateur.graph.labels import Value
 from secateur.graph.trace import Survivors, Trace
-from secateur.surgery.rewriting.listing import Step, listing
-from secateur.surgery.rewriting.program import Ref
-from secateur.surgery.rewriting.rewrite import fixed_program, tensors_of
+from secateur.rewriting.listing import Step, listing
+from secateur.rewriting.program import Ref
+from secateur.rewriting.rewrite import fixed_program, tensors_of
 
 
 class Reference:

@@ -17,14 +17,14 @@ from torch.utils import _pytree as pytree
 
 from secateur.errors import CutError
 from secateur.graph import Graph, named_tensors
+from secateur.graph.duplicate import duplicate
 from secateur.graph.modes import evaluating
+from secateur.graph.probe import aliases, difference, floats, random_inputs, random_values
 from secateur.graph.trace import Survivors
-from secateur.surgery.duplicate import duplicate
-from secateur.surgery.probe import aliases, difference, floats, random_inputs, random_values
-from secateur.surgery.rewriting.draft import Draft, Writer
-from secateur.surgery.rewriting.listing import Listing, calls
-from secateur.surgery.rewriting.program import NAMES, Around, Named, Ref, refs
-from secateur.surgery.rewriting.rewrite import cut_listing, fixed_program, run_program, tensors_of
+from secateur.rewriting.draft import Draft, Writer
+from secateur.rewriting.listing import Listing, calls
+from secateur.rewriting.program import NAMES, Around, Named, Ref, refs
+from secateur.rewriting.rewrite import cut_listing, fixed_program, run_program, tensors_of
 
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-5}
 """Largest relative difference of the same operators on the same tensors, by precision."""

@@ -9,13 +9,9 @@ from torch.utils import _pytree as pytree
 
 from secateur.errors import CutError
 from secateur.graph import Graph, named_tensors
+from secateur.graph.duplicate import duplicate
 from secateur.graph.modes import evaluating
-from secateur.plan import Plan
-from secateur.surgery.cut import kept_positions, tensor_cuts
-from secateur.surgery.duplicate import duplicate
-from secateur.surgery.edit import select
-from secateur.surgery.mask import mask_
-from secateur.surgery.probe import (
+from secateur.graph.probe import (
     aliases,
     difference,
     fit_norms_,
@@ -23,9 +19,13 @@ from secateur.surgery.probe import (
     random_inputs,
     randomise_,
 )
-from secateur.surgery.reference import Reference
-from secateur.surgery.rewriting.rewrite import cut_listing, fixed_program, rewritten_modules, tensors_of
-from secateur.surgery.rewriting.settle import fixes_precision, precision
+from secateur.plan import Plan
+from secateur.proof.reference import Reference
+from secateur.rewriting.rewrite import cut_listing, fixed_program, rewritten_modules, tensors_of
+from secateur.rewriting.settle import fixes_precision, precision
+from secateur.surgery.cut import kept_positions, tensor_cuts
+from secateur.surgery.edit import select
+from secateur.surgery.mask import mask_
 
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-3}
 """Largest relative error of an equal pair: rounding of sums in another order stays far below."""

@@ -1,0 +1,1 @@
+"""PreCropping and PreConfig: widths from layerwise densities, before training."""

@@ -1,0 +1,1 @@
+"""Rate-distortion pruning: budgets shared out by measured distortion curves."""
