@@ -99,8 +99,9 @@ def measure(name: str, network: str, side: int, budget: dict[str, float], steps:
     times = compare_latency({"dense": dense, "pruned": model}, x[:1], repeats=20)
     row = {
         "method": name, "network": network, "side": side, "batch": batch, "budget": budget,
-        "macs": pruned.macs[1] / pruned.macs[0], "params": pruned.params[1] / pruned.params[0],
-        "proof": pruned.verification.max_rel_error, "ok": pruned.verification.ok,
+        "macs": pruned.after["macs"] / pruned.before["macs"],
+        "params": pruned.after["params"] / pruned.before["params"],
+        "proof": pruned.proof.max_rel_error, "ok": pruned.proof.ok,
         "onnx": check.max_rel_error, "made_s": made, "dense_step_s": plain,
         "first_step_s": statistics.median(seconds[: steps // 4]),
         "last_step_s": statistics.median(seconds[-(steps // 4) :]),

@@ -71,8 +71,8 @@ def pruned(model: nn.Module, inputs: object = X) -> Pruned:
     """Prune, with the model watched; the result has been verified."""
     with unchanged(model):
         result = sc.prune(model, inputs, budget=BUDGET)
-    assert result.verification.ok
-    assert result.macs[1] <= 0.6 * result.macs[0]
+    assert result.proof.ok
+    assert result.after["macs"] <= 0.6 * result.before["macs"]
     return result
 
 

@@ -403,7 +403,7 @@ def test_the_last_units_fade_after_landing() -> None:
         loop(method, optimizer, 1)
         assert method.count("macs") <= method.limits["macs"]
         loop(method, optimizer, STEPS - method.step)
-    assert method.finish().verification.ok
+    assert method.finish().proof.ok
     with pytest.raises(SecateurError, match="beyond step"):
         make(removal=Decay(STEPS))
     with pytest.raises(SecateurError, match="without rectify"):
@@ -447,7 +447,7 @@ def test_a_network_without_norms_needs_no_bypass() -> None:
             method.before_step()
             optimizer.step()
             method.after_step()
-    assert method.finish().verification.ok
+    assert method.finish().proof.ok
 
 
 def test_a_bypass_that_kept_everything_is_exported_with_its_side(tmp_path: Path) -> None:

@@ -202,7 +202,7 @@ def test_selection_by_score_mass() -> None:
     with method.attach(optimizer):
         loop(method, optimizer, STEPS)
     pruned = method.finish()
-    assert pruned.verification.ok
+    assert pruned.proof.ok
     scores = torch.cat([method.scores[n] for n in method.targets]).sort(descending=True).values
     kept = sum(len(method.kept[n]) for n in method.targets)
     share = scores.cumsum(0) / scores.sum()

@@ -43,7 +43,7 @@ def test_every_source_of_densities_meets_every_budget(
 ) -> None:
     limits = budget.limits({m: Cost(graph).of(m) for m in budget.bounds})
     found = design(resnet8, X, limits, densities=densities, graph=graph, data=DATA, draws=1)
-    spent = {"macs": found.macs[1], "params": found.params[1]}
+    spent = {"macs": found.after["macs"], "params": found.after["params"]}
     assert all(spent[m] <= limit for m, limit in limits.items())
     assert any(spent[m] > 0.97 * limit for m, limit in limits.items())
     assert all(0 < p <= 1 for p in found.densities.values())
@@ -53,9 +53,9 @@ def test_every_source_of_densities_meets_every_budget(
 def test_the_narrow_network_is_what_the_design_says(resnet8: nn.Module, streams: str) -> None:
     before = {name: t.clone() for name, t in resnet8.state_dict().items()}
     pruned = precrop(resnet8, X, Budget(macs=0.4), streams=streams, seed=5)
-    assert pruned.verification.ok
-    assert counted_macs(pruned.model, X) == pruned.macs[1] <= 0.4 * pruned.macs[0]
-    assert counted_params(pruned.model) == pruned.params[1]
+    assert pruned.proof.ok
+    assert counted_macs(pruned.model, X) == pruned.after["macs"] <= 0.4 * pruned.before["macs"]
+    assert counted_params(pruned.model) == pruned.after["params"]
     assert (pruned.model.block1.conv2.out_channels == 16) == (streams == "keep")
     w = pruned.model.block3.conv1.weight
     assert w.std().item() == pytest.approx((2 / (9 * w.shape[0])) ** 0.5, rel=0.1)  # by its new fan-out
@@ -102,11 +102,11 @@ def test_every_kind_of_block_changes_its_widths(family: str, method: str) -> Non
         torch.randn(2, 3, 32 if family == "vgg" else 16, 32 if family == "vgg" else 16),
     )
     pruned = prune(model, x, budget=Budget(params=0.6), method=method)
-    assert pruned.verification.ok
-    assert counted_macs(pruned.model, x) == pruned.macs[1]
-    assert counted_params(pruned.model) == pruned.params[1]
-    assert 0.5 < pruned.params[1] / pruned.params[0] <= 0.6
-    assert pruned.macs[1] <= pruned.macs[0]
+    assert pruned.proof.ok
+    assert counted_macs(pruned.model, x) == pruned.after["macs"]
+    assert counted_params(pruned.model) == pruned.after["params"]
+    assert 0.5 < pruned.after["params"] / pruned.before["params"] <= 0.6
+    assert pruned.after["macs"] <= pruned.before["macs"]
     if method == "preconfig":
         widths = pruned.plan.origin["widths"]
         units = {group.name: group.units for group in analyze(model, x).groups}
@@ -181,8 +181,8 @@ def test_given_densities_need_no_budget(resnet8: nn.Module) -> None:
     pruned = precrop(resnet8, X, None, densities=p)
     sizes = {name: dict(resnet8.named_parameters())[f"{name}.weight"].numel() for name in p}
     gone = sum((1 - p[name]) * size for name, size in sizes.items())
-    assert pruned.params[0] - pruned.params[1] >= gone
-    assert pruned.params[0] - pruned.params[1] < gone + 1000  # one channel of the last block
+    assert pruned.before["params"] - pruned.after["params"] >= gone
+    assert pruned.before["params"] - pruned.after["params"] < gone + 1000  # one channel of the last block
     assert pruned.model.block1.conv1.out_channels == 16
 
 
@@ -209,9 +209,14 @@ def test_preconfig_grows_some_layers_within_both_budgets() -> None:
     widths = pruned.plan.origin["widths"]
     assert widths["layer1.0.conv1"] > 16
     assert widths["layer3.0.conv1"] < 64
-    assert pruned.verification.ok
-    assert counted_macs(pruned.model, X) == pruned.macs[1] <= pruned.macs[0] == counted_macs(dense, X)
-    assert counted_params(pruned.model) == pruned.params[1] <= 0.7 * pruned.params[0]
+    assert pruned.proof.ok
+    assert (
+        counted_macs(pruned.model, X)
+        == pruned.after["macs"]
+        <= pruned.before["macs"]
+        == counted_macs(dense, X)
+    )
+    assert counted_params(pruned.model) == pruned.after["params"] <= 0.7 * pruned.before["params"]
     assert pruned.model(X).shape == (2, 10)
     assert max(preconfig(dense, X, Budget(params=0.7), cap=1.0).plan.origin["widths"].values()) <= 64
 
@@ -239,8 +244,8 @@ def test_two_budgets_are_both_used() -> None:
     cost = Cost(graph)
     limits = {"macs": cost.macs(), "params": int(0.8 * cost.params())}
     found = design(model, X, limits, graph=graph, cap=2.0)
-    assert 0.99 < found.macs[1] / limits["macs"] <= 1
-    assert 0.99 < found.params[1] / limits["params"] <= 1
+    assert 0.99 < found.after["macs"] / limits["macs"] <= 1
+    assert 0.99 < found.after["params"] / limits["params"] <= 1
 
 
 def test_measured_latency_is_a_budget_too(resnet8: nn.Module, graph: Graph) -> None:

@@ -28,9 +28,9 @@ def test_the_budget_is_met_and_the_cut_proven(bound: dict[str, float], compensat
     pruned = prune(
         model, x[:2], budget=Budget(**bound), method="rd", data=[x], compensation=compensation, levels=4
     )
-    after, dense = {"macs": pruned.macs, "params": pruned.params}.get(next(iter(bound)), (10, 0))[::-1]
+    after, dense = (record.get(next(iter(bound))) for record in (pruned.after, pruned.before))
     assert after <= next(iter(bound.values())) * dense
-    assert pruned.verification.ok
+    assert pruned.proof.ok
     assert pruned.model(x).shape == model(x).shape
     assert all(torch.equal(t, before[n]) for n, t in model.state_dict().items())
 
@@ -38,7 +38,7 @@ def test_the_budget_is_met_and_the_cut_proven(bound: dict[str, float], compensat
 def test_least_squares_is_closest_to_the_dense_model() -> None:
     model, x = residual_net(images=64)
     moved = [
-        rd(model, x[:2], Budget(macs=0.6), data=[x], compensation=c, levels=5).measured
+        rd(model, x[:2], Budget(macs=0.6), data=[x], compensation=c, levels=5).facts["measured"]
         for c in ("least-squares", "none")
     ]
     assert moved[0] < moved[1]
@@ -101,7 +101,7 @@ def test_curves_are_cached_and_widths_respect_the_options(tmp_path: Path) -> Non
         )  # fmt: skip
         assert all(k % 2 == 0 and k >= 2 for k in pruned.plan.kept(pruned.graph))
     assert len(calls) == calls[0]
-    assert all((np.diff(curve) >= 0).all() for curve in pruned.curves.reduced())
+    assert all((np.diff(row["distortion"]) >= 0).all() for row in pruned.facts["curves"])
 
 
 def test_groups_that_several_layers_write_are_streams() -> None:
@@ -121,8 +121,8 @@ def test_streams_are_spared_where_that_measures_enough_better() -> None:
 
     plain, spared = by(1.0, 1.0), by(1000.0, 1.0)
     assert spared.plan.origin["stream_weight"] == 1000.0
-    assert spared.measured < plain.measured
-    share = spared.measured / plain.measured
+    assert spared.facts["measured"] < plain.facts["measured"]
+    share = spared.facts["measured"] / plain.facts["measured"]
     assert by(1000.0, 0.99 * share).plan == plain.plan
     assert by(1000.0, min(1.0, 1.01 * share)).plan == spared.plan
     kept = [plan.plan.kept(plan.graph) for plan in (plain, spared)]

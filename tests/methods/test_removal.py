@@ -213,8 +213,8 @@ def test_the_budget_is_met_with_releases() -> None:
     assert all(0 <= e.unit < units[e.group] for e in released)
     assert all(e.rate is not None and e.length is not None for e in released)
     pruned = method.finish()
-    assert pruned.verification.ok
-    assert 0.4 < pruned.macs[1] / pruned.macs[0] <= 0.5
+    assert pruned.proof.ok
+    assert 0.4 < pruned.after["macs"] / pruned.before["macs"] <= 0.5
 
 
 def test_rounds_must_fit() -> None:

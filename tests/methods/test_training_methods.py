@@ -51,8 +51,8 @@ def test_beside_the_users_own_loop(make: Make) -> None:
     assert hooks(model) == before
     pruned = method.finish()
     assert pruned.model is model
-    assert pruned.verification.ok
-    assert pruned.macs[1] <= 0.6 * pruned.macs[0]
+    assert pruned.proof.ok
+    assert pruned.after["macs"] <= 0.6 * pruned.before["macs"]
     for p in model.parameters():  # the momentum was cut along, so that training can go on
         slot = optimizer.state.get(p, {}).get("momentum_buffer")
         assert slot is None or slot.shape == p.shape
@@ -103,7 +103,7 @@ def test_a_resumed_run_equals_an_uninterrupted_one(make: Make, tmp_path: Path) -
 @every_method
 def test_a_moving_average_is_cut_along(make: Make, tmp_path: Path) -> None:
     method, result = train(make, tmp_path, replace(CONFIG, ema=0.5))
-    assert method.finish().verification.ok
+    assert method.finish().proof.ok
     assert 0 <= result.accuracy <= 1
 
 
@@ -144,9 +144,9 @@ def test_the_end_comes_after_the_block(make: Make) -> None:
         with pytest.raises(TrainingError, match="after the block"):
             method.finish()
     first, second = method.finish(), method.finish()
-    assert first.verification.ok
-    assert second.verification.ok
-    assert first.macs == second.macs
+    assert first.proof.ok
+    assert second.proof.ok
+    assert first.after == second.after
 
 
 def test_the_optimizer_must_know_the_bypass() -> None:

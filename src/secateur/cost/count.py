@@ -77,6 +77,10 @@ class Cost:
         """One of the measures by name: "macs", "params" or "units"."""
         return int(getattr(self, measure)(kept))
 
+    def all(self, kept: Kept | None = None) -> dict[str, int]:
+        """Every measure in closed form, by name."""
+        return {measure: self.of(measure, kept) for measure in MEASURES}
+
     def _counts(self, kept: Kept | None) -> Tensor:
         return torch.as_tensor(self.full if kept is None else kept, dtype=torch.float64)
 

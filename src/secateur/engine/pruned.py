@@ -1,14 +1,19 @@
-"""What every method gives back."""
+"""The one result: what every method gives back."""
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor, nn
 
+from secateur.cost import Cost
+from secateur.errors import CutError
 from secateur.graph import Graph
-from secateur.plan import Plan
-from secateur.proof import Verification
+from secateur.plan import Plan, WeightPlan
+from secateur.proof import Verification, verify
 from secateur.surgery import save
+from secateur.surgery.cut import cut_copy
 
 
 @dataclass(frozen=True)
@@ -16,34 +21,71 @@ class Pruned:
     """A pruned model and how it came about.
 
     Attributes:
-        model: the user's class, smaller.
-        plan: what was removed.
+        model: the user's class; smaller, or with weights at zero.
+        plan: what was removed: a plan of channels, or of single weights; None: the method does not say.
         graph: of the original.
-        scores: (units,) per group.
-        verification: that the cut model equals the masked original.
-        macs: before, after; for one image.
-        params: before, after.
-        latency: before, after, in milliseconds, where the budget bounds them; None: not measured.
+        scores: (units,) per group of the graph, higher = keep; empty where single weights go.
+        proof: that the cut model equals the masked original; None: nothing was cut, or there is no plan.
+        before, after: cost by measure; weights at zero count as removed.
+        facts: what else the method found out, plain JSON.
     """
 
     model: nn.Module
-    plan: Plan
+    plan: Plan | WeightPlan | None
     graph: Graph
-    scores: list[Tensor]
-    verification: Verification
-    macs: tuple[int, int]
-    params: tuple[int, int]
-    latency: tuple[float, float] | None = field(default=None, kw_only=True)
+    scores: Sequence[Tensor]
+    proof: Verification | None
+    before: Mapping[str, float]
+    after: Mapping[str, float]
+    facts: Mapping[str, Any] = field(default_factory=dict, kw_only=True)
 
     def save(self, path: str | Path) -> None:
         """Write the model for `secateur.load`."""
         save(self.model, path)
 
     def __str__(self) -> str:
-        counts = [("MACs", *self.macs), ("parameters", *self.params)]
+        zeros = ", as zeros" if isinstance(self.plan, WeightPlan) else ""
         lines = [
-            f"{name}: {before:,} -> {after:,} ({after / before:.1%} kept)" for name, before, after in counts
+            f"{name}: {before:,} -> {after:,} ({after / before:.1%} kept{zeros})"
+            for key, name in (("macs", "MACs"), ("params", "parameters"))
+            for before, after in ([(self.before[key], self.after[key])] if key in self.before else [])
         ]
-        if self.latency:
-            lines.append("latency: {:.3g} ms -> {:.3g} ms".format(*self.latency))
-        return "\n".join([*lines, str(self.verification)])
+        if "latency_ms" in self.before:
+            lines.append(f"latency: {self.before['latency_ms']:.3g} ms -> {self.after['latency_ms']:.3g} ms")
+        return "\n".join([*lines, *([str(self.proof)] if self.proof else [])])
+
+
+def cut_and_prove(
+    model: nn.Module,
+    graph: Graph,
+    plan: Plan,
+    scores: Sequence[Tensor],
+    *,
+    seed: int = 0,
+    facts: Mapping[str, Any] | None = None,
+) -> Pruned:
+    """Cut a copy of a model by a plan, and prove that the cut is right.
+
+    Args:
+        model: only read.
+        graph: of the model.
+        plan: which channels go.
+        scores: (units,) per group.
+        seed: of the images for the proof.
+        facts: what else the method found out, plain JSON.
+    Raises:
+        CutError: the model's forward cannot run at other widths, or the result is not equal.
+    """
+    small = cut_copy(model, graph, plan)
+    proof = verify(model, small, graph, plan, seed=seed)
+    require_equal(model, proof)
+    cost = Cost(graph)
+    return Pruned(
+        small, plan, graph, scores, proof, cost.all(), cost.all(plan.kept(graph)), facts=facts or {}
+    )
+
+
+def require_equal(model: nn.Module, proof: Verification) -> None:
+    """Raise CutError unless the proof holds."""
+    if not proof.ok:
+        raise CutError(f"{type(model).__name__}: the cut model is {proof}. Please report this model.")

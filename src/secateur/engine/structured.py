@@ -14,9 +14,9 @@ from secateur.allocate import allocate
 from secateur.cost import Budget, Cost
 from secateur.engine.decay import Ending
 from secateur.engine.gates import Gates
-from secateur.engine.pruned import Pruned
+from secateur.engine.pruned import Pruned, require_equal
 from secateur.engine.training import TrainingMethod
-from secateur.errors import BudgetError, CutError, ModelError, TrainingError
+from secateur.errors import BudgetError, ModelError, TrainingError
 from secateur.graph import Graph, Group, Inputs, analyze
 from secateur.graph.shrink import shrink
 from secateur.plan import Plan
@@ -207,19 +207,17 @@ class StructuredMethod(TrainingMethod):
             )
         plan, device = self.plan(), next(self.model.parameters()).device
         original = embed(self.original, self.model.cpu(), self.whole, plan)
-        verification = verify(original, self.model, self.whole, plan)
-        if not verification.ok:
-            raise CutError(
-                f"{type(self.model).__name__}: the cut model is {verification}. Please report this model."
-            )
+        proof = verify(original, self.model, self.whole, plan)
+        require_equal(self.model, proof)
+        counts = [len(units) for units in self.kept]
         return Pruned(
             self.model.to(device),
             plan,
             self.whole,
             self.scores,
-            verification,
-            macs=(self.dense.macs(), self.count("macs")),
-            params=(self.dense.params(), self.count("params")),
+            proof,
+            self.dense.all(),
+            self.cost.all(counts),
         )
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:

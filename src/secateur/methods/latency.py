@@ -95,13 +95,19 @@ def prune_to_latency(
         )
     best = max(fit, key=lambda trial: trial.share)
     assert best.pruned is not None
+    assert best.pruned.plan is not None
     measured = {"bound": limit, "dense": dense, "trials": [[t.share, t.milliseconds] for t in seen[1:]]}
     plan = replace(best.pruned.plan, origin={**best.pruned.plan.origin, "latency_ms": measured})
-    return replace(best.pruned, plan=plan, latency=(dense, best.milliseconds))
+    return replace(
+        best.pruned,
+        plan=plan,
+        before={**best.pruned.before, "latency_ms": dense},
+        after={**best.pruned.after, "latency_ms": best.milliseconds},
+    )
 
 
 def _timed(pruned: Pruned, clock: Clock) -> Trial:
-    return Trial(pruned.macs[1] / pruned.macs[0], clock(pruned.model), pruned)
+    return Trial(pruned.after["macs"] / pruned.before["macs"], clock(pruned.model), pruned)
 
 
 def _next(seen: Sequence[Trial], least: float, limit: float) -> float | None:
@@ -157,4 +163,4 @@ def budget_in_macs(
         return oneshot(model, inputs, within, allocation="uniform", **options)
 
     found = prune_to_latency(evenly, model, budget, clock or here(model, inputs))
-    return replace(budget, latency_ms=None, macs=found.macs[1])
+    return replace(budget, latency_ms=None, macs=found.after["macs"])

@@ -6,13 +6,10 @@ from torch import Tensor, nn
 
 from secateur.allocate import allocate
 from secateur.cost import Budget, Cost
-from secateur.engine.pruned import Pruned
-from secateur.errors import CutError
+from secateur.engine.pruned import Pruned, cut_and_prove
 from secateur.graph import Inputs, analyze
 from secateur.plan import Plan
-from secateur.proof import verify
 from secateur.scores import SCORES, score_groups
-from secateur.surgery.cut import cut_copy
 
 
 def oneshot(
@@ -53,8 +50,8 @@ def oneshot(
     >>> import torch
     >>> model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 5, 3))
     >>> pruned = oneshot(model, torch.randn(1, 3, 8, 8), Budget(macs=0.5))
-    >>> pruned.macs, pruned.model[0].out_channels
-    ((13536, 6768), 4)
+    >>> pruned.before["macs"], pruned.after["macs"], pruned.model[0].out_channels
+    (13536, 6768, 4)
     """
     graph = analyze(model, inputs, freeze=freeze, attention=attention)
     scores = score_groups(model, graph, score, seed=seed, data=data, loss=loss)
@@ -75,17 +72,4 @@ def oneshot(
         "seed": seed,
     }
     plan = Plan.of(graph, masks, origin)
-    small = cut_copy(model, graph, plan)
-    verification = verify(model, small, graph, plan, seed=seed)
-    if not verification.ok:
-        raise CutError(f"{type(model).__name__}: the cut model is {verification}. Please report this model.")
-    kept = plan.kept(graph)
-    return Pruned(
-        small,
-        plan,
-        graph,
-        scores,
-        verification,
-        macs=(cost.macs(), cost.macs(kept)),
-        params=(cost.params(), cost.params(kept)),
-    )
+    return cut_and_prove(model, graph, plan, scores, seed=seed)

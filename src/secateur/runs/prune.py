@@ -159,13 +159,14 @@ def _during(
         pruned = method.finish()
     if not folder:
         return None
+    assert isinstance(pruned.plan, Plan)
     pruned.plan.save(folder / "plan.json")
     save(model, folder / "model.safetensors")
     folder.once("cut", lambda: _facts(pruned))
     tested("pruned model", model, data, folder, watch)
     exported = _exported(config, dense, model, subject, folder, watch)
     pair = (method.original, model)
-    counts = Counts(pruned.macs, pruned.params)
+    counts = Counts(*pairs_of(pruned))
     report = compose(config, subject, pruned.graph, pruned.plan, pair, counts, folder, exported, method)
     write_report(folder.path, report)
     return report
@@ -225,6 +226,7 @@ def _decide(
         **config.method_options(),
         **given,
     )
+    assert isinstance(pruned.plan, Plan)
     return Decision(pruned.plan, pruned.graph, pruned.model, _facts(pruned))
 
 
@@ -250,6 +252,7 @@ def _by_own(config: PruneConfig, subject: Subject, graph: Graph, options: dict[s
     budget = _in_closed_form(config, subject, graph)
     result = method.run(model, subject.inputs, budget, **config.method_options(), **options)
     if isinstance(result, Pruned):
+        assert isinstance(result.plan, Plan)
         return Decision(result.plan, result.graph, result.model, _facts(result))
     if not isinstance(result, nn.Module):
         raise SecateurError(
@@ -265,8 +268,20 @@ def _facts(pruned: Pruned) -> dict[str, Any]:
         group.name: [value if math.isfinite(value) else None for value in score.tolist()]
         for group, score in zip(pruned.graph.groups, pruned.scores, strict=True)
     }
-    facts = {"scores": scores, "verification": asdict(pruned.verification)}
-    return facts | {"macs": list(pruned.macs), "params": list(pruned.params)}
+    assert pruned.proof is not None
+    macs, params = pairs_of(pruned)
+    return {
+        "scores": scores,
+        "verification": asdict(pruned.proof),
+        "macs": list(macs),
+        "params": list(params),
+    }
+
+
+def pairs_of(pruned: Pruned) -> tuple[tuple[int, int], tuple[int, int]]:
+    """MACs and parameters, before and after."""
+    macs, params = ((int(pruned.before[m]), int(pruned.after[m])) for m in ("macs", "params"))
+    return macs, params
 
 
 def _fit(

@@ -2,7 +2,7 @@
 
 import copy
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -13,16 +13,14 @@ from secateur.allocate.density import Densities, Layer, Vector, by_formula, cost
 from secateur.allocate.sparsity import WEIGHT_ALLOCATIONS
 from secateur.allocate.widths import Widths, fit_shares, land
 from secateur.cost import Budget, Cost
-from secateur.engine.pruned import Pruned
+from secateur.engine.pruned import Pruned, cut_and_prove
 from secateur.errors import BudgetError, CutError, unknown
 from secateur.graph import Graph, Inputs, analyze
 from secateur.methods.at_init import INITIAL_SCORES, densities_of, initial_masks, layer_bounds
 from secateur.methods.precrop.reset import reset_
 from secateur.methods.precrop.widen import widen_
 from secateur.plan import Plan
-from secateur.proof import verify
 from secateur.scores.at_init import Loss
-from secateur.surgery.cut import cut_copy
 
 DENSITIES = (
     {"optimal": "greatest product of densities under the budget, in closed form"}
@@ -52,8 +50,7 @@ class Design:
         widths: units per group of it.
         targets: density that each layer was to have, of those whose widths can change.
         densities: density that it has at these widths.
-        macs: dense, at these widths.
-        params: likewise.
+        before, after: cost by measure, dense and at these widths.
     """
 
     graph: Graph
@@ -61,8 +58,8 @@ class Design:
     widths: tuple[int, ...]
     targets: Densities
     densities: Densities
-    macs: tuple[int, int]
-    params: tuple[int, int]
+    before: dict[str, int]
+    after: dict[str, int]
 
 
 def layer_densities(
@@ -242,8 +239,8 @@ def design(
         tuple(kept),
         targets,
         {layer.name: float(p) for layer, p in zip(layers, realised, strict=True)},
-        macs=(cost.macs(), cost.macs(kept)),
-        params=(cost.params(), cost.params(kept)),
+        before=cost.all(),
+        after=cost.all(kept),
     )
 
 
@@ -465,30 +462,17 @@ def _built(
             )
     masks = [spread(group.units, widths[group.name]) for group in graph.groups]
     plan = Plan.of(graph, masks, origin | {"widths": widths, "densities": found.densities})
-    small = cut_copy(whole, graph, plan)
-    verification = verify(whole, small, graph, plan, seed=seed)
-    if not verification.ok:
-        raise CutError(f"{type(model).__name__}: the cut model is {verification}. Please report this model.")
-    cost = Cost(graph)
-    kept = plan.kept(graph)
-    if (cost.macs(kept), cost.params(kept)) != (found.macs[1], found.params[1]):
+    pruned = cut_and_prove(whole, graph, plan, [mask.float() for mask in masks], seed=seed)
+    if {m: pruned.after[m] for m in found.after} != found.after:
         raise CutError(
-            f"{type(model).__name__}: the network has {cost.macs(kept):,} MACs and {cost.params(kept):,} parameters, "
-            f"the design {found.macs[1]:,} and {found.params[1]:,}. Please report this model."
+            f"{type(model).__name__}: the network costs {dict(pruned.after)}, the design {found.after}. Please report "
+            f"this model."
         )
     if initialise is None:
-        reset_(small, seed=seed)
+        reset_(pruned.model, seed=seed)
     else:
-        initialise(small)
-    return Pruned(
-        small,
-        plan,
-        graph,
-        [mask.float() for mask in masks],
-        verification,
-        macs=found.macs,
-        params=found.params,
-    )
+        initialise(pruned.model)
+    return replace(pruned, before=found.before, after=found.after)
 
 
 def spread(units: int, kept: int) -> Tensor:

@@ -13,34 +13,15 @@ from torch import Tensor, nn
 from secateur.allocate.products import Choice, choose_widths
 from secateur.allocate.table import allowed
 from secateur.cost import Budget, Cost
-from secateur.engine.pruned import Pruned
-from secateur.errors import BudgetError, CutError, ScoreError, SecateurError, unknown
+from secateur.engine.pruned import Pruned, cut_and_prove
+from secateur.errors import BudgetError, ScoreError, SecateurError, unknown
 from secateur.graph import Graph, Group, Inputs, Member, analyze
 from secateur.graph.replay import Program, Tensors
 from secateur.methods.rd.curves import Curves, Tick, interpolated, joint, key_of, measure
 from secateur.methods.rd.single_weights import COMPENSATIONS, passes
 from secateur.plan import Plan
-from secateur.proof import verify
 from secateur.reconstruction.compensate import Fitted, compensate, layers, reestimate
 from secateur.reconstruction.leastsquares import block_prices
-from secateur.surgery.cut import cut_copy
-
-
-@dataclass(frozen=True)
-class PrunedByCurves(Pruned):
-    """A pruned model, and what was measured to choose its widths.
-
-    Attributes:
-        curves: distortion of each group at each level.
-        predicted: distortion by the sum of the curves.
-        measured: mean distortion of the pruned model on the calibration images.
-        gap: how far the widths may be from the best sum; infinite if nothing is proven.
-    """
-
-    curves: Curves
-    predicted: float
-    measured: float
-    gap: float
 
 
 @torch.no_grad()
@@ -62,7 +43,7 @@ def rd(
     seed: int = 0,
     curves: str | Path | None = None,
     tick: Tick | None = None,
-) -> PrunedByCurves:
+) -> Pruned:
     """Prune a copy of a trained model to a budget, widths chosen by measured distortion curves.
 
     For each group of channels and several widths, the distance of the outputs is measured when only that group is
@@ -165,30 +146,21 @@ def rd(
     plan = best.plan
     for name, tensor in best.tensors.items():
         program.tensor(name).copy_(tensor)
-    small = cut_copy(model, graph, plan)
+    facts = {
+        "curves": found.rows(),
+        "predicted": best.predicted,
+        "measured": best.measured,
+        "gap": best.gap,
+    }
     with torch.enable_grad():
-        verification = verify(model, small, graph, plan, seed=seed)
-    if not verification.ok:
-        raise CutError(f"{type(model).__name__}: the cut model is {verification}. Please report this model.")
-    kept = plan.kept(graph)
-    return PrunedByCurves(
-        small,
-        plan,
-        graph,
-        [rank_of(order) for order in orders],
-        verification,
-        macs=(cost.macs(), cost.macs(kept)),
-        params=(cost.params(), cost.params(kept)),
-        curves=found,
-        predicted=best.predicted,
-        measured=best.measured,
-        gap=best.gap,
-    )
+        return cut_and_prove(model, graph, plan, [rank_of(order) for order in orders], seed=seed, facts=facts)
 
 
 @dataclass(frozen=True)
 class Trial:
-    """Widths that were carried out: as `PrunedByCurves` has them, and the tensors that make up for what went."""
+    """Widths that were tried: their measured and predicted distortion, how far the sum may be from the best, and the
+    tensors that make up for what went.
+    """
 
     measured: float
     predicted: float

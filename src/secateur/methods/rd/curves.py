@@ -96,6 +96,13 @@ class Curves:
             curves.append(np.maximum.accumulate(values))
         return curves
 
+    def rows(self) -> list[dict[str, Any]]:
+        """What reports show, plain JSON: per layer its name, what it keeps at each level, and the mean distortion."""
+        return [
+            {"layer": name, "kept": kept.tolist(), "distortion": values.tolist()}
+            for name, kept, values in zip(self.names, self.kept, self.reduced(), strict=True)
+        ]
+
     def save(self, path: str | Path) -> None:
         """Write the curves as one safetensors file."""
         tensors = {}

@@ -1,0 +1,296 @@
+"""Settings as dataclass fields: each option says once what it is for, its default, and which values it takes.
+
+    @settings
+    class Fade:
+        steps: int = option(1, "steps until a unit is zero", least=1)
+
+From these fields follow the checks at construction, command-line flags, lists of options, files and tables in the docs.
+Nothing here needs PyTorch, so that `secateur --help` need not wait for it.
+"""
+
+import dataclasses
+import functools
+import math
+import types
+from collections.abc import Callable, Collection, Iterator, Mapping
+from dataclasses import MISSING, dataclass, fields, is_dataclass
+from pathlib import Path
+from typing import Any, Literal, TypeVar, Union, dataclass_transform, get_args, get_origin, get_type_hints
+
+from secateur.errors import SecateurError, unknown
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Option:
+    """What a field says about itself.
+
+    Attributes:
+        help: one line, without a full stop.
+        choices: names that it may take, or a function that gives them.
+        custom: whether it may also be a function, or `module:function`.
+        least, most: bounds that are allowed themselves.
+        above, below: bounds that are not.
+        panel: heading under which the command line shows it.
+        metavar: what the command line shows in place of a value.
+        shown: what the command line shows as the default.
+    """
+
+    help: str
+    choices: Collection[str] | Callable[[], Collection[str]] | None = None
+    custom: bool = False
+    least: float | None = None
+    most: float | None = None
+    above: float | None = None
+    below: float | None = None
+    panel: str | None = None
+    metavar: str | None = None
+    shown: str | None = None
+
+    @property
+    def names(self) -> list[str] | None:
+        """The choices; None: there are none to choose from."""
+        if self.choices is None:
+            return None
+        return list(self.choices() if callable(self.choices) else self.choices)
+
+    @property
+    def range(self) -> str:
+        """The bounds in words; empty if there are none."""
+        words = [
+            f"{word} {bound:g}"
+            for word, bound in (
+                ("at least", self.least),
+                ("above", self.above),
+                ("at most", self.most),
+                ("below", self.below),
+            )
+            if bound is not None
+        ]
+        return ", ".join(words)
+
+    def holds(self, number: float) -> bool:
+        """Whether a number is within the bounds."""
+        return (
+            math.isfinite(number)
+            and (self.least is None or number >= self.least)
+            and (self.most is None or number <= self.most)
+            and (self.above is None or number > self.above)
+            and (self.below is None or number < self.below)
+        )
+
+
+def option(default: Any, help: str, **about: Any) -> Any:
+    """A field of a settings class; `about` is as for `Option`. A default of `...` means that it must be given."""
+    metadata = {"option": Option(help, **about)}
+    if default is ...:
+        return dataclasses.field(metadata=metadata)
+    if isinstance(default, dict):
+        return dataclasses.field(default_factory=lambda: dict(default), metadata=metadata)
+    return dataclasses.field(default=default, metadata=metadata)
+
+
+@dataclass_transform(kw_only_default=True, frozen_default=True, field_specifiers=(option, dataclasses.field))
+def settings(cls: type[T]) -> type[T]:
+    """Make a class a frozen dataclass of options that are checked when it is constructed.
+
+    A method `check(self)` of the class, if there is one, then checks what options must be to one another. The class
+    attribute `error` is what is raised, by default `SecateurError`.
+
+    >>> @settings
+    ... class Fade:
+    ...     steps: int = option(1, "steps until a unit is zero", least=1)
+    >>> Fade(steps=0)
+    Traceback (most recent call last):
+    secateur.errors.SecateurError: Fade: steps is 0; expected a whole number, at least 1
+    >>> Fade(step=3)
+    Traceback (most recent call last):
+    secateur.errors.SecateurError: Fade: unknown option 'step'; choose one of: steps
+    """
+    made = dataclass(frozen=True, kw_only=True)(cls)
+    plain = made.__init__
+    error: type[SecateurError] = getattr(cls, "error", SecateurError)
+
+    @functools.wraps(plain)
+    def construct(self: Any, *args: Any, **given: Any) -> None:
+        able = options_of(made)
+        if args:
+            raise error(f"{cls.__name__}: give its options by name: {', '.join(able)}")
+        for name in given:
+            if name not in able:
+                raise error(f"{cls.__name__}: {unknown('option', name, able)}")
+        for f in fields(made):  # type: ignore[arg-type]
+            if f.name not in given and f.default is MISSING and f.default_factory is MISSING:
+                raise error(f"{cls.__name__}: no {f.name}; it is the {able[f.name].help}")
+        plain(self, **given)
+        _check(self, error)
+
+    made.__init__ = construct  # type: ignore[method-assign]
+    return made
+
+
+def options_of(cls: Any) -> dict[str, Option]:
+    """Option by name, of a settings class or an instance of one, in the order of its fields."""
+    return {f.name: f.metadata["option"] for f in fields(cls) if "option" in f.metadata}
+
+
+def defaults_of(cls: Any) -> dict[str, Any]:
+    """Default by name, of those options that have one."""
+    found = {}
+    for f in fields(cls):
+        if f.default is not MISSING:
+            found[f.name] = f.default
+        elif f.default_factory is not MISSING:
+            found[f.name] = f.default_factory()
+    return found
+
+
+def expected(hint: Any, option: Option) -> str:
+    """What an option may be, in words.
+
+    >>> expected(float | None, Option("", above=0))
+    'a number, above 0, or None'
+    """
+    kinds, optional = _kinds(hint)
+    if (names := _names(hint, option)) is not None:
+        words = f"one of {', '.join(names)}" + (", a function or module:function" if option.custom else "")
+    elif bool in kinds:
+        words = "True or False"
+    elif int in kinds and float not in kinds:
+        words = ", ".join(["a whole number", *filter(None, [option.range])])
+    elif float in kinds:
+        words = ", ".join(["a number", *filter(None, [option.range])])
+    elif str in kinds or Path in kinds:
+        words = "text"
+    else:
+        origins = {get_origin(kind) or kind for kind in kinds}
+        if tuple in origins:
+            words = "a list" + (f" of numbers, each {option.range}" if option.range else "")
+        elif origins & {dict, Mapping}:
+            words = "a table"
+        else:
+            words = " or ".join(getattr(kind, "__name__", str(kind)) for kind in kinds)
+    return words + (", or None" if optional else "")
+
+
+def plain(value: Any) -> Any:
+    """Settings as plain JSON: dataclasses become tables, paths absolute text, functions `module:name`."""
+    if is_dataclass(value) and not isinstance(value, type):
+        return {f.name: plain(getattr(value, f.name)) for f in fields(value)}
+    if isinstance(value, Mapping):
+        return {str(key): plain(entry) for key, entry in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(entry) for entry in value]
+    if isinstance(value, Path):
+        return str(value.resolve())
+    if callable(value):
+        return f"{value.__module__}:{value.__qualname__}"
+    return value
+
+
+def _check(given: Any, error: type[SecateurError]) -> None:
+    hints = get_type_hints(type(given))
+    for name, option in options_of(given).items():
+        value = getattr(given, name)
+        try:
+            fit = _fitted(value, hints[name], option)
+        except _Unfit:
+            raise error(
+                f"{type(given).__name__}: {name} is {value!r}; expected {expected(hints[name], option)}"
+            ) from None
+        if fit is not value:
+            object.__setattr__(given, name, fit)
+    if check := getattr(given, "check", None):
+        check()
+
+
+class _Unfit(Exception):
+    pass
+
+
+def _kinds(hint: Any) -> tuple[list[Any], bool]:
+    """The types of a hint, and whether None is among them."""
+    parts = list(get_args(hint)) if get_origin(hint) in (Union, types.UnionType) else [hint]
+    return [part for part in parts if part is not type(None)], type(None) in parts
+
+
+def _names(hint: Any, option: Option) -> list[str] | None:
+    if option.names is not None:
+        return option.names
+    kinds, _ = _kinds(hint)
+    literal = [name for kind in kinds if get_origin(kind) is Literal for name in get_args(kind)]
+    return literal or None
+
+
+def _fitted(value: Any, hint: Any, option: Option) -> Any:
+    """The value as its type asks for it: lists become tuples, tables become settings.
+
+    Raises:
+        _Unfit: it is none of what it may be.
+    """
+    kinds, optional = _kinds(hint)
+    if value is None:
+        if optional:
+            return None
+        raise _Unfit
+    if option.custom and (callable(value) or (isinstance(value, str) and ":" in value)):
+        return value
+    names = _names(hint, option)
+    if names is not None and isinstance(value, str) and value in names:
+        return value
+    for kind in kinds:
+        for fit in _as(value, kind, option, names):
+            return fit
+    raise _Unfit
+
+
+def _as(value: Any, kind: Any, option: Option, names: list[str] | None) -> Iterator[Any]:
+    """The value as one type, if it can be that."""
+    origin = get_origin(kind) or kind
+    if origin is bool and isinstance(value, bool):
+        yield value
+    elif origin in (int, float) and isinstance(value, int | float) and not isinstance(value, bool):
+        if option.holds(value) and (origin is float or isinstance(value, int)):
+            yield value
+    elif origin is str and isinstance(value, str) and names is None:
+        yield value
+    elif origin is Path and isinstance(value, str | Path):
+        yield Path(value)
+    elif origin is tuple and isinstance(value, list | tuple | str):
+        parts = (value,) if isinstance(value, str) else tuple(value)
+        yield from _tuple(parts, get_args(kind), option, names)
+    elif origin in (dict, Mapping) and isinstance(value, Mapping):
+        yield value
+    elif isinstance(origin, type) and is_dataclass(origin):
+        if isinstance(value, origin):
+            yield value
+        elif isinstance(value, Mapping):
+            yield origin(**value)
+        elif value is True:
+            yield origin()
+    elif (
+        isinstance(origin, type)
+        and origin not in (bool, int, float, str, tuple, dict)
+        and isinstance(value, origin)
+    ):
+        yield value
+
+
+def _tuple(
+    parts: tuple[Any, ...], kinds: tuple[Any, ...], option: Option, names: list[str] | None
+) -> Iterator[Any]:
+    if len(kinds) == 2 and kinds[1] is Ellipsis:
+        kinds = (kinds[0],) * len(parts)
+    if len(kinds) != len(parts):
+        return
+    found = []
+    for part, kind in zip(parts, kinds, strict=True):
+        if names is not None and part in names:
+            found.append(part)
+            continue
+        fits = list(_as(part, kind, option, names))
+        if not fits:
+            return
+        found.append(fits[0])
+    yield tuple(found)
