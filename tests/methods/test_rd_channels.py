@@ -9,11 +9,12 @@ import torch
 from torch import nn
 
 from secateur import Budget, prune
+from secateur.engine.pruned import Pruned
 from secateur.errors import BudgetError, ScoreError, SecateurError
 from secateur.graph import analyze
 from secateur.graph.replay import Program
 from secateur.methods.oneshot import oneshot
-from secateur.methods.rd.channels import PrunedByCurves, columns_of, compensated, is_stream, rd
+from secateur.methods.rd.channels import columns_of, compensated, is_stream, rd
 from secateur.proof import verify
 from secateur.reconstruction.leastsquares import Moments, block_prices, solve
 from secateur.surgery.cut import cut_copy
@@ -113,7 +114,7 @@ def test_groups_that_several_layers_write_are_streams() -> None:
 def test_streams_are_spared_where_that_measures_enough_better() -> None:
     model, x = residual_net(images=64)
 
-    def by(weight: float, gain: float) -> PrunedByCurves:
+    def by(weight: float, gain: float) -> Pruned:
         return rd(
             model, x[:2], Budget(macs=0.6), data=[x], levels=5, exponents=(0.5,), stream_weight=weight,
             stream_gain=gain,

@@ -10,6 +10,7 @@ from secateur.graph.groups import (
     Product,
     analyze,
     fingerprint,
+    is_frozen,
     named_tensors,
 )
 from secateur.graph.modules import mirrored, register_pad
@@ -24,6 +25,7 @@ __all__ = [
     "Product",
     "analyze",
     "fingerprint",
+    "is_frozen",
     "mirrored",
     "named_tensors",
     "register_pad",

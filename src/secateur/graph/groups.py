@@ -44,6 +44,12 @@ class Member:
         index = torch.as_tensor(self.index, device=t.device)
         return t.index_select(self.dim, index.flatten()).movedim(self.dim, 0).reshape(len(index), -1)
 
+    def spread(self, values: Tensor, size: int, fill: float = 1.0) -> Tensor:
+        """Values of the units, (units,), at their positions along a dim of this size, (size,); `fill` elsewhere."""
+        index = torch.as_tensor(self.index, device=values.device)
+        along = torch.full((size,), fill, dtype=values.dtype, device=values.device)
+        return along.index_put((index,), values[:, None].expand(index.shape))
+
     def fill_(self, t: Tensor, removed: Tensor, value: float) -> None:
         """Set the positions of the removed units, (units,) bool, to a value."""
         index = torch.as_tensor(self.index, device=t.device)[removed.to(t.device)].flatten()
@@ -201,16 +207,26 @@ def unread(model: nn.Module, labels: Labels, names: dict[str, str]) -> tuple[str
     return tuple(name for name, p in model.named_parameters() if p.ndim and names[name] not in seen)
 
 
+def is_frozen(name: str, freeze: Sequence[str]) -> bool:
+    """Whether a module or one that it is part of has a name that one of the patterns matches.
+
+    >>> is_frozen("layer4.0.conv1", ["layer4"]), is_frozen("layer4.0.conv1", ["*.conv2"])
+    (True, False)
+    """
+    parts = name.split(".")
+    paths = [".".join(parts[: n + 1]) for n in range(len(parts))]
+    return any(fnmatchcase(path, pattern) for path in paths for pattern in freeze)
+
+
 def pin_modules(model: nn.Module, labels: Labels, names: dict[str, str], freeze: Sequence[str]) -> None:
     modules = [name for name, _ in model.named_modules() if name]
     for pattern in freeze:
-        matched = {name for name in modules if fnmatchcase(name, pattern)}
-        if not matched:
+        if not any(is_frozen(name, [pattern]) for name in modules):
             some = ", ".join(modules[:8])
             raise CaptureError(f"freeze={pattern!r} matches no module; the model has {some}, …")
         for (tensor, _), atoms in labels.tensors.items():
             owners = {alias.rpartition(".")[0] for alias, name in names.items() if name == tensor}
-            if any(owner == name or owner.startswith(f"{name}.") for owner in owners for name in matched):
+            if any(is_frozen(owner, [pattern]) for owner in owners):
                 labels.module = tensor.rpartition(".")[0]
                 labels.pin(atoms, "frozen by the user")
 

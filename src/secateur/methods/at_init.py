@@ -8,7 +8,6 @@ masks are `WeightPlan`s, which hold through training with `with plan.holding(mod
 import copy
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from fnmatch import fnmatchcase
 from typing import Any
 
 import numpy as np
@@ -18,7 +17,7 @@ from torch import Tensor, nn
 from secateur.allocate.density import Densities, Layer, Vector, costs_of, layer_table, ranked
 from secateur.cost import Budget, Cost
 from secateur.errors import BudgetError, ScoreError, unknown
-from secateur.graph import Graph, Inputs, analyze
+from secateur.graph import Graph, Inputs, analyze, is_frozen
 from secateur.plan.weight_plan import WeightPlan, top
 from secateur.scores.at_init import Loss, Synflow, grasp, snip
 
@@ -97,7 +96,7 @@ def prune_initial(
         raise ScoreError(unknown("shuffle", shuffle, SHUFFLES))
     graph = analyze(model, inputs, freeze=freeze)
     layers = tuple(
-        layer for layer in layer_table(graph, classifier=True) if not _frozen(model, layer, freeze)
+        layer for layer in layer_table(graph, classifier=True) if not is_frozen(layer.name, freeze)
     )
     cost = Cost(graph)
     dense = {name: cost.of(name) for name in budget.bounds}
@@ -143,12 +142,6 @@ def costs_left(graph: Graph, masks: Mapping[str, Tensor]) -> dict[str, tuple[int
         dense = cost.of(measure)
         left[measure] = dense, dense - round(float(costs_of(layers, measure) @ gone))
     return left
-
-
-def _frozen(model: nn.Module, layer: Layer, freeze: Sequence[str]) -> bool:
-    parts = layer.name.split(".")
-    paths = [".".join(parts[: n + 1]) for n in range(len(parts))]
-    return any(fnmatchcase(path, pattern) for path in paths for pattern in freeze)
 
 
 def layer_bounds(
