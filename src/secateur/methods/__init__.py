@@ -11,10 +11,9 @@ from typing import Any, Literal
 from torch import nn
 
 from secateur.cost import Budget
-from secateur.engine.decay import Decay, Rectify
+from secateur.engine.decay import Decay, Restore
 from secateur.engine.pruned import Pruned
-from secateur.engine.structured import StructuredMethod
-from secateur.engine.training import TrainingMethod
+from secateur.engine.training_method import TrainingMethod
 from secateur.errors import SecateurError, unknown
 from secateur.graph import Inputs
 from secateur.imports import imported
@@ -23,10 +22,11 @@ from secateur.methods.auto import AUTO, Choice, choose
 from secateur.methods.depgraph import DepGraph
 from secateur.methods.gate_decorator import GateDecorator
 from secateur.methods.gradual import Gradual
+from secateur.methods.hesso import HESSO
 from secateur.methods.lapp import LAPP
 from secateur.methods.latency import Clock, budget_in_macs, here, prune_to_latency
 from secateur.methods.oneshot import oneshot
-from secateur.methods.oto import HESSO, OTO
+from secateur.methods.oto import OTO
 from secateur.methods.paam import PAAM
 from secateur.methods.precrop.crop import preconfig, precrop
 from secateur.methods.precrop.random_masks import crop_masks
@@ -47,9 +47,8 @@ __all__ = [
     "Gradual",
     "Method",
     "Pruned",
-    "Rectify",
+    "Restore",
     "Sparse",
-    "StructuredMethod",
     "TrainingMethod",
     "budget_in_macs",
     "choose",
@@ -175,7 +174,7 @@ def method_named(name: str) -> Method:
     """
     if ":" in name:
         run = imported("method", name)
-        during = isinstance(run, type) and issubclass(run, StructuredMethod)
+        during = isinstance(run, type) and issubclass(run, TrainingMethod)
         return Method(run, f"your own, {name}", "during" if during else "after", own=True)
     if name not in METHODS:
         raise SecateurError(unknown("method", name, METHODS))
