@@ -97,8 +97,9 @@ def test_curves_are_cached_and_widths_respect_the_options(tmp_path: Path) -> Non
     path = tmp_path / "curves.safetensors"
     calls: list[int] = []
     for budget in (0.7, 0.5):
-        pruned = prune(model, x[:2], budget=Budget(macs=budget), method="rd", data=[(x, torch.zeros(len(x)))], levels=4, min_keep=2, round_to=2,
-            cache=path, progress=lambda done, total: calls.append(total),
+        pruned = prune(
+            model, x[:2], budget=Budget(macs=budget), method="rd", data=[(x, torch.zeros(len(x)))], levels=4,
+            min_keep=2, round_to=2, cache=path, progress=lambda done, total: calls.append(total),
         )  # fmt: skip
         assert all(k % 2 == 0 and k >= 2 for k in pruned.plan.kept(pruned.graph))
     assert len(calls) == calls[0]
@@ -115,8 +116,9 @@ def test_streams_are_protected_where_that_measures_enough_better() -> None:
     model, x = residual_net(images=64)
 
     def by(weight: float, gain: float) -> Pruned:
-        return prune(model, x[:2], budget=Budget(macs=0.6), method="rd", data=[x], levels=5, exponents=(0.5,), stream_weight=weight,
-            stream_gain=gain,
+        return prune(
+            model, x[:2], budget=Budget(macs=0.6), method="rd", data=[x], levels=5, exponents=(0.5,),
+            stream_weight=weight, stream_gain=gain,
         )  # fmt: skip
 
     plain, protected = by(1.0, 1.0), by(1000.0, 1.0)

@@ -5,7 +5,6 @@ from dataclasses import replace
 from typing import Any
 
 from secateur.cost.latency import Latency
-from secateur.report.data import Ending
 from secateur.report import (
     ComparisonReport,
     FrozenGroup,
@@ -15,6 +14,7 @@ from secateur.report import (
     Report,
     Width,
 )
+from secateur.report.data import Ending
 
 
 def latency(median_ms: float, runtime: str) -> Latency:

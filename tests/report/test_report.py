@@ -10,7 +10,6 @@ from typing import Any
 
 import pytest
 
-from secateur.report.data import Ending
 from secateur.errors import FileError, SecateurError
 from secateur.report import (
     FrozenGroup,
@@ -21,6 +20,7 @@ from secateur.report import (
     current_versions,
     write_report,
 )
+from secateur.report.data import Ending
 from secateur.report.figures import figures
 from secateur.report.html import render
 

@@ -75,7 +75,7 @@ def prune(given: Given) -> None:
     config, run = config_of(given)
     with interruptible(run.out, resume_command()):
         report = prune_run(
-            given, run.out, mode=run.mode, command=typed_command(), watch=watch(run.no_progress)
+            config, run.out, mode=run.mode, command=typed_command(), watch=watch(run.no_progress)
         )
     if report:
         summary(report, run.out)

@@ -24,6 +24,7 @@ from torch.optim import Optimizer
 
 from secateur.engine.state import UNSAVED
 from secateur.graph import Graph, Member
+from secateur.report.data import Ending
 from secateur.settings import option, settings
 
 PARTS = {
@@ -82,27 +83,6 @@ class Decay:
     form: Literal["length", "factor"] = option(
         "whether the length is prescribed, or multiplied", default="length"
     )
-
-
-@dataclass(frozen=True)
-class Ending:
-    """How the decay of one unit ended.
-
-    Attributes:
-        group: its name.
-        unit: the number it had at the start of the training.
-        start, end: optimizer steps; it was chosen after the one, and zero or restored after the other.
-        restored: it came back, and is not zero.
-        rate, length: what the test for restoring last measured; None: never.
-    """
-
-    group: str
-    unit: int
-    start: int
-    end: int
-    restored: bool
-    rate: float | None = None
-    length: float | None = None
 
 
 _QUANTITIES: dict[str, tuple[torch.dtype, float]] = {

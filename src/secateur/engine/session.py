@@ -33,6 +33,7 @@ from torch.utils import _pytree as pytree
 from secateur.allocate import allocate
 from secateur.cost import Budget, Cost
 from secateur.engine.decay import Decay, Ending, Pool
+from secateur.engine.describe import layer_facts
 from secateur.engine.gates import Gates
 from secateur.engine.pruned import Pruned, require_equal
 from secateur.engine.state import follow_cut, learned, load_state, move, save_state
@@ -262,7 +263,11 @@ class Session(Generic[S]):
             proof,
             self.dense.all(),
             self.cost.all([len(units) for units in self.kept]),
-            facts={"history": self.history, "endings": [asdict(ending) for ending in self.endings]},
+            facts={
+                **layer_facts(self.whole, self.original, self.model),
+                "history": self.history,
+                "endings": [asdict(ending) for ending in self.endings],
+            },
         )
 
     # --- what methods use ----------------------------------------------------------------------------------

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from secateur.engine.method import Method
+from secateur.errors import SecateurError
 from secateur.methods.oneshot import OneShot
 from secateur.methods.rd import RD
 from secateur.settings import option, options_of, settings
@@ -21,6 +22,14 @@ class Auto(Method):
     summary: ClassVar[str] = "what does best with what there is: weights, data, budget"
 
     options: Mapping[str, Any] = option("options that the method must take", default={})
+
+    def check(self) -> None:
+        able = [method for method in (OneShot, RD) if set(self.options) <= set(options_of(method))]
+        if not able:
+            strange = next(name for name in self.options if name not in options_of(OneShot))
+            raise SecateurError(f"method auto takes no {strange}; name the method")
+        for method in able:
+            method.of(self.options)
 
 
 @dataclass(frozen=True)

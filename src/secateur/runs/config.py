@@ -166,12 +166,11 @@ class PruneConfig:
             raise BudgetError(
                 "no budget: give at least one of keep-macs, keep-params, sparsity and latency-ms, such as keep-macs 0.5"
             )
-        Budget(**self.budget)
         for measure, bound in self.budget.items():
             if measure != "latency_ms" and not 0 < bound < 1:
-                raise BudgetError(
-                    f"budget {measure} {bound:g}: expected the share that may stay, above 0 and below 1"
-                )
+                said = f"sparsity {1 - bound:g}" if measure == "units" else f"budget {measure} {bound:g}"
+                raise BudgetError(f"{said}: expected a share above 0 and below 1")
+        Budget(**self.budget)
         if "latency_ms" in self.budget:
             if int(os.environ.get("WORLD_SIZE", "1")) > 1:
                 raise BudgetError(
