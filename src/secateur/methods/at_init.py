@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from secateur.allocate.density import Densities, Layer, Vector, costs_of, layer_table, ranked
+from secateur.allocate.density import Densities, Layer, Vector, costs_of, list_layers, rank_weights
 from secateur.cost import Budget, Cost
 from secateur.errors import BudgetError, ScoreError, unknown
 from secateur.graph import Graph, Inputs, analyze, is_frozen
@@ -96,7 +96,7 @@ def prune_initial(
         raise ScoreError(unknown("shuffle", shuffle, SHUFFLES))
     graph = analyze(model, inputs, freeze=freeze)
     layers = tuple(
-        layer for layer in layer_table(graph, classifier=True) if not is_frozen(layer.name, freeze)
+        layer for layer in list_layers(graph, classifier=True) if not is_frozen(layer.name, freeze)
     )
     cost = Cost(graph)
     dense = {name: cost.of(name) for name in budget.bounds}
@@ -135,7 +135,7 @@ def masked(
 
 def costs_left(graph: Graph, masks: Mapping[str, Tensor]) -> dict[str, tuple[int, int]]:
     """MACs and parameters, before and after, if a weight at zero cost nothing."""
-    layers = [layer for layer in layer_table(graph, classifier=True) if layer.weight in masks]
+    layers = [layer for layer in list_layers(graph, classifier=True) if layer.weight in masks]
     gone = np.array([1 - float(masks[layer.weight].double().mean()) for layer in layers])
     cost, left = Cost(graph), {}
     for measure in ("macs", "params"):
@@ -184,7 +184,7 @@ def initial_masks(
     With "synflow" what is left shrinks by the same factor in each of the rounds, and scores are taken again.
 
     Args:
-        layers: from `layer_table`.
+        layers: from `list_layers`.
         bounds: what these layers may cost together, in "params" and "macs".
         model, inputs, score, data, loss, rounds, seed: as for `prune_initial`.
     """
@@ -195,7 +195,7 @@ def initial_masks(
     names = [layer.weight for layer in layers]
     each = {
         "params": dict.fromkeys(names, 1.0),
-        "macs": {layer.weight: layer.macs / layer.weights for layer in layers},
+        "macs": {layer.weight: layer.costs["macs"] / layer.weights for layer in layers},
     }
     if score == "synflow":
         flow = Synflow(model, inputs, names)
@@ -206,7 +206,7 @@ def initial_masks(
                 m: total[m] * min(1.0, bound / total[m]) ** (number / rounds) for m, bound in bounds.items()
             }
             scores = {n: s.cpu().masked_fill(~masks[n], -1.0) for n, s in flow(masks).items()}
-            masks = ranked(scores, each, now)
+            masks = rank_weights(scores, each, now)
         return masks
     if score in ("snip", "grasp"):
         if data is None:
@@ -221,7 +221,7 @@ def initial_masks(
             else torch.rand(parameters[n].shape, generator=generator)
             for n in names
         }
-    return ranked(scores, each, bounds)
+    return rank_weights(scores, each, bounds)
 
 
 def densities_of(layers: Sequence[Layer], masks: Mapping[str, Tensor]) -> Densities:
@@ -246,7 +246,7 @@ def random_masks(
 
     Args:
         graph: of the model.
-        layers: from `layer_table`; others stay whole.
+        layers: from `list_layers`; others stay whole.
         densities: per layer, by name.
         bounds: what these layers may cost together, in "params" and "macs".
         granularity: "weights" or "filters".
@@ -311,7 +311,7 @@ def counts_within(
         places: per layer: its weights, or its filters; all of a layer's cost alike.
         layers, densities, bounds: as for `random_masks`.
 
-    >>> counts_within([Layer("a", "a.weight", 40, 40)], {"a": 0.33}, {"a": 10}, {"params": 13.5})
+    >>> counts_within([Layer("a", "a.weight", 40, {"params": 40})], {"a": 0.33}, {"a": 10}, {"params": 13.5})
     {'a': 3}
     """
     full = np.array([places[layer.name] for layer in layers], dtype=float)

@@ -242,7 +242,7 @@ class LAPP(StructuredMethod):
         for name, limit in self.limits.items():
             dense = self.dense.of(name)
             goal = limit / dense + (1 - limit / dense) * ramp
-            share = {"macs": self.cost.soft_macs, "params": self.cost.soft_params}[name](soft) / dense
+            share = self.cost.soft(name, soft) / dense
             over = torch.log(share / goal) if self._options["constraint"] == "log" else share - goal
             total = total + over.clamp_min(0)
         weight: float = self._options["weight"]

@@ -163,4 +163,4 @@ def budget_in_macs(
         return oneshot(model, inputs, within, allocation="uniform", **options)
 
     found = prune_to_latency(evenly, model, budget, clock or here(model, inputs))
-    return replace(budget, latency_ms=None, macs=found.after["macs"])
+    return Budget(**{**budget.given, "latency_ms": None, "macs": found.after["macs"]})

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from secateur.allocate import ALLOCATIONS, allowed
+from secateur.allocate import ALLOCATIONS, list_widths
 from secateur.cost import Budget, Cost
 from secateur.errors import BudgetError, DataError, FileError, ModelError, SecateurError, unknown
 from secateur.graph import Graph
@@ -347,7 +347,7 @@ def reachable(graph: Graph, min_keep: int = 1, round_to: int = 1) -> dict[str, t
     {'macs': (128, 1024), 'params': (14, 77), 'units': (1, 8)}
     """
     cost = Cost(graph)
-    least = [allowed(group.units, min_keep, round_to)[0] for group in graph.groups]
+    least = [list_widths(group.units, min_keep, round_to)[0] for group in graph.groups]
     return {measure: (cost.of(measure, least), cost.of(measure)) for measure in ("macs", "params", "units")}
 
 

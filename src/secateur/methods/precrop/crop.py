@@ -9,9 +9,17 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from secateur.allocate.density import Densities, Layer, Vector, by_formula, costs_of, layer_table, optimal
+from secateur.allocate.density import (
+    Densities,
+    Layer,
+    Vector,
+    allocate_densities,
+    costs_of,
+    list_layers,
+    solve_densities,
+)
 from secateur.allocate.sparsity import WEIGHT_ALLOCATIONS
-from secateur.allocate.widths import Widths, fit_shares, land
+from secateur.allocate.widths import Widths, fit_shares, meet_budget
 from secateur.cost import Budget, Cost
 from secateur.engine.pruned import Pruned, cut_and_prove
 from secateur.errors import BudgetError, CutError, unknown
@@ -81,7 +89,7 @@ def layer_densities(
     Args:
         model: untrained; only read.
         inputs: example inputs.
-        layers: from `layer_table`.
+        layers: from `list_layers`.
         bounds: what these layers may cost together, in "params" and "macs".
         densities: a name in `DENSITIES`.
         cap: largest density, for "optimal".
@@ -109,10 +117,10 @@ def layer_densities(
             times, allowed = latency
             costs["latency_ms"] = np.array([times.get(layer.name, 0.0) for layer in layers])
             limits["latency_ms"] = allowed
-        values = optimal(costs, limits, cap=cap)
+        values = solve_densities(costs, limits, cap=cap)
         return {layer.name: float(p) for layer, p in zip(layers, values, strict=True)}
     if densities in WEIGHT_ALLOCATIONS:
-        return by_formula(layers, dict(model.named_parameters()), bounds, densities)
+        return allocate_densities(layers, dict(model.named_parameters()), bounds, densities)
     data = None if data is None else list(data)
     total = dict.fromkeys((layer.name for layer in layers), 0.0)
     for draw in range(draws):
@@ -145,7 +153,7 @@ def design(
     """Choose widths; nothing is cut.
 
     Formulas are asked again for more or less of each cost until the widths they lead to cost what is allowed; what
-    still differs, and what scores or given densities lead to, is corrected by one factor for all shares (`land`).
+    still differs, and what scores or given densities lead to, is corrected by one factor for all (`meet_budget`).
 
     Args:
         model: untrained; only read.
@@ -173,7 +181,7 @@ def design(
     graph = graph or analyze(model, inputs, freeze=freeze)
     if not graph.groups:
         raise BudgetError("no width can change: the model has no group of removable units (see graph.frozen)")
-    cost, layers = Cost(graph), layer_table(graph, classifier=True)
+    cost, layers = Cost(graph), list_layers(graph, classifier=True)
     if not isinstance(densities, str):
         _check_densities(densities, layers, cap)
     if latency is not None:
@@ -222,7 +230,7 @@ def design(
     else:
         targets = {layer.name: densities[layer.name] for layer in able if layer.name in densities}
         shares = fitted(targets)
-    kept = land(
+    kept = meet_budget(
         cost,
         shares,
         limits,

@@ -4,7 +4,7 @@ from collections.abc import Iterable, Mapping, Sequence
 
 from torch import Tensor, nn
 
-from secateur.allocate.density import layer_table
+from secateur.allocate.density import list_layers
 from secateur.cost import Budget, Cost
 from secateur.errors import BudgetError, unknown
 from secateur.graph import Inputs, analyze
@@ -77,7 +77,7 @@ def crop_masks(
         seed=seed,
     )
     limits = found.limits
-    layers = [layer for layer in layer_table(graph, classifier=True) if found.densities[layer.name] < 1]
+    layers = [layer for layer in list_layers(graph, classifier=True) if found.densities[layer.name] < 1]
     bounds = layer_bounds(layers, limits, {name: Cost(graph).of(name) for name in limits})
     masks = random_masks(model, graph, layers, found.densities, bounds, granularity, seed=seed)
     origin = {

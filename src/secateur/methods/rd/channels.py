@@ -10,8 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from secateur.allocate.products import Choice, choose_widths
-from secateur.allocate.table import allowed
+from secateur.allocate.products import ChosenWidths, choose_widths
+from secateur.allocate.table import list_widths
 from secateur.cost import Budget, Cost
 from secateur.engine.pruned import Pruned, cut_and_prove
 from secateur.errors import BudgetError, ScoreError, SecateurError, unknown
@@ -181,7 +181,7 @@ def ranked(
     orders, widths = [], []
     for group in graph.groups:
         orders.append(order_of(program, group, fitted))
-        possible = np.array(allowed(group.units, min_keep, round_to))
+        possible = np.array(list_widths(group.units, min_keep, round_to))
         wanted = np.geomspace(group.units, possible[0], levels)
         nearest = possible[np.abs(possible[None] - wanted[:, None]).argmin(1)]
         widths.append(np.unique(nearest)[::-1].astype(np.int64))
@@ -284,13 +284,13 @@ def decided(
     limit: float,
     min_keep: int,
     round_to: int,
-) -> Choice:
+) -> ChosenWidths:
     """Widths of least summed distortion within the limit, then single units as long as one more fits."""
     levels, values = [], []
     for group, kept, curve in zip(graph.groups, curves.kept, curves.reduced(), strict=True):
         factor = stream_weight if is_stream(group) else 1.0
         grid, value = interpolated(kept, (factor * curve) ** exponent, 4 * len(kept))
-        possible = np.isin(grid, allowed(group.units, min_keep, round_to))
+        possible = np.isin(grid, list_widths(group.units, min_keep, round_to))
         levels.append(grid[possible])
         values.append(value[possible])
     choice = choose_widths(cost, curves.names, levels, values, bound, limit)
@@ -298,7 +298,7 @@ def decided(
     while True:  # widths between the levels
         best: tuple[float, int, int] | None = None
         for g, group in enumerate(graph.groups):
-            wider = [w for w in allowed(group.units, min_keep, round_to) if w > kept_now[g]]
+            wider = [w for w in list_widths(group.units, min_keep, round_to) if w > kept_now[g]]
             if not wider:
                 continue
             trial = [*kept_now[:g], wider[0], *kept_now[g + 1 :]]
@@ -313,7 +313,7 @@ def decided(
             break
         kept_now[best[1]] = best[2]
     total = sum(float(np.interp(-k, -lv, v)) for k, lv, v in zip(kept_now, levels, values, strict=True))
-    return Choice(tuple(kept_now), min(total, choice.distortion), choice.bound)
+    return ChosenWidths(tuple(kept_now), min(total, choice.distortion), choice.bound)
 
 
 def is_stream(group: Group) -> bool:

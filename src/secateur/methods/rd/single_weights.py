@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from secateur.allocate.knapsack import SOLVERS, Problem, Solution, solve
-from secateur.allocate.sparsity import WEIGHT_ALLOCATIONS, Counts, allocate_weights, landed
+from secateur.allocate.sparsity import WEIGHT_ALLOCATIONS, Counts, allocate_weights, meet_total
 from secateur.errors import BudgetError, PlanError, SecateurError, unknown
 from secateur.graph.replay import Program, Tensors
 from secateur.methods.rd.curves import (
@@ -314,7 +314,7 @@ class Task:
             {n: w.cpu() * self.alive[n] for n, w in self.weights.items()}, self.total, allocation
         )
         sizes = {n: int(mask.sum()) for n, mask in self.alive.items()}
-        return landed({n: min(count, sizes[n]) for n, count in counts.items()}, sizes, self.total)
+        return meet_total({n: min(count, sizes[n]) for n, count in counts.items()}, sizes, self.total)
 
     def measured(self, tensors: Tensors) -> float:
         """Mean distortion of the pruned network on the calibration images."""
@@ -379,7 +379,7 @@ class Task:
         solution = solve(problem, {"weights": float(self.total)}, self.settings.solver)
         counts = {n: int(k[level]) for n, k, level in zip(names, kept, solution.levels, strict=True)}
         if self.settings.pattern is None:
-            counts = landed(counts, {n: int(mask.sum()) for n, mask in self.alive.items()}, self.total)
+            counts = meet_total(counts, {n: int(mask.sum()) for n, mask in self.alive.items()}, self.total)
         return counts, solution
 
     def carried_out(self, counts: Counts) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
