@@ -11,8 +11,8 @@ import secateur
 
 SOURCE = Path(secateur.__file__).parent
 ORDER = [
-    "errors", "settings", "files", "imports", "graph", "cost", "scores", "allocate", "plan", "rewriting", "surgery",
-    "proof", "reconstruction", "report", "engine", "methods", "recipes", "export", "runs", "cli",
+    "errors", "settings", "files", "imports", "measures", "graph", "cost", "scores", "allocate", "plan", "rewriting",
+    "surgery", "proof", "reconstruction", "report", "engine", "methods", "recipes", "export", "runs", "cli",
 ]  # fmt: skip
 
 

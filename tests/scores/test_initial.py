@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from secateur import analyze
-from secateur.allocate.density import Layer, layer_table
+from secateur.allocate.density import Layer, list_layers
 from secateur.errors import ScoreError
 from secateur.methods.at_init import densities_of, initial_masks
 from secateur.scores.at_init import Synflow, grasp, snip
@@ -59,7 +59,7 @@ def long_chain() -> tuple[nn.Module, torch.Tensor, tuple[Layer, ...]]:
         layers += [nn.Conv2d(i, o, 3, padding=1, bias=False), nn.BatchNorm2d(o), nn.ReLU()]
     model = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 5))
     x = torch.zeros(1, 3, 4, 4)
-    return model, x, layer_table(analyze(model, x), classifier=True)
+    return model, x, list_layers(analyze(model, x), classifier=True)
 
 
 def test_synflow_never_empties_a_layer() -> None:

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor, nn
 
-from secateur.allocate.density import costs_of, layer_table
+from secateur.allocate.density import costs_of, list_layers
 from secateur.cost import Cost
 from secateur.engine.describe import describe, proof_notes
 from secateur.errors import CutError
@@ -129,7 +129,7 @@ def costs_left(graph: Graph, masks: Mapping[str, Tensor]) -> tuple[dict[str, int
         masks: weight name -> bool of its shape, True = keep.
     """
     cost = Cost(graph)
-    layers = [layer for layer in layer_table(graph, classifier=True) if layer.weight in masks]
+    layers = [layer for layer in list_layers(graph, classifier=True) if layer.weight in masks]
     gone = np.array([1 - float(masks[layer.weight].double().mean()) for layer in layers])
     before = {"macs": cost.macs(), "params": cost.params()}
     after = {m: dense - round(float(costs_of(layers, m) @ gone)) for m, dense in before.items()}

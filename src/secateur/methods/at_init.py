@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from secateur.allocate.density import Densities, Layer, Vector, costs_of, layer_table, ranked
+from secateur.allocate.density import Densities, Layer, Vector, costs_of, list_layers, rank_weights
 from secateur.cost import Budget, Cost
 from secateur.engine.method import Context, Method, Removes, When, pairs_of
 from secateur.engine.pruned import Pruned, mask_copy
@@ -63,7 +63,7 @@ class AtInit(Method):
     def prune(self, model: nn.Module, inputs: Inputs, budget: Budget, context: Context) -> Pruned:
         graph = analyze(model, inputs, freeze=self.freeze)
         layers = tuple(
-            layer for layer in layer_table(graph, classifier=True) if not is_frozen(layer.name, self.freeze)
+            layer for layer in list_layers(graph, classifier=True) if not is_frozen(layer.name, self.freeze)
         )
         cost = Cost(graph)
         dense = {name: cost.of(name) for name in budget.bounds}
@@ -146,7 +146,7 @@ def choose_weights(
     Args:
         model: untrained; only read.
         inputs: example inputs.
-        layers: from `layer_table`.
+        layers: from `list_layers`.
         bounds: what these layers may cost together, in "params" and "macs".
         score: as for `weight_score_named`.
         context: data and loss, for scores that need them.
@@ -161,19 +161,19 @@ def choose_weights(
     names = [layer.weight for layer in layers]
     each = {
         "params": dict.fromkeys(names, 1.0),
-        "macs": {layer.weight: layer.macs / layer.weights for layer in layers},
+        "macs": {layer.weight: layer.costs["macs"] / layer.weights for layer in layers},
     }
     data = [] if context.data is None else list(pairs_of(context.data))
     scores = entry.function(Weights(model, inputs, names, data, context.loss, seed))
     if not callable(scores):
-        return ranked(scores, each, bounds)
+        return rank_weights(scores, each, bounds)
     total = {m: float(costs_of(layers, m).sum()) for m in bounds}
     parameters = dict(model.named_parameters())
     masks = {name: torch.ones(parameters[name].shape, dtype=torch.bool) for name in names}
     for number in range(1, rounds + 1):
         now = {m: total[m] * min(1.0, bound / total[m]) ** (number / rounds) for m, bound in bounds.items()}
         found = {n: s.cpu().masked_fill(~masks[n], -1.0) for n, s in scores(masks).items()}
-        masks = ranked(found, each, now)
+        masks = rank_weights(found, each, now)
     return masks
 
 
@@ -199,7 +199,7 @@ def draw_masks(
 
     Args:
         graph: of the model.
-        layers: from `layer_table`; others stay whole.
+        layers: from `list_layers`; others stay whole.
         densities: per layer, by name.
         bounds: what these layers may cost together, in "params" and "macs".
         granularity: "weights" or "filters".
@@ -264,7 +264,7 @@ def counts_within(
         places: per layer: its weights, or its filters; all of a layer's cost alike.
         layers, densities, bounds: as for `draw_masks`.
 
-    >>> counts_within([Layer("a", "a.weight", 40, 40)], {"a": 0.33}, {"a": 10}, {"params": 13.5})
+    >>> counts_within([Layer("a", "a.weight", 40, {"params": 40})], {"a": 0.33}, {"a": 10}, {"params": 13.5})
     {'a': 3}
     """
     full = np.array([places[layer.name] for layer in layers], dtype=float)

@@ -170,4 +170,4 @@ def budget_in_macs(
         budget,
         clock or here(model, inputs),
     )
-    return replace(budget, latency_ms=None, macs=int(found.after["macs"]))
+    return Budget(**{**budget.given, "latency_ms": None, "macs": int(found.after["macs"])})

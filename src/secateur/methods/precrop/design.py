@@ -8,9 +8,17 @@ import numpy as np
 import torch
 from torch import nn
 
-from secateur.allocate.density import Densities, Layer, Vector, by_formula, costs_of, layer_table, optimal
+from secateur.allocate.density import (
+    Densities,
+    Layer,
+    Vector,
+    allocate_densities,
+    costs_of,
+    list_layers,
+    solve_densities,
+)
 from secateur.allocate.sparsity import WEIGHT_ALLOCATIONS
-from secateur.allocate.widths import RULES, Widths, fit_shares, land
+from secateur.allocate.widths import RULES, Widths, fit_shares, meet_budget
 from secateur.cost import Budget, Cost
 from secateur.engine.method import Context, Method, When
 from secateur.errors import BudgetError, unknown
@@ -124,7 +132,7 @@ def layer_densities(
     Args:
         model: untrained; only read.
         inputs: example inputs.
-        layers: from `layer_table`.
+        layers: from `list_layers`.
         bounds: what these layers may cost together, in "params" and "macs".
         how: the source, the largest density, times of layers, draws and seed.
         context: data and loss, for scores that need them.
@@ -141,10 +149,10 @@ def layer_densities(
             times, allowed = how.latency
             costs["latency_ms"] = np.array([times.get(layer.name, 0.0) for layer in layers])
             limits["latency_ms"] = allowed
-        values = optimal(costs, limits, cap=how.cap)
+        values = solve_densities(costs, limits, cap=how.cap)
         return {layer.name: float(p) for layer, p in zip(layers, values, strict=True)}
     if densities in WEIGHT_ALLOCATIONS:
-        return by_formula(layers, dict(model.named_parameters()), bounds, densities)
+        return allocate_densities(layers, dict(model.named_parameters()), bounds, densities)
     data = None if context.data is None else list(context.data)
     context = replace(context, data=data)
     total = dict.fromkeys((layer.name for layer in layers), 0.0)
@@ -167,7 +175,7 @@ def design(
     """Choose widths; nothing is cut.
 
     Formulas are asked again for more or less of each cost until the widths they lead to cost what is allowed; what
-    still differs, and what scores or given densities lead to, is corrected by one factor for all shares (`land`).
+    still differs, and what scores or given densities lead to, is corrected by one factor for all shares (`meet_budget`).
 
     Args:
         model: untrained; only read.
@@ -182,7 +190,7 @@ def design(
     context = context or Context()
     if not graph.groups:
         raise BudgetError("no width can change: the model has no group of removable units (see graph.frozen)")
-    cost, layers = Cost(graph), layer_table(graph, classifier=True)
+    cost, layers = Cost(graph), list_layers(graph, classifier=True)
     densities, latency = how.densities, how.latency
     if not isinstance(densities, str):
         _check_densities(densities, layers, how.cap)
@@ -233,7 +241,7 @@ def design(
     else:
         targets = {layer.name: densities[layer.name] for layer in able if layer.name in densities}
         shares = fitted(targets)
-    kept = land(
+    kept = meet_budget(
         cost,
         shares,
         limits,

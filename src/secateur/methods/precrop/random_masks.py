@@ -4,7 +4,7 @@ from typing import ClassVar
 
 from torch import nn
 
-from secateur.allocate.density import layer_table
+from secateur.allocate.density import list_layers
 from secateur.cost import Budget, Cost
 from secateur.engine.method import Context, Removes
 from secateur.engine.pruned import Pruned, mask_copy
@@ -39,7 +39,7 @@ class RandomWeights(WidthMethod):
         graph = analyze(model, inputs, freeze=self.freeze)
         found = design(model, inputs, graph, limits_of(graph, budget, self), self, context)
         limits = found.limits
-        layers = [layer for layer in layer_table(graph, classifier=True) if found.densities[layer.name] < 1]
+        layers = [layer for layer in list_layers(graph, classifier=True) if found.densities[layer.name] < 1]
         bounds = layer_bounds(layers, limits, {name: Cost(graph).of(name) for name in limits})
         masks = draw_masks(model, graph, layers, found.densities, bounds, self.removes, seed=self.seed)
         plan = WeightPlan.of(model, masks, self.record() | {"budget": budget.given if budget else {}})

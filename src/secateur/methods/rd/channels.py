@@ -8,8 +8,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from secateur.allocate.products import Choice, choose_widths
-from secateur.allocate.table import allowed
+from secateur.allocate.products import ChosenWidths, choose_widths
+from secateur.allocate.table import list_widths
 from secateur.cost import Budget, Cost
 from secateur.engine.method import Context, Method, Progress, images_of
 from secateur.engine.pruned import Pruned, cut_and_prove
@@ -189,7 +189,7 @@ def rank_units(
     orders, widths = [], []
     for group in graph.groups:
         orders.append(order_units(program, group, fitted))
-        possible = np.array(allowed(group.units, how.min_keep, how.round_to))
+        possible = np.array(list_widths(group.units, how.min_keep, how.round_to))
         wanted = np.geomspace(group.units, possible[0], how.levels)
         nearest = possible[np.abs(possible[None] - wanted[:, None]).argmin(1)]
         widths.append(np.unique(nearest)[::-1].astype(np.int64))
@@ -283,13 +283,13 @@ def measure_curves(
 
 def choose_widths_by(
     cost: Cost, curves: Curves, exponent: float, stream_weight: float, bound: str, limit: float, how: RD
-) -> Choice:
+) -> ChosenWidths:
     """Widths of least summed distortion within the limit, then single units as long as one more fits."""
     graph, levels, values = cost.graph, [], []
     for group, kept, curve in zip(graph.groups, curves.kept, curves.reduced(), strict=True):
         factor = stream_weight if is_stream(group) else 1.0
         grid, value = interpolated(kept, (factor * curve) ** exponent, 4 * len(kept))
-        possible = np.isin(grid, allowed(group.units, how.min_keep, how.round_to))
+        possible = np.isin(grid, list_widths(group.units, how.min_keep, how.round_to))
         levels.append(grid[possible])
         values.append(value[possible])
     choice = choose_widths(cost, curves.names, levels, values, bound, limit)
@@ -297,7 +297,7 @@ def choose_widths_by(
     while True:  # widths between the levels
         best: tuple[float, int, int] | None = None
         for g, group in enumerate(graph.groups):
-            wider = [w for w in allowed(group.units, how.min_keep, how.round_to) if w > kept_now[g]]
+            wider = [w for w in list_widths(group.units, how.min_keep, how.round_to) if w > kept_now[g]]
             if not wider:
                 continue
             trial = [*kept_now[:g], wider[0], *kept_now[g + 1 :]]
@@ -312,7 +312,7 @@ def choose_widths_by(
             break
         kept_now[best[1]] = best[2]
     total = sum(float(np.interp(-k, -lv, v)) for k, lv, v in zip(kept_now, levels, values, strict=True))
-    return Choice(tuple(kept_now), min(total, choice.distortion), choice.bound)
+    return ChosenWidths(tuple(kept_now), min(total, choice.distortion), choice.bound)
 
 
 def is_stream(group: Group) -> bool:

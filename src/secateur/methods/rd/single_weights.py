@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from secateur.allocate.knapsack import SOLVERS, Problem, Solution, solve
-from secateur.allocate.sparsity import WEIGHT_ALLOCATIONS, Counts, allocate_weights, landed
+from secateur.allocate.sparsity import WEIGHT_ALLOCATIONS, Counts, allocate_weights, meet_total
 from secateur.cost import Budget
 from secateur.engine.method import Context, Method, Progress, Removes, images_of
 from secateur.engine.pruned import Pruned, costs_left
@@ -295,7 +295,7 @@ class Task:
             {n: w.cpu() * self.alive[n] for n, w in self.weights.items()}, self.total, allocation
         )
         sizes = {n: int(mask.sum()) for n, mask in self.alive.items()}
-        return landed({n: min(count, sizes[n]) for n, count in counts.items()}, sizes, self.total)
+        return meet_total({n: min(count, sizes[n]) for n, count in counts.items()}, sizes, self.total)
 
     def measure(self, tensors: Tensors) -> float:
         """Mean distortion of the pruned network on the calibration images."""
@@ -358,7 +358,7 @@ class Task:
         solution = solve(problem, {"weights": float(self.total)}, how.solver)
         counts = {n: int(k[level]) for n, k, level in zip(names, kept, solution.levels, strict=True)}
         if self.how.pattern is None:
-            counts = landed(counts, {n: int(mask.sum()) for n, mask in self.alive.items()}, self.total)
+            counts = meet_total(counts, {n: int(mask.sum()) for n, mask in self.alive.items()}, self.total)
         return counts, solution
 
     def apply(self, counts: Counts) -> Masked:
