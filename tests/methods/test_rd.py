@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from secateur.errors import BudgetError, FileError, PlanError, SecateurError
-from secateur.graph.replay import Program
+from secateur.graph.replay import Replay
 from secateur.methods.additivity import Additivity, check_additivity, drawn
 from secateur.methods.rd.curves import Curves, even, geometric, interpolated, joint, key_of, measure
 from secateur.methods.rd.single_weights import (
@@ -112,7 +112,7 @@ def test_curves_are_zero_at_level_0_and_monotone(distortion: str, reduction: str
 
 def test_curves_repeat_bit_for_bit_and_level_0_is_the_dense_model() -> None:
     model, x = residual_net()
-    program = Program(model, x)
+    program = Replay(model, x)
     with torch.no_grad():
         task = task_of(program, [x[:8], x[8:]], 0.5, SMALL)
         _, candidates = task.levels()

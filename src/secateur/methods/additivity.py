@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from secateur.errors import BudgetError
-from secateur.graph.replay import Program
+from secateur.graph.replay import Replay
 from secateur.methods.rd.curves import Tick, joint, measure
 from secateur.methods.rd.single_weights import RDSettings, passes, task_of
 
@@ -79,7 +79,7 @@ def check_additivity(
         BudgetError: the sparsity is out of reach of the measured levels.
     """
     settings = settings or RDSettings()
-    program = Program(model.eval(), batches[0])
+    program = Replay(model.eval(), batches[0])
     task = task_of(program, batches, sparsity, settings, tick=tick)
     kept, candidates = task.levels()
     images = measure(

@@ -6,7 +6,6 @@ happened.
 """
 
 import contextlib
-import copy
 import re
 import time
 import zlib
@@ -21,6 +20,7 @@ from torch import Tensor, nn
 
 from secateur.engine.training import TrainingMethod
 from secateur.errors import ModelError, TrainingError
+from secateur.graph.duplicate import duplicate
 from secateur.graph.modes import device_of, evaluating, modes_kept
 from secateur.recipes.checkpoint import Epoch, State
 from secateur.recipes.data import Batches, Dataset, Split
@@ -186,7 +186,7 @@ def fit(
         compiled = config.compile and method is None
         forward = _compiled(model) if compiled else model
         teacher_forward = _compiled(teacher) if compiled and teacher is not None else teacher
-        average = copy.deepcopy(model) if config.ema is not None else None
+        average = duplicate(model) if config.ema is not None else None
         optimizer = _optimizer(model, config)
         if method is not None:
             method.attach(optimizer, followers=() if average is None else (average,))

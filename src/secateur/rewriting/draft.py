@@ -20,6 +20,7 @@ from torch.utils import _pytree as pytree
 
 from secateur.errors import CaptureError, CutError
 from secateur.graph.capture import BATCH, Capture, Inputs, as_call, capture, with_batch
+from secateur.graph.duplicate import duplicate
 from secateur.graph.labels import Value
 from secateur.graph.operators import OPERATORS, Step
 from secateur.graph.trace import Survivors, Trace
@@ -292,7 +293,7 @@ class Captured:
             return known.setdefault(id(x), x.double())
 
         try:
-            twin = copy.deepcopy(module).double()
+            twin = duplicate(module).double()
             return cls.of(twin, *pytree.tree_map(double, (args, kwargs)))
         except (CaptureError, CutError):
             return None

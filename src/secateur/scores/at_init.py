@@ -1,6 +1,5 @@
 """Scores of single weights of a network that has not been trained."""
 
-import copy
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -11,6 +10,7 @@ from torch.utils import _pytree as pytree
 from secateur.errors import ScoreError
 from secateur.graph import Inputs
 from secateur.graph.capture import as_call, with_batch
+from secateur.graph.duplicate import duplicate
 
 Batches = Sequence[tuple[Tensor, Tensor]]
 Loss = Callable[[Tensor, Tensor], Tensor]
@@ -35,7 +35,7 @@ class Synflow:
     """
 
     def __init__(self, model: nn.Module, inputs: Inputs, names: Iterable[str]) -> None:
-        self.model = positive_(copy.deepcopy(model).double().eval())
+        self.model = positive_(duplicate(model).double().eval())
         self.names = list(names)
         self.args, self.kwargs = as_call(with_batch(inputs, 1))
         parameters = dict(self.model.requires_grad_(True).named_parameters())
@@ -170,7 +170,7 @@ def _finite(scores: Mapping[str, Tensor]) -> bool:
 
 
 def _trained_copy(model: nn.Module, names: Sequence[str]) -> tuple[nn.Module, dict[str, Tensor]]:
-    copied = copy.deepcopy(model).train()
+    copied = duplicate(model).train()
     parameters = dict(copied.named_parameters())
     own = {name: parameters[name].requires_grad_(True) for name in names}
     return copied, own

@@ -16,7 +16,7 @@ from secateur.cost import Budget, Cost
 from secateur.engine.pruned import Pruned, cut_and_prove
 from secateur.errors import BudgetError, ScoreError, SecateurError, unknown
 from secateur.graph import Graph, Group, Inputs, Member, analyze
-from secateur.graph.replay import Program, Tensors
+from secateur.graph.replay import Replay, Tensors
 from secateur.methods.rd.curves import Curves, Tick, interpolated, joint, key_of, measure
 from secateur.methods.rd.single_weights import COMPENSATIONS, passes
 from secateur.plan import Plan
@@ -105,7 +105,7 @@ def rd(
     cost = Cost(graph)
     ((bound, _),) = budget.bounds.items()
     limit = budget.limits({bound: cost.of(bound)})[bound]
-    program = Program(model, batches[0])
+    program = Replay(model, batches[0])
     settings = {
         "compensation": compensation, "distortion": distortion, "levels": levels, "freeze": list(freeze),
         "min_keep": min_keep, "round_to": round_to, "granularity": "channels",
@@ -170,7 +170,7 @@ class Trial:
 
 
 def ranked(
-    program: Program, graph: Graph, batches: Sequence[Tensor], levels: int, min_keep: int, round_to: int
+    program: Replay, graph: Graph, batches: Sequence[Tensor], levels: int, min_keep: int, round_to: int
 ) -> tuple[list[Tensor], list[Any]]:
     """Per group: its units in the order in which they stay, best first; and the widths to measure, descending."""
     whole = {
@@ -188,7 +188,7 @@ def ranked(
     return orders, widths
 
 
-def order_of(program: Program, group: Group, fitted: Mapping[str, Fitted]) -> Tensor:
+def order_of(program: Replay, group: Group, fitted: Mapping[str, Fitted]) -> Tensor:
     """The units of a group, the one that is hardest to do without first.
 
     Units leave one at a time, the one whose loss costs the layers that read it least once these are solved again.
@@ -239,7 +239,7 @@ def rank_of(order: Tensor) -> Tensor:
 
 
 def measured(
-    program: Program,
+    program: Replay,
     graph: Graph,
     batches: Sequence[Tensor],
     orders: Sequence[Tensor],
@@ -329,7 +329,7 @@ def summed(curves: Curves, kept: Sequence[int], exponent: float) -> float:
     return float(total ** (1 / exponent))
 
 
-def positions(program: Program, groups: Sequence[Group], masks: Sequence[Tensor]) -> dict[str, Tensor]:
+def positions(program: Replay, groups: Sequence[Group], masks: Sequence[Tensor]) -> dict[str, Tensor]:
     """Parameter name -> bool of its shape, False where a removed unit lies."""
     owned = dict(program.model.named_parameters())
     keep: dict[str, Tensor] = {}
@@ -346,7 +346,7 @@ def positions(program: Program, groups: Sequence[Group], masks: Sequence[Tensor]
 
 @torch.no_grad()
 def compensated(
-    program: Program, graph: Graph, plan: Plan, batches: Sequence[Tensor], compensation: str
+    program: Replay, graph: Graph, plan: Plan, batches: Sequence[Tensor], compensation: str
 ) -> dict[str, Tensor]:
     """The tensors of the masked network that make up for what a plan removes; removed units stay zero.
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from secateur.allocate.knapsack import SOLVERS, Problem, Solution, solve
 from secateur.allocate.sparsity import WEIGHT_ALLOCATIONS, Counts, allocate_weights, landed
 from secateur.errors import BudgetError, PlanError, SecateurError, unknown
-from secateur.graph.replay import Program, Tensors
+from secateur.graph.replay import Replay, Tensors
 from secateur.methods.rd.curves import (
     DISTORTIONS,
     REDUCTIONS,
@@ -27,7 +27,7 @@ from secateur.methods.rd.curves import (
     measure,
 )
 from secateur.plan.weight_plan import WeightPlan, pattern_mask, top
-from secateur.reconstruction.compensate import Choice, Fitted, compensate, layers, reestimate
+from secateur.reconstruction.compensate import ChooseMask, Fitted, compensate, layers, reestimate
 
 SELECTIONS = {
     "magnitude": "the largest weights of a layer stay",
@@ -195,7 +195,7 @@ def prune_weights(
     model = copy.deepcopy(model).eval()
     if previous is not None:
         previous.apply_(model)
-    program = Program(model, batches[0])
+    program = Replay(model, batches[0])
     task = task_of(program, batches, sparsity, settings, previous=previous, tick=tick)
     found: Curves | None = None
     solution: Solution | None = None
@@ -246,7 +246,7 @@ def _alive(weights: Mapping[str, Tensor], previous: WeightPlan | None) -> dict[s
 
 
 def task_of(
-    program: Program,
+    program: Replay,
     batches: Sequence[Tensor],
     sparsity: float,
     settings: RDSettings,
@@ -276,7 +276,7 @@ class Task:
         total: weights to keep in all.
     """
 
-    program: Program
+    program: Replay
     batches: tuple[Tensor, ...]
     weights: dict[str, Tensor]
     alive: dict[str, Tensor]
@@ -339,7 +339,7 @@ class Task:
 
     def fitted(self) -> dict[str, Fitted]:
         """Every layer at its place in the dense network."""
-        whole: dict[str, Tensor | Choice] = dict(self.alive)
+        whole: dict[str, Tensor | ChooseMask] = dict(self.alive)
         return compensate(self.program, self.batches, whole).fitted
 
     def nested(self, name: str, fitted: Fitted | None) -> list[Tensor]:
@@ -386,7 +386,7 @@ class Task:
         """Masks, and the tensors of the pruned network after compensation."""
         settings = self.settings
 
-        def choice(name: str) -> Choice:
+        def choice(name: str) -> ChooseMask:
             return lambda fitted: fitted.chosen(counts[name], self.alive[name], settings.steps)
 
         fixed: dict[str, Tensor] = {}
@@ -401,7 +401,7 @@ class Task:
             elif settings.selection == "magnitude":
                 fixed[name] = top(torch.where(self.alive[name], w.abs().cpu(), -1.0), counts[name])
         if settings.compensation == "least-squares":
-            choices: dict[str, Tensor | Choice] = {n: fixed.get(n, choice(n)) for n in self.weights}
+            choices: dict[str, Tensor | ChooseMask] = {n: fixed.get(n, choice(n)) for n in self.weights}
             done = compensate(self.program, self.batches, choices)
             return done.masks, done.tensors
         if open_ := [n for n in self.weights if n not in fixed]:
