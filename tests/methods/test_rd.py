@@ -15,7 +15,7 @@ from secateur.allocate.sparsity import WEIGHT_ALLOCATIONS
 from secateur.engine.method import Context
 from secateur.engine.pruned import Pruned
 from secateur.errors import BudgetError, FileError, PlanError, SecateurError
-from secateur.graph.replay import Program
+from secateur.graph.replay import Replay
 from secateur.methods.rd.curves import Curves, even, geometric, interpolated, joint, key_of, measure
 from secateur.methods.rd.single_weights import FAITHFUL, MaskWeights, RDWeights, prune_iteratively, rounds
 from secateur.settings import options_of
@@ -131,7 +131,7 @@ def test_curves_are_zero_at_level_0_and_monotone(distortion: str, reduction: str
 
 def test_curves_repeat_bit_for_bit_and_level_0_is_the_dense_model() -> None:
     model, x = residual_net()
-    program = Program(model, x)
+    program = Replay(model, x)
     with torch.no_grad():
         task = SMALL.task(model, x[:2], Budget(units=0.5), Context([x[:8], x[8:]]))
         _, candidates = task.levels(SMALL)

@@ -12,7 +12,7 @@ from secateur import Budget, prune
 from secateur.engine.pruned import Pruned
 from secateur.errors import BudgetError, ScoreError, SecateurError
 from secateur.graph import analyze
-from secateur.graph.replay import Program
+from secateur.graph.replay import Replay
 from secateur.methods.rd.channels import columns_of, compensated, is_stream
 from secateur.proof import verify
 from secateur.reconstruction.leastsquares import Moments, block_prices, solve
@@ -49,7 +49,7 @@ def test_least_squares_is_closest_to_the_dense_model() -> None:
 def test_any_plan_can_be_compensated_and_stays_cuttable() -> None:
     model, x = residual_net(images=64)
     plain = prune(model, x[:2], budget=Budget(macs=0.5), method="oneshot")
-    program = Program(model, x)
+    program = Replay(model, x)
     changed = {}
     for compensation in ("none", "batch-norm", "least-squares"):
         tensors = compensated(program, plain.graph, plain.plan, [x], compensation)

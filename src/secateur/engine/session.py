@@ -32,7 +32,7 @@ from torch.utils import _pytree as pytree
 
 from secateur.allocate import allocate
 from secateur.cost import Budget, Cost
-from secateur.engine.decay import Decay, Ending, Pool
+from secateur.engine.decay import Decay, Pool
 from secateur.engine.describe import layer_facts
 from secateur.engine.gates import Gates
 from secateur.engine.pruned import Pruned, require_equal

@@ -16,7 +16,7 @@ from secateur.engine.pruned import Pruned, cut_and_prove
 from secateur.errors import BudgetError, ScoreError, SecateurError
 from secateur.graph import Graph, Group, Inputs, Member, analyze
 from secateur.graph.duplicate import duplicate
-from secateur.graph.replay import Program, Tensors
+from secateur.graph.replay import Replay, Tensors
 from secateur.methods.rd.curves import DISTORTIONS, Curves, interpolated, joint, key_of, measure
 from secateur.methods.rd.single_weights import COMPENSATIONS, passes
 from secateur.plan import Plan
@@ -98,7 +98,7 @@ class RD(Method):
         cost = Cost(graph)
         ((bound, _),) = budget.bounds.items()
         limit = budget.limits({bound: cost.of(bound)})[bound]
-        program = Program(model, batches[0])
+        program = Replay(model, batches[0])
         orders, widths = rank_units(program, graph, batches, self)
         key = key_of(model, batches, self.measured_with())
         curves = Curves.once(
@@ -129,7 +129,7 @@ class RD(Method):
 
     def _best(
         self,
-        program: Program,
+        program: Replay,
         cost: Cost,
         batches: Sequence[Tensor],
         orders: Sequence[Tensor],
@@ -178,7 +178,7 @@ class Trial:
 
 
 def rank_units(
-    program: Program, graph: Graph, batches: Sequence[Tensor], how: RD
+    program: Replay, graph: Graph, batches: Sequence[Tensor], how: RD
 ) -> tuple[list[Tensor], list[Any]]:
     """Per group: its units in the order in which they stay, best first; and the widths to measure, descending."""
     whole = {
@@ -196,7 +196,7 @@ def rank_units(
     return orders, widths
 
 
-def order_units(program: Program, group: Group, fitted: Mapping[str, Fitted]) -> Tensor:
+def order_units(program: Replay, group: Group, fitted: Mapping[str, Fitted]) -> Tensor:
     """The units of a group, the one that is hardest to do without first.
 
     Units leave one at a time, the one whose loss costs its consumers least once these are solved again.
@@ -247,7 +247,7 @@ def score_ranks(order: Tensor) -> Tensor:
 
 
 def measure_curves(
-    program: Program,
+    program: Replay,
     graph: Graph,
     batches: Sequence[Tensor],
     orders: Sequence[Tensor],
@@ -328,7 +328,7 @@ def summed(curves: Curves, kept: Sequence[int], exponent: float) -> float:
     return float(total ** (1 / exponent))
 
 
-def positions(program: Program, groups: Sequence[Group], masks: Sequence[Tensor]) -> dict[str, Tensor]:
+def positions(program: Replay, groups: Sequence[Group], masks: Sequence[Tensor]) -> dict[str, Tensor]:
     """Parameter name -> bool of its shape, False where a removed unit lies."""
     owned = dict(program.model.named_parameters())
     keep: dict[str, Tensor] = {}
@@ -345,7 +345,7 @@ def positions(program: Program, groups: Sequence[Group], masks: Sequence[Tensor]
 
 @torch.no_grad()
 def compensated(
-    program: Program, graph: Graph, plan: Plan, batches: Sequence[Tensor], compensation: str
+    program: Replay, graph: Graph, plan: Plan, batches: Sequence[Tensor], compensation: str
 ) -> dict[str, Tensor]:
     """The tensors of the masked network that make up for what a plan removes; removed units stay zero.
 

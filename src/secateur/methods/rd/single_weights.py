@@ -17,7 +17,7 @@ from secateur.engine.pruned import Pruned, costs_left
 from secateur.errors import BudgetError, PlanError, ScoreError, SecateurError
 from secateur.graph import Graph, Inputs, analyze, is_frozen
 from secateur.graph.duplicate import duplicate
-from secateur.graph.replay import Program, Tensors
+from secateur.graph.replay import Replay, Tensors
 from secateur.methods.rd.curves import (
     DISTORTIONS,
     REDUCTIONS,
@@ -31,7 +31,7 @@ from secateur.methods.rd.curves import (
 )
 from secateur.plan import WeightPlan
 from secateur.plan.weight_plan import pattern_mask, top
-from secateur.reconstruction.compensate import Choice, Fitted, compensate, layers, reestimate
+from secateur.reconstruction.compensate import ChooseMask, Fitted, compensate, layers, reestimate
 from secateur.settings import option, plain, settings
 
 SELECTIONS = {
@@ -87,7 +87,7 @@ class _WeightMethod(Method):
         model = duplicate(model).eval()
         if context.previous is not None:
             context.previous.apply_(model)
-        program = Program(model, batches[0])
+        program = Replay(model, batches[0])
         weights = {
             layer.weight: program.tensor(layer.weight).detach()
             for layer in layers(program)
@@ -256,7 +256,7 @@ class Task:
     """
 
     graph: Graph
-    program: Program
+    program: Replay
     batches: tuple[Tensor, ...]
     weights: dict[str, Tensor]
     alive: dict[str, Tensor]
@@ -318,7 +318,7 @@ class Task:
 
     def fit(self) -> dict[str, Fitted]:
         """Every layer at its place in the dense network."""
-        whole: dict[str, Tensor | Choice] = dict(self.alive)
+        whole: dict[str, Tensor | ChooseMask] = dict(self.alive)
         return compensate(self.program, self.batches, whole).fitted
 
     def nest(self, how: RDWeights, name: str, fitted: Fitted | None) -> list[Tensor]:
@@ -380,7 +380,7 @@ class Task:
         """Masks, and the tensors of the pruned network after compensation."""
         how = self.how
 
-        def choice(name: str) -> Choice:
+        def choice(name: str) -> ChooseMask:
             return lambda fitted: fitted.chosen(counts[name], self.alive[name], how.steps)
 
         fixed: dict[str, Tensor] = {}
@@ -395,7 +395,7 @@ class Task:
             elif how.selection == "magnitude":
                 fixed[name] = top(torch.where(self.alive[name], w.abs().cpu(), -1.0), counts[name])
         if how.compensation == "least-squares":
-            choices: dict[str, Tensor | Choice] = {n: fixed.get(n, choice(n)) for n in self.weights}
+            choices: dict[str, Tensor | ChooseMask] = {n: fixed.get(n, choice(n)) for n in self.weights}
             done = compensate(self.program, self.batches, choices)
             return done.masks, done.tensors
         if open_ := [n for n in self.weights if n not in fixed]:
