@@ -159,8 +159,8 @@ def compare(
     import sys
 
     from secateur.cli.show import say, typed_command
+    from secateur.compare import Comparison, cells, compare, run_only
     from secateur.errors import SecateurError
-    from secateur.runs.compare import Comparison, compare, run_only
 
     if list_cells + gather + (only is not None) > 1:
         raise SecateurError("--list, --only and --gather do different things; give one of them")
@@ -185,7 +185,7 @@ def compare(
         comparison = comparison.with_arms(arm)
     if list_cells:
         words = [word for word in sys.argv[1:] if word != "--list"]
-        for cell in comparison.cells():
+        for cell in cells.list_cells(comparison):
             say(shlex.join(["secateur", *words, "--only", cell.name]))
     elif only is not None:
         run_only(comparison, only, out, tell=say)

@@ -4,7 +4,6 @@ config = PruneConfig(task=Task(model="resnet20", data="digits"), train=TrainConf
 report = prune_run(config, "runs/first")        # runs/first/report.html, model.safetensors, model.onnx, …
 """
 
-from secateur.runs.compare import Arm, Comparison, compare
 from secateur.runs.config import PruneConfig, Task, TrainRunConfig
 from secateur.runs.demo import demo_config
 from secateur.runs.folder import Mode, RunFolder, SavedRun, Watch
@@ -14,8 +13,6 @@ from secateur.runs.train import train_run
 from secateur.runs.weights import additivity_run
 
 __all__ = [
-    "Arm",
-    "Comparison",
     "Mode",
     "PruneConfig",
     "RunFolder",
@@ -25,7 +22,6 @@ __all__ = [
     "TrainRunConfig",
     "Watch",
     "additivity_run",
-    "compare",
     "demo_config",
     "fresh_model",
     "load_into",
