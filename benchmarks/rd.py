@@ -25,6 +25,7 @@ from typing import Any
 import numpy as np
 import peers
 import torch
+from secateur.methods.additivity import check_additivity
 from torch import Tensor, nn
 
 from secateur import Budget
@@ -32,7 +33,6 @@ from secateur.allocate.knapsack import Problem, dp, hull, milp
 from secateur.cost.latency import device_name
 from secateur.graph.replay import Replay
 from secateur.methods import oneshot, rd
-from secateur.methods.additivity import check_additivity
 from secateur.methods.rd.channels import compensated
 from secateur.methods.rd.curves import measure
 from secateur.methods.rd.single_weights import FAITHFUL, RDSettings, prune_weights, task_of

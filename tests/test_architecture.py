@@ -12,23 +12,29 @@ import secateur
 SOURCE = Path(secateur.__file__).parent
 ORDER = [
     "errors", "settings", "files", "imports", "measures", "graph", "cost", "scores", "allocate", "plan", "rewriting",
-    "surgery", "proof", "reconstruction", "report", "engine", "methods", "recipes", "export", "runs", "cli",
+    "surgery", "proof", "reconstruction", "report", "engine", "methods", "recipes", "export", "runs", "compare", "cli",
 ]  # fmt: skip
+
+COMPARE = [
+    "words", "schedule", "recipe", "results", "cells", "pool", "statistics", "advice", "tables", "figures", "page",
+    "run",
+]  # fmt: skip
+"""The files of that room, in which data flows one way too."""
 
 
 def part_of(path: Path) -> str:
     return path.relative_to(SOURCE).parts[0].removesuffix(".py")
 
 
-def imported(path: Path) -> set[str]:
-    """Parts of the package that a file imports, anywhere in it."""
+def imported(path: Path, room: str = "secateur") -> set[str]:
+    """Parts of the package, or of a room of it, that a file imports, anywhere in it."""
     modules = set()
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.ImportFrom) and node.module:
             modules.add(node.module)
         elif isinstance(node, ast.Import):
             modules |= {alias.name for alias in node.names}
-    return {name.split(".")[1] for name in modules if name.startswith("secateur.")}
+    return {name.removeprefix(f"{room}.").split(".")[0] for name in modules if name.startswith(f"{room}.")}
 
 
 @pytest.mark.parametrize("path", sorted(SOURCE.rglob("*.py")), ids=lambda p: str(p.relative_to(SOURCE)))
@@ -38,6 +44,13 @@ def test_imports_point_upwards(path: Path) -> None:
         return
     below = {name for name in imported(path) if ORDER.index(name) > ORDER.index(part)}
     assert not below, f"{part} may not import {below}"
+
+
+@pytest.mark.parametrize("name", COMPARE)
+def test_a_comparison_flows_one_way(name: str) -> None:
+    assert {path.stem for path in (SOURCE / "compare").glob("*.py")} == {*COMPARE, "__init__"}
+    later = COMPARE[COMPARE.index(name) + 1 :]
+    assert not imported(SOURCE / "compare" / f"{name}.py", "secateur.compare").intersection(later)
 
 
 def test_the_core_loads_nothing_it_does_not_use() -> None:

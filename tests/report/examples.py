@@ -6,11 +6,9 @@ from typing import Any
 
 from secateur.cost.latency import Latency
 from secateur.report import (
-    ComparisonReport,
     FrozenGroup,
     Group,
     LatencyPair,
-    Outcome,
     Report,
     Width,
 )
@@ -151,67 +149,4 @@ def deep() -> Report:
         groups=groups,
         frozen=frozen,
         notes=["LayerNorm at norm0 takes its mean over the survivors only."],
-    )
-
-
-ARMS = {
-    "rd": 0.0, "rd, not compensated": -0.3, "l2, one shot": -0.9, "l1, one shot": -1.0, "Taylor, one shot": -0.7,
-    "batch-norm scale": -1.4, "uniform l2": -1.1, "gradual l2": -0.4, "DepGraph": -0.5, "OTOv2": -1.6, "HESSO": -1.2,
-    "Gate Decorator": -0.8, "LAPP": -0.6, "PAAM": -1.9, "PreCrop, from scratch": -6.0, "Torch-Pruning l2": -1.0,
-    "Torch-Pruning group norm": -0.9, "Torch-Pruning Taylor": -1.1,
-    "torch.nn.utils.prune, global magnitude": 0.4,
-}  # fmt: skip
-"""Arm -> how far it is behind, in points; made up."""
-
-
-def comparison() -> ComparisonReport:
-    """Nineteen arms at three budgets with three seeds, from weights; one arm over the budget, one cell failed."""
-    rng = random.Random(0)
-    outcomes = []
-    for seed in (0, 1, 2):
-        for place, (arm, behind) in enumerate(ARMS.items()):
-            for keep in (0.7, 0.5, 0.3):
-                if (arm, seed) == ("OTOv2", 2):
-                    outcomes.append(
-                        Outcome(arm=arm, budget={"macs": keep}, seed=seed, error="the loss is not finite")
-                    )
-                    continue
-                accuracy = (
-                    0.922 - 0.02 * (1 - keep) ** 2 + 0.01 * behind * (1 - keep) + 0.002 * rng.gauss(0, 1)
-                )
-                masked = arm.startswith("torch.nn")
-                widths = [
-                    Width(
-                        w.layer, w.before, max(1, round(w.before * rng.uniform(keep / 2, min(1, keep + 0.3))))
-                    )
-                    for w in resnet20().widths
-                ]
-                ms = 5.3 * (1 if masked else 0.35 + 0.65 * keep) * (1 + 0.02 * place)
-                outcomes.append(
-                    Outcome(
-                        arm=arm,
-                        budget={"macs": keep},
-                        seed=seed,
-                        accuracy=accuracy,
-                        accuracy_cut=0.9 * accuracy * keep**0.2,
-                        accuracy_dense=0.926,
-                        macs=1.0 if masked else keep - 0.001,
-                        params=keep if masked else keep * rng.uniform(0.8, 1.1),
-                        epochs=5,
-                        training_seconds=400.0 + 20 * place,
-                        widths=widths,
-                        latency=LatencyPair(latency(5.31, "pytorch"), latency(ms, "pytorch")),
-                    )
-                )
-    return ComparisonReport(
-        model="resnet20_b",
-        dataset="cifar10",
-        training="5 epochs on from trained weights, 12,800 training images (schedule short)",
-        seeds=(0, 1, 2),
-        outcomes=outcomes,
-        notes={
-            "torch.nn.utils.prune, global magnitude": "weights are masked: fewer parameters, no fewer MACs"
-        },
-        command="secateur compare benchmarks/compare/compare.toml --weights resnet20_b.safetensors --out runs/main",
-        versions=resnet20().versions,
     )

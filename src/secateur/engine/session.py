@@ -43,6 +43,7 @@ from secateur.graph.duplicate import duplicate
 from secateur.graph.shrink import shrink
 from secateur.plan import Plan
 from secateur.proof import verify
+from secateur.report.data import Ending
 from secateur.surgery import cut_, embed
 
 if TYPE_CHECKING:

@@ -1,4 +1,4 @@
-"""What a pruning run did, as one web page and one JSON file; and what a comparison of runs showed.
+"""What a pruning run did, as one web page and one JSON file.
 
 report = Report(model="resnet20", method="l1", …)
 write_report(folder, report)        # folder/report.html and folder/report.json
@@ -8,7 +8,6 @@ import json
 from pathlib import Path
 
 from secateur.files import atomic_write
-from secateur.report.comparison import ComparisonReport, Outcome, advice, as_csv, markdown, standings
 from secateur.report.data import (
     FrozenGroup,
     Group,
@@ -20,20 +19,14 @@ from secateur.report.data import (
 )
 
 __all__ = [
-    "ComparisonReport",
     "FrozenGroup",
     "Group",
     "LatencyPair",
-    "Outcome",
     "Report",
     "TrainingPair",
     "Width",
-    "advice",
     "current_versions",
-    "standings",
-    "write_comparison",
     "write_report",
-    "write_tables",
 ]
 
 
@@ -54,25 +47,3 @@ def write_report(folder: str | Path, report: Report) -> None:
     lines = [f"{json.dumps(key)}: {json.dumps(value)}" for key, value in report.to_json().items()]
     atomic_write(Path(folder) / "report.json", "{\n" + ",\n".join(lines) + "\n}\n")
     atomic_write(Path(folder) / "report.html", page)
-
-
-def write_tables(folder: str | Path, report: ComparisonReport) -> None:
-    """Write `table.md` and `table.csv` into an existing folder.
-
-    Raises:
-        FileError: a file cannot be written.
-    """
-    atomic_write(Path(folder) / "table.md", markdown(report))
-    atomic_write(Path(folder) / "table.csv", as_csv(report.outcomes))
-
-
-def write_comparison(folder: str | Path, report: ComparisonReport) -> None:
-    """Write `index.html`, `table.md` and `table.csv`; the page needs no network and no other file.
-
-    Raises:
-        FileError: a file cannot be written.
-    """
-    from secateur.report.html import render_comparison
-
-    write_tables(folder, report)
-    atomic_write(Path(folder) / "index.html", render_comparison(report))

@@ -1,24 +1,12 @@
 """The report as one HTML page: style, pictures and the library that draws them are all inside it."""
 
 import json
-import statistics
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from secateur.cost.latency import Latency
 from secateur.cost.training import TrainingCost
-from secateur.report.comparison import (
-    MASKS,
-    ComparisonReport,
-    advice,
-    dense_accuracies,
-    is_steady,
-    milliseconds,
-    percentage,
-    standings,
-    unsteady,
-)
-from secateur.report.comparison_figures import arms_of, comparison_figures, marker_of
 from secateur.report.data import LatencyPair, Report
 from secateur.report.figures import Figure, figures
 
@@ -37,7 +25,7 @@ class Row:
 
 def render(report: Report) -> str:
     """The page of one run."""
-    return _page(
+    return fill_template(
         "report.html.j2",
         figures(report),
         report=report,
@@ -49,43 +37,35 @@ def render(report: Report) -> str:
     )
 
 
-def render_comparison(report: ComparisonReport) -> str:
-    """The page of a comparison."""
-    table, dense = standings(report.outcomes), dense_accuracies(report.outcomes)
-    timed = next((o.latency for o in report.outcomes if o.latency and is_steady(o.latency)), None)
-    return _page(
-        "comparison.html.j2",
-        comparison_figures(report.outcomes),
-        report=report,
-        arms=[(arm, *marker_of(place)) for place, arm in enumerate(arms_of(report.outcomes))],
-        advice={one.budget: one for one in advice(report.outcomes)},
-        budgets={line.budget: [row for row in table if row.budget == line.budget] for line in table},
-        dense=statistics.mean(dense.values()) if dense else None,
-        timed=timed.after if timed else None,
-        unsteady=unsteady(report.outcomes),
-        masked=MASKS if any(o.masked for o in report.outcomes) else "",
-        seconds=sum(o.training_seconds for o in report.outcomes),
-    )
+def fill_template(
+    template: str,
+    pictures: dict[str, Figure],
+    *,
+    room: str = "report",
+    filters: Mapping[str, Callable[..., str]] | None = None,
+    **values: Any,
+) -> str:
+    """A page that extends `base.html.j2`. Every name in the values is escaped, and the page's own policy forbids it to
+    load anything.
 
-
-def _page(template: str, pictures: dict[str, Figure], **values: Any) -> str:
-    """Fill a template.
-
-    Every name in the values is escaped, and the page's own policy forbids it to load anything.
+    Args:
+        template: a file of `room`, the folder of the package that it lies in.
+        pictures: by the id of the element that each is drawn in.
+        filters: further ones by name.
+        values: what the template names.
     """
     import jinja2
     import markupsafe
     import plotly.offline
 
     environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("secateur", "report"),
+        loader=jinja2.ChoiceLoader([jinja2.PackageLoader("secateur", name) for name in (room, "report")]),
         autoescape=True,
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    named = {"percentage": percentage, "duration": duration, "milliseconds": milliseconds}
-    environment.filters |= {"si": si, "percent": percent} | named
+    environment.filters |= {"si": si, "percent": percent, "duration": duration, **(filters or {})}
     plotly_js = markupsafe.Markup(plotly.offline.get_plotlyjs())
     return environment.get_template(template).render(figures=pictures, plotly=plotly_js, **values)
 

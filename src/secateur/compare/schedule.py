@@ -3,7 +3,6 @@
 from dataclasses import dataclass
 from typing import Any
 
-from secateur.errors import SecateurError, unknown
 from secateur.recipes.train_config import TrainConfig
 
 
@@ -16,7 +15,7 @@ class Schedule:
         train_images: of the training set, balanced over the classes; None: all.
         epochs: of the whole training, whatever the method does with them.
         tune_epochs: where trained weights are given.
-        lr, tune_lr: the highest learning rates of both.
+        lr, tune_lr: the peak learning rates of both.
         schedule: of the learning rate.
         weight_decay, batch_size, test_every: as in `TrainConfig`.
         dense_share: share of the epochs that a method which prunes trained models trains the dense one.
@@ -34,7 +33,7 @@ class Schedule:
     test_every: int = 1
     dense_share: float = 0.5
 
-    def train(self, *, epochs: int | None = None, tune: bool = False, **changes: Any) -> TrainConfig:
+    def make_config(self, *, epochs: int | None = None, tune: bool = False, **changes: Any) -> TrainConfig:
         """Settings for training from scratch, or for training on."""
         settings: dict[str, Any] = {
             "epochs": epochs or (self.tune_epochs if tune else self.epochs),
@@ -71,10 +70,3 @@ SCHEDULES = {
     ),
 }
 """A short schedule ranks methods; it does not reproduce a paper."""
-
-
-def schedule_named(name: str) -> Schedule:
-    """Look a schedule up."""
-    if name not in SCHEDULES:
-        raise SecateurError(unknown("schedule", name, SCHEDULES))
-    return SCHEDULES[name]

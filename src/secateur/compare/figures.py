@@ -4,15 +4,15 @@ import statistics
 from collections.abc import Sequence
 from typing import Any
 
-from secateur.report.comparison import (
-    Outcome,
+from secateur.compare.results import Outcome
+from secateur.compare.statistics import (
     Standing,
-    budgets_of,
-    dense_accuracies,
-    dense_latency,
-    in_words,
-    standings,
+    find_dense_accuracies,
+    find_dense_latency,
+    list_budgets,
+    rank_arms,
 )
+from secateur.compare.words import MEASURES, describe_budget
 from secateur.report.figures import AFTER, BEFORE, REMOVED, Figure, escape, plain_layout
 
 _COLORS = (
@@ -21,66 +21,64 @@ _COLORS = (
 _SYMBOLS = ("circle", "square", "diamond", "triangle-up", "cross", "triangle-down")
 _LABEL = 24
 
-FRONTS = {
-    "plot-macs": ("macs", 100, "MACs kept, %"),
-    "plot-params": ("params", 100, "parameters kept, %"),
-    "plot-latency": ("latency_ms", 1, "latency, ms"),
-}
-"""Element -> what accuracy is drawn over: a field of `Standing`, its factor, and the axis's title."""
+LATENCY = "latency"
+
+COSTS = {**{measure: f"{label} kept, %" for measure, label in MEASURES.items()}, LATENCY: "latency, ms"}
+"""What accuracy is drawn over -> the title of that axis; the picture of `macs` is drawn in the element `plot-macs`."""
 
 
-def comparison_figures(outcomes: Sequence[Outcome]) -> dict[str, Figure]:
+def draw_figures(outcomes: Sequence[Outcome]) -> dict[str, Figure]:
     """The pictures for which there is data, by the id of the element that they are drawn in."""
-    table = standings(outcomes)
+    table = rank_arms(outcomes)
     drawn = {}
-    for name, (field, _, _) in FRONTS.items():
-        if any(_drawable(line, field) for line in table if line.budget):
-            drawn[name] = front(outcomes, name)
+    for cost in COSTS:
+        if any(_cost(line, cost) is not None for line in table if line.budget):
+            drawn[f"plot-{cost}"] = draw_front(outcomes, cost)
     if any(outcome.widths for outcome in outcomes):
-        drawn["plot-widths"] = widths(outcomes)
+        drawn["plot-widths"] = draw_widths(outcomes)
     return drawn
 
 
-def arms_of(outcomes: Sequence[Outcome]) -> list[str]:
+def list_arms(outcomes: Sequence[Outcome]) -> list[str]:
     """The arms that prune, as they come."""
     return list(dict.fromkeys(outcome.arm for outcome in outcomes if outcome.budget))
 
 
-def marker_of(place: int) -> tuple[str, bool]:
+def choose_marker(place: int) -> tuple[str, bool]:
     """Colour of the arm at that place, and whether its marks are hollow; no two of twenty are alike."""
     return _COLORS[place % len(_COLORS)], place // len(_COLORS) % 2 == 1
 
 
-def front(outcomes: Sequence[Outcome], name: str) -> Figure:
+def draw_front(outcomes: Sequence[Outcome], cost: str) -> Figure:
     """Accuracy over a cost: a line per arm over its budgets, bars of one standard deviation, and the dense model.
 
-    The arms are the first traces, in the order of `arms_of`, so that the page can hide them by number.
+    The arms are the first traces, in the order of `list_arms`, so that the page can hide them by number.
     """
-    field, factor, title = FRONTS[name]
-    table, dense = standings(outcomes), dense_accuracies(outcomes)
+    title = COSTS[cost]
+    table, dense = rank_arms(outcomes), find_dense_accuracies(outcomes)
     data: list[dict[str, Any]] = []
-    for place, arm in enumerate(arms_of(outcomes)):
-        lines = [line for line in table if line.arm == arm and line.budget and _drawable(line, field)]
-        lines.sort(key=lambda line: getattr(line, field))
-        color, hollow = marker_of(place)
+    for place, arm in enumerate(list_arms(outcomes)):
+        costs = [(_cost(line, cost), line) for line in table if line.arm == arm and line.budget]
+        found = sorted(((x, line) for x, line in costs if x is not None), key=lambda pair: pair[0])
+        color, hollow = choose_marker(place)
         symbol = _SYMBOLS[place % len(_SYMBOLS)] + ("-open" if hollow else "")
         data.append(
             {
                 "type": "scatter",
                 "mode": "lines+markers",
                 "name": escape(arm),
-                "x": [round(factor * getattr(line, field), 4) for line in lines],
-                "y": [round(100 * (line.accuracy or 0), 3) for line in lines],
+                "x": [round(x, 4) for x, _ in found],
+                "y": [round(100 * (line.accuracy or 0), 3) for _, line in found],
                 "error_y": {
                     "type": "data",
-                    "array": [round(100 * (line.spread or 0), 3) for line in lines],
+                    "array": [round(100 * (line.spread or 0), 3) for _, line in found],
                     "thickness": 1,
                     "width": 3,
                 },
                 "error_x": {
                     "type": "data",
                     "array": [
-                        round((line.latency_spread or 0) if field == "latency_ms" else 0, 4) for line in lines
+                        round((line.latency_spread or 0) if cost == LATENCY else 0, 4) for _, line in found
                     ],
                     "thickness": 1,
                     "width": 3,
@@ -91,7 +89,7 @@ def front(outcomes: Sequence[Outcome], name: str) -> Figure:
                 "<extra></extra>",
             }
         )
-    at = {"macs": 100.0, "params": 100.0, "latency_ms": dense_latency(outcomes)}[field]
+    at = find_dense_latency(outcomes) if cost == LATENCY else 100.0
     if dense and at is not None:
         data.append(
             {
@@ -110,19 +108,22 @@ def front(outcomes: Sequence[Outcome], name: str) -> Figure:
     return {"data": data, "layout": layout}
 
 
-def _drawable(line: Standing, field: str) -> bool:
-    return line.accuracy is not None and getattr(line, field) is not None
+def _cost(line: Standing, cost: str) -> float | None:
+    """In the unit of its axis; None: not known, or no seed worked."""
+    if line.accuracy is None:
+        return None
+    return line.latency_ms if cost == LATENCY else 100 * line.kept[cost]
 
 
-def widths(outcomes: Sequence[Outcome]) -> Figure:
+def draw_widths(outcomes: Sequence[Outcome]) -> Figure:
     """Share of its units that each layer keeps, a row per arm, mean over the seeds; one trace per budget."""
-    arms = arms_of(outcomes)
+    arms = list_arms(outcomes)
     layers = {width.layer: width.before for outcome in outcomes for width in outcome.widths}
     data = []
-    for number, budget in enumerate(filter(None, budgets_of(outcomes))):
+    for number, budget in enumerate(filter(None, list_budgets(outcomes))):
         rows, words = [], []
         for arm in arms:
-            found = [o for o in outcomes if o.arm == arm and in_words(o.budget) == budget]
+            found = [o for o in outcomes if o.arm == arm and describe_budget(o.budget) == budget]
             row, text = [], []
             for name, before in layers.items():
                 kept = [w.after for o in found for w in o.widths if w.layer == name]
