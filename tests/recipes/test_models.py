@@ -19,7 +19,7 @@ from secateur.recipes.models.resnet import PadShortcut
 
 PRUNED_VGG = {"widths": (17, 46, 57, 71, 73, 60, 32, 51, 51, 51, 51, 51, 51)}
 
-# file, model, options, parameters, correct of the first 1,000 test images
+# file, model, options, parameters, correct of the first 500 test images
 PUBLISHED = [
     ("resnet20_optA_akamaster", "resnet20", {}, 269_722, 915),
     ("resnet32_optA_akamaster", "resnet32", {}, 464_154, 928),
