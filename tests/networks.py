@@ -1,4 +1,4 @@
-"""The networks every law is tested on."""
+"""The networks that the laws are tested on."""
 
 from dataclasses import dataclass
 
@@ -23,8 +23,19 @@ TORCHVISION = [
     "vgg16_bn",
 ]
 NARROW_VGG = (8, 8, 12, 12, 16, 16, 16, 24, 24, 24, 32, 32, 32)
-LARGE = {"densenet121", "densenet121_cifar", "googlenet", "resnet110", "resnet110_b", "resnet50"}
-ALL = sorted(list_models()) + [f"torchvision/{name}" for name in TORCHVISION]
+VARIANTS = [
+    "densenet121_cifar",
+    "mobilenet_v2_x0_5_cifar",
+    *(f"resnet{depth}{shortcut}" for depth in (32, 44, 56, 110) for shortcut in ("", "_b")),
+    *(f"shufflenet_v2_x{width}_cifar" for width in ("1_0", "1_5", "2_0")),
+]
+"""Built-in models that are another of them with more of the same blocks, or with other widths."""
+
+STRUCTURES = sorted({*list_models()} - {*VARIANTS}) + [f"torchvision/{name}" for name in TORCHVISION]
+ALL = STRUCTURES + VARIANTS
+SLOW = {"densenet121_cifar", "densenet_bc_100", "resnet110", "resnet110_b"} | {
+    f"torchvision/{name}" for name in ("densenet121", "googlenet", "resnet50")
+}
 
 
 @dataclass(frozen=True)

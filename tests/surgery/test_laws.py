@@ -1,5 +1,6 @@
 """The laws that hold for every network: cut ≡ mask, costs agree, files rebuild, plans compose."""
 
+import functools
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
 
@@ -10,7 +11,7 @@ from torch import Tensor, nn
 import secateur as sc
 from secateur.graph import Graph, Group, named_tensors
 from secateur.proof.verify import trains
-from tests.networks import ALL, LARGE, Network, network
+from tests.networks import ALL, SLOW, STRUCTURES, Network, network
 from tests.oracles import counted_macs, counted_params, culprits, random_masks, separating_sets, twin
 
 Cut = Callable[[nn.Module, Graph, sc.Plan], nn.Module]
@@ -23,37 +24,41 @@ class Case:
     Attributes:
         masks: which units of the graph stay in the cut network; at least two per group, since a group of a
             single unit would be no group any more.
-        again: the analysis of the cut network.
     """
 
     net: Network
     graph: Graph
     masks: list[Tensor]
     cut: nn.Module
-    again: Graph
+
+    @functools.cached_property
+    def again(self) -> Graph:
+        """The analysis of the cut network."""
+        return sc.analyze(self.cut, self.net.inputs)
 
 
-def marked(name: str) -> object:
-    """One process tests all laws of a network; large networks are slow."""
-    slow = [pytest.mark.slow] if name.rpartition("/")[2] in LARGE else []
-    return pytest.param(name, marks=[pytest.mark.xdist_group(name), *slow])
+def networks(names: list[str]) -> pytest.MarkDecorator:
+    """One process tests all laws of a network."""
+    marks = {name: [pytest.mark.xdist_group(name), *[pytest.mark.slow] * (name in SLOW)] for name in names}
+    params = [pytest.param(name, marks=marks[name]) for name in names]
+    return pytest.mark.parametrize("case", params, indirect=True)
 
 
-@pytest.fixture(scope="module", params=[marked(name) for name in ALL])
+@pytest.fixture(scope="module")
 def case(request: pytest.FixtureRequest) -> Case:
     net = network(request.param)
     graph = sc.analyze(net.model, net.inputs)
     masks = random_masks(graph, seed=7, share=0.5)
     for mask in masks:
         mask[:2] = True
-    cut = sc.cut_(twin(net.model), graph, sc.Plan.of(graph, masks))
-    return Case(net, graph, masks, cut, sc.analyze(cut, net.inputs))
+    return Case(net, graph, masks, sc.cut_(twin(net.model), graph, sc.Plan.of(graph, masks)))
 
 
 def relative_error(a: Tensor, b: Tensor) -> float:
     return ((a - b).abs().max() / a.abs().max()).item()
 
 
+@networks(STRUCTURES)
 def test_cut_equals_mask_for_every_group(case: Case) -> None:
     assert case.graph.groups
     check_groups(case.net, case.graph)
@@ -117,6 +122,7 @@ def test_two_groups_that_fail_together_only_are_both_named() -> None:
     assert culprits([2, 3, 6, 7], lambda part: 6 not in part) == [6]
 
 
+@networks(STRUCTURES)
 def test_removing_units_shows_in_the_output(case: Case) -> None:
     """To first order, by one backward pass. Otherwise a cut and a mask would be equal whatever was cut."""
     net, graph = case.net, case.graph
@@ -138,6 +144,7 @@ def test_removing_units_shows_in_the_output(case: Case) -> None:
     assert silent <= len(graph.groups) / 10
 
 
+@networks(ALL)
 def test_everything_at_once(case: Case, tmp_path) -> None:
     net, graph, cut = case.net, case.graph, case.cut
     plan = sc.Plan.of(graph, case.masks)
@@ -145,12 +152,11 @@ def test_everything_at_once(case: Case, tmp_path) -> None:
         reference = masked_twin(net.model, graph, plan)(net.inputs)
         assert relative_error(reference, cut(net.inputs)) < 1e-10
 
-    cost, kept, again = sc.Cost(graph), plan.kept(graph), sc.Cost(case.again)
+    cost, kept = sc.Cost(graph), plan.kept(graph)
     assert cost.macs() == counted_macs(net.model, net.inputs)
     assert cost.macs(kept) == counted_macs(cut, net.inputs)
     assert cost.params() == counted_params(net.model)
     assert cost.params(kept) == counted_params(cut)
-    assert (again.macs(), again.params()) == (cost.macs(kept), cost.params(kept))
 
     sc.save(cut, tmp_path / "cut.safetensors")
     loaded = sc.load(network(net.name).model, tmp_path / "cut.safetensors")
@@ -161,6 +167,7 @@ def test_everything_at_once(case: Case, tmp_path) -> None:
     assert trains(twin(cut), graph, seed=0)
 
 
+@networks(STRUCTURES)
 def test_empty_plan_is_a_bitwise_no_op(case: Case) -> None:
     net, graph = case.net, case.graph
     plan = sc.Plan.of(graph, [torch.ones(g.units, dtype=torch.bool) for g in graph.groups])
@@ -170,6 +177,14 @@ def test_empty_plan_is_a_bitwise_no_op(case: Case) -> None:
     assert repr(cut) == repr(net.model)
 
 
+@networks(STRUCTURES)
+def test_the_cut_network_costs_what_the_formula_said(case: Case) -> None:
+    cost, kept = sc.Cost(case.graph), sc.Plan.of(case.graph, case.masks).kept(case.graph)
+    again = sc.Cost(case.again)
+    assert (again.macs(), again.params()) == (cost.macs(kept), cost.params(kept))
+
+
+@networks(STRUCTURES)
 def test_two_cuts_compose(case: Case) -> None:
     """Cutting some units, then others, gives the tensors that one cut of both gives."""
     net, graph, middle = case.net, case.graph, case.again
@@ -195,6 +210,7 @@ def signature(group: Group) -> tuple[tuple[str, int, int], ...]:
     return tuple((member.tensor, member.dim, member.index.shape[1]) for member in group.members)
 
 
+@networks(STRUCTURES)
 def test_plan_survives_json(case: Case) -> None:
     plan = sc.Plan.of(case.graph, random_masks(case.graph, seed=3), {"score": "l2"})
     assert sc.Plan.from_json(plan.to_json()) == plan
