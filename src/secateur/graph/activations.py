@@ -9,8 +9,7 @@ from torch import Tensor, fx
 
 from secateur.graph.axes import Axis, Product
 from secateur.graph.labels import Atoms, Value, compress, support
-from secateur.graph.propagate import module_of
-from secateur.graph.rules import flatten
+from secateur.graph.operators.site import flatten, module_of
 from secateur.graph.trace import Trace
 
 REAL = 4

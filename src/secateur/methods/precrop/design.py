@@ -175,7 +175,7 @@ def design(
     """Choose widths; nothing is cut.
 
     Formulas are asked again for more or less of each cost until the widths they lead to cost what is allowed; what
-    still differs, and what scores or given densities lead to, is corrected by one factor for all shares (`meet_budget`).
+    still differs, and what scores or given densities lead to, is corrected by one factor for all (`meet_budget`).
 
     Args:
         model: untrained; only read.
