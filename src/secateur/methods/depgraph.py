@@ -126,8 +126,7 @@ class DepGraph(TrainingMethod):
         check_shares(self, self.sparse_share, self.prune_share, "sparse_share")
 
     def prepare(self, session: Session[State]) -> State:
-        groups = session.whole.groups
-        session.aim(range(len(groups)), [min(self.min_keep, g.units) for g in groups], self.removal)
+        session.aim(least=self.min_keep, removal=self.removal)
         when = plan_rounds(session, self.rounds, self.sparse_share, self.prune_share, self.removal.steps)
         return State(when, round(self.sparse_share * session.steps))
 

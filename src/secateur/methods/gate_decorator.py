@@ -167,7 +167,7 @@ class GateDecorator(TrainingMethod):
                 "GateDecorator: no prunable layer is followed by a batch norm, which it makes gates of"
             )
         least = [max(1, round(self.keep_share * group.units)) for group in groups]
-        session.aim(gated, least, replace(self.removal, parts="gate"))
+        session.aim(gated, least=least, removal=replace(self.removal, parts="gate"))
         tocks = -(-self.ticks // self.ticks_per_tock)
         each = round(self.prune_share * session.steps) // (self.ticks + tocks * self.ticks_per_tock)
         if each < self.removal.steps:

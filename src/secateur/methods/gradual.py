@@ -95,8 +95,7 @@ class Gradual(TrainingMethod):
         check_shares(self, self.start_share, self.prune_share)
 
     def prepare(self, session: Session[State]) -> State:
-        groups = session.whole.groups
-        session.aim(range(len(groups)), [min(self.min_keep, g.units) for g in groups], self.removal)
+        session.aim(least=self.min_keep, removal=self.removal)
         when = plan_rounds(session, self.rounds, self.start_share, self.prune_share, self.removal.steps)
-        seen = [torch.zeros(group.units) for group in groups]
+        seen = [torch.zeros(group.units) for group in session.whole.groups]
         return State(when, seen, torch.Generator().manual_seed(self.seed))

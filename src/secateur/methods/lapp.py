@@ -355,12 +355,12 @@ class LAPP(TrainingMethod):
             norms = norms_after(model, session.inputs)
             session.look()
             beside = {f"{conv}.conv" for conv, _ in bypasses}
-            groups = enumerate(session.whole.groups)
-            targets = [n for n, g in groups if len(p := producers(g)) == 1 and p <= beside]
+            found = enumerate(session.whole.groups)
+            targets = [n for n, g in found if len(p := producers(g)) == 1 and p <= beside]
         else:
             targets = own_groups(session.whole)
-        groups_ = session.whole.groups
-        session.aim(targets, [max(1, math.ceil(self.min_share * group.units)) for group in groups_])
+        groups = session.whole.groups
+        session.aim(targets, least=[max(1, math.ceil(self.min_share * group.units)) for group in groups])
         if self.bypass == "shared":
             add_bypass_(model, bypasses, "shared", self.side, self.side_start)
         prune_steps = max(1, round(self.prune_share * session.steps))
@@ -370,15 +370,15 @@ class LAPP(TrainingMethod):
                 f"LAPP: pruning ends after step {prune_steps}, and {self.removal.steps} steps of removal then go "
                 f"beyond step {session.steps}; use a smaller prune_share, a shorter removal, or more steps"
             )
-        threshold = nn.Parameter(torch.full((len(groups_),), -3.0))
+        threshold = nn.Parameter(torch.full((len(groups),), -3.0))
         make = {"adam": torch.optim.Adam, "sgd": torch.optim.SGD}[self.threshold_optimizer]
         lr = 7.8 / prune_steps if self.threshold_lr is None else self.threshold_lr
         return State(
             threshold=threshold,
             optimizer=make([threshold], lr=lr),
-            moments=torch.zeros(len(groups_), 2),
-            saliency=[torch.zeros(group.units) for group in groups_],
-            levels=[torch.ones(groups_[number].units) for number in targets],
+            moments=torch.zeros(len(groups), 2),
+            saliency=[torch.zeros(group.units) for group in groups],
+            levels=[torch.ones(groups[number].units) for number in targets],
             norms=norms,
             bypasses=bypasses,
             prune_steps=prune_steps,

@@ -162,8 +162,9 @@ class OTO(TrainingMethod):
         check_shares(self, self.start_share, self.prune_share)
 
     def prepare(self, session: Session[State]) -> State:
-        groups = session.whole.groups
-        session.aim(range(len(groups)), [min(self.min_keep, g.units) for g in groups], self.removal)
+        session.aim(least=self.min_keep, removal=self.removal)
         begins = max(1, round(self.start_share * session.steps))
         ends = max(begins, round(self.prune_share * session.steps) - self.removal.steps + 1)
-        return State(begins, ends, [torch.zeros(group.units, dtype=torch.bool) for group in groups])
+        return State(
+            begins, ends, [torch.zeros(group.units, dtype=torch.bool) for group in session.whole.groups]
+        )

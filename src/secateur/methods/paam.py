@@ -365,7 +365,7 @@ class PAAM(TrainingMethod):
         groups = session.whole.groups
         able = range(len(groups)) if self.streams else own_groups(session.whole)
         targets = [n for n in able if any(m.role == "out" for m in groups[n].members)]
-        session.aim(targets, [min(self.least, group.units) for group in groups])
+        session.aim(targets, least=self.least)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self.seed)
             scorers = nn.ModuleList(
