@@ -106,7 +106,7 @@ class Session(Generic[S]):
         self._stepped = False
         self._handle: Any = None
         self._hooks = ExitStack()
-        self.look()
+        self.analyze()
         self.dense = self.cost
         self.limits = budget.limits(self.dense.all()) if budget else {}
         self.own = method.prepare(self)
@@ -118,8 +118,8 @@ class Session(Generic[S]):
 
     # --- while a method prepares ---------------------------------------------------------------------------
 
-    def look(self) -> None:
-        """Take the model as it is now for the one at the start; `dense` and `limits` stay."""
+    def analyze(self) -> None:
+        """Analyse the model as it is now, as the one at the start; `dense` and `limits` stay."""
         self.whole = self.graph = analyze(self.model, self.inputs, freeze=self.method.freeze)
         self.cost = Cost(self.whole)
         self.tensors = dict(self.model.named_parameters())

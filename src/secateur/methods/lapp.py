@@ -353,7 +353,7 @@ class LAPP(TrainingMethod):
         if self.bypass == "full":
             add_bypass_(model, bypasses, "full", self.side, self.side_start)
             norms = norms_after(model, session.inputs)
-            session.look()
+            session.analyze()
             beside = {f"{conv}.conv" for conv, _ in bypasses}
             found = enumerate(session.whole.groups)
             targets = [n for n, g in found if len(p := producers(g)) == 1 and p <= beside]
