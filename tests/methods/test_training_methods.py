@@ -76,8 +76,8 @@ class Whole:
     copies: Path
     losses: list[float]
     weights: dict[str, torch.Tensor]
-    plan: Plan
     session: Session[Any]
+    plan: Plan
 
 
 @pytest.fixture(scope="module", params=METHODS.values(), ids=METHODS)
@@ -94,7 +94,7 @@ def whole(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
         session, result = train(request.param, folder)
     weights = {name: tensor.clone() for name, tensor in session.model.state_dict().items()}
     losses = [epoch.loss for epoch in result.history]
-    return Whole(request.param, copies, losses, weights, session.plan(), session)
+    return Whole(request.param, copies, losses, weights, session, session.plan())
 
 
 @pytest.mark.parametrize("step", [4, 8, 12])  # while thresholds move, at the end of pruning, after it
@@ -105,6 +105,9 @@ def test_a_resumed_run_equals_an_uninterrupted_one(whole: Whole, step: int, tmp_
     for name, tensor in session.model.state_dict().items():
         assert torch.equal(tensor, whole.weights[name]), name
     assert session.plan() == whole.plan
+    assert session.history == whole.session.history
+    assert session.endings == whole.session.endings
+    assert all(torch.equal(a, b) for a, b in zip(session.scores, whole.session.scores, strict=True))
 
 
 def test_the_budget_is_met_within_one_unit(whole: Whole) -> None:

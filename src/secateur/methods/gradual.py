@@ -52,13 +52,9 @@ class Gradual(TrainingMethod):
     score: str | ScoreFunction = option("what ranks units", default="l2", choices=SCORES, custom=True)
     rounds: int = option("how many; the cost falls by equal parts", default=10, least=1)
     start_share: float = option("share of the steps before the first round", default=0.0, least=0, below=1)
-    prune_share: float = option(
-        "share of the steps by which the last cohort is gone", default=0.5, above=0, most=1
-    )
+    prune_share: float = option("share of the steps by which the last are gone", default=0.5, above=0, most=1)
     removal: Decay = option("how units go; must fit between two rounds", default=Decay())
-    memory: float = option(
-        "of the moving average of scores that need gradients", default=0.9, least=0, most=1
-    )
+    memory: float = option("of the average of scores with gradients", default=0.9, least=0, most=1)
     min_keep: int = option("units that every group keeps at least", default=1, least=1)
     seed: int = option("of random scores", default=0)
 

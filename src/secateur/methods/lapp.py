@@ -87,7 +87,11 @@ class LAPP(TrainingMethod):
     (gamma · dL/dgamma)².
     `slope`: "sigmoid"; "dst", the piecewise slope of Liu et al. 2020, arXiv:2005.06870; or "soft", the sigmoid itself,
     forward as well, until the budget is landed on.
-    `remove_every`: once a group has lost units, its mean and std stay. Not with a shared bypass.
+    `side_start`: anything but 0 disturbs a trained model.
+    `learn`, `task_gradient`: False as controls.
+    `threshold_lr`: None: such that a threshold can travel 7.8 standard deviations within the pruning steps.
+    `remove_every`: steps after which units below their threshold are cut out for good. Once a group has lost units, its
+    mean and std stay. Not with a shared bypass.
     `removal`: with `Decay(steps=N)` the gate of a unit that falls below its threshold closes over N steps, and opens
     again as gradually if the unit comes back before; the last ones close after landing on the budget. Thresholds decide
     what returns, so `restore` has no part in it.
@@ -100,34 +104,22 @@ class LAPP(TrainingMethod):
 
     name, summary = "lapp", "learn a threshold per layer under a cost constraint, with a light bypass"
 
-    prune_share: float = option(
-        "share of the steps in which thresholds move (10 of 200 epochs)", default=0.05, above=0, most=1
-    )
-    hold_share: float = option(
-        "share of those in which they wait until importances say something", default=0.05, least=0, below=1
-    )
-    bypass: Literal["full", "shared", "none"] = option(
-        "which form the bypass has, if there is one", default="full"
-    )
+    prune_share: float = option("share of the steps in which thresholds move", default=0.05, above=0, most=1)
+    hold_share: float = option("share of those in which they still wait", default=0.05, least=0, below=1)
+    bypass: Literal["full", "shared", "none"] = option("form of the bypass", default="full")
     side: Side = option("what the bypass computes", default="depthwise")
-    side_start: float = option(
-        "scale of the norm behind it at the start; all but 0 disturb a trained model", default=0.0, least=0
-    )
+    side_start: float = option("scale of its norm at the start; 0 disturbs nothing", default=0.0, least=0)
     score: Literal["l2", "gamma", "taylor"] = option("importance of a unit", default="l2")
     slope: Literal["sigmoid", "dst", "soft"] = option("backward of the mask", default="sigmoid")
     temperature: float = option("t of the slope", default=0.5, above=0)
     constraint: Literal["linear", "log"] = option("log: of cost / (target · dense)", default="linear")
     weight: float = option("of the constraint", default=4.0, least=0)
-    learn: bool = option(
-        "no: one threshold for all groups that follows the target, as a control", default=True
-    )
-    task_gradient: bool = option("whether the task loss moves thresholds; no, as a control", default=True)
+    learn: bool = option("False: one threshold that follows the target", default=True)
+    task_gradient: bool = option("whether the task loss moves thresholds", default=True)
     threshold_optimizer: Literal["adam", "sgd"] = option("what moves thresholds", default="adam")
-    threshold_lr: float | None = option(
-        "None: so that one can travel 7.8 standard deviations within the pruning steps", default=None, above=0
-    )
+    threshold_lr: float | None = option("None: so that one can travel 7.8 deviations", default=None, above=0)
     remove_every: int | None = option(
-        "steps after which units below their threshold are cut for good; None: at the end",
+        "steps between cuts; None: at the end",
         default=None,
         least=1,
     )
