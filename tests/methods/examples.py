@@ -19,6 +19,7 @@ from secateur.methods.lapp import LAPP
 from secateur.methods.oto import OTO
 from secateur.methods.paam import PAAM
 from secateur.recipes.train import FitResult, TrainConfig, fit, training_steps
+from tests.methods.halfway import Halfway
 from tests.recipes.test_train import toy_data
 
 CONFIG = TrainConfig(epochs=3, batch_size=16, lr=0.05, checkpoint_every=2)
@@ -79,6 +80,10 @@ def host(kind: type[TrainingMethod], **options: Any) -> Make:
 
 SOFT = Decay(steps=3, restore=Restore(rate=0.0, length=0.0, cool_down=2))
 
+KINDS: tuple[type[TrainingMethod], ...] = (
+    LAPP, PAAM, Gradual, DepGraph, OTO, HESSO, GateDecorator, Halfway
+)  # fmt: skip
+
 METHODS: dict[str, Make] = {
     "lapp, full bypass": lapp(),
     "lapp, full bypass, removal on the way": lapp(
@@ -109,6 +114,7 @@ METHODS: dict[str, Make] = {
     "gate decorator, decay": host(
         GateDecorator, ticks=2, ticks_per_tock=1, prune_share=0.8, removal=Decay(steps=3)
     ),
+    "a method of a user's own": host(Halfway),
 }
 """Every training method in every form -> how to make it for a model."""
 

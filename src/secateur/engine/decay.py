@@ -60,12 +60,8 @@ class Restore:
         "share of the decay before which nothing is restored", default=0.4, least=0, most=1
     )
     memory: float = option("of the moving average of gradients", default=0.9, least=0, most=1)
-    most: float = option(
-        "share of the units that started together that are restored at most", default=0.25, least=0
-    )
-    cool_down: int | None = option(
-        "steps before a restored unit is chosen again; None: those of a decay", default=None, least=0
-    )
+    most: float = option("share of a cohort that is restored at most", default=0.25, least=0)
+    cool_down: int | None = option("steps before it is chosen again; None: N", default=None, least=0)
     times: int = option("how often one unit is restored at most", default=2, least=0)
 
 

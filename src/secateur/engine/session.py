@@ -108,7 +108,7 @@ class Session(Generic[S]):
         self._stepped = False
         self._handle: Any = None
         self._hooks = ExitStack()
-        self.look()
+        self.analyze()
         self.dense = self.cost
         self.limits = budget.limits(self.dense.all()) if budget else {}
         self.own = method.prepare(self)
@@ -120,8 +120,8 @@ class Session(Generic[S]):
 
     # --- while a method prepares ---------------------------------------------------------------------------
 
-    def look(self) -> None:
-        """Take the model as it is now for the one at the start; `dense` and `limits` stay."""
+    def analyze(self) -> None:
+        """Analyse the model as it is now, as the one at the start; `dense` and `limits` stay."""
         self.whole = self.graph = analyze(self.model, self.inputs, freeze=self.method.freeze)
         self.cost = Cost(self.whole)
         self.tensors = dict(self.model.named_parameters())
@@ -132,21 +132,31 @@ class Session(Generic[S]):
         self.least = [1] * len(self.kept)
         self.pool = Pool(self.graph, (), self.tensors, Decay())
 
-    def aim(self, targets: Sequence[int], least: Sequence[int], removal: Decay | None = None) -> None:
-        """Say which groups lose units, how many every group keeps at least, and how units leave, if by a pool.
+    def aim(
+        self,
+        targets: Iterable[int] | None = None,
+        *,
+        least: int | Sequence[int] = 1,
+        removal: Decay | None = None,
+    ) -> None:
+        """Say which groups lose units, how many units groups keep at least, and how units leave.
 
+        Args:
+            targets: numbers of groups; None: all.
+            least: of every group, or for each one.
+            removal: of units that leave through the pool; None: they are cut out at once.
         Raises:
             ModelError: there is no such group.
             BudgetError: the budget cannot be reached that way; the message says what can.
         """
-        self.targets, self.least = list(targets), list(least)
+        units = [group.units for group in self.whole.groups]
+        self.targets = list(range(len(units)) if targets is None else targets)
+        self.least = [min(least, u) for u in units] if isinstance(least, int) else list(least)
         if not self.targets:
             raise ModelError(
                 f"{self.name}: no layer can lose units on its own; `secateur inspect` says what is frozen"
             )
-        counts = [group.units for group in self.whole.groups]
-        for number in self.targets:
-            counts[number] = self.least[number]
+        counts = [self.least[n] if n in self.targets else u for n, u in enumerate(units)]
         for measure, limit in self.limits.items():
             if (reach := self.cost.of(measure, counts)) > limit:
                 raise BudgetError(

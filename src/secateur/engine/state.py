@@ -155,8 +155,10 @@ def _load(value: Any, saved: Any, tensors: Mapping[str, Tensor], hint: Any) -> A
             p, v = _parameters(value)[int(number)], _load(None, entry, tensors, Any)
             value.state[p][slot] = v if slot == "step" or not isinstance(v, Tensor) else v.to(p.device)
         return value
+    if saved is None:
+        return None
     kind = _dataclass_of(hint)
-    if is_dataclass(value) or (kind is not None and saved is not None):
+    if is_dataclass(value) or kind is not None:
         hints = get_type_hints(kind or type(value))
         found = {n: _load(getattr(value, n, None), entry, tensors, hints[n]) for n, entry in saved.items()}
         if not is_dataclass(value):

@@ -1,17 +1,16 @@
 """Base class for methods that prune while the model is trained.
 
 @settings
-class Shrink(TrainingMethod):
-    name, summary = "shrink", "remove the smallest units in one round"
-    at: float = option("share of the steps after which units leave", default=0.5, above=0, below=1)
-
-    def prepare(self, session):
-        groups = session.whole.groups
-        session.aim(range(len(groups)), [1] * len(groups), Decay())
+class Halfway(TrainingMethod):
+    name, summary = "halfway", "cut the units with the smallest filters"
+    at: float = option("share of the steps after which they leave", default=0.5, above=0, below=1)
 
     def advance(self, session):
         if session.step == round(self.at * session.steps):
-            session.remove(session.pick(…, slack=0.0))
+            session.cut(session.choose([self.rank(session, group) for group in session.graph.groups]))
+
+    def rank(self, session, group):
+        return sum(m.take(session.tensors[m.tensor]).abs().sum(1) for m in group.members if m.role == "out")
 """
 
 from contextlib import AbstractContextManager, nullcontext
@@ -43,8 +42,8 @@ class TrainingMethod(Method):
     needs_budget: ClassVar[bool] = True
 
     def prepare(self, session: Session[Any]) -> Any:
-        """Say which groups lose units (`session.aim`), check the options against the model, and return the state."""
-        raise NotImplementedError
+        """Say which groups lose units (default: all), check the options against the model, and return the state."""
+        session.aim()
 
     def attached(self, session: Session[Any]) -> AbstractContextManager[Any]:
         """What is on the model while it trains, such as gates; it is left for every cut and entered again."""

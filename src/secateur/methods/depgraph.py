@@ -46,12 +46,8 @@ class DepGraph(TrainingMethod):
         "share of the steps with the sparse phase; 0: none", default=0.0, least=0, below=1
     )
     strength: float = option("of the penalty", default=5e-4, least=0)
-    rounds: int = option(
-        "1 cuts at once, as the host does; several leave room for a decay", default=1, least=1
-    )
-    prune_share: float = option(
-        "share of the steps by which the last cohort is gone", default=0.5, above=0, most=1
-    )
+    rounds: int = option("how many; 1 cuts at once, as the paper does", default=1, least=1)
+    prune_share: float = option("share of the steps by which the last are gone", default=0.5, above=0, most=1)
     pieces: int = option("small cuts in a round", default=20, least=1)
     removal: Decay = option("how units go; must fit between two rounds", default=Decay())
     min_keep: int = option("units that every group keeps at least", default=1, least=1)
@@ -126,8 +122,7 @@ class DepGraph(TrainingMethod):
         check_shares(self, self.sparse_share, self.prune_share, "sparse_share")
 
     def prepare(self, session: Session[State]) -> State:
-        groups = session.whole.groups
-        session.aim(range(len(groups)), [min(self.min_keep, g.units) for g in groups], self.removal)
+        session.aim(least=self.min_keep, removal=self.removal)
         when = plan_rounds(session, self.rounds, self.sparse_share, self.prune_share, self.removal.steps)
         return State(when, round(self.sparse_share * session.steps))
 

@@ -92,9 +92,7 @@ class GateDecorator(TrainingMethod):
 
     ticks: int = option("how many", default=20, least=1)
     ticks_per_tock: int = option("Ticks between two Tocks", default=10, least=1)
-    prune_share: float = option(
-        "share of the steps that Ticks and Tocks take; the rest is fine-tuning", default=0.6, above=0, most=1
-    )
+    prune_share: float = option("share of the steps for Ticks and Tocks", default=0.6, above=0, most=1)
     strength: float = option("of the penalty on gates", default=1e-3, least=0)
     keep_share: float = option("share of its units that every group keeps", default=0.1, least=0, below=1)
     removal: Decay = option("how gates close; its parts are always the gate", default=Decay())
@@ -167,7 +165,7 @@ class GateDecorator(TrainingMethod):
                 "GateDecorator: no prunable layer is followed by a batch norm, which it makes gates of"
             )
         least = [max(1, round(self.keep_share * group.units)) for group in groups]
-        session.aim(gated, least, replace(self.removal, parts="gate"))
+        session.aim(gated, least=least, removal=replace(self.removal, parts="gate"))
         tocks = -(-self.ticks // self.ticks_per_tock)
         each = round(self.prune_share * session.steps) // (self.ticks + tocks * self.ticks_per_tock)
         if each < self.removal.steps:

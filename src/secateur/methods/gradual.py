@@ -52,13 +52,9 @@ class Gradual(TrainingMethod):
     score: str | ScoreFunction = option("what ranks units", default="l2", choices=SCORES, custom=True)
     rounds: int = option("how many; the cost falls by equal parts", default=10, least=1)
     start_share: float = option("share of the steps before the first round", default=0.0, least=0, below=1)
-    prune_share: float = option(
-        "share of the steps by which the last cohort is gone", default=0.5, above=0, most=1
-    )
+    prune_share: float = option("share of the steps by which the last are gone", default=0.5, above=0, most=1)
     removal: Decay = option("how units go; must fit between two rounds", default=Decay())
-    memory: float = option(
-        "of the moving average of scores that need gradients", default=0.9, least=0, most=1
-    )
+    memory: float = option("of the average of scores with gradients", default=0.9, least=0, most=1)
     min_keep: int = option("units that every group keeps at least", default=1, least=1)
     seed: int = option("of random scores", default=0)
 
@@ -95,8 +91,7 @@ class Gradual(TrainingMethod):
         check_shares(self, self.start_share, self.prune_share)
 
     def prepare(self, session: Session[State]) -> State:
-        groups = session.whole.groups
-        session.aim(range(len(groups)), [min(self.min_keep, g.units) for g in groups], self.removal)
+        session.aim(least=self.min_keep, removal=self.removal)
         when = plan_rounds(session, self.rounds, self.start_share, self.prune_share, self.removal.steps)
-        seen = [torch.zeros(group.units) for group in groups]
+        seen = [torch.zeros(group.units) for group in session.whole.groups]
         return State(when, seen, torch.Generator().manual_seed(self.seed))

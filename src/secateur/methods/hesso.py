@@ -71,8 +71,7 @@ class HESSO(TrainingMethod):
         check_shares(self, self.start_share, self.prune_share)
 
     def prepare(self, session: Session[State]) -> State:
-        groups, steps = session.whole.groups, session.steps
-        each = round(self.prune_share * steps) - max(1, round(self.start_share * steps)) + 1
-        removal = Decay(steps=max(1, each // self.periods), form="factor")
-        session.aim(range(len(groups)), [min(self.min_keep, g.units) for g in groups], removal)
+        start, end = round(self.start_share * session.steps), round(self.prune_share * session.steps)
+        removal = Decay(steps=max(1, (end - max(1, start) + 1) // self.periods), form="factor")
+        session.aim(least=self.min_keep, removal=removal)
         return State(plan_rounds(session, self.periods, self.start_share, self.prune_share, removal.steps))

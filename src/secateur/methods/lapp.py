@@ -87,7 +87,11 @@ class LAPP(TrainingMethod):
     (gamma · dL/dgamma)².
     `slope`: "sigmoid"; "dst", the piecewise slope of Liu et al. 2020, arXiv:2005.06870; or "soft", the sigmoid itself,
     forward as well, until the budget is landed on.
-    `remove_every`: once a group has lost units, its mean and std stay. Not with a shared bypass.
+    `side_start`: anything but 0 disturbs a trained model.
+    `learn`, `task_gradient`: False as controls.
+    `threshold_lr`: None: such that a threshold can travel 7.8 standard deviations within the pruning steps.
+    `remove_every`: steps after which units below their threshold are cut out for good. Once a group has lost units, its
+    mean and std stay. Not with a shared bypass.
     `removal`: with `Decay(steps=N)` the gate of a unit that falls below its threshold closes over N steps, and opens
     again as gradually if the unit comes back before; the last ones close after landing on the budget. Thresholds decide
     what returns, so `restore` has no part in it.
@@ -100,34 +104,22 @@ class LAPP(TrainingMethod):
 
     name, summary = "lapp", "learn a threshold per layer under a cost constraint, with a light bypass"
 
-    prune_share: float = option(
-        "share of the steps in which thresholds move (10 of 200 epochs)", default=0.05, above=0, most=1
-    )
-    hold_share: float = option(
-        "share of those in which they wait until importances say something", default=0.05, least=0, below=1
-    )
-    bypass: Literal["full", "shared", "none"] = option(
-        "which form the bypass has, if there is one", default="full"
-    )
+    prune_share: float = option("share of the steps in which thresholds move", default=0.05, above=0, most=1)
+    hold_share: float = option("share of those in which they still wait", default=0.05, least=0, below=1)
+    bypass: Literal["full", "shared", "none"] = option("form of the bypass", default="full")
     side: Side = option("what the bypass computes", default="depthwise")
-    side_start: float = option(
-        "scale of the norm behind it at the start; all but 0 disturb a trained model", default=0.0, least=0
-    )
+    side_start: float = option("scale of its norm at the start; 0 disturbs nothing", default=0.0, least=0)
     score: Literal["l2", "gamma", "taylor"] = option("importance of a unit", default="l2")
     slope: Literal["sigmoid", "dst", "soft"] = option("backward of the mask", default="sigmoid")
     temperature: float = option("t of the slope", default=0.5, above=0)
     constraint: Literal["linear", "log"] = option("log: of cost / (target · dense)", default="linear")
     weight: float = option("of the constraint", default=4.0, least=0)
-    learn: bool = option(
-        "no: one threshold for all groups that follows the target, as a control", default=True
-    )
-    task_gradient: bool = option("whether the task loss moves thresholds; no, as a control", default=True)
+    learn: bool = option("False: one threshold that follows the target", default=True)
+    task_gradient: bool = option("whether the task loss moves thresholds", default=True)
     threshold_optimizer: Literal["adam", "sgd"] = option("what moves thresholds", default="adam")
-    threshold_lr: float | None = option(
-        "None: so that one can travel 7.8 standard deviations within the pruning steps", default=None, above=0
-    )
+    threshold_lr: float | None = option("None: so that one can travel 7.8 deviations", default=None, above=0)
     remove_every: int | None = option(
-        "steps after which units below their threshold are cut for good; None: at the end",
+        "steps between cuts; None: at the end",
         default=None,
         least=1,
     )
@@ -353,14 +345,14 @@ class LAPP(TrainingMethod):
         if self.bypass == "full":
             add_bypass_(model, bypasses, "full", self.side, self.side_start)
             norms = norms_after(model, session.inputs)
-            session.look()
+            session.analyze()
             beside = {f"{conv}.conv" for conv, _ in bypasses}
-            groups = enumerate(session.whole.groups)
-            targets = [n for n, g in groups if len(p := producers(g)) == 1 and p <= beside]
+            found = enumerate(session.whole.groups)
+            targets = [n for n, g in found if len(p := producers(g)) == 1 and p <= beside]
         else:
             targets = own_groups(session.whole)
-        groups_ = session.whole.groups
-        session.aim(targets, [max(1, math.ceil(self.min_share * group.units)) for group in groups_])
+        groups = session.whole.groups
+        session.aim(targets, least=[max(1, math.ceil(self.min_share * group.units)) for group in groups])
         if self.bypass == "shared":
             add_bypass_(model, bypasses, "shared", self.side, self.side_start)
         prune_steps = max(1, round(self.prune_share * session.steps))
@@ -370,15 +362,15 @@ class LAPP(TrainingMethod):
                 f"LAPP: pruning ends after step {prune_steps}, and {self.removal.steps} steps of removal then go "
                 f"beyond step {session.steps}; use a smaller prune_share, a shorter removal, or more steps"
             )
-        threshold = nn.Parameter(torch.full((len(groups_),), -3.0))
+        threshold = nn.Parameter(torch.full((len(groups),), -3.0))
         make = {"adam": torch.optim.Adam, "sgd": torch.optim.SGD}[self.threshold_optimizer]
         lr = 7.8 / prune_steps if self.threshold_lr is None else self.threshold_lr
         return State(
             threshold=threshold,
             optimizer=make([threshold], lr=lr),
-            moments=torch.zeros(len(groups_), 2),
-            saliency=[torch.zeros(group.units) for group in groups_],
-            levels=[torch.ones(groups_[number].units) for number in targets],
+            moments=torch.zeros(len(groups), 2),
+            saliency=[torch.zeros(group.units) for group in groups],
+            levels=[torch.ones(groups[number].units) for number in targets],
             norms=norms,
             bypasses=bypasses,
             prune_steps=prune_steps,

@@ -58,12 +58,10 @@ class OTO(TrainingMethod):
     name, summary = "oto", "penalise redundant units and project them to zero (OTOv2)"
 
     start_share: float = option(
-        "share of the steps before the redundant units are chosen", default=0.1, least=0, below=1
+        "share of the steps before units are penalised", default=0.1, least=0, below=1
     )
     prune_share: float = option("share of the steps by which the budget holds", default=0.6, above=0, most=1)
-    tolerance: float = option(
-        "how much of the cost above the budget is penalised beyond it", default=0.05, least=0
-    )
+    tolerance: float = option("share of the excess cost that is penalised beyond it", default=0.05, least=0)
     strength: float = option("lambda; 1e-3 for SGD, 1e-2 for Adam", default=1e-3, least=0)
     amplify: float = option("of the pull on units that grow; 2 for SGD, 20 for Adam", default=2.0, least=0)
     most: float = option("highest lambda, in lambdas; 10 for SGD, 1000 for Adam", default=10.0, least=0)
@@ -162,8 +160,9 @@ class OTO(TrainingMethod):
         check_shares(self, self.start_share, self.prune_share)
 
     def prepare(self, session: Session[State]) -> State:
-        groups = session.whole.groups
-        session.aim(range(len(groups)), [min(self.min_keep, g.units) for g in groups], self.removal)
+        session.aim(least=self.min_keep, removal=self.removal)
         begins = max(1, round(self.start_share * session.steps))
         ends = max(begins, round(self.prune_share * session.steps) - self.removal.steps + 1)
-        return State(begins, ends, [torch.zeros(group.units, dtype=torch.bool) for group in groups])
+        return State(
+            begins, ends, [torch.zeros(group.units, dtype=torch.bool) for group in session.whole.groups]
+        )

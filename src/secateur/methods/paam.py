@@ -140,6 +140,8 @@ class PAAM(TrainingMethod):
 
     The budget bounds MACs, parameters, or both; without one, `mass` decides.
 
+    `streams`: one score vector for all layers that add to one.
+    `binary`, `scorer_every`: in the alternating regime only.
     `weight` is the same for all layers, and small, because the loss hardly sees a common factor of a group's scores
     where a batch norm comes after the layer that reads the group: with weight 1, all scores of a group fall to 0
     together and say nothing any more. At the right weight the mean score is about the share that stays when selection
@@ -154,7 +156,7 @@ class PAAM(TrainingMethod):
     needs_budget: ClassVar[bool] = False
 
     regime: Literal["alternate", "joint"] = option(
-        "whether scorers and weights train in turn", default="alternate"
+        "whether scorers and weights train in turn, or together", default="alternate"
     )
     scorer: Literal["attention", "additive", "dot", "linear", "free"] = option(
         "what scores; linear and free are controls", default="attention"
@@ -163,28 +165,20 @@ class PAAM(TrainingMethod):
     leak: float = option("slope of phi above 0", default=0.01, above=0)
     weight: float = option("of the mean score in the scorers' loss", default=0.01, least=0)
     lr: float = option("of the scorers (Adam, no weight decay)", default=1e-3, above=0)
-    scorer_every: int = option(
-        "steps from one that trains scorers to the next, in the alternating regime", default=5, least=2
-    )
-    select_every: int | None = option(
-        "steps between selections; None: a hundredth of the training", default=None, least=1
-    )
+    scorer_every: int = option("steps from one that trains scorers to the next", default=5, least=2)
+    select_every: int | None = option("steps between selections; None: 1 % of all", default=None, least=1)
     ramp_share: float = option(
         "share of the steps in which the budget tightens", default=0.5, above=0, most=1
     )
     return_share: float = option("share of the steps after which none returns", default=0.6, above=0, most=1)
     mass: float | None = option(
-        "share of the summed scores that the selected filters hold, in place of a budget",
+        "share of all scores to keep, in place of a budget",
         default=None,
         above=0,
         below=1,
     )
-    streams: bool = option(
-        "also score residual streams, with one score vector for all layers that add to one", default=False
-    )
-    binary: bool = option(
-        "multiply by 0 or 1, not the score, while weights train (alternating only)", default=False
-    )
+    streams: bool = option("also score residual streams", default=False)
+    binary: bool = option("multiply by 0 or 1, not by scores, while weights train", default=False)
     least: int = option("units that every group keeps at least", default=2, least=1)
     seed: int = option("of the scorers' initial weights", default=0)
 
@@ -365,7 +359,7 @@ class PAAM(TrainingMethod):
         groups = session.whole.groups
         able = range(len(groups)) if self.streams else own_groups(session.whole)
         targets = [n for n in able if any(m.role == "out" for m in groups[n].members)]
-        session.aim(targets, [min(self.least, group.units) for group in groups])
+        session.aim(targets, least=self.least)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self.seed)
             scorers = nn.ModuleList(
