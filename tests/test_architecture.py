@@ -11,8 +11,8 @@ import secateur
 
 SOURCE = Path(secateur.__file__).parent
 ORDER = [
-    "errors", "files", "imports", "measures", "graph", "cost", "scores", "allocate", "plan", "rewriting", "surgery",
-    "proof", "reconstruction", "engine", "methods", "recipes", "export", "report", "runs", "cli",
+    "errors", "files", "imports", "settings", "measures", "graph", "cost", "scores", "allocate", "plan", "rewriting",
+    "surgery", "proof", "reconstruction", "engine", "methods", "recipes", "export", "report", "runs", "cli",
 ]  # fmt: skip
 
 
