@@ -106,7 +106,7 @@ class Frees(fx.Interpreter):
         result = super().run_node(n)
         if n.op == "call_function":  # what an operator used inside is gone again
             self.peak = max(self.peak, self.mode.now - self.before)
-        return result
+        return result if n.users else None  # the interpreter would hold it until the end
 
 
 def measured_peak(model: nn.Module, x: Tensor) -> int:
