@@ -81,3 +81,11 @@ def test_the_committed_recipes_are_sound(monkeypatch: pytest.MonkeyPatch) -> Non
     assert recipes
     for path in recipes:
         assert list_cells(Comparison.read(path, seeds=[0]))
+
+
+def test_the_recipe_in_the_guide_is_sound(recipe: Write) -> None:
+    guide = (Path(__file__).parents[2] / "docs" / "compare.md").read_text()
+    text = guide.partition("```toml\n")[2].partition("```")[0]
+    assert {cell.arm for cell in list_cells(Comparison.read(recipe(text)))} == {
+        "dense", "l2, fine-tuned", "gradual, fading"
+    }  # fmt: skip
