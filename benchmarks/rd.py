@@ -25,14 +25,14 @@ from typing import Any
 import numpy as np
 import peers
 import torch
+from secateur.methods.additivity import check_additivity
 from torch import Tensor, nn
 
 from secateur import Budget
 from secateur.allocate.knapsack import Problem, dp, hull, milp
 from secateur.cost.latency import device_name
-from secateur.graph.replay import Program
+from secateur.graph.replay import Replay
 from secateur.methods import oneshot, rd
-from secateur.methods.additivity import check_additivity
 from secateur.methods.rd.channels import compensated
 from secateur.methods.rd.curves import measure
 from secateur.methods.rd.single_weights import FAITHFUL, RDSettings, prune_weights, task_of
@@ -213,7 +213,7 @@ def channel_cell(bench: Bench, budget: float, how: str, compensation: str) -> di
         labelled = Batches(labels.train, batch_size=BATCH, normalisation=data.normalisation)
         plain = oneshot(model, inputs, Budget(macs=budget), score=score, allocation=allocation, data=labelled)
         masked = copy.deepcopy(model)
-        program = Program(masked, batches[0])
+        program = Replay(masked, batches[0])
         tensors = compensated(program, plain.graph, plain.plan, batches, compensation)
         with torch.no_grad():
             for name, tensor in tensors.items():
@@ -359,7 +359,7 @@ def curves_table(bench: Bench) -> dict[str, dict[str, Any] | None]:
     def whole() -> dict[str, Any]:
         model, _ = bench.network("resnet32")
         batches = bench.calibration("resnet32", 1024)
-        program = Program(model, batches[0])
+        program = Replay(model, batches[0])
         started = time.perf_counter()
         with torch.no_grad():
             task = task_of(program, batches, 0.5, RDSettings())
@@ -375,7 +375,7 @@ def curves_table(bench: Bench) -> dict[str, dict[str, Any] | None]:
     def saved() -> dict[str, Any]:
         model, _ = bench.network("resnet32")
         batches = bench.calibration("resnet32", 1024)[:1]
-        program = Program(model, batches[0])
+        program = Replay(model, batches[0])
         found = {}
         with torch.no_grad():
             task = task_of(

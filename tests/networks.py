@@ -1,9 +1,10 @@
-"""The networks every law is tested on."""
+"""The networks that the laws are tested on."""
 
 from dataclasses import dataclass
 
 import torch
 from torch import nn
+from torchvision.models.vgg import make_layers as vgg_layers
 
 from secateur.proof.verify import randomise_
 from secateur.recipes.models import build_model, list_models
@@ -21,8 +22,20 @@ TORCHVISION = [
     "squeezenet1_1",
     "vgg16_bn",
 ]
-LARGE = {"densenet121", "densenet121_cifar", "googlenet", "resnet110", "resnet110_b", "resnet50", "vgg16_bn"}
-ALL = sorted(list_models()) + [f"torchvision/{name}" for name in TORCHVISION]
+NARROW_VGG = (8, 8, 12, 12, 16, 16, 16, 24, 24, 24, 32, 32, 32)
+VARIANTS = [
+    "densenet121_cifar",
+    "mobilenet_v2_x0_5_cifar",
+    *(f"resnet{depth}{shortcut}" for depth in (32, 44, 56, 110) for shortcut in ("", "_b")),
+    *(f"shufflenet_v2_x{width}_cifar" for width in ("1_0", "1_5", "2_0")),
+]
+"""Built-in models that are another of them with more of the same blocks, or with other widths."""
+
+STRUCTURES = sorted({*list_models()} - {*VARIANTS}) + [f"torchvision/{name}" for name in TORCHVISION]
+ALL = STRUCTURES + VARIANTS
+SLOW = {"densenet121_cifar", "densenet_bc_100", "resnet110", "resnet110_b"} | {
+    f"torchvision/{name}" for name in ("densenet121", "googlenet", "resnet50")
+}
 
 
 @dataclass(frozen=True)
@@ -36,6 +49,23 @@ class Network:
 
 def network(name: str, *, dtype: torch.dtype = torch.float64, classes: int = 10) -> Network:
     torch.manual_seed(0)
-    model = build_model(name, classes=classes)
+    options = {"widths": NARROW_VGG} if name == "vgg16_bn_cifar" else {}
+    model = build_model(name, classes=classes, **options)
+    if name == "torchvision/vgg16_bn":
+        narrow_(model)
     size = 32 if "/" in name or "vgg" in name else 16
     return Network(name, randomise_(model, 0).to(dtype).eval(), torch.randn(1, 3, size, size, dtype=dtype))
+
+
+def narrow_(vgg: nn.Module) -> None:
+    """Torchvision's VGG with layers of other widths: its laws are the same without a hundred million weights."""
+    widths = iter(NARROW_VGG)
+    layers = [
+        next(widths) if isinstance(layer, nn.Conv2d) else "M"
+        for layer in vgg.features
+        if isinstance(layer, nn.Conv2d | nn.MaxPool2d)
+    ]
+    vgg.features = vgg_layers(layers, batch_norm=True)
+    vgg.classifier[0] = nn.Linear(NARROW_VGG[-1] * 49, 64)
+    vgg.classifier[3] = nn.Linear(64, 64)
+    vgg.classifier[6] = nn.Linear(64, vgg.classifier[6].out_features)

@@ -2,7 +2,8 @@
 
 import copy
 import itertools
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Collection, Sequence
 
 import torch
 from torch import nn
@@ -42,8 +43,10 @@ def twin(model: nn.Module) -> nn.Module:
     return copy.deepcopy(model, memo)
 
 
-def random_masks(graph: Graph, seed: int, share: float = 0.4, only: int | None = None) -> list[torch.Tensor]:
-    """Keep each unit with probability 1 - share, at least one per group; `only` one group is touched."""
+def random_masks(
+    graph: Graph, seed: int, share: float = 0.4, only: Collection[int] | None = None
+) -> list[torch.Tensor]:
+    """Keep each unit with probability 1 - share, at least one per group; `only` some groups are touched."""
     generator = torch.Generator().manual_seed(seed)
     masks = []
     for number, group in enumerate(graph.groups):
@@ -51,8 +54,28 @@ def random_masks(graph: Graph, seed: int, share: float = 0.4, only: int | None =
         mask[int(torch.randint(group.units, (1,), generator=generator))] = True
         if mask.all():
             mask[0] = group.units == 1
-        masks.append(mask if only in (None, number) else torch.ones(group.units, dtype=torch.bool))
+        touched = only is None or number in only
+        masks.append(mask if touched else torch.ones(group.units, dtype=torch.bool))
     return masks
+
+
+def separating_sets(count: int) -> list[list[int]]:
+    """Few sets of the numbers below `count`: of any two numbers, some set holds the first and not the second.
+
+    Each number is in another half of the sets, so n sets serve as many numbers as there are halves of n.
+    """
+    sets = next(n for n in itertools.count(2) if math.comb(n, n // 2) >= count)
+    halves = itertools.islice(itertools.combinations(range(sets), sets // 2), count)
+    where = dict(enumerate(halves))
+    return [[number for number in where if one in where[number]] for one in range(sets)]
+
+
+def culprits(suspects: Sequence[int], holds: Callable[[Sequence[int]], bool]) -> Sequence[int]:
+    """A smallest part of the suspects, found by halving, for which something does not hold."""
+    for half in (suspects[: len(suspects) // 2], suspects[len(suspects) // 2 :]):
+        if len(suspects) > 1 and not holds(half):
+            return culprits(half, holds)
+    return suspects
 
 
 def plan_of(graph: Graph, masks: Sequence[torch.Tensor]) -> Plan:

@@ -11,8 +11,8 @@ import secateur
 
 SOURCE = Path(secateur.__file__).parent
 ORDER = [
-    "errors", "files", "imports", "settings", "graph", "cost", "scores", "allocate", "plan", "rewriting", "surgery",
-    "proof", "reconstruction", "engine", "methods", "recipes", "export", "report", "runs", "compare", "cli",
+    "errors", "settings", "files", "imports", "measures", "graph", "cost", "scores", "allocate", "plan", "rewriting",
+    "surgery", "proof", "reconstruction", "report", "engine", "methods", "recipes", "export", "runs", "compare", "cli",
 ]  # fmt: skip
 
 COMPARE = [

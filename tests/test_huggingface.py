@@ -1,12 +1,13 @@
 """Hugging Face vision models from small configurations: dataclass outputs, keyword inputs, their own attention."""
 
-from collections.abc import Callable
+from dataclasses import dataclass
 
 import pytest
 import torch
 from torch import nn
 
 import secateur as sc
+from secateur.graph import Graph
 from secateur.proof.verify import randomise_
 from tests.oracles import random_masks, tensors_of, twin, without_units
 
@@ -71,21 +72,33 @@ def mobilevit() -> nn.Module:
 MODELS = {f.__name__: f for f in (vit, deit, dinov2, swin, convnext, segformer, mobilevit)}
 
 
-@pytest.fixture(params=MODELS.values(), ids=MODELS)
-def make(request: pytest.FixtureRequest) -> Callable[[], nn.Module]:
-    return request.param
+@dataclass(frozen=True)
+class Case:
+    """A model, images, and the analysis that all tests of the model share."""
+
+    name: str
+    model: nn.Module
+    x: torch.Tensor
+    graph: Graph
 
 
-def built(make: Callable[[], nn.Module]) -> tuple[nn.Module, torch.Tensor]:
-    torch.manual_seed(0)
-    model = randomise_(make(), 0).double().eval()
+@pytest.fixture(
+    scope="module", params=[pytest.param(name, marks=pytest.mark.xdist_group(name)) for name in MODELS]
+)
+def case(request: pytest.FixtureRequest) -> Case:
+    model = built(request.param)
     size = getattr(model.config, "image_size", SIZE)
-    return model, torch.randn(2, 3, size, size, dtype=torch.float64)
+    x = torch.randn(2, 3, size, size, dtype=torch.float64)
+    return Case(request.param, model, x, sc.analyze(model, {"pixel_values": x}))
 
 
-def test_a_random_cut_computes_what_is_left(make: Callable[[], nn.Module], tmp_path) -> None:
-    model, x = built(make)
-    graph = sc.analyze(model, {"pixel_values": x})
+def built(name: str) -> nn.Module:
+    torch.manual_seed(0)
+    return randomise_(MODELS[name](), 0).double().eval()
+
+
+def test_a_random_cut_computes_what_is_left(case: Case, tmp_path) -> None:
+    model, x, graph = case.model, case.x, case.graph
     plan = sc.Plan.of(graph, random_masks(graph, 0))
     expected = without_units(model, graph, plan, x)
     cut = sc.cut_(twin(model), graph, plan)
@@ -94,23 +107,22 @@ def test_a_random_cut_computes_what_is_left(make: Callable[[], nn.Module], tmp_p
     for a, b in zip(expected, found, strict=True):
         assert ((a - b).abs().max() / a.abs().max()).item() < 1e-9
     sc.save(cut, tmp_path / "cut.safetensors")
-    loaded = sc.load(built(make)[0], tmp_path / "cut.safetensors")
+    loaded = sc.load(built(case.name), tmp_path / "cut.safetensors")
     with torch.no_grad():
         for a, b in zip(found, tensors_of(loaded(pixel_values=x)), strict=True):
             assert torch.equal(a, b)
 
 
-def test_half_of_the_macs(make: Callable[[], nn.Module]) -> None:
-    model, x = built(make)
-    pruned = sc.prune(model.float(), {"pixel_values": x.float()}, budget=sc.Budget(macs=0.5))
+def test_half_of_the_macs(case: Case) -> None:
+    model, x = built(case.name).float(), case.x.float()
+    pruned = sc.prune(model, {"pixel_values": x}, budget=sc.Budget(macs=0.5))
     assert pruned.proof.ok
     assert 0.4 < pruned.after["macs"] / pruned.before["macs"] <= 0.5
     with torch.no_grad():
-        assert type(pruned.model(pixel_values=x.float())) is type(model(pixel_values=x.float()))
+        assert type(pruned.model(pixel_values=x)) is type(model(pixel_values=x))
 
 
-def test_most_of_the_network_is_prunable(make: Callable[[], nn.Module]) -> None:
+def test_most_of_the_network_is_prunable(case: Case) -> None:
     """With one unit left in every group, less than a quarter of the multiply-adds remain."""
-    model, x = built(make)
-    cost = sc.Cost(sc.analyze(model, {"pixel_values": x}))
+    cost = sc.Cost(case.graph)
     assert cost.macs([1] * len(cost.full)) < 0.25 * cost.macs()

@@ -1,30 +1,23 @@
 import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import nn
 
-from secateur import Budget, Plan, analyze
-from secateur.cost.latency import Latency
+from secateur import Plan, analyze
 from secateur.errors import BudgetError, FileError, SecateurError
 from secateur.files import read_tensors
 from secateur.recipes.data import Normalisation
 from secateur.recipes.models import build_model
 from secateur.recipes.train_config import TrainConfig
-from secateur.runs import (
-    PruneConfig,
-    RunFolder,
-    SavedRun,
-    Task,
-    TrainRunConfig,
-    demo_config,
-    prune_run,
-    train_run,
-)
-from secateur.runs.folder import Watch
-from secateur.runs.subject import fresh_model, load_into, load_subject
+from secateur.runs.config import PruneConfig, Task, TrainRunConfig
+from secateur.runs.demo import demo_config
+from secateur.runs.folder import RunFolder, SavedRun, Watch
+from secateur.runs.pipeline import prune_run, train_run
+from secateur.runs.task import fresh_model, load_into, load_task
 
 TASK = Task(model="resnet8", data="digits", image_size=8, train_images=100, test_images=100)
 SETTINGS = {"task": {"model": "resnet8", "data": "digits"}, "score": "l2"}
@@ -38,12 +31,9 @@ SAVED = SavedRun(
 )
 
 
-@pytest.fixture
-def no_exports(monkeypatch: pytest.MonkeyPatch) -> None:
+def without_exports(**settings: object) -> PruneConfig:
     """For tests that are about other things: exporting takes longer than all the rest of a small run."""
-    pair = [Latency(1.0, 1.0, 1.0, 1, 1, 1, "none", "pytorch").to_json()] * 2
-    found = {"weights_bytes": [1, 1], "latency_pytorch": pair, "notes": []}
-    monkeypatch.setattr("secateur.runs.prune.exports", lambda *_: found)
+    return PruneConfig(**{"task": TASK, "exports": False, **settings})  # type: ignore[arg-type]
 
 
 def begun(path: Path) -> RunFolder:
@@ -127,14 +117,13 @@ def test_damaged_progress_is_refused(tmp_path: Path) -> None:
 
 def test_densities_of_your_own_can_come_from_a_file() -> None:
     options = {"densities": {"block3.conv1": 0.5}}
-    config = PruneConfig(
-        task=TASK, method="precrop", keep_params=0.9, options=options, finetune=TrainConfig(epochs=1)
+    config = without_exports(
+        method="precrop", budget={"params": 0.9}, options=options, finetune=TrainConfig(epochs=1)
     )
-    assert not config.needs_data
+    assert not config.chosen.needs_data
     assert config.to_json()["options"] == options
 
 
-@pytest.mark.usefixtures("no_exports")
 @pytest.mark.parametrize(
     ("keep", "least"), [({}, 1), ({"min_keep": 3}, 3), ({"min_keep": 3, "round_to": 4}, 4)]
 )
@@ -142,22 +131,21 @@ def test_the_named_range_is_the_reachable_one(keep: dict[str, int], least: int, 
     """A share at the end of the range that the message names is accepted by the allocation, too."""
     graph = analyze(build_model("resnet8", in_channels=1), torch.zeros(1, 1, 8, 8))
     with pytest.raises(BudgetError, match="at least") as error:
-        PruneConfig(task=TASK, keep_macs=1e-6, **keep).budget(graph)  # type: ignore[arg-type]
+        without_exports(budget={"macs": 1e-6}, method="oneshot", options=keep).check_reach(graph)
     low = float(str(error.value).split("at least ")[1].split(",")[0])
-    config = PruneConfig(task=TASK, keep_macs=low, **keep)  # type: ignore[arg-type]
-    assert config.budget(graph) == Budget(macs=low)
+    config = without_exports(budget={"macs": low}, method="oneshot", options=keep)
+    config.check_reach(graph)
     report = prune_run(config, tmp_path / "run")
     assert report is not None
     assert min(group.kept for group in report.groups) == least
 
 
-@pytest.mark.usefixtures("no_exports")
 def test_several_bounds_hold_together(tmp_path: Path) -> None:
-    config = PruneConfig(task=TASK, keep_macs=0.6, keep_params=0.3, sparsity=0.2)
+    config = without_exports(budget={"macs": 0.6, "params": 0.3, "units": 0.8})
     report = prune_run(config, tmp_path)
     assert report is not None
-    assert report.macs_after <= 0.6 * report.macs_before
-    assert report.params_after <= 0.3 * report.params_before
+    assert report.share("macs") <= 0.6
+    assert report.share("params") <= 0.3
     assert sum(g.kept for g in report.groups) <= 0.8 * sum(g.units for g in report.groups)
 
 
@@ -166,12 +154,11 @@ def same_tensors(a: Path, b: Path) -> bool:
     return ours.keys() == theirs.keys() and all(torch.equal(t, theirs[name]) for name, t in ours.items())
 
 
-@pytest.mark.usefixtures("no_exports")
 def test_equal_configurations_give_equal_models(tmp_path: Path) -> None:
-    config = PruneConfig(
-        task=TASK,
-        keep_macs=0.5,
-        score="random",
+    config = without_exports(
+        budget={"macs": 0.5},
+        method="oneshot",
+        options={"score": "random"},
         train=TrainConfig(epochs=1),
         finetune=TrainConfig.finetune(1, distill_weight=0.5),
     )
@@ -201,12 +188,13 @@ def test_a_seed_stands_for_the_weights_whatever_was_drawn_before() -> None:
     assert not torch.equal(first["conv1.weight"], other["conv1.weight"])
 
 
-@pytest.mark.usefixtures("no_exports")
 def test_the_seed_is_also_that_of_the_fine_tuning(tmp_path: Path) -> None:
     train_run(TrainRunConfig(task=TASK, train=TrainConfig(epochs=1)), tmp_path / "train")
     task = replace(TASK, weights=tmp_path / "train" / "model.safetensors")
     for seed in (0, 1):
-        config = PruneConfig(task=replace(task, seed=seed), keep_macs=0.5, finetune=TrainConfig.finetune(1))
+        config = without_exports(
+            task=replace(task, seed=seed), budget={"macs": 0.5}, finetune=TrainConfig.finetune(1)
+        )
         prune_run(config, tmp_path / str(seed))
     plans = [Plan.load(tmp_path / str(seed) / "plan.json").removed for seed in (0, 1)]
     assert plans[0] == plans[1]
@@ -222,7 +210,13 @@ def test_the_score_is_checked_before_the_dense_model_is_trained(
     )
     monkeypatch.syspath_prepend(tmp_path)
     task = replace(TASK, model="plain_models:plain")
-    config = PruneConfig(task=task, keep_macs=0.5, score="bn-scale", train=TrainConfig(epochs=1))
+    config = without_exports(
+        task=task,
+        budget={"macs": 0.5},
+        method="oneshot",
+        options={"score": "bn-scale"},
+        train=TrainConfig(epochs=1),
+    )
     with pytest.raises(SecateurError, match="no batch-norm follows"):
         prune_run(config, tmp_path / "run")
     assert not (tmp_path / "run").exists()
@@ -234,8 +228,8 @@ def test_what_cannot_be_exported_is_noted(tmp_path: Path, monkeypatch: pytest.Mo
     def fail(*_: object) -> None:
         raise ExportError("no such operator")
 
-    monkeypatch.setattr("secateur.runs.result.export_onnx", fail)
-    report = prune_run(PruneConfig(task=TASK, keep_macs=0.5), tmp_path)
+    monkeypatch.setattr("secateur.runs.measure.export_onnx", fail)
+    report = prune_run(PruneConfig(task=TASK, budget={"macs": 0.5}), tmp_path)
     assert report is not None
     assert "No ONNX file: no such operator" in report.notes
     assert report.latency_onnxruntime is None
@@ -243,7 +237,6 @@ def test_what_cannot_be_exported_is_noted(tmp_path: Path, monkeypatch: pytest.Mo
     assert (tmp_path / "model.pt2").exists()
 
 
-@pytest.mark.usefixtures("no_exports")
 def test_a_run_tells_what_it_does(tmp_path: Path) -> None:
     class Told(Watch):
         def __init__(self) -> None:
@@ -256,7 +249,11 @@ def test_a_run_tells_what_it_does(tmp_path: Path) -> None:
     train_run(TrainRunConfig(task=TASK, train=TrainConfig(epochs=1)), tmp_path / "train", watch=told)
     assert told.lines == ["Training: 1 × 100 images"]
     weights = tmp_path / "train" / "model.safetensors"
-    prune_run(PruneConfig(task=replace(TASK, weights=weights), keep_macs=0.5), tmp_path / "prune", watch=told)
+    prune_run(
+        without_exports(task=replace(TASK, weights=weights), budget={"macs": 0.5}),
+        tmp_path / "prune",
+        watch=told,
+    )
     assert told.lines[1].startswith("Accuracy of the dense model: ")
     assert told.lines[2].startswith("Accuracy of the cut model: ")
 
@@ -271,19 +268,20 @@ def test_training_goes_on_from_weights(tmp_path: Path) -> None:
     assert second.history[0].loss < first.history[0].loss
 
 
-@pytest.mark.usefixtures("no_exports")
 def test_a_pruned_model_can_be_pruned_again_with_its_normalisation(tmp_path: Path) -> None:
     half = Normalisation((0.5,), (0.5,))
-    first = prune_run(PruneConfig(task=replace(TASK, normalisation=half), keep_macs=0.5), tmp_path / "first")
+    first = prune_run(
+        without_exports(task=replace(TASK, normalisation=half), budget={"macs": 0.5}), tmp_path / "first"
+    )
     task = replace(TASK, weights=tmp_path / "first" / "model.safetensors")
-    assert load_subject(task).data.normalisation == half
-    second = prune_run(PruneConfig(task=task, keep_macs=0.5), tmp_path / "second")
+    assert load_task(task).data.normalisation == half
+    second = prune_run(without_exports(task=task, budget={"macs": 0.5}), tmp_path / "second")
     assert first is not None
     assert second is not None
-    assert second.macs_before == first.macs_after
+    assert second.before["macs"] == first.after["macs"]
     model = build_model("resnet8", classes=10, in_channels=1)
     assert load_into(model, tmp_path / "second" / "model.safetensors") == ""
-    assert sum(p.numel() for p in model.parameters()) == second.params_after
+    assert sum(p.numel() for p in model.parameters()) == second.after["params"]
 
 
 def test_the_demo_is_one_configuration() -> None:
@@ -293,9 +291,8 @@ def test_the_demo_is_one_configuration() -> None:
     assert config.finetune is not None
 
 
-DURING = PruneConfig(
-    task=TASK,
-    keep_macs=0.6,
+DURING = without_exports(
+    budget={"macs": 0.6},
     method="lapp",
     options={"prune_share": 0.6, "bypass": "none"},
     train=TrainConfig(epochs=3, batch_size=25, checkpoint_every=1),
@@ -305,11 +302,11 @@ DURING = PruneConfig(
 def test_a_method_that_prunes_in_training_makes_a_whole_run(tmp_path: Path) -> None:
     report = prune_run(DURING, tmp_path)
     assert report is not None
-    assert 0.5 < report.macs_after / report.macs_before <= 0.6
+    assert 0.5 < report.share("macs") <= 0.6
     assert report.is_proven
     assert report.accuracy_after is not None
     assert report.accuracy_before is report.accuracy_cut is None
-    assert report.course[-1]["macs"] == report.macs_after / report.macs_before
+    assert report.pruning_history[-1]["macs"] == report.share("macs")
     page = (tmp_path / "report.html").read_text()
     assert all(f'id="{plot}"' in page for plot in ("plot-cost", "plot-units", "plot-learnt"))
     model = fresh_model("resnet8", 10, 1, 7)
@@ -322,16 +319,15 @@ def test_a_method_that_prunes_in_training_makes_a_whole_run(tmp_path: Path) -> N
     }
 
 
-@pytest.mark.usefixtures("no_exports")
 def test_a_killed_run_of_such_a_method_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from secateur.methods import LAPP
+    from secateur.methods import LAPP, Session
 
     prune_run(DURING, tmp_path / "whole")
     advance = LAPP.advance
 
-    def interrupted(self: LAPP) -> None:
-        advance(self)
-        if self.step == 8:
+    def interrupted(self: LAPP, session: Session[Any]) -> None:
+        advance(self, session)
+        if session.step == 8:
             raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
@@ -342,50 +338,34 @@ def test_a_killed_run_of_such_a_method_goes_on(tmp_path: Path, monkeypatch: pyte
     assert same_tensors(tmp_path / "killed" / "model.safetensors", tmp_path / "whole" / "model.safetensors")
 
 
+PRECROP = {"method": "precrop", "options": {}, "train": None}
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
         ({"options": {"bypas": "none"}}, "method lapp: unknown option 'bypas'"),
         ({"options": {"bypass": "wide"}}, "bypass is 'wide'"),
-        ({"round_to": 4}, "method lapp takes no round-to"),
-        (
-            {"method": "paam", "options": {}, "decay": 5},
-            "method paam takes no decay; methods that do: lapp, gradual",
-        ),
-        ({"decay": 3, "rectify": True}, "use a removal without rectify"),
-        ({"method": "gradual", "options": {}, "rectify": True}, "rectify needs units that fade"),
+        ({"options": {"round_to": 4}}, "method lapp: unknown option 'round_to'"),
+        ({"method": "paam", "options": {"removal.steps": 5}}, "method paam: unknown option 'removal'"),
+        ({"options": {"removal.steps": 3, "removal.restore": True}}, "use a removal without restore"),
+        ({"options": {"removal.steps": 0}}, "Decay: steps is 0; expected a whole number, at least 1"),
+        ({"options": {"removal.step": 3}}, "Decay: unknown option 'step'"),
         ({"train": None}, "method lapp prunes while the model is trained"),
         ({"finetune": TrainConfig(epochs=1)}, "no fine-tuning after it"),
         ({"method": "lap"}, "unknown method 'lap'"),
         ({"train": TrainConfig(epochs=1, distill_weight=0.5)}, "needs a trained dense model as its teacher"),
         (
-            {
-                "method": "precrop",
-                "options": {},
-                "train": None,
-                "finetune": TrainConfig(epochs=1, distill_weight=0.5),
-            },
+            PRECROP | {"finetune": TrainConfig(epochs=1, distill_weight=0.5)},
             "needs a trained dense model as its teacher",
         ),
         (
-            {
-                "method": "precrop",
-                "options": {},
-                "train": None,
-                "task": replace(DURING.task, weights=Path(__file__)),
-            },
+            PRECROP | {"task": replace(DURING.task, weights=Path(__file__))},
             "method precrop draws fresh weights; leave out weights",
         ),
         (
-            {
-                "method": "rd",
-                "options": {},
-                "granularity": "weights",
-                "freeze": ("conv",),
-                "min_keep": 2,
-                "sparsity": 0.5,
-            },
-            "granularity weights of trained models takes no freeze, min-keep",
+            {"method": "rd-weights", "options": {"min_keep": 2}, "budget": {"units": 0.5}},
+            "method rd-weights: unknown option 'min_keep'",
         ),
     ],
 )
@@ -397,27 +377,26 @@ def test_wrong_settings_of_a_method_are_named(
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.usefixtures("no_exports")
 def test_decay_reaches_the_method(tmp_path: Path) -> None:
-    config = replace(DURING, method="gradual", options={"rounds": 2}, decay=3, rectify=True)
+    options = {"rounds": 2, "removal.steps": 3, "removal.restore": True}
+    config = replace(DURING, method="gradual", options=options, exports=False)
     report = prune_run(config, tmp_path)
     assert report is not None
-    assert report.method == "gradual, rounds 2, decay over 3 steps, rectified"
+    assert report.method.startswith("gradual, rounds 2, removal steps 3 restore criterion radial")
     removal = Plan.load(tmp_path / "plan.json").origin["removal"]
     assert removal["steps"] == 3
-    assert removal["rectify"]["criterion"] == "radial"
+    assert removal["restore"]["criterion"] == "radial"
 
 
 def test_widths_before_training_make_a_whole_run(tmp_path: Path) -> None:
-    config = PruneConfig(
-        task=TASK,
-        keep_macs=0.5,
+    config = without_exports(
+        budget={"macs": 0.5},
         method="precrop",
         finetune=TrainConfig(epochs=2, batch_size=25, checkpoint_every=1),
     )
     report = prune_run(config, tmp_path)
     assert report is not None
-    assert report.macs_after / report.macs_before <= 0.5
+    assert report.share("macs") <= 0.5
     assert report.accuracy_before is report.accuracy_cut is None
     assert report.accuracy_after is not None
     assert [line["phase"] for line in report.history] == ["train", "train"]
@@ -429,13 +408,13 @@ def test_milliseconds_are_a_budget(when: str, tmp_path: Path, monkeypatch: pytes
         return 10 * sum(p.numel() for p in model.parameters()) / dense
 
     dense = sum(p.numel() for p in fresh_model(TASK.model, 10, 1, 0).parameters())
-    monkeypatch.setattr("secateur.runs.result.here", lambda *_: clock)
-    config = PruneConfig(task=TASK, latency_ms=6.0)
+    monkeypatch.setattr("secateur.runs.measure.here", lambda *_: clock)
+    config = without_exports(budget={"latency_ms": 6.0}, method="oneshot")
     if when == "during":
-        config = replace(DURING, keep_macs=None, latency_ms=6.0)
+        config = replace(DURING, budget={"latency_ms": 6.0})
     report = prune_run(config, tmp_path)
     assert report is not None
-    assert report.params_after / report.params_before <= (0.6 if when == "after" else 0.8)
+    assert report.share("params") <= (0.6 if when == "after" else 0.8)
     assert report.budget == {"latency_ms": 6.0}
     assert "latency ≤ 6 ms" in (tmp_path / "report.html").read_text()
     origin = Plan.load(tmp_path / "plan.json").origin
@@ -444,13 +423,12 @@ def test_milliseconds_are_a_budget(when: str, tmp_path: Path, monkeypatch: pytes
 
 def test_milliseconds_need_channels_and_one_process(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(BudgetError, match="zeros do not make dense layers faster"):
-        PruneConfig(task=TASK, latency_ms=1.0, sparsity=0.5, granularity="weights")
+        without_exports(budget={"latency_ms": 1.0}, method="rd-weights")
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(BudgetError, match="then give keep-macs"):
-        PruneConfig(task=TASK, latency_ms=1.0)
+        without_exports(budget={"latency_ms": 1.0})
 
 
-@pytest.mark.usefixtures("no_exports")
 def test_what_the_method_made_of_the_weights_is_what_is_measured(tmp_path: Path) -> None:
     """Method rd solves the remaining weights again; the run must not cut the original a second time."""
     trained = TrainRunConfig(
@@ -463,10 +441,9 @@ def test_what_the_method_made_of_the_weights_is_what_is_measured(tmp_path: Path)
     for compensation in ("none", "least-squares"):
         config = PruneConfig(
             task=task,
-            keep_macs=0.5,
+            budget={"macs": 0.5},
             method="rd",
-            compensation=compensation,
-            options=options,
+            options=options | {"compensation": compensation},
             calibration_images=64,
         )
         prune_run(config, tmp_path / compensation)

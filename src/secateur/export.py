@@ -5,7 +5,6 @@ has given the same outputs.
 """
 
 import contextlib
-import copy
 import io
 import logging
 import warnings
@@ -22,6 +21,7 @@ from torch.utils import _pytree as pytree
 from secateur.errors import ExportError, FileError
 from secateur.files import atomic_write
 from secateur.graph.capture import Inputs, as_call, batch_of
+from secateur.graph.duplicate import duplicate
 
 Run = Callable[..., object]
 
@@ -169,7 +169,7 @@ def _export(
     encode: Callable[[ExportedProgram, Any, int], tuple[bytes, Run]],
 ) -> ExportCheck:
     try:
-        twin = copy.deepcopy(model).cpu().eval()
+        twin = duplicate(model).cpu().eval()
         inputs = pytree.tree_map(lambda x: x.detach().cpu() if isinstance(x, Tensor) else x, inputs)
         outputs = len(_outputs(twin, inputs))
     except Exception as error:  # whatever the model's own code raises

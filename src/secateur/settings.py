@@ -2,7 +2,7 @@
 
     @settings
     class Fade:
-        steps: int = option(1, "steps until a unit is zero", least=1)
+        steps: int = option("steps until a unit is zero", default=1, least=1)
 
 From these fields follow the checks at construction, command-line flags, lists of options, files and tables in the docs.
 Nothing here needs PyTorch, so that `secateur --help` need not wait for it.
@@ -33,6 +33,7 @@ class Option:
         least, most: bounds that are allowed themselves.
         above, below: bounds that are not.
         panel: heading under which the command line shows it.
+        flag: its flag on the command line; None: made of its name.
         metavar: what the command line shows in place of a value.
         shown: what the command line shows as the default.
     """
@@ -45,6 +46,7 @@ class Option:
     above: float | None = None
     below: float | None = None
     panel: str | None = None
+    flag: str | None = None
     metavar: str | None = None
     shown: str | None = None
 
@@ -81,11 +83,9 @@ class Option:
         )
 
 
-def option(default: Any, help: str, **about: Any) -> Any:
-    """A field of a settings class; `about` is as for `Option`. A default of `...` means that it must be given."""
+def option(help: str, *, default: Any = MISSING, **about: Any) -> Any:
+    """A field of a settings class: one line of help, the default unless it must be given, and more as for `Option`."""
     metadata = {"option": Option(help, **about)}
-    if default is ...:
-        return dataclasses.field(metadata=metadata)
     if isinstance(default, dict):
         return dataclasses.field(default_factory=lambda: dict(default), metadata=metadata)
     return dataclasses.field(default=default, metadata=metadata)
@@ -100,7 +100,7 @@ def settings(cls: type[T]) -> type[T]:
 
     >>> @settings
     ... class Fade:
-    ...     steps: int = option(1, "steps until a unit is zero", least=1)
+    ...     steps: int = option("steps until a unit is zero", default=1, least=1)
     >>> Fade(steps=0)
     Traceback (most recent call last):
     secateur.errors.SecateurError: Fade: steps is 0; expected a whole number, at least 1
@@ -150,7 +150,7 @@ def expected(hint: Any, option: Option) -> str:
     """What an option may be, in words.
 
     >>> expected(float | None, Option("", above=0))
-    'a number, above 0, or None'
+    'a number above 0, or None'
     """
     kinds, optional = _kinds(hint)
     if (names := _names(hint, option)) is not None:
@@ -158,9 +158,9 @@ def expected(hint: Any, option: Option) -> str:
     elif bool in kinds:
         words = "True or False"
     elif int in kinds and float not in kinds:
-        words = ", ".join(["a whole number", *filter(None, [option.range])])
+        words = _bounded("a whole number", option)
     elif float in kinds:
-        words = ", ".join(["a number", *filter(None, [option.range])])
+        words = _bounded("a number", option)
     elif str in kinds or Path in kinds:
         words = "text"
     else:
@@ -172,6 +172,13 @@ def expected(hint: Any, option: Option) -> str:
         else:
             words = " or ".join(getattr(kind, "__name__", str(kind)) for kind in kinds)
     return words + (", or None" if optional else "")
+
+
+def _bounded(what: str, option: Option) -> str:
+    """`a number above 0`, `a number, at least 0`."""
+    if not option.range:
+        return what
+    return f"{what} {option.range}" if option.range.startswith("above") else f"{what}, {option.range}"
 
 
 def plain(value: Any) -> Any:

@@ -90,7 +90,7 @@ def test_on_units_global_is_the_exact_optimum() -> None:
     for share in (0.3, 0.5, 0.8):
         masks = allocate(scores, cost, sc.Budget(units=share), relative=False)
         found = sum(score[mask].sum().item() for score, mask in zip(scores, masks, strict=True))
-        assert found == pytest.approx(best_masks(scores, cost, "units", int(share * cost.units())))
+        assert found == pytest.approx(best_masks(scores, cost, "units", int(share * cost.of("units"))))
 
 
 @pytest.mark.parametrize("bound", [0, -0.5, 1, 1.0, float("nan"), float("inf"), True, "half"])

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from secateur import analyze
-from secateur.allocate.density import by_formula, costs_of, layer_table, optimal, ranked
+from secateur.allocate.density import allocate_densities, costs_of, list_layers, rank_weights, solve_densities
 from secateur.errors import BudgetError
 from secateur.recipes.models import build_model
 
@@ -58,7 +58,7 @@ FIXTURES = [
 @pytest.mark.parametrize(("network", "measure", "share", "level", "dense", "other", "least"), FIXTURES)
 def test_the_closed_form_on_residual_networks(network, measure, share, level, dense, other, least) -> None:
     costs = network()
-    p = optimal(costs, {measure: share * sum(costs[measure])})
+    p = solve_densities(costs, {measure: share * sum(costs[measure])})
     kept = np.array(costs[measure]) * p
     found = kept[p < 1].max()
     digits = len(level.split()[0].split(".")[-1]) if measure == "macs" else 0
@@ -81,8 +81,8 @@ def test_the_closed_form_on_residual_networks(network, measure, share, level, de
 def test_the_graph_gives_the_same_layers(name, side, written, totals) -> None:
     if "/" in name:
         pytest.importorskip("torchvision")
-    layers = layer_table(analyze(build_model(name), torch.zeros(1, 3, side, side)))
-    found = sorted((layer.weights, layer.macs) for layer in layers)
+    layers = list_layers(analyze(build_model(name), torch.zeros(1, 3, side, side)))
+    found = sorted((layer.weights, layer.costs["macs"]) for layer in layers)
     assert found == sorted(zip(*written().values(), strict=True))
     assert [round(costs_of(layers, m).sum()) for m in ("params", "macs")] == totals
 
@@ -102,7 +102,7 @@ def random_costs(seed: int) -> tuple[dict[str, np.ndarray], dict[str, float], np
 @given(seed=CASES, cap=st.sampled_from([1.0, 2.0]))
 def test_the_optimum_meets_every_budget_and_its_conditions(seed: int, cap: float) -> None:
     costs, limits, rng = random_costs(seed)
-    p = optimal(costs, limits, cap=cap)
+    p = solve_densities(costs, limits, cap=cap)
     used = {name: float(costs[name] @ p) for name in costs}
     assert (p > 0).all()
     assert (p <= cap).all()
@@ -119,26 +119,28 @@ def test_the_optimum_meets_every_budget_and_its_conditions(seed: int, cap: float
 @given(seed=CASES)
 def test_densities_do_not_depend_on_the_order_and_are_equal_for_equal_layers(seed: int) -> None:
     costs, limits, rng = random_costs(seed)
-    p = optimal(costs, limits)
+    p = solve_densities(costs, limits)
     order = rng.permutation(len(p))
-    assert optimal({n: c[order] for n, c in costs.items()}, limits) == pytest.approx(p[order], rel=1e-9)
+    assert solve_densities({n: c[order] for n, c in costs.items()}, limits) == pytest.approx(
+        p[order], rel=1e-9
+    )
     twice = {n: np.concatenate([c, c[:1]]) for n, c in costs.items()}
-    q = optimal(twice, limits)
+    q = solve_densities(twice, limits)
     assert q[0] == q[-1]
 
 
 def test_a_budget_that_leaves_nothing_is_refused() -> None:
     with pytest.raises(BudgetError, match="above 0"):
-        optimal({"macs": [1.0]}, {"macs": 0.0})
+        solve_densities({"macs": [1.0]}, {"macs": 0.0})
 
 
 @pytest.mark.parametrize("allocation", ["erk", "smart-ratio", "uniform"])
 @pytest.mark.parametrize("limits", [{"params": 0.3}, {"macs": 0.3}, {"params": 0.3, "macs": 0.5}])
 def test_formulas_use_the_budget_up(allocation: str, limits: dict[str, float]) -> None:
     model = build_model("resnet20")
-    layers = layer_table(analyze(model, torch.zeros(1, 3, 32, 32)))
+    layers = list_layers(analyze(model, torch.zeros(1, 3, 32, 32)))
     bounds = {m: share * costs_of(layers, m).sum() for m, share in limits.items()}
-    found = by_formula(layers, dict(model.named_parameters()), bounds, allocation)
+    found = allocate_densities(layers, dict(model.named_parameters()), bounds, allocation)
     p = np.array([found[layer.name] for layer in layers])
     used = {m: costs_of(layers, m) @ p / bound for m, bound in bounds.items()}
     assert max(used.values()) <= 1
@@ -151,7 +153,7 @@ def test_the_list_of_best_weights_is_as_long_as_each_budget_allows() -> None:
     scores = {"a": torch.rand(4, 5, generator=g), "b": torch.rand(30, generator=g)}
     costs = {"params": {"a": 1.0, "b": 1.0}, "macs": {"a": 7.0, "b": 2.0}}
     limits = {"params": 25.0, "macs": 90.0}
-    masks = ranked(scores, costs, limits)
+    masks = rank_weights(scores, costs, limits)
 
     def cost(measure: str) -> float:
         return sum(costs[measure][n] * int(mask.sum()) for n, mask in masks.items())

@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from torch import nn
 
 from secateur import Cost, analyze
-from secateur.allocate.density import layer_table, optimal
-from secateur.allocate.widths import Widths, fit_shares, land
+from secateur.allocate.density import list_layers, solve_densities
+from secateur.allocate.widths import Widths, fit_shares, meet_budget
 from secateur.errors import BudgetError
 from secateur.graph import Graph
 from secateur.recipes.models import build_model
@@ -50,7 +50,7 @@ class Residual(nn.Module):
 
 def seen(model: nn.Module) -> Widths:
     graph = analyze(model, torch.zeros(1, 3, 8, 8))
-    return Widths(graph, layer_table(graph))
+    return Widths(graph, list_layers(graph))
 
 
 def shares(widths: Widths, p: dict[str, float], **options) -> dict[str, float]:
@@ -142,7 +142,7 @@ def test_every_budget_is_met_within_one_step(
     cost, rng = Cost(graph), np.random.default_rng(seed)
     wish = rng.uniform(0.2, 1.0, len(cost.full))
     limits = {measure: int(keep * cost.of(measure))}
-    kept = land(cost, wish, limits, round_to=step)
+    kept = meet_budget(cost, wish, limits, round_to=step)
     assert cost.of(measure, kept) <= limits[measure]
     assert all(k % step == 0 or k == n for k, n in zip(kept, cost.full, strict=True))
     more = [
@@ -156,12 +156,12 @@ def test_widths_grow_up_to_the_cap() -> None:
     graph = graph_of("vgg16_bn_cifar", 32)
     cost = Cost(graph)
     limits = {"macs": cost.macs(), "params": int(0.5 * cost.params())}
-    layers = layer_table(graph)
-    costs = {m: [layer.macs if m == "macs" else layer.weights for layer in layers] for m in limits}
-    p = optimal(costs, {m: float(limit) for m, limit in limits.items()}, cap=1.5)
+    layers = list_layers(graph)
+    costs = {m: [layer.costs[m] for layer in layers] for m in limits}
+    p = solve_densities(costs, {m: float(limit) for m, limit in limits.items()}, cap=1.5)
     widths = Widths(graph, layers)
     found = fit_shares(widths, {layer.name: q for layer, q in zip(layers, p, strict=True)}, cap=1.5)
-    kept = land(cost, found, limits, cap=1.5, round_to=8)
+    kept = meet_budget(cost, found, limits, cap=1.5, round_to=8)
     assert any(k > n for k, n in zip(kept, cost.full, strict=True))
     assert all(k <= 1.5 * n for k, n in zip(kept, cost.full, strict=True))
     assert all(cost.of(m, kept) <= limit for m, limit in limits.items())
@@ -169,9 +169,9 @@ def test_widths_grow_up_to_the_cap() -> None:
 
 def test_a_further_cost_is_met_too() -> None:
     cost = Cost(graph_of("resnet8", 32))
-    free = land(cost, np.ones(len(cost.full)), {"macs": cost.macs() // 2})
+    free = meet_budget(cost, np.ones(len(cost.full)), {"macs": cost.macs() // 2})
     total = float(sum(free)) * 0.8
-    bound = land(
+    bound = meet_budget(
         cost,
         np.ones(len(cost.full)),
         {"macs": cost.macs() // 2},
@@ -183,6 +183,6 @@ def test_a_further_cost_is_met_too() -> None:
 def test_out_of_reach_names_the_range_and_the_way_out() -> None:
     cost = Cost(graph_of("resnet8", 32))
     with pytest.raises(BudgetError, match=r"reachable.*streams="):
-        land(cost, np.ones(len(cost.full)), {"macs": 1000}, keep=[0])
+        meet_budget(cost, np.ones(len(cost.full)), {"macs": 1000}, keep=[0])
     with pytest.raises(BudgetError, match="fit, sqrt"):
-        fit_shares(Widths(cost.graph, layer_table(cost.graph)), {}, rule="best")
+        fit_shares(Widths(cost.graph, list_layers(cost.graph)), {}, rule="best")

@@ -87,13 +87,15 @@ def test_the_soft_cost_meets_the_exact_one_and_its_gradient_is_the_slope(name: s
     graph = sc.analyze(net.model, net.inputs)
     cost = sc.Cost(graph)
     kept = torch.tensor([float(mask.sum()) for mask in random_masks(graph, 0)], requires_grad=True)
-    for soft, exact in ((cost.soft_macs, cost.macs), (cost.soft_params, cost.params)):
-        (gradient,) = torch.autograd.grad(soft(kept), kept)
+    for measure in ("macs", "params"):
+        (gradient,) = torch.autograd.grad(cost.soft(measure, kept), kept)
         counts = [int(k) for k in kept]
-        assert soft(kept).item() == exact(counts)
+        assert cost.soft(measure, kept).item() == cost.of(measure, counts)
         for group in range(0, len(counts), 5):
             up, down = ([*counts[:group], counts[group] + d, *counts[group + 1 :]] for d in (1, -1))
-            central = (exact(up) - exact(down)) / 2  # exact for products of at most two cut widths
+            central = (
+                cost.of(measure, up) - cost.of(measure, down)
+            ) / 2  # exact for products of at most two cut widths
             assert gradient[group].item() == pytest.approx(central, rel=1e-9)
 
 

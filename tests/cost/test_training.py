@@ -4,10 +4,9 @@ import pytest
 import torch
 from torch import nn
 
-from secateur import Budget
+from secateur import Budget, prune
 from secateur.cost.training import compare_training, layer_times, training_cost
 from secateur.errors import SecateurError
-from secateur.methods.at_init import prune_initial
 
 
 def batch(n: int = 4) -> tuple[torch.Tensor, torch.Tensor]:
@@ -82,7 +81,7 @@ def test_peak_memory_holds_weights_gradients_momentum_and_activations() -> None:
 def test_masks_cost_as_much_as_the_dense_network() -> None:
     model = nn.Sequential(nn.Linear(50, 30), nn.ReLU(), nn.Linear(30, 20))
     before = [p.clone() for p in model.parameters()]
-    sparse = prune_initial(model, torch.zeros(1, 50), Budget(params=0.5), score="magnitude")
+    sparse = prune(model, torch.zeros(1, 50), budget=Budget(params=0.5), method="at-init", score="magnitude")
     dense = training_cost(model, batch(), steps=1)
     masked = training_cost(sparse.model, batch(), steps=1, holding=sparse.plan.holding)
     assert (masked.macs, masked.batch) == (dense.macs, 4)

@@ -1,6 +1,7 @@
 """Networks drawn from a grammar: whatever it builds is cut right, or the test prints the smallest that is not.
 
-SECATEUR_FUZZ=2000 tests that many seeds instead of the default; SECATEUR_FUZZ_START moves the range.
+A network is a function of its number alone. SECATEUR_FUZZ=2000 tests that many numbers instead of the default,
+SECATEUR_FUZZ_START moves the range, and a failure says how to run its network again.
 """
 
 import os
@@ -16,9 +17,9 @@ from secateur.graph import named_tensors
 from tests.fuzz.grammar import BLOCKS, SIZE, TAILS, Block, Recipe, build, draw, shrink
 from tests.oracles import counted_macs, counted_params, random_masks, tensors_of, twin, without_units
 
-COUNT = int(os.environ.get("SECATEUR_FUZZ", "400"))
+COUNT = int(os.environ.get("SECATEUR_FUZZ", "150"))
 START = int(os.environ.get("SECATEUR_FUZZ_START", "0"))
-SHARD = 20
+SHARD = 10
 
 
 def check(recipe: Recipe, seed: int = 0) -> int:
@@ -72,7 +73,10 @@ def run(seeds: range) -> None:
     for seed in seeds:
         if failure(draw(seed), seed):
             small = shrink(draw(seed), lambda recipe, seed=seed: bool(failure(recipe, seed)))
-            pytest.fail(f"seed {seed}: {failure(small, seed)}\n{small}\n{build(small)}", pytrace=False)
+            again = (
+                f"SECATEUR_FUZZ_START={seed} SECATEUR_FUZZ=1 pytest {Path(__file__).name} -k random_networks"
+            )
+            pytest.fail(f"{again}\n{failure(small, seed)}\n{small}\n{build(small)}", pytrace=False)
 
 
 def shards(start: int, count: int) -> list[range]:

@@ -1,6 +1,7 @@
 """Attention in every spelling: heads by default, the same dims of every head on request."""
 
 import copy
+import functools
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from tests.graph.nets import Attention, Net, conv, patches, tokens
 from tests.oracles import counted_macs, random_masks, tensors_of, without_units
 
 INPUT = torch.randn(1, 3, 8, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+pytestmark = pytest.mark.xdist_group("attention")  # one process analyses each network
 POSITIONS = torch.randint(7, (16, 16), generator=torch.Generator().manual_seed(0))
 
 
@@ -120,9 +122,15 @@ HEADS = {
 }  # fmt: skip
 
 
-def found(model: nn.Module, attention: str) -> dict[str, int]:
+@functools.cache
+def analysed(name: str, attention: str) -> tuple[nn.Module, Graph]:
+    """A network that tests only read."""
+    model = network(name)
+    return model, sc.analyze(model, INPUT, attention=attention)
+
+
+def units(graph: Graph) -> dict[str, int]:
     """{group: units}, without the residual stream."""
-    graph = sc.analyze(model, INPUT, attention=attention)
     groups = {group.name: group.units for group in graph.groups}
     assert groups.pop("e.0") == 8
     return groups
@@ -139,15 +147,14 @@ def test_units_of_attention(name: str) -> None:
     fused = not name.startswith("separate")
     heads = heads or {"a.qkv" if fused else "a.q": 3}
     dims = dims or ({"a.qkv": 4} if fused else {"a.q": 4, "a.v": 4})
-    assert found(network(name), "heads") == heads
-    assert found(network(name), "dims") == dims
+    assert units(analysed(name, "heads")[1]) == heads
+    assert units(analysed(name, "dims")[1]) == dims
 
 
 @pytest.mark.parametrize("attention", ["heads", "dims"])
 @pytest.mark.parametrize("name", HEADS)
 def test_cut_equals_absent_units(name: str, attention: str) -> None:
-    model = network(name)
-    graph = sc.analyze(model, INPUT, attention=attention)
+    model, graph = analysed(name, attention)
     assert sc.Cost(graph).macs() == counted_macs(model, INPUT)
     for seed in range(2):
         plan = sc.Plan.of(graph, random_masks(graph, seed))
@@ -165,8 +172,7 @@ def reference(name: str, attention: str, model: nn.Module, graph: Graph, plan: s
 
 
 def test_a_removed_head_is_gone_everywhere() -> None:
-    model = network("bias per head")
-    graph = sc.analyze(model, INPUT)
+    _, graph = analysed("bias per head", "heads")
     head = next(group for group in graph.groups if group.name == "a.qkv")
     where = {(member.tensor, member.dim): member.index[1].tolist() for member in head.members}
     rows = [12 * part + 4 * 1 + dim for part in range(3) for dim in range(4)]
@@ -189,8 +195,8 @@ def test_heads_mixed_by_a_linear_layer_are_two_groups() -> None:
             return self.proj((scores.softmax(-1) @ v).transpose(1, 2).reshape(n, count, 12))
 
     model = randomise_(tokens(Talking(8, 3, 4, fused=False, mix=nn.Linear(3, 3))), 0).double().eval()
-    assert found(model, "heads") == {"a.q": 3, "a.v": 3}
     graph = sc.analyze(model, INPUT)
+    assert units(graph) == {"a.q": 3, "a.v": 3}
     plan = sc.Plan.of(graph, random_masks(graph, 1))
     cut = sc.cut_(copy.deepcopy(model), graph, plan)
     with torch.no_grad():
@@ -199,8 +205,7 @@ def test_heads_mixed_by_a_linear_layer_are_two_groups() -> None:
 
 def test_a_stock_layer_stays_itself_where_it_can_express_the_cut() -> None:
     """Two of four heads and half of the stream: what is left is a smaller nn.MultiheadAttention."""
-    model = network("stock")
-    graph = sc.analyze(model, INPUT)
+    model, graph = analysed("stock", "heads")
     masks = [torch.arange(group.units) < group.units // 2 for group in graph.groups]
     cut = sc.cut_(copy.deepcopy(model), graph, sc.Plan.of(graph, masks))
     layer = cut.a.attn
@@ -212,7 +217,7 @@ def test_a_stock_layer_stays_itself_where_it_can_express_the_cut() -> None:
 
 
 def test_the_frozen_side_of_a_choice_is_named() -> None:
-    reasons = {item.reason for item in sc.analyze(network("one key for all heads"), INPUT).frozen}
+    reasons = {item.reason for item in analysed("one key for all heads", "heads")[1].frozen}
     assert reasons == {"model output", "whole heads are removed instead (in a)"}
     with pytest.raises(sc.SecateurError, match="expected 'heads' or 'dims'"):
         sc.analyze(network("fused"), INPUT, attention="width")

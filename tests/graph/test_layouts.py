@@ -1,6 +1,7 @@
 """Operators that arrange, join, split and pick: what they leave free, and that the cut network is right."""
 
 import copy
+from dataclasses import dataclass
 
 import pytest
 import torch
@@ -8,11 +9,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import secateur as sc
+from secateur.graph import Graph
 from secateur.proof.verify import randomise_
 from tests.graph.nets import Net, conv, patches, tokens
 from tests.oracles import counted_macs, random_masks, tensors_of, without_units
 
 INPUT = torch.randn(1, 3, 8, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+pytestmark = pytest.mark.xdist_group("graph layouts")  # one process analyses each network
 ORDER = torch.randperm(8, generator=torch.Generator().manual_seed(0))
 
 
@@ -124,27 +127,34 @@ CASES = {
 }  # fmt: skip
 
 
-@pytest.fixture(params=CASES)
-def case(request: pytest.FixtureRequest) -> tuple[nn.Module, dict[str, int], set[str]]:
+@dataclass(frozen=True)
+class Case:
+    """A network that tests only read, its analysis, and what that should say."""
+
+    model: nn.Module
+    graph: Graph
+    groups: dict[str, int]
+    reasons: set[str]
+
+
+@pytest.fixture(scope="module", params=CASES)
+def case(request: pytest.FixtureRequest) -> Case:
     torch.manual_seed(0)
     model, groups, reasons = CASES[request.param]
-    return randomise_(copy.deepcopy(model), 0).double().eval(), groups, reasons
+    model = randomise_(copy.deepcopy(model), 0).double().eval()
+    return Case(model, sc.analyze(model, INPUT), groups, reasons)
 
 
-def test_groups_and_reasons(case: tuple[nn.Module, dict[str, int], set[str]]) -> None:
-    model, groups, reasons = case
-    graph = sc.analyze(model, INPUT)
-    assert {group.name: group.units for group in graph.groups} == groups
-    found = {item.reason for item in graph.frozen} - {"model output"}
-    assert all(any(part in reason for group in reasons for part in group.split("|")) for reason in found), (
-        found
-    )
-    assert bool(found) == bool(reasons)
+def test_groups_and_reasons(case: Case) -> None:
+    assert {group.name: group.units for group in case.graph.groups} == case.groups
+    found = {item.reason for item in case.graph.frozen} - {"model output"}
+    parts = [part for reason in case.reasons for part in reason.split("|")]
+    assert all(any(part in reason for part in parts) for reason in found), found
+    assert bool(found) == bool(case.reasons)
 
 
-def test_cut_equals_absent_units(case: tuple[nn.Module, dict[str, int], set[str]]) -> None:
-    model = case[0]
-    graph = sc.analyze(model, INPUT)
+def test_cut_equals_absent_units(case: Case) -> None:
+    model, graph = case.model, case.graph
     assert sc.Cost(graph).macs() == counted_macs(model, INPUT)
     for seed in range(2):
         plan = sc.Plan.of(graph, random_masks(graph, seed))

@@ -49,17 +49,12 @@ NORMS = {
 
 
 @pytest.mark.parametrize("name", NORMS)
-def test_norms_do_not_freeze_channels(name: str) -> None:
+def test_norms_freeze_no_channels_and_the_cut_equals_absent_units(name: str) -> None:
     model, groups, sites = NORMS[name]
-    graph = sc.analyze(model.float().eval(), INPUT.float())
+    model = randomise_(copy.deepcopy(model), 0).double().eval()
+    graph = sc.analyze(model, INPUT)
     assert {group.name: group.units for group in graph.groups} == groups
     assert set(graph.statistics) == sites
-
-
-@pytest.mark.parametrize("name", NORMS)
-def test_cut_equals_absent_units(name: str) -> None:
-    model = randomise_(copy.deepcopy(NORMS[name][0]), 0).double().eval()
-    graph = sc.analyze(model, INPUT)
     for seed in range(2):
         plan = sc.Plan.of(graph, random_masks(graph, seed))
         cut = sc.cut_(copy.deepcopy(model), graph, plan)

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from secateur.errors import CaptureError
-from secateur.graph.replay import Program
+from secateur.graph.replay import Replay
 from tests.small import residual_net
 
 
@@ -27,7 +27,7 @@ def noisy(model: nn.Module, name: str, seed: int) -> dict[str, torch.Tensor]:
 @torch.no_grad()
 def test_it_computes_what_the_model_computes() -> None:
     model, x = residual_net()
-    program = Program(model, x)
+    program = Replay(model, x)
     assert program.batch is None
     for images in (1, 3, len(x)):
         torch.testing.assert_close(program(x[:images]), model(x[:images]))
@@ -54,7 +54,7 @@ class Viewed(nn.Module):
 @pytest.mark.parametrize("reshape", [True, False])
 def test_channels_lie_last_where_the_steps_take_that(reshape: bool) -> None:
     model, x = Viewed(reshape), torch.randn(4, 3, 8, 8)
-    program = Program(model, x)
+    program = Replay(model, x)
     image = next(iter(program.begin(x).values()))
     assert image.is_contiguous(memory_format=torch.channels_last) is reshape
     torch.testing.assert_close(program(x), model(x))
@@ -64,7 +64,7 @@ def test_channels_lie_last_where_the_steps_take_that(reshape: bool) -> None:
 @pytest.mark.parametrize("batched", [1, 2, 5])
 def test_suffixes_equal_full_passes(batched: int) -> None:
     model, x = residual_net()
-    program = Program(model, x)
+    program = Replay(model, x)
     names = [
         "stem.weight",
         "bn.running_mean",
@@ -95,7 +95,7 @@ def test_a_size_written_into_forward_leaves_one_batch_size() -> None:
             return self.fc(x.reshape(6, 12))
 
     model, x = Fixed(), torch.randn(6, 3, 2, 2)
-    program = Program(model, x)
+    program = Replay(model, x)
     assert program.batch == 6
     change = noisy(model, "fc.weight", 0)
     ((_, _, output), _) = program.variants(x, [[change, change]], batched=2)
@@ -110,5 +110,5 @@ def test_what_cannot_be_captured_says_so() -> None:
     model = Branches()
     model.train()
     with pytest.raises(CaptureError, match="Branches"):
-        Program(model, torch.randn(2, 3))
+        Replay(model, torch.randn(2, 3))
     assert model.training

@@ -1,6 +1,7 @@
 """Small networks with one structure each: what is tied, what is free, what is frozen and why."""
 
 import copy
+from dataclasses import dataclass
 
 import pytest
 import torch
@@ -33,6 +34,7 @@ class SoftPad(nn.Module):
         return F.pad(x, (0, 0, 0, 0, self.front, self.back))
 
 
+pytestmark = pytest.mark.xdist_group("graph rules")  # one process analyses each network
 sc.register_pad(SoftPad, "front", "back")
 
 CASES = {
@@ -87,33 +89,41 @@ CASES = {
 }  # fmt: skip
 
 
-@pytest.fixture(params=CASES)
-def case(request: pytest.FixtureRequest) -> tuple[nn.Module, dict[str, int], set[str]]:
+INPUT = torch.randn(1, 3, 8, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+
+
+@dataclass(frozen=True)
+class Case:
+    """A network that tests only read, its analysis, and what that should say."""
+
+    model: nn.Module
+    graph: Graph
+    groups: dict[str, int]
+    reasons: set[str]
+
+
+@pytest.fixture(scope="module", params=CASES)
+def case(request: pytest.FixtureRequest) -> Case:
     torch.manual_seed(0)
     model, groups, reasons = CASES[request.param]
-    return randomise_(copy.deepcopy(model), 0).double().eval(), groups, reasons
-
-
-INPUT = torch.randn(1, 3, 8, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    model = randomise_(copy.deepcopy(model), 0).double().eval()
+    return Case(model, sc.analyze(model, INPUT), groups, reasons)
 
 
 def reasons_of(graph: Graph) -> set[str]:
     return {item.reason for item in graph.frozen} - {"model output"}
 
 
-def test_groups_and_reasons(case: tuple[nn.Module, dict[str, int], set[str]]) -> None:
-    model, groups, reasons = case
-    graph = sc.analyze(model, INPUT)
-    assert {group.name: group.units for group in graph.groups} == groups
-    found = reasons_of(graph)
-    assert all(any(part in reason for part in reasons) for reason in found), found
-    assert bool(found) == bool(reasons)
+def test_groups_and_reasons(case: Case) -> None:
+    assert {group.name: group.units for group in case.graph.groups} == case.groups
+    found = reasons_of(case.graph)
+    assert all(any(part in reason for part in case.reasons) for reason in found), found
+    assert bool(found) == bool(case.reasons)
 
 
-def test_every_group_alone_and_all_together(case: tuple[nn.Module, dict[str, int], set[str]]) -> None:
-    model = case[0]
-    graph = sc.analyze(model, INPUT)
-    for seed, only in enumerate([*range(len(graph.groups)), None]):
+def test_every_group_alone_and_all_together(case: Case) -> None:
+    model, graph = case.model, case.graph
+    for seed, only in enumerate([*([number] for number in range(len(graph.groups))), None]):
         plan = sc.Plan.of(graph, random_masks(graph, seed, only=only))
         cut = sc.cut_(copy.deepcopy(model), graph, plan)
         with torch.no_grad():

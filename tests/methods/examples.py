@@ -2,20 +2,24 @@
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from secateur import Budget
-from secateur.engine.decay import Decay, Rectify
-from secateur.engine.structured import StructuredMethod
+from secateur.engine.decay import Decay, Restore
+from secateur.engine.session import Session
+from secateur.engine.training_method import TrainingMethod
 from secateur.methods.depgraph import DepGraph
 from secateur.methods.gate_decorator import GateDecorator
 from secateur.methods.gradual import Gradual
+from secateur.methods.hesso import HESSO
 from secateur.methods.lapp import LAPP
-from secateur.methods.oto import HESSO, OTO
+from secateur.methods.oto import OTO
 from secateur.methods.paam import PAAM
 from secateur.recipes.train import FitResult, TrainConfig, fit, training_steps
+from tests.methods.halfway import Halfway
 from tests.recipes.test_train import toy_data
 
 CONFIG = TrainConfig(epochs=3, batch_size=16, lr=0.05, checkpoint_every=2)
@@ -52,32 +56,33 @@ class Block(nn.Module):
 
 STEPS = training_steps(toy_data(), CONFIG)
 
-Make = Callable[[nn.Module], StructuredMethod]
+Make = Callable[[nn.Module], Session[Any]]
 
 
-def lapp(**options: object) -> Make:
-    chosen = {"budget": Budget(macs=0.6), "steps": STEPS, "prune_share": 0.6, **options}
-    return lambda model: LAPP(model, INPUTS, **chosen)  # type: ignore[arg-type]
+def start(kind: type[TrainingMethod], options: dict[str, Any]) -> Make:
+    """What starts a method of a kind; budget and steps are among the options here."""
+    given = {"budget": Budget(macs=0.6), "steps": STEPS, **options}
+    begin = {name: given.pop(name) for name in ("budget", "steps")}
+    return lambda model: kind(**given).start(model, INPUTS, **begin)
 
 
-def paam(**options: object) -> Make:
-    chosen = {
-        "budget": Budget(macs=0.6),
-        "steps": STEPS,
-        "lr": 0.02,
-        "hidden": 4,
-        "scorer_every": 2,
-        **options,
-    }
-    return lambda model: PAAM(model, INPUTS, **chosen)  # type: ignore[arg-type]
+def lapp(**options: Any) -> Make:
+    return start(LAPP, {"prune_share": 0.6, **options})
 
 
-def gradual(kind: type[StructuredMethod], **options: object) -> Make:
-    chosen = {"budget": Budget(macs=0.6), "steps": STEPS, **options}
-    return lambda model: kind(model, INPUTS, **chosen)  # type: ignore[arg-type]
+def paam(**options: Any) -> Make:
+    return start(PAAM, {"lr": 0.02, "hidden": 4, "scorer_every": 2, **options})
 
 
-SOFT = Decay(3, Rectify(rate=0.0, length=0.0, cool_down=2))
+def host(kind: type[TrainingMethod], **options: Any) -> Make:
+    return start(kind, options)
+
+
+SOFT = Decay(steps=3, restore=Restore(rate=0.0, length=0.0, cool_down=2))
+
+KINDS: tuple[type[TrainingMethod], ...] = (
+    LAPP, PAAM, Gradual, DepGraph, OTO, HESSO, GateDecorator, Halfway
+)  # fmt: skip
 
 METHODS: dict[str, Make] = {
     "lapp, full bypass": lapp(),
@@ -86,37 +91,38 @@ METHODS: dict[str, Make] = {
     ),
     "lapp, shared bypass": lapp(bypass="shared", score="gamma", constraint="log"),
     "lapp, no bypass": lapp(bypass="none", score="taylor", slope="dst", remove_every=2),
-    "lapp, decay": lapp(removal=Decay(3), remove_every=2),
-    "lapp, shared bypass, decay": lapp(bypass="shared", removal=Decay(4)),
+    "lapp, decay": lapp(removal=Decay(steps=3), remove_every=2),
+    "lapp, shared bypass, decay": lapp(bypass="shared", removal=Decay(steps=4)),
     "lapp, soft, no learning": lapp(bypass="none", slope="soft", learn=False),
     "paam, alternating": paam(),
     "paam, joint, linear": paam(regime="joint", scorer="linear"),
     "paam, additive, binary": paam(scorer="additive", binary=True, select_every=2),
     "paam, dot": paam(scorer="dot", weight=3.0),
     "paam, free, streams": paam(scorer="free", streams=True),
-    "gradual, l2": gradual(Gradual, rounds=3, prune_share=0.8),
-    "gradual, taylor, decay and release": gradual(
+    "gradual, l2": host(Gradual, rounds=3, prune_share=0.8),
+    "gradual, taylor, decay and restore": host(
         Gradual, score="taylor", rounds=3, prune_share=0.9, removal=SOFT
     ),
-    "depgraph": gradual(DepGraph, sparse_share=0.3, prune_share=0.5, pieces=3),
-    "depgraph, decay of everything": gradual(
-        DepGraph, sparse_share=0.2, prune_share=0.8, rounds=2, removal=Decay(3, parts="full")
+    "depgraph": host(DepGraph, sparse_share=0.3, prune_share=0.5, pieces=3),
+    "depgraph, decay of everything": host(
+        DepGraph, sparse_share=0.2, prune_share=0.8, rounds=2, removal=Decay(steps=3, parts="full")
     ),
-    "oto": gradual(OTO, strength=0.5, most=1.0),
-    "oto, decay and release": gradual(OTO, strength=0.5, most=1.0, prune_share=0.8, removal=SOFT),
-    "hesso": gradual(HESSO, periods=2, prune_share=0.8),
-    "gate decorator": gradual(GateDecorator, ticks=2, ticks_per_tock=1, prune_share=0.8),
-    "gate decorator, decay": gradual(
-        GateDecorator, ticks=2, ticks_per_tock=1, prune_share=0.8, removal=Decay(3)
+    "oto": host(OTO, strength=0.5, most=1.0),
+    "oto, decay and restore": host(OTO, strength=0.5, most=1.0, prune_share=0.8, removal=SOFT),
+    "hesso": host(HESSO, periods=2, prune_share=0.8),
+    "gate decorator": host(GateDecorator, ticks=2, ticks_per_tock=1, prune_share=0.8),
+    "gate decorator, decay": host(
+        GateDecorator, ticks=2, ticks_per_tock=1, prune_share=0.8, removal=Decay(steps=3)
     ),
+    "a method of a user's own": host(Halfway),
 }
 """Every training method in every form -> how to make it for a model."""
 
 
 def train(
     make: Make, folder: Path, config: TrainConfig = CONFIG, *, resume: bool = False, seed: int = 0
-) -> tuple[StructuredMethod, FitResult]:
+) -> tuple[Session[Any], FitResult]:
     """Train a fresh model with a method in the built-in loop."""
     model = Residual(seed)
-    method = make(model)
-    return method, fit(model, toy_data(), config, folder, method=method, resume=resume, progress=False)
+    session = make(model)
+    return session, fit(model, toy_data(), config, folder, session=session, resume=resume, progress=False)

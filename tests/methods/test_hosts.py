@@ -2,6 +2,7 @@
 
 import copy
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -9,9 +10,12 @@ import torch.nn.functional as F
 from torch import nn
 
 from secateur import Budget
+from secateur.engine.directions import remember
+from secateur.engine.session import Session
 from secateur.methods.depgraph import DepGraph
 from secateur.methods.gate_decorator import GatedBatchNorm2d, GateDecorator, gate_, melt_
-from secateur.methods.oto import HESSO, OTO
+from secateur.methods.hesso import HESSO
+from secateur.methods.oto import OTO
 from tests.methods.examples import INPUTS, Residual
 from tests.methods.test_training_methods import loop
 
@@ -28,18 +32,20 @@ def unit_vectors(model: Residual, group: str) -> torch.Tensor:
     )
 
 
-def one_step(method: object, model: nn.Module, optimizer: torch.optim.Optimizer, seed: int = 5) -> None:
+def one_step(
+    session: Session[Any] | None, model: nn.Module, optimizer: torch.optim.Optimizer, seed: int = 5
+) -> None:
     torch.manual_seed(seed)
     loss = F.cross_entropy(model(torch.randn(16, 3, 8, 8)), torch.arange(16) % 3)
-    if method is not None:
-        loss = loss + method.penalty()  # type: ignore[attr-defined]
+    if session is not None:
+        loss = loss + session.penalty()
     optimizer.zero_grad()
     loss.backward()
-    if method is not None:
-        method.before_step()  # type: ignore[attr-defined]
+    if session is not None:
+        session.before_step()
     optimizer.step()
-    if method is not None:
-        method.after_step()  # type: ignore[attr-defined]
+    if session is not None:
+        session.after_step()
 
 
 OPTIMIZERS = {
@@ -52,20 +58,22 @@ OPTIMIZERS = {
 @pytest.mark.parametrize("kind", OPTIMIZERS)
 def test_a_penalised_step_of_oto(kind: str) -> None:
     model = Residual()
-    method = OTO(model, INPUTS, budget=BUDGET, steps=30, start_share=0.1, half_space=0.0, strength=1e-2)
+    session = OTO(start_share=0.1, half_space=0.0, strength=1e-2).start(
+        model, INPUTS, budget=BUDGET, steps=30
+    )
     plain, twin = copy.deepcopy(model), None
     optimizer, other = OPTIMIZERS[kind](model.parameters()), OPTIMIZERS[kind](plain.parameters())
-    with method.attach(optimizer):
+    with session.attach(optimizer):
         for k in range(2):
-            one_step(method, model, optimizer, k)
+            one_step(session, model, optimizer, k)
             one_step(None, plain, other, k)
         x = unit_vectors(plain, "blocks.0")
         one_step(None, plain, other)
         lr = other.param_groups[0]["lr"]
         v = (x - unit_vectors(plain, "blocks.0")) / lr
-        one_step(method, model, optimizer)  # step 3 = 10 % of 30: partition, then the first penalised step
-    number = next(n for n, g in enumerate(method.whole.groups) if g.name == "blocks.0.conv1")
-    penalised = method.penalised[number]
+        one_step(session, model, optimizer)  # step 3 = 10 % of 30: partition, then the first penalised step
+    number = next(n for n, g in enumerate(session.whole.groups) if g.name == "blocks.0.conv1")
+    penalised = session.own.penalised[number]
     assert 0 < penalised.sum() < 16
     for u in range(16):
         expected = x[u] - lr * v[u]
@@ -82,28 +90,28 @@ def test_a_penalised_step_of_oto(kind: str) -> None:
     assert twin is None
 
 
-def test_projection_sets_what_crosses_over_to_zero() -> None:
+def test_projection_sets_what_crosses_over_to_zero(monkeypatch: pytest.MonkeyPatch) -> None:
     model = Residual()
-    method = OTO(
-        model, INPUTS, budget=BUDGET, steps=30, start_share=0.1, half_space=0.99, strength=30.0, most=1.0
+    session = OTO(start_share=0.1, half_space=0.99, strength=30.0, most=1.0).start(
+        model, INPUTS, budget=BUDGET, steps=30
     )
     optimizer = OPTIMIZERS["sgd"](model.parameters())
-    with method.attach(optimizer):
-        loop(method, optimizer, 2)
-        assert all(len(kept) == g.units for kept, g in zip(method.kept, method.whole.groups, strict=True))
-        partition = method._partition
+    with session.attach(optimizer):
+        loop(session, optimizer, 2)
+        assert all(len(kept) == g.units for kept, g in zip(session.kept, session.whole.groups, strict=True))
+        penalise = OTO._penalise
         chosen: list[torch.Tensor] = []
 
-        def watch() -> None:
-            partition()
-            chosen.extend(mask.clone() for mask in method.penalised)
+        def watch(self: OTO, session: Session[Any]) -> None:
+            penalise(self, session)
+            chosen.extend(mask.clone() for mask in session.own.penalised)
 
-        method._partition = watch  # type: ignore[method-assign]
+        monkeypatch.setattr(OTO, "_penalise", watch)
         loop(
-            method, optimizer, 1
+            session, optimizer, 1
         )  # chosen, pushed across, projected, and so many of them cut as the budget asks for
-    assert method.met()
-    for kept, group, penalised in zip(method.kept, method.whole.groups, chosen, strict=True):
+    assert session.method.met(session)
+    for kept, group, penalised in zip(session.kept, session.whole.groups, chosen, strict=True):
         left = torch.ones(group.units, dtype=torch.bool)
         left[kept] = False
         assert not (left & ~penalised).any()
@@ -111,18 +119,18 @@ def test_projection_sets_what_crosses_over_to_zero() -> None:
 
 def test_the_redundancy_of_oto() -> None:
     model = Residual()
-    method = OTO(model, INPUTS, budget=BUDGET, steps=30)
+    session = OTO().start(model, INPUTS, budget=BUDGET, steps=30)
     optimizer = OPTIMIZERS["sgd"](model.parameters())
-    with method.attach(optimizer):
-        method.remember()
-        xs = {n: method.pool.vectors(n) for n in method.targets}
+    with session.attach(optimizer):
+        session.own.x = remember(session)
+        xs = {n: session.pool.vectors(n) for n in session.targets}
         one_step(None, model, optimizer)
-        found = method.redundancy()
-        vs = {n: (xs[n] - method.pool.vectors(n)) / 0.1 for n in method.targets}
+        found = session.method.redundancy(session)
+        vs = {n: (xs[n] - session.pool.vectors(n)) / 0.1 for n in session.targets}
     cos = {n: [float(x @ v / (x.norm() * v.norm())) for x, v in zip(xs[n], vs[n], strict=True)] for n in xs}
     size = {n: [1 / (float(x.norm()) / len(x) + 1e-6) for x in xs[n]] for n in xs}
     norms = [math.sqrt(sum(c * c for row in table.values() for c in row)) for table in (cos, size)]
-    for n, s in zip(method.targets, found, strict=True):
+    for n, s in zip(session.targets, found, strict=True):
         for u in range(len(s)):
             assert s[u].item() == pytest.approx(
                 0.5 * cos[n][u] / norms[0] + 0.5 * size[n][u] / norms[1], rel=1e-4
@@ -131,14 +139,14 @@ def test_the_redundancy_of_oto() -> None:
 
 def test_the_scores_of_hesso() -> None:
     model = Residual()
-    method = HESSO(model, INPUTS, budget=BUDGET, steps=30, periods=2)
+    session = HESSO(periods=2).start(model, INPUTS, budget=BUDGET, steps=30)
     optimizer = OPTIMIZERS["sgd"](model.parameters())
-    with method.attach(optimizer):
-        method.remember()
-        xs = {n: method.pool.vectors(n) for n in method.targets}
+    with session.attach(optimizer):
+        session.own.x = remember(session)
+        xs = {n: session.pool.vectors(n) for n in session.targets}
         one_step(None, model, optimizer)
-        found = method.rank()
-        vs = {n: (xs[n] - method.pool.vectors(n)) / 0.1 for n in method.targets}
+        found = session.method.rank(session)
+        vs = {n: (xs[n] - session.pool.vectors(n)) / 0.1 for n in session.targets}
     terms = {
         (n, u): (
             x.norm(),
@@ -147,11 +155,11 @@ def test_the_scores_of_hesso() -> None:
             (x @ v).abs(),
             0.5 * (x @ v) ** 2,
         )
-        for n in method.targets
+        for n in session.targets
         for u, (x, v) in enumerate(zip(xs[n], vs[n], strict=True))
     }
     norms = [math.sqrt(sum(float(t[i]) ** 2 for t in terms.values())) for i in range(5)]
-    for place, n in enumerate(method.targets):
+    for place, n in enumerate(session.targets):
         for u in range(len(found[place])):
             expected = sum(0.2 * float(terms[n, u][i]) / norms[i] for i in range(5))
             assert found[place][u].item() == pytest.approx(expected, rel=1e-4)
@@ -159,16 +167,16 @@ def test_the_scores_of_hesso() -> None:
 
 def test_the_sparse_step_of_depgraph() -> None:
     model = Residual()
-    method = DepGraph(model, INPUTS, budget=BUDGET, steps=30, sparse_share=0.3, strength=0.1)
+    session = DepGraph(sparse_share=0.3, strength=0.1).start(model, INPUTS, budget=BUDGET, steps=30)
     plain = copy.deepcopy(model)
     optimizer = OPTIMIZERS["sgd"](model.parameters())
-    with method.attach(optimizer):
+    with session.attach(optimizer):
         assert optimizer.param_groups[0]["weight_decay"] == 0
         torch.manual_seed(0)
         x, y = torch.randn(16, 3, 8, 8), torch.arange(16) % 3
         F.cross_entropy(model(x), y).backward()
         F.cross_entropy(plain(x), y).backward()
-        method.before_step()
+        session.before_step()
     assert optimizer.param_groups[0]["weight_decay"] == 1e-3
     block, same = model.blocks[0], plain.blocks[0]
     rows, columns = block.conv1.weight.flatten(1), block.conv2.weight.transpose(0, 1).flatten(1)
@@ -222,28 +230,30 @@ def test_a_closed_gate_shuts_the_shift_out_too() -> None:
 
 def test_ticks_add_up_what_gates_are_worth_and_leave_convolutions_alone() -> None:
     model = Residual()
-    method = GateDecorator(model, INPUTS, budget=BUDGET, steps=40, ticks=2, ticks_per_tock=1, prune_share=0.8)
-    assert method.plan_of_steps[: 2 * method.tick_steps] == ["tock"] * 8 + ["tick"] * 7 + ["close"]
+    session = GateDecorator(ticks=2, ticks_per_tock=1, prune_share=0.8).start(
+        model, INPUTS, budget=BUDGET, steps=40
+    )
+    assert session.own.phases[:16] == ["tock"] * 8 + ["tick"] * 7 + ["close"]
     optimizer = OPTIMIZERS["sgd"](model.parameters())
-    with method.attach(optimizer):
-        assert method.penalty().item() == pytest.approx(1e-3 * (8 + 16 + 8 + 16 + 8))
-        loop(method, optimizer, 8)
+    with session.attach(optimizer):
+        assert session.penalty().item() == pytest.approx(1e-3 * (8 + 16 + 8 + 16 + 8))
+        loop(session, optimizer, 8)
         before = copy.deepcopy(model)
-        assert method.penalty().item() == 0
+        assert session.penalty().item() == 0
         torch.manual_seed(0)
         x, y = torch.randn(16, 3, 8, 8), torch.arange(16) % 3
         F.cross_entropy(before(x), y).backward()
-        loop(method, optimizer, 1)
-        for number in method.targets:
-            gates = {m.tensor for m in method.graph.groups[number].members if m.role == "scale"}
+        loop(session, optimizer, 1)
+        for number in session.targets:
+            gates = {m.tensor for m in session.graph.groups[number].members if m.role == "scale"}
             expected = sum(
                 (before.get_parameter(t).detach() * before.get_parameter(t).grad).abs() for t in gates
             )
-            torch.testing.assert_close(method.worth[number], expected)
+            torch.testing.assert_close(session.own.worth[number], expected)
         for name, p in model.named_parameters():
             if "conv" in name or name == "stem.0.weight":
                 assert torch.equal(p, before.get_parameter(name)), name
-        stream = next(g for g in method.graph.groups if g.name == "stem.0")
+        stream = next(g for g in session.graph.groups if g.name == "stem.0")
         assert sum(m.role == "scale" for m in stream.members) == 3  # one fate for all that is added
 
 
@@ -252,14 +262,14 @@ def test_every_host_lands_within_one_unit(kind: type) -> None:
     options = {"ticks": 4, "ticks_per_tock": 2} if kind is GateDecorator else {}
     for macs in (0.8, 0.45):
         model = Residual()
-        method = kind(model, INPUTS, budget=Budget(macs=macs), steps=60, **options)
+        session = kind(**options).start(model, INPUTS, budget=Budget(macs=macs), steps=60)
         optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
-        with method.attach(optimizer):
-            loop(method, optimizer, 60)
-        pruned = method.finish()
+        with session.attach(optimizer):
+            loop(session, optimizer, 60)
+        pruned = session.finish()
         counts = pruned.plan.kept(pruned.graph)
         dearest = max(
-            method.cost.macs(counts) - method.cost.macs([k - (n == g) for n, k in enumerate(counts)])
+            session.cost.macs(counts) - session.cost.macs([k - (n == g) for n, k in enumerate(counts)])
             for g in range(len(counts))
         )
-        assert method.limits["macs"] - dearest < pruned.after["macs"] <= method.limits["macs"]
+        assert session.limits["macs"] - dearest < pruned.after["macs"] <= session.limits["macs"]

@@ -4,6 +4,7 @@ import copy
 import math
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -11,10 +12,11 @@ import torch.nn.functional as F
 from torch import nn
 
 from secateur import Budget, Cost, analyze
-from secateur.engine.decay import Decay, Rectify
+from secateur.engine.decay import Decay, Restore
+from secateur.engine.session import Session
 from secateur.errors import ModelError, SecateurError
 from secateur.export import export_onnx
-from secateur.methods.lapp import LAPP, Step
+from secateur.methods.lapp import LAPP, State, Step
 from secateur.recipes.models import build_model
 from secateur.surgery.bypass import Bypass, Side, add_bypass_, fold_bypass_, written_out
 from tests.methods.examples import INPUTS, STEPS, Residual, lapp
@@ -23,22 +25,20 @@ from tests.methods.test_training_methods import loop
 SIDE = [("blocks.0.conv1", "blocks.0.bn1"), ("blocks.1.conv1", "blocks.1.bn1")]
 
 
-def attached(method: LAPP) -> LAPP:
-    return method.attach(torch.optim.SGD(method.model.parameters(), lr=0.05))
+def attached(session: Session[State]) -> Session[State]:
+    return session.attach(torch.optim.SGD(session.model.parameters(), lr=0.05))
 
 
-def make(**options: object) -> LAPP:
-    method = lapp(**options)(Residual())
-    assert isinstance(method, LAPP)
-    return method
+def make(**options: Any) -> Session[State]:
+    return lapp(**options)(Residual())
 
 
 def test_which_layers_lose_units() -> None:
-    full = LAPP(build_model("resnet20"), torch.zeros(1, 3, 32, 32), budget=Budget(macs=0.5), steps=10)
+    full = LAPP().start(build_model("resnet20"), torch.zeros(1, 3, 32, 32), budget=Budget(macs=0.5), steps=10)
     names = {full.whole.groups[n].name for n in full.targets}
     assert names == {f"layer{s}.{b}.conv{c}.conv" for s in (1, 2, 3) for b in range(3) for c in (1, 2)}
-    inner = LAPP(
-        build_model("resnet20"), torch.zeros(1, 3, 32, 32), budget=Budget(macs=0.5), steps=10, bypass="shared"
+    inner = LAPP(bypass="shared").start(
+        build_model("resnet20"), torch.zeros(1, 3, 32, 32), budget=Budget(macs=0.5), steps=10
     )
     names = {inner.whole.groups[n].name for n in inner.targets}
     assert names == {f"layer{s}.{b}.conv1" for s in (1, 2, 3) for b in range(3)}
@@ -47,58 +47,58 @@ def test_which_layers_lose_units() -> None:
 def test_costs_of_the_bypass_are_counted() -> None:
     """3.8 % of the MACs of ResNet-20 for a depthwise bypass beside every 3 × 3 convolution of the blocks."""
     model = build_model("resnet20")
-    method = LAPP(model, torch.zeros(1, 3, 32, 32), budget=Budget(macs=0.5), steps=10)
+    session = LAPP().start(model, torch.zeros(1, 3, 32, 32), budget=Budget(macs=0.5), steps=10)
     counted = Cost(analyze(model, torch.zeros(1, 3, 32, 32))).macs()
-    assert method.cost.macs() == counted
-    assert counted / method.dense.macs() == pytest.approx(1.038, abs=5e-4)
+    assert session.cost.macs() == counted
+    assert counted / session.dense.macs() == pytest.approx(1.038, abs=5e-4)
 
 
 def test_gates_equal_removal() -> None:
     """The gated network in evaluation mode is the network with the gated units cut out."""
     for bypass in ("full", "none"):
-        method = make(bypass=bypass)
-        model = method.model
+        session = make(bypass=bypass)
+        model = session.model
         for module in model.modules():
             if isinstance(module, nn.BatchNorm2d):  # a shift that would survive a mask before the norm
                 nn.init.normal_(module.bias)
                 nn.init.uniform_(module.running_var, 0.5, 2)
         x = torch.randn(4, 3, 8, 8)
-        with attached(method), torch.no_grad():
-            method.threshold.fill_(0.0)
+        with attached(session), torch.no_grad():
+            session.own.threshold.fill_(0.0)
             gated = model.eval()(x)
-            keep = [torch.ones(g.units, dtype=torch.bool) for g in method.graph.groups]
-            for number, mask in zip(method.targets, method.masks(), strict=True):
+            keep = [torch.ones(g.units, dtype=torch.bool) for g in session.graph.groups]
+            for number, mask in zip(session.targets, session.method.masks(session), strict=True):
                 keep[number] = mask >= 0.5
             assert not all(k.all() for k in keep)
-            method.remove(keep)
+            session.cut(keep)
         torch.testing.assert_close(model(x), gated, rtol=1e-5, atol=1e-5)
 
 
 def test_without_weight_and_task_gradient_thresholds_stay() -> None:
-    method = make(weight=0.0, task_gradient=False, prune_share=1.0)
-    optimizer = torch.optim.SGD(method.model.parameters(), lr=0.05, weight_decay=0.1)
-    with method.attach(optimizer):
-        loop(method, optimizer, STEPS - 1)
-    assert torch.equal(method.threshold, torch.full_like(method.threshold, -3.0))
+    session = make(weight=0.0, task_gradient=False, prune_share=1.0)
+    optimizer = torch.optim.SGD(session.model.parameters(), lr=0.05, weight_decay=0.1)
+    with session.attach(optimizer):
+        loop(session, optimizer, STEPS - 1)
+    assert torch.equal(session.own.threshold, torch.full_like(session.own.threshold, -3.0))
 
 
 def test_a_higher_weight_raises_thresholds() -> None:
     reached = []
     for weight in (0.5, 50.0):
-        method = make(weight=weight, threshold_optimizer="sgd", threshold_lr=0.02, prune_share=1.0)
-        optimizer = torch.optim.SGD(method.model.parameters(), lr=0.05)
-        with method.attach(optimizer):
-            loop(method, optimizer, STEPS - 1)
-        reached.append(method.threshold.detach()[method.targets].mean().item())
+        session = make(weight=weight, threshold_optimizer="sgd", threshold_lr=0.02, prune_share=1.0)
+        optimizer = torch.optim.SGD(session.model.parameters(), lr=0.05)
+        with session.attach(optimizer):
+            loop(session, optimizer, STEPS - 1)
+        reached.append(session.own.threshold.detach()[session.targets].mean().item())
     assert reached[1] > reached[0]
 
 
 def test_before_thresholds_move_training_is_that_of_the_dense_network_with_bypass() -> None:
-    method = make(hold_share=0.999, prune_share=1.0, weight=0.0)
-    plain = copy.deepcopy(method.model)
-    optimizer = torch.optim.SGD(method.model.parameters(), lr=0.05)
-    with method.attach(optimizer):
-        loop(method, optimizer, 4)
+    session = make(hold_share=0.999, prune_share=1.0, weight=0.0)
+    plain = copy.deepcopy(session.model)
+    optimizer = torch.optim.SGD(session.model.parameters(), lr=0.05)
+    with session.attach(optimizer):
+        loop(session, optimizer, 4)
     optimizer = torch.optim.SGD(plain.parameters(), lr=0.05)
     torch.manual_seed(0)
     for _ in range(4):
@@ -106,7 +106,7 @@ def test_before_thresholds_move_training_is_that_of_the_dense_network_with_bypas
         optimizer.zero_grad()
         F.cross_entropy(plain(x), y).backward()
         optimizer.step()
-    for a, b in zip(plain.parameters(), method.model.parameters(), strict=True):
+    for a, b in zip(plain.parameters(), session.model.parameters(), strict=True):
         assert torch.equal(a, b)
 
 
@@ -135,28 +135,28 @@ def test_the_task_pulls_thresholds_to_where_they_should_be(
 
     The slope of the soft network is also compared with finite differences of its loss.
     """
-    method = LAPP(make(), INPUTS, budget=Budget(macs=0.6), steps=9, bypass="none", slope=slope)
+    session = LAPP(bypass="none", slope=slope).start(make(), INPUTS, budget=Budget(macs=0.6), steps=9)
     torch.manual_seed(0)
     x = torch.randn(64, 3, 8, 8)
-    model = method.model.train()
+    model = session.model.train()
     for module in model.modules():
         if isinstance(module, nn.BatchNorm2d):
             module.eval()
-    with attached(method):
-        for number in method.targets:
+    with attached(session):
+        for number in session.targets:
             with torch.no_grad():
-                method.threshold.fill_(-3.0)
-                method.threshold[number] = goal
+                session.own.threshold.fill_(-3.0)
+                session.own.threshold[number] = goal
                 wanted = model(x)
-                method.threshold[number] = here = 0.1 - 0.3 * sign
+                session.own.threshold[number] = here = 0.1 - 0.3 * sign
 
             def loss(tau: float, number: int = number, wanted: torch.Tensor = wanted) -> torch.Tensor:
-                method.threshold.data[number] = tau
+                session.own.threshold.data[number] = tau
                 return F.mse_loss(model(x), wanted)
 
-            method.threshold.grad = None
+            session.own.threshold.grad = None
             loss(here).backward()
-            slope_here = method.threshold.grad[number].item()
+            slope_here = session.own.threshold.grad[number].item()
             assert slope_here * sign > 0
             if slope == "soft":
                 difference = (loss(here + 1e-2) - loss(here - 1e-2)).item() / 2e-2
@@ -164,35 +164,35 @@ def test_the_task_pulls_thresholds_to_where_they_should_be(
 
 
 def test_one_threshold_that_is_not_learned_follows_the_target() -> None:
-    method = make(learn=False, prune_share=1.0)
-    optimizer = torch.optim.SGD(method.model.parameters(), lr=0.05)
-    keep = method.limits["macs"] / method.dense.macs()
-    with method.attach(optimizer):
+    session = make(learn=False, prune_share=1.0)
+    optimizer = torch.optim.SGD(session.model.parameters(), lr=0.05)
+    keep = session.limits["macs"] / session.dense.macs()
+    with session.attach(optimizer):
         for step in range(1, STEPS):
-            loop(method, optimizer, 1)
+            loop(session, optimizer, 1)
             goal = keep + (1 - keep) * (1 - step / STEPS) ** 3
-            tau = method.threshold[0].item()
-            assert (method.threshold == tau).all()
+            tau = session.own.threshold[0].item()
+            assert (session.own.threshold == tau).all()
             shares = []
             for value in (tau, tau - 0.01):  # just on target; a little lower, over it or no further unit
-                method.threshold.data.fill_(value)
-                counts = [group.units for group in method.whole.groups]
-                for number, mask in zip(method.targets, method.masks(), strict=True):
+                session.own.threshold.data.fill_(value)
+                counts = [group.units for group in session.whole.groups]
+                for number, mask in zip(session.targets, session.method.masks(session), strict=True):
                     counts[number] = int(mask.sum())
-                shares.append(method.cost.macs(counts) / method.dense.macs())
-            method.threshold.data.fill_(tau)
+                shares.append(session.cost.macs(counts) / session.dense.macs())
+            session.own.threshold.data.fill_(tau)
             assert shares[0] <= goal
             assert shares[1] > goal or shares[1] == shares[0]
 
 
 def test_thresholds_wait_at_first() -> None:
-    method = make(hold_share=0.5, prune_share=1.0)
-    optimizer = torch.optim.SGD(method.model.parameters(), lr=0.05)
-    with method.attach(optimizer):
-        loop(method, optimizer, STEPS // 2)
-        assert (method.threshold == -3).all()
-        loop(method, optimizer, 1)
-        assert (method.threshold[method.targets] != -3).all()
+    session = make(hold_share=0.5, prune_share=1.0)
+    optimizer = torch.optim.SGD(session.model.parameters(), lr=0.05)
+    with session.attach(optimizer):
+        loop(session, optimizer, STEPS // 2)
+        assert (session.own.threshold == -3).all()
+        loop(session, optimizer, 1)
+        assert (session.own.threshold[session.targets] != -3).all()
 
 
 @pytest.mark.parametrize("form", ["full", "none"])
@@ -200,37 +200,37 @@ def test_a_scaled_loss_moves_thresholds_as_an_unscaled_one(form: str) -> None:
     reached = []
     for scale in (1.0, 2.0**16):
         torch.manual_seed(0)
-        method = make(bypass=form, threshold_optimizer="sgd", threshold_lr=0.5, prune_share=1.0)
-        optimizer = torch.optim.SGD(method.model.parameters(), lr=0.05)
+        session = make(bypass=form, threshold_optimizer="sgd", threshold_lr=0.5, prune_share=1.0)
+        optimizer = torch.optim.SGD(session.model.parameters(), lr=0.05)
         scaler = torch.amp.GradScaler("cpu", init_scale=scale)
-        with method.attach(optimizer, scaler=scaler):
+        with session.attach(optimizer, scaler=scaler):
             for step in range(6):
                 x, y = torch.randn(16, 3, 8, 8), torch.arange(16) % 3
-                scaler.scale(F.cross_entropy(method.model(x), y) + method.penalty()).backward()
+                scaler.scale(F.cross_entropy(session.model(x), y) + session.penalty()).backward()
                 if step == 3:  # overflows of a method's own gradients are not the scaler's to see
-                    method.threshold.grad[method.targets[0]] = math.inf
+                    session.own.threshold.grad[session.targets[0]] = math.inf
                 scaler.unscale_(optimizer)
-                method.before_step()
+                session.before_step()
                 scaler.step(optimizer)
                 scaler.update()
-                method.after_step()
+                session.after_step()
                 optimizer.zero_grad()
-        assert method.step == 6
-        reached.append(method.threshold.detach().clone())
-    assert (reached[0][method.targets] != -3).all()
+        assert session.step == 6
+        reached.append(session.own.threshold.detach().clone())
+    assert (reached[0][session.targets] != -3).all()
     torch.testing.assert_close(reached[0], reached[1])
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_a_masked_unit_behind_a_relu_has_a_gradient(dtype: torch.dtype) -> None:
-    method = make(bypass="none")
-    with attached(method):
-        method.threshold.data.fill_(0.0)
+    session = make(bypass="none")
+    with attached(session):
+        session.own.threshold.data.fill_(0.0)
         with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
-            loss = method.model.train()(torch.randn(16, 3, 8, 8)).square().sum()
-        method.threshold.grad = None
-        with_masked = torch.autograd.grad(loss, method._passed, retain_graph=True)
-        for gradient, mask in zip(with_masked, method._passed, strict=True):
+            loss = session.model.train()(torch.randn(16, 3, 8, 8)).square().sum()
+        session.own.threshold.grad = None
+        with_masked = torch.autograd.grad(loss, session.own.passed, retain_graph=True)
+        for gradient, mask in zip(with_masked, session.own.passed, strict=True):
             gone = mask == 0
             assert gone.any()
             assert (gradient[gone] != 0).float().mean() > 0.9
@@ -249,22 +249,22 @@ def test_slopes_of_the_step() -> None:
 
 
 def test_penalty_equals_its_equation() -> None:
-    method = make(weight=3.0, prune_share=1.0)
-    with attached(method):
-        method.step = 14
+    session = make(weight=3.0, prune_share=1.0)
+    with attached(session):
+        session.step = 14
         with torch.no_grad():
-            method.threshold.fill_(-0.5)
-        method.model(torch.randn(2, 3, 8, 8))
-        counts = [group.units for group in method.whole.groups]
-        for number, mask in zip(method.targets, method.masks(), strict=True):
+            session.own.threshold.fill_(-0.5)
+        session.model(torch.randn(2, 3, 8, 8))
+        counts = [group.units for group in session.whole.groups]
+        for number, mask in zip(session.targets, session.method.masks(session), strict=True):
             counts[number] = int(mask.sum())
-        keep = method.limits["macs"] / method.dense.macs()
+        keep = session.limits["macs"] / session.dense.macs()
         goal = keep + (1 - keep) * (1 - 14 / STEPS) ** 3
-        expected = 3.0 * max(0.0, method.cost.macs(counts) / method.dense.macs() - goal)
+        expected = 3.0 * max(0.0, session.cost.macs(counts) / session.dense.macs() - goal)
         assert expected > 0
-        assert method.penalty().item() == pytest.approx(expected, rel=1e-5)
-        method.penalty().backward()
-        assert (method.threshold.grad[method.targets] < 0).all()  # raising a threshold makes it cheaper
+        assert session.penalty().item() == pytest.approx(expected, rel=1e-5)
+        session.penalty().backward()
+        assert (session.own.threshold.grad[session.targets] < 0).all()  # raising a threshold makes it cheaper
 
 
 @pytest.mark.parametrize("kind", ["depthwise", "pointwise"])
@@ -343,11 +343,11 @@ def test_a_pointwise_side_stands_beside_convolutions_that_keep_the_size() -> Non
 
 
 def test_a_full_bypass_starts_as_a_plain_sum_and_scatters_after_a_cut() -> None:
-    method = make(remove_every=2)
-    optimizer = torch.optim.SGD(method.model.parameters(), lr=0.05)
-    with method.attach(optimizer):
-        loop(method, optimizer, STEPS)
-    bypasses = [m for m in method.model.modules() if isinstance(m, Bypass)]
+    session = make(remove_every=2)
+    optimizer = torch.optim.SGD(session.model.parameters(), lr=0.05)
+    with session.attach(optimizer):
+        loop(session, optimizer, STEPS)
+    bypasses = [m for m in session.model.modules() if isinstance(m, Bypass)]
     assert any(len(m.index) < m.side.out_channels for m in bypasses)
     for bypass in bypasses:
         assert bypass.conv.out_channels == len(bypass.index) == bypass.norm.num_features
@@ -359,55 +359,55 @@ def test_a_full_bypass_starts_as_a_plain_sum_and_scatters_after_a_cut() -> None:
         torch.testing.assert_close(bypass(x), expected)
 
 
-def test_curves_tell_the_course() -> None:
-    method = make()
-    optimizer = torch.optim.SGD(method.model.parameters(), lr=0.05)
-    with method.attach(optimizer):
-        loop(method, optimizer, STEPS)
-    steps = [point["step"] for point in method.curves]
+def test_the_history_tells_how_it_went() -> None:
+    session = make()
+    optimizer = torch.optim.SGD(session.model.parameters(), lr=0.05)
+    with session.attach(optimizer):
+        loop(session, optimizer, STEPS)
+    steps = [point["step"] for point in session.history]
     assert steps == sorted(steps)
-    assert steps[-1] == method.prune_steps
-    assert method.curves[-1]["macs"] <= 0.6
-    layers = method.curves[-1]["layers"]
-    assert sum(layers.values()) == method.count("macs")
-    assert layers["head"] == method.cost.layers()["head"]
-    assert set(method.curves[0]["threshold"]) == {method.whole.groups[n].name for n in method.targets}
+    assert steps[-1] == session.own.prune_steps
+    assert session.history[-1]["macs"] <= 0.6
+    layers = session.history[-1]["layers"]
+    assert sum(layers.values()) == session.count("macs")
+    assert layers["head"] == session.cost.layers()["head"]
+    assert set(session.history[0]["threshold"]) == {session.whole.groups[n].name for n in session.targets}
 
 
 def test_units_fade_and_come_back_by_equal_steps() -> None:
     """The gate of a unit under its threshold closes over N steps; a unit that comes back opens it again."""
-    method = attached(make(removal=Decay(4), bypass="none", learn=False, prune_share=0.8))
-    method.limits = {}  # nothing has to go
-    number = method.targets[0]
-    low = method.importance(number).argmin()
+    session = attached(make(removal=Decay(steps=4), bypass="none", learn=False, prune_share=0.8))
+    session.limits = {}  # nothing has to go
+    number = session.targets[0]
+    low = session.method.importance(session, number).argmin()
     gate = []
     for tau in (-9.0, *[0.0] * 3, -9.0, *[0.0] * 6):
-        method.threshold.data.fill_(tau)
-        method._move()
-        gate.append(float(method._levels[0][low]))
+        session.own.threshold.data.fill_(tau)
+        session.method.move_gates(session)
+        gate.append(float(session.own.levels[0][low]))
     assert gate == pytest.approx([1, 0.75, 0.5, 0.25, 0.5, 0.25, 0, 0, 0, 0, 0], abs=1e-5)
     assert gate[6] == 0
-    assert method._levels[0][method.importance(number).argmax()] == 1
+    assert session.own.levels[0][session.method.importance(session, number).argmax()] == 1
 
 
 def test_the_last_units_fade_after_landing() -> None:
     torch.manual_seed(0)
-    method = make(removal=Decay(4), prune_share=0.5, hold_share=0.99)
-    optimizer = torch.optim.SGD(method.model.parameters(), lr=0.05)
-    with method.attach(optimizer):
-        loop(method, optimizer, method.prune_steps)
-        assert method.count("macs") == method.cost.macs()  # decided, not cut
-        loop(method, optimizer, 2)
-        gone = [~method._decided[number] for number in method.targets]  # type: ignore[index]
-        assert any(((level > 0) & mask).any() for level, mask in zip(method._levels, gone, strict=True))
-        loop(method, optimizer, 1)
-        assert method.count("macs") <= method.limits["macs"]
-        loop(method, optimizer, STEPS - method.step)
-    assert method.finish().proof.ok
+    session = make(removal=Decay(steps=4), prune_share=0.5, hold_share=0.99)
+    optimizer = torch.optim.SGD(session.model.parameters(), lr=0.05)
+    with session.attach(optimizer):
+        loop(session, optimizer, session.own.prune_steps)
+        assert session.count("macs") == session.cost.macs()  # decided, not cut
+        loop(session, optimizer, 2)
+        gone = [~session.own.decided[number] for number in session.targets]  # type: ignore[index]
+        assert any(((level > 0) & mask).any() for level, mask in zip(session.own.levels, gone, strict=True))
+        loop(session, optimizer, 1)
+        assert session.count("macs") <= session.limits["macs"]
+        loop(session, optimizer, STEPS - session.step)
+    assert session.finish().proof.ok
     with pytest.raises(SecateurError, match="beyond step"):
-        make(removal=Decay(STEPS))
-    with pytest.raises(SecateurError, match="without rectify"):
-        make(removal=Decay(2, Rectify()))
+        make(removal=Decay(steps=STEPS))
+    with pytest.raises(SecateurError, match="without restore"):
+        make(removal=Decay(steps=2, restore=Restore()))
 
 
 @pytest.mark.parametrize(
@@ -437,17 +437,17 @@ def test_a_network_without_norms_needs_no_bypass() -> None:
         return nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3), nn.ReLU(), nn.Conv2d(8, 3, 3))
 
     with pytest.raises(ModelError, match="bypass='none'"):
-        LAPP(plain(), INPUTS, budget=Budget(macs=0.8), steps=9)
-    method = LAPP(plain(), INPUTS, budget=Budget(macs=0.8), steps=9, bypass="none", prune_share=0.5)
-    optimizer = torch.optim.SGD(method.model.parameters(), lr=0.01)
-    with method.attach(optimizer):
+        LAPP().start(plain(), INPUTS, budget=Budget(macs=0.8), steps=9)
+    session = LAPP(bypass="none", prune_share=0.5).start(plain(), INPUTS, budget=Budget(macs=0.8), steps=9)
+    optimizer = torch.optim.SGD(session.model.parameters(), lr=0.01)
+    with session.attach(optimizer):
         for _ in range(9):
             optimizer.zero_grad()
-            (method.model(torch.randn(4, 3, 8, 8)).square().mean() + method.penalty()).backward()
-            method.before_step()
+            (session.model(torch.randn(4, 3, 8, 8)).square().mean() + session.penalty()).backward()
+            session.before_step()
             optimizer.step()
-            method.after_step()
-    assert method.finish().proof.ok
+            session.after_step()
+    assert session.finish().proof.ok
 
 
 def test_a_bypass_that_kept_everything_is_exported_with_its_side(tmp_path: Path) -> None:

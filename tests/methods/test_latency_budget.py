@@ -9,7 +9,7 @@ from torch import nn
 from secateur import Budget, analyze, prune
 from secateur.cost import Cost
 from secateur.errors import BudgetError
-from secateur.methods import LAPP, budget_in_macs, oneshot
+from secateur.methods import LAPP, Context, OneShot, budget_in_macs
 from secateur.methods.latency import Clock
 from secateur.methods.rd import channels as rd_channels
 from tests.small import residual_net
@@ -88,15 +88,15 @@ def test_what_cannot_be_met_is_said() -> None:
     with pytest.raises(BudgetError, match="must be above 0"):
         Budget(latency_ms=-1)
     with pytest.raises(BudgetError, match="budget_in_macs"):
-        LAPP(model, x[:1], budget=Budget(latency_ms=3), steps=10, bypass="none")
+        LAPP(bypass="none").start(model, x[:1], budget=Budget(latency_ms=3), steps=10)
     with pytest.raises(BudgetError, match="budget_in_macs"):
-        oneshot(model, x[:1], Budget(latency_ms=3))
+        OneShot().prune(model, x[:1], Budget(latency_ms=3), Context())
 
 
 def test_curves_are_measured_once_for_all_trials(monkeypatch: pytest.MonkeyPatch) -> None:
     calls = []
-    measured = rd_channels.measured
-    monkeypatch.setattr(rd_channels, "measured", lambda *args: calls.append(1) or measured(*args))
+    measure = rd_channels.measure_curves
+    monkeypatch.setattr(rd_channels, "measure_curves", lambda *args: calls.append(1) or measure(*args))
     model, x = residual_net(32)
     pruned = prune(
         model, x[:1], budget=Budget(latency_ms=5), method="rd", data=iter([x]), levels=3,

@@ -14,13 +14,13 @@ from secateur import Budget
 from secateur.cli import app
 from secateur.errors import BudgetError, ScoreError, SecateurError
 from secateur.files import read_tensors
-from secateur.methods import crop_masks, precrop, prune, prune_initial
-from secateur.methods.at_init import Sparse
+from secateur.methods import AtInit, Pruned, prune
 from secateur.plan.weight_plan import WeightPlan
 from secateur.recipes.models import build_model
 from secateur.recipes.models.mobilenet import CifarMobileNetV2
 from secateur.recipes.train_config import TrainConfig
-from secateur.runs import PruneConfig, Task, prune_run
+from secateur.runs.config import PruneConfig, Task
+from secateur.runs.pipeline import prune_run
 from secateur.surgery import load
 from tests.oracles import counted_params
 
@@ -31,14 +31,14 @@ NETS: dict[str, Callable[[], nn.Module]] = {
     "mobilenet": lambda: CifarMobileNetV2(width=0.25),
 }
 BUDGETS = [Budget(macs=0.4), Budget(params=0.4), Budget(macs=0.5, params=0.4)]
-MASKS: dict[str, Callable[[nn.Module, Budget], Sparse]] = {
-    "synflow": lambda m, b: prune_initial(m, X, b, rounds=5),
-    "synflow, shuffled": lambda m, b: prune_initial(m, X, b, rounds=5, shuffle="weights"),
-    "synflow, filters": lambda m, b: prune_initial(m, X, b, rounds=5, shuffle="filters"),
-    "snip": lambda m, b: prune_initial(m, X, b, score="snip", data=DATA),
-    "grasp": lambda m, b: prune_initial(m, X, b, score="grasp", data=DATA),
-    "crop, weights": lambda m, b: crop_masks(m, X, b),
-    "crop, filters": lambda m, b: crop_masks(m, X, b, granularity="filters"),
+MASKS: dict[str, Callable[[nn.Module, Budget], Pruned]] = {
+    "synflow": lambda m, b: prune(m, X, budget=b, method="synflow", rounds=5),
+    "synflow, shuffled": lambda m, b: prune(m, X, budget=b, method="synflow", rounds=5, shuffle="weights"),
+    "synflow, filters": lambda m, b: prune(m, X, budget=b, method="synflow", rounds=5, shuffle="filters"),
+    "snip": lambda m, b: prune(m, X, budget=b, method="snip", data=DATA),
+    "grasp": lambda m, b: prune(m, X, budget=b, method="grasp", data=DATA),
+    "random weights": lambda m, b: prune(m, X, budget=b, method="random-weights"),
+    "random filters": lambda m, b: prune(m, X, budget=b, method="random-filters"),
 }
 
 
@@ -70,14 +70,14 @@ def counted_by_hand(model: nn.Module, masks: WeightPlan | None = None) -> int:
 @pytest.mark.parametrize("budget", BUDGETS, ids=str)
 @pytest.mark.parametrize("make", MASKS.values(), ids=MASKS)
 def test_every_mask_meets_budgets_in_both_currencies(
-    net: nn.Module, make: Callable[[nn.Module, Budget], Sparse], budget: Budget
+    net: nn.Module, make: Callable[[nn.Module, Budget], Pruned], budget: Budget
 ) -> None:
     sparse = make(net, budget)
     left = {
         "macs": counted_by_hand(net, sparse.plan),
         "params": counted_params(net) - (sparse.plan.weights - sparse.plan.kept),
     }
-    assert left == {"macs": sparse.macs[1], "params": sparse.params[1]}
+    assert left == {m: sparse.after[m] for m in left}
     dense = {"macs": counted_by_hand(net), "params": counted_params(net)}
     shares = {m: left[m] / dense[m] for m in budget.bounds}
     assert all(shares[m] <= bound for m, bound in budget.bounds.items())
@@ -89,7 +89,7 @@ def test_every_mask_meets_budgets_in_both_currencies(
 def test_three_granularities_are_equally_dense_in_every_layer(
     net: nn.Module, budget: Budget, streams: str
 ) -> None:
-    wanted = precrop(net, X, budget, streams=streams).plan.origin["densities"]
+    wanted = prune(net, X, budget=budget, method="precrop", streams=streams).plan.origin["densities"]
     wanted = {name: p for name, p in wanted.items() if p < 1}
     classifier = [name for name, m in net.named_modules() if isinstance(m, nn.Linear)]
     factor = 1.0
@@ -99,9 +99,9 @@ def test_three_granularities_are_equally_dense_in_every_layer(
         factor = min(1.0, (sum(sizes.values()) - gone) / sum(p * sizes[name] for name, p in wanted.items()))
         assert factor > 0.9
     for granularity in ("weights", "filters"):
-        sparse = crop_masks(net, X, budget, granularity=granularity, streams=streams)
-        assert wanted.keys() == sparse.densities.keys()
-        for name, share in sparse.densities.items():
+        sparse = prune(net, X, budget=budget, method=f"random-{granularity}", streams=streams)
+        assert wanted.keys() == sparse.facts["densities"].keys()
+        for name, share in sparse.facts["densities"].items():
             mask = sparse.plan.masks[f"{name}.weight"].flatten(1)
             unit = 1 / (len(mask) if granularity == "filters" else mask.numel())
             assert factor * wanted[name] - 1.01 * unit <= share <= wanted[name] + 1.01 * unit, name
@@ -115,10 +115,10 @@ def test_three_granularities_are_equally_dense_in_every_layer(
 
 
 @pytest.mark.parametrize("seed", [0, 1])
-def test_a_classifier_keeps_the_inputs_that_filters_still_make(net: nn.Module, seed: int) -> None:
+def test_a_classifier_keeps_the_inputs_that_filters_still_produce(net: nn.Module, seed: int) -> None:
     name = next(name for name, m in net.named_modules() if isinstance(m, nn.Linear))
     budget = Budget(params=0.4)
-    sparse = crop_masks(net, X, budget, granularity="filters", streams="shared", seed=seed)
+    sparse = prune(net, X, budget=budget, method="random-filters", streams="shared", seed=seed)
     seen: list[torch.Tensor] = []
     sparse.model.get_submodule(name).register_forward_pre_hook(lambda _, x: seen.append(x[0]))
     sparse.model.train()(X)
@@ -131,26 +131,24 @@ def test_a_classifier_keeps_the_inputs_that_filters_still_make(net: nn.Module, s
 def test_a_shuffle_keeps_as_many_weights_of_each_layer_elsewhere() -> None:
     model = build_model("resnet8")
     chosen, shuffled, again = (
-        prune_initial(model, X, Budget(params=0.3), rounds=5, shuffle=shuffle, seed=seed)
+        prune(model, X, budget=Budget(params=0.3), method="synflow", rounds=5, shuffle=shuffle, seed=seed)
         for shuffle, seed in (("none", 0), ("weights", 0), ("weights", 1))
     )
-    assert shuffled.densities == again.densities == chosen.densities
+    assert shuffled.facts["densities"] == again.facts["densities"] == chosen.facts["densities"]
     name = "block3.conv1.weight"
     assert not torch.equal(chosen.plan.masks[name], shuffled.plan.masks[name])
     assert not torch.equal(again.plan.masks[name], shuffled.plan.masks[name])
-    with pytest.raises(ScoreError, match="filters, none, weights"):
-        prune_initial(model, X, Budget(params=0.3), shuffle="all")
-    with pytest.raises(SecateurError, match="prune_initial"):
-        prune(model, X, budget=Budget(params=0.3), method="synflow")
-    with pytest.raises(BudgetError, match="filters, weights"):
-        crop_masks(model, X, Budget(params=0.3), granularity="channels")
+    with pytest.raises(SecateurError, match="none, weights, filters"):
+        AtInit(shuffle="all")
+    with pytest.raises(ScoreError, match="data="):
+        prune(model, X, budget=Budget(params=0.3), method="snip")
 
 
 TASK = Task(model="resnet8", data="digits", image_size=8, train_images=100, test_images=100)
 RUN = PruneConfig(
     task=TASK,
     method="synflow",
-    keep_params=0.3,
+    budget={"params": 0.3},
     options={"rounds": 5},
     finetune=TrainConfig(epochs=2, batch_size=20, checkpoint_every=3),
 )
@@ -158,7 +156,7 @@ RUN = PruneConfig(
 
 @pytest.mark.parametrize(
     "config",
-    [RUN, replace(RUN, method="precrop", granularity="filters", options={})],
+    [RUN, replace(RUN, method="random-filters", options={})],
     ids=["synflow", "random filters"],
 )
 def test_masks_hold_through_a_run_and_a_killed_run_goes_on(
@@ -194,7 +192,7 @@ def test_masks_hold_through_a_run_and_a_killed_run_goes_on(
     ours, theirs = trained.state_dict(), resumed.state_dict()
     assert all(torch.equal(tensor, theirs[name]) for name, tensor in ours.items())
     assert report.weights is not None
-    assert report.weights.params <= 0.3 * report.params_before
+    assert report.weights.params <= 0.3 * report.before["params"]
     assert report.training_cost is not None
     assert report.training_cost.after.macs == report.training_cost.before.macs
 
@@ -209,7 +207,7 @@ def test_synflow_from_the_command_line(tmp_path: Path) -> None:
     assert "weights that are not zero" in result.output
     report = json.loads((tmp_path / "run" / "report.json").read_text())
     assert report["budget"] == {"macs": 0.3}
-    assert 0.29 < report["weights"]["macs"] / report["macs_before"] <= 0.3
+    assert 0.29 < report["weights"]["macs"] / report["before"]["macs"] <= 0.3
     assert [line["phase"] for line in report["history"]] == ["train"]
     assert report["history"][0]["lr"] > 0
     assert "MACs per training step" in (tmp_path / "run" / "report.html").read_text()
@@ -221,7 +219,7 @@ def test_a_narrower_network_is_cheaper_to_train(tmp_path: Path) -> None:
     config = PruneConfig(
         task=TASK,
         method="precrop",
-        keep_macs=0.4,
+        budget={"macs": 0.4},
         finetune=TrainConfig(epochs=1, batch_size=20),
         exports=False,
     )
@@ -237,13 +235,12 @@ def test_a_narrower_network_is_cheaper_to_train(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"granularity": "channels"}, "method synflow removes weights; methods for channels: oneshot, rd"),
-        ({"keep_params": None, "sparsity": 0.5}, "keep-macs or keep-params"),
-        ({"keep_params": 1.5}, "above 0, below 1"),
-        ({"options": {"score": "snip"}}, "unknown option 'score'; choose one of: rounds, seed, shuffle"),
-        ({"options": {"streams": "shared"}}, "unknown option 'streams'"),
-        ({"method": "lapp", "granularity": "weights"}, "methods for weights: .*synflow"),
-        ({"min_keep": 4}, "takes no min-keep"),
+        ({"budget": {"units": 0.5}}, "keep-macs or keep-params"),
+        ({"budget": {"params": 1.5}}, "above 0 and below 1|neither a share below 1 nor a whole number"),
+        ({"options": {"score": "snip"}}, "score is 'snip'; expected one of synflow"),
+        ({"options": {"streams": "shared"}}, "unknown option 'streams'; choose one of: .*rounds"),
+        ({"options": {"min_keep": 4}}, "unknown option 'min_keep'"),
+        ({"method": "weights", "options": {}}, "the budget is sparsity"),
     ],
 )
 def test_mistakes_are_named(options: dict[str, object], message: str) -> None:
@@ -253,5 +250,5 @@ def test_mistakes_are_named(options: dict[str, object], message: str) -> None:
 
 def test_a_budget_out_of_reach_leaves_no_folder(tmp_path: Path) -> None:
     with pytest.raises(BudgetError, match="Ask for more"):
-        prune_run(replace(RUN, keep_params=0.001), tmp_path / "run")
+        prune_run(replace(RUN, budget={"params": 0.001}), tmp_path / "run")
     assert not (tmp_path / "run").exists()

@@ -7,16 +7,19 @@ import torch
 from torch import nn
 
 from secateur import Budget, Cost, analyze, prune
-from secateur.errors import BudgetError
+from secateur.engine.method import Context
+from secateur.errors import BudgetError, SecateurError
 from secateur.graph import Graph
-from secateur.methods.at_init import INITIAL_SCORES, prune_initial, random_filters, random_weights
-from secateur.methods.precrop.crop import DENSITIES, design, preconfig, precrop
+from secateur.methods.at_init import draw_filters, draw_weights
+from secateur.methods.precrop import PreConfig, PreCrop
+from secateur.methods.precrop.design import DENSITIES, design
 from secateur.recipes.models import build_model
 from secateur.recipes.models.densenet import CifarDenseNet
 from secateur.recipes.models.mobilenet import CifarMobileNetV2
 from secateur.recipes.models.resnet import CifarResNet
 from secateur.recipes.models.shufflenet import CifarShuffleNetV2
 from secateur.recipes.models.vgg import CifarVGG16
+from secateur.scores.at_init import WEIGHT_SCORES
 from tests.oracles import counted_macs, counted_params
 
 X = torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(0))
@@ -42,7 +45,7 @@ def test_every_source_of_densities_meets_every_budget(
     resnet8: nn.Module, graph: Graph, densities: str, budget: Budget
 ) -> None:
     limits = budget.limits({m: Cost(graph).of(m) for m in budget.bounds})
-    found = design(resnet8, X, limits, densities=densities, graph=graph, data=DATA, draws=1)
+    found = design(resnet8, X, graph, limits, PreCrop(densities=densities, draws=1), Context(DATA))
     spent = {"macs": found.after["macs"], "params": found.after["params"]}
     assert all(spent[m] <= limit for m, limit in limits.items())
     assert any(spent[m] > 0.97 * limit for m, limit in limits.items())
@@ -52,7 +55,7 @@ def test_every_source_of_densities_meets_every_budget(
 @pytest.mark.parametrize("streams", ["keep", "shared"])
 def test_the_narrow_network_is_what_the_design_says(resnet8: nn.Module, streams: str) -> None:
     before = {name: t.clone() for name, t in resnet8.state_dict().items()}
-    pruned = precrop(resnet8, X, Budget(macs=0.4), streams=streams, seed=5)
+    pruned = prune(resnet8, X, budget=Budget(macs=0.4), method="precrop", streams=streams, seed=5)
     assert pruned.proof.ok
     assert counted_macs(pruned.model, X) == pruned.after["macs"] <= 0.4 * pruned.before["macs"]
     assert counted_params(pruned.model) == pruned.after["params"]
@@ -119,7 +122,8 @@ def test_every_kind_of_block_changes_its_widths(family: str, method: str) -> Non
 def test_the_gates_of_squeeze_excitation_are_no_residual_stream() -> None:
     vision = pytest.importorskip("torchvision")
     model, x = vision.models.regnet_y_400mf(), torch.randn(1, 3, 64, 64)  # no stage at 1 × 1
-    found = design(model, x, {"macs": Cost(g := analyze(model, x)).macs() // 2}, graph=g)
+    g = analyze(model, x)
+    found = design(model, x, g, {"macs": Cost(g).macs() // 2}, PreCrop())
     widths = dict(zip((group.name for group in g.groups), found.widths, strict=True))
     units = {group.name: group.units for group in g.groups}
     for name, count in units.items():
@@ -137,7 +141,9 @@ def test_a_shared_share_of_a_residual_network_is_the_plain_narrow_one() -> None:
     dense, narrow = CifarResNet(1), CifarResNet(1, widths=(8, 16, 32))
     names = [name for name, m in dense.named_modules() if isinstance(m, nn.Conv2d)]
     budget = Budget(params=counted_params(narrow))
-    pruned = precrop(dense, X, budget, densities=dict.fromkeys(names, 0.25), streams="shared")
+    pruned = prune(
+        dense, X, budget=budget, method="precrop", densities=dict.fromkeys(names, 0.25), streams="shared"
+    )
     theirs = {name: t.shape for name, t in narrow.state_dict().items()}
     assert {name: t.shape for name, t in pruned.model.state_dict().items()} == theirs
     narrow.load_state_dict(pruned.model.state_dict())
@@ -145,9 +151,9 @@ def test_a_shared_share_of_a_residual_network_is_the_plain_narrow_one() -> None:
 
 
 def test_equal_layers_get_equal_widths() -> None:
-    found = design(
-        dense := CifarResNet(3), X, {"macs": Cost(g := analyze(dense, X)).macs() // 2}, graph=g, round_to=4
-    )
+    dense = CifarResNet(3)
+    g = analyze(dense, X)
+    found = design(dense, X, g, {"macs": Cost(g).macs() // 2}, PreCrop(round_to=4))
     widths = dict(zip((group.name for group in g.groups), found.widths, strict=True))
     assert abs(widths["layer1.0.conv1"] - widths["layer1.1.conv1"]) <= 4
     assert abs(widths["layer3.1.conv1"] - widths["layer3.2.conv1"]) <= 4
@@ -155,15 +161,15 @@ def test_equal_layers_get_equal_widths() -> None:
 
 @pytest.mark.parametrize("densities", [0.5, 0.2])
 def test_the_arms_of_the_comparison_keep_as_many_weights(resnet8: nn.Module, densities: float) -> None:
-    pruned = precrop(resnet8, X, Budget(params=densities))
+    pruned = prune(resnet8, X, budget=Budget(params=densities), method="precrop")
     p = pruned.plan.origin["densities"]
     cropped = sum(m.weight.numel() for n, m in pruned.model.named_modules() if n in p)
-    for make in (random_weights, random_filters):
+    for make in (draw_weights, draw_filters):
         plan = make(resnet8, p, seed=1)
         assert plan.kept == pytest.approx(cropped, rel=0.05)
         for name, share in p.items():
             mask = plan.masks[f"{name}.weight"]
-            step = 1 / len(mask) if make is random_filters else 1 / mask.numel()
+            step = 1 / len(mask) if make is draw_filters else 1 / mask.numel()
             assert abs(mask.float().mean().item() - share) <= step
         masked = copy.deepcopy(resnet8)
         with plan.holding(masked):
@@ -172,13 +178,13 @@ def test_the_arms_of_the_comparison_keep_as_many_weights(resnet8: nn.Module, den
                 nn.functional.cross_entropy(masked(X), DATA[0][1]).backward()
                 optimizer.step()
         assert all((dict(masked.named_parameters())[n][~mask] == 0).all() for n, mask in plan.masks.items())
-    filters = random_filters(resnet8, p).masks["block3.conv2.weight"].flatten(1).float().mean(1)
+    filters = draw_filters(resnet8, p).masks["block3.conv2.weight"].flatten(1).float().mean(1)
     assert set(filters.tolist()) <= {0.0, 1.0}
 
 
 def test_given_densities_need_no_budget(resnet8: nn.Module) -> None:
     p = {"block3.conv1": 0.3, "block3.conv2": 0.5}
-    pruned = precrop(resnet8, X, None, densities=p)
+    pruned = PreCrop(densities=p).prune(resnet8, X, None, Context())
     sizes = {name: dict(resnet8.named_parameters())[f"{name}.weight"].numel() for name in p}
     gone = sum((1 - p[name]) * size for name, size in sizes.items())
     assert pruned.before["params"] - pruned.after["params"] >= gone
@@ -186,26 +192,33 @@ def test_given_densities_need_no_budget(resnet8: nn.Module) -> None:
     assert pruned.model.block1.conv1.out_channels == 16
 
 
-@pytest.mark.parametrize("score", INITIAL_SCORES)
+@pytest.mark.parametrize("score", WEIGHT_SCORES)
 @pytest.mark.parametrize("budget", [Budget(macs=0.3), Budget(params=0.1)], ids=str)
 def test_masks_before_training_meet_the_budget(resnet8: nn.Module, score: str, budget: Budget) -> None:
-    sparse = prune_initial(resnet8, X, budget, score=score, data=DATA, rounds=5)
+    sparse = prune(resnet8, X, budget=budget, method="at-init", score=score, data=DATA, rounds=5)
     ((measure, share),) = budget.bounds.items()
-    before, after = sparse.macs if measure == "macs" else sparse.params
+    before, after = sparse.before[measure], sparse.after[measure]
     assert 0.99 * share < after / before <= share
     zeros = sum(int((p == 0).sum()) for n, p in sparse.model.named_parameters() if n in sparse.plan.masks)
-    assert zeros == sparse.plan.weights - sparse.plan.kept == sparse.params[0] - sparse.params[1]
+    assert zeros == sparse.plan.weights - sparse.plan.kept == sparse.before["params"] - sparse.after["params"]
 
 
 def test_frozen_layers_keep_their_weights(resnet8: nn.Module) -> None:
-    sparse = prune_initial(resnet8, X, Budget(params=0.8), score="magnitude", freeze=["block1", "*.conv2"])
-    assert not {"block1.conv1", "block2.conv2"} & sparse.densities.keys()
-    assert "block2.conv1" in sparse.densities
+    sparse = prune(
+        resnet8,
+        X,
+        budget=Budget(params=0.8),
+        method="at-init",
+        score="magnitude",
+        freeze=["block1", "*.conv2"],
+    )
+    assert not {"block1.conv1", "block2.conv2"} & sparse.facts["densities"].keys()
+    assert "block2.conv1" in sparse.facts["densities"]
 
 
 def test_preconfig_grows_some_layers_within_both_budgets() -> None:
     dense = CifarResNet(1)
-    pruned = preconfig(dense, X, Budget(params=0.7), cap=2.0)
+    pruned = prune(dense, X, budget=Budget(params=0.7), method="preconfig", cap=2.0)
     widths = pruned.plan.origin["widths"]
     assert widths["layer1.0.conv1"] > 16
     assert widths["layer3.0.conv1"] < 64
@@ -218,23 +231,31 @@ def test_preconfig_grows_some_layers_within_both_budgets() -> None:
     )
     assert counted_params(pruned.model) == pruned.after["params"] <= 0.7 * pruned.before["params"]
     assert pruned.model(X).shape == (2, 10)
-    assert max(preconfig(dense, X, Budget(params=0.7), cap=1.0).plan.origin["widths"].values()) <= 64
+    assert (
+        max(
+            prune(dense, X, budget=Budget(params=0.7), method="preconfig", cap=1.0)
+            .plan.origin["widths"]
+            .values()
+        )
+        <= 64
+    )
 
 
 def test_densities_of_layers_that_cannot_change_have_no_say(resnet8: nn.Module, graph: Graph) -> None:
     """Streams are kept, so the first layer and the classifier are as they are; others do not pay for them."""
     own = {"block3.conv1": 0.5}
-    assert design(resnet8, X, {}, graph=graph, densities=own | {"conv1": 0.1, "fc": 0.1}).widths == (
-        design(resnet8, X, {}, graph=graph, densities=own).widths
+    assert design(resnet8, X, graph, {}, PreCrop(densities=own | {"conv1": 0.1, "fc": 0.1})).widths == (
+        design(resnet8, X, graph, {}, PreCrop(densities=own)).widths
     )
 
 
 def test_frozen_weights_are_scored_as_others(resnet8: nn.Module, graph: Graph) -> None:
     limits = {"params": Cost(graph).params() // 4}
-    expected = design(resnet8, X, limits, graph=graph, densities="synflow", draws=1)
+    how = PreCrop(densities="synflow", draws=1)
+    expected = design(resnet8, X, graph, limits, how)
     still = copy.deepcopy(resnet8)
     still.fc.requires_grad_(False)
-    assert design(still, X, limits, graph=graph, densities="synflow", draws=1).widths == expected.widths
+    assert design(still, X, graph, limits, how).widths == expected.widths
     assert not still.fc.weight.requires_grad
 
 
@@ -243,14 +264,14 @@ def test_two_budgets_are_both_used() -> None:
     graph = analyze(model, X)
     cost = Cost(graph)
     limits = {"macs": cost.macs(), "params": int(0.8 * cost.params())}
-    found = design(model, X, limits, graph=graph, cap=2.0)
+    found = design(model, X, graph, limits, PreConfig(cap=2.0))
     assert 0.99 < found.after["macs"] / limits["macs"] <= 1
     assert 0.99 < found.after["params"] / limits["params"] <= 1
 
 
 def test_measured_latency_is_a_budget_too(resnet8: nn.Module, graph: Graph) -> None:
     times = {"block1.conv1": 3.0, "block1.conv2": 3.0, "block3.conv1": 1.0}
-    found = design(resnet8, X, {}, graph=graph, latency=(times, 4.0))
+    found = design(resnet8, X, graph, {}, PreCrop(latency=(times, 4.0)))
     spent = sum(t * found.densities[name] for name, t in times.items())
     assert 3.5 < spent <= 4.0
     assert found.densities["block1.conv1"] < found.densities["block3.conv1"]
@@ -258,34 +279,34 @@ def test_measured_latency_is_a_budget_too(resnet8: nn.Module, graph: Graph) -> N
 
 
 def test_mistakes_say_what_to_do(resnet8: nn.Module) -> None:
-    with pytest.raises(BudgetError, match="erk, grasp, optimal"):
-        precrop(resnet8, X, Budget(macs=0.5), densities="best")
-    with pytest.raises(BudgetError, match="keep, shared"):
-        precrop(resnet8, X, Budget(macs=0.5), streams="crop")
+    with pytest.raises(SecateurError, match="optimal, synflow, snip, grasp, erk"):
+        prune(resnet8, X, budget=Budget(macs=0.5), method="precrop", densities="best")
+    with pytest.raises(SecateurError, match="keep, shared"):
+        prune(resnet8, X, budget=Budget(macs=0.5), method="precrop", streams="crop")
     with pytest.raises(BudgetError, match="no growth"):
-        preconfig(resnet8, X, Budget(macs=0.5), densities="erk")
+        prune(resnet8, X, budget=Budget(macs=0.5), method="preconfig", densities="erk")
     with pytest.raises(BudgetError, match="no budget"):
-        precrop(resnet8, X, None)
+        PreCrop().prune(resnet8, X, None, Context())
     with pytest.raises(BudgetError, match="macs and params"):
-        precrop(resnet8, X, Budget(units=0.5))
+        prune(resnet8, X, budget=Budget(units=0.5), method="precrop")
     with pytest.raises(BudgetError, match="macs and params"):
-        precrop(resnet8, X, Budget(units=0.5), densities={"block3.conv1": 0.1})
+        prune(resnet8, X, budget=Budget(units=0.5), method="precrop", densities={"block3.conv1": 0.1})
     for wrong in (float("nan"), -0.1, 0, 1.5):
         with pytest.raises(BudgetError, match="expected above 0, at most 1"):
-            precrop(resnet8, X, None, densities={"block3.conv1": wrong})
+            PreCrop(densities={"block3.conv1": wrong}).prune(resnet8, X, None, Context())
     with pytest.raises(BudgetError, match="blokc3"):
-        precrop(resnet8, X, None, densities={"blokc3.conv1": 0.3})
+        PreCrop(densities={"blokc3.conv1": 0.3}).prune(resnet8, X, None, Context())
     for name in ("min_keep", "round_to"):
-        with pytest.raises(BudgetError, match=f"{name} is 0"):
-            precrop(resnet8, X, Budget(macs=0.5), **{name: 0})
+        with pytest.raises(SecateurError, match=f"{name} is 0"):
+            prune(resnet8, X, budget=Budget(macs=0.5), method="precrop", **{name: 0})
     for cap in (0.5, float("inf"), float("nan")):
-        with pytest.raises(BudgetError, match="cap is"):
-            preconfig(resnet8, X, Budget(macs=0.5), cap=cap)
-    with pytest.raises(BudgetError, match="draws is 0"):
-        precrop(resnet8, X, Budget(macs=0.5), densities="synflow", draws=0)
+        with pytest.raises(SecateurError, match="cap is"):
+            prune(resnet8, X, budget=Budget(macs=0.5), method="preconfig", cap=cap)
+    with pytest.raises(SecateurError, match="draws is 0"):
+        prune(resnet8, X, budget=Budget(macs=0.5), method="precrop", densities="synflow", draws=0)
     with pytest.raises(BudgetError, match="stem"):
-        precrop(resnet8, X, None, latency=({"stem": 1.0}, 0.5))
+        PreCrop(latency=({"stem": 1.0}, 0.5)).prune(resnet8, X, None, Context())
     with pytest.raises(BudgetError, match="nan ms"):
-        precrop(resnet8, X, None, latency=({"block3.conv1": float("nan")}, 0.5))
+        PreCrop(latency=({"block3.conv1": float("nan")}, 0.5)).prune(resnet8, X, None, Context())
     with pytest.raises(BudgetError, match="expected a layer"):
-        random_weights(resnet8, {"conv9": 0.5})
+        draw_weights(resnet8, {"conv9": 0.5})

@@ -3,32 +3,51 @@
 import copy
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from torch import nn
 
+from secateur import Budget
+from secateur.allocate.sparsity import WEIGHT_ALLOCATIONS
+from secateur.engine.method import Context
+from secateur.engine.pruned import Pruned
 from secateur.errors import BudgetError, FileError, PlanError, SecateurError
-from secateur.graph.replay import Program
-from secateur.methods.additivity import Additivity, check_additivity, drawn
+from secateur.graph.replay import Replay
 from secateur.methods.rd.curves import Curves, even, geometric, interpolated, joint, key_of, measure
-from secateur.methods.rd.single_weights import (
-    FAITHFUL,
-    WEIGHT_CHOICES,
-    RDSettings,
-    prune_iteratively,
-    prune_weights,
-    rounds,
-    task_of,
-)
+from secateur.methods.rd.single_weights import FAITHFUL, MaskWeights, RDWeights, prune_iteratively, rounds
+from secateur.settings import options_of
 from tests.small import residual_net
 
-SMALL = RDSettings(levels=4, steps=2, points=20)
+SMALL = RDWeights(levels=4, steps=2, points=20)
+ALLOCATIONS = ("rd", *WEIGHT_ALLOCATIONS)
 
 
-@pytest.mark.parametrize("allocation", WEIGHT_CHOICES)
+def prune_weights(
+    model: nn.Module,
+    batches: list[torch.Tensor],
+    *,
+    sparsity: float,
+    settings: RDWeights = SMALL,
+    allocation: str = "rd",
+    **context: Any,
+) -> Pruned:
+    method = settings if allocation == "rd" else by_formula(settings, allocation)
+    return method.prune(
+        model, batches[0][:2], Budget(units=round(1 - sparsity, 9)), Context(batches, **context)
+    )
+
+
+def by_formula(settings: RDWeights, allocation: str) -> MaskWeights:
+    same = {name: getattr(settings, name) for name in options_of(MaskWeights) if name != "allocation"}
+    return MaskWeights(allocation=allocation, **same)
+
+
+@pytest.mark.parametrize("allocation", ALLOCATIONS)
 @pytest.mark.parametrize("settings", [SMALL, replace(FAITHFUL, levels=11)], ids=["default", "faithful"])
-def test_the_budget_is_met_to_the_weight(allocation: str, settings: RDSettings) -> None:
+def test_the_budget_is_met_to_the_weight(allocation: str, settings: RDWeights) -> None:
     model, x = residual_net()
     before = copy.deepcopy(model.state_dict())
     pruned = prune_weights(model, [x], sparsity=0.7, allocation=allocation, settings=settings)
@@ -37,7 +56,7 @@ def test_the_budget_is_met_to_the_weight(allocation: str, settings: RDSettings) 
     assert pruned.plan.weights == total
     for name, mask in pruned.plan.masks.items():
         assert (pruned.model.get_parameter(name)[~mask] == 0).all()
-        assert int(mask.sum()) == pruned.counts[name] >= 1
+        assert int(mask.sum()) == pruned.facts["counts"][name] >= 1
     assert all(torch.equal(t, before[n]) for n, t in model.state_dict().items())
     if settings.compensation == "none":
         for name, mask in pruned.plan.masks.items():
@@ -47,7 +66,7 @@ def test_the_budget_is_met_to_the_weight(allocation: str, settings: RDSettings) 
 def test_one_layer_takes_the_whole_budget() -> None:
     model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(12, 10))
     pruned = prune_weights(model, [torch.randn(40, 3, 2, 2)], sparsity=0.65, settings=SMALL)
-    assert pruned.counts == {"1.weight": 42}
+    assert pruned.facts["counts"] == {"1.weight": 42}
 
 
 @pytest.mark.parametrize("compensation", ["none", "batch-norm", "least-squares"])
@@ -57,7 +76,7 @@ def test_compensation_helps(compensation: str) -> None:
         c: prune_weights(
             model, [x], sparsity=0.6, allocation="global",
             settings=replace(SMALL, selection="magnitude", compensation=c, distortion="logits"),
-        ).measured
+        ).facts["measured"]
         for c in ("none", compensation)
     }  # fmt: skip
     assert moved[compensation] <= moved["none"]
@@ -90,7 +109,7 @@ def test_rounds_follow_the_schedule_and_hold_the_masks() -> None:
         optimizer.step()
         seen.append(sum(int((p != 0).sum()) for p in trained.parameters() if p.ndim > 1))
 
-    pruned = prune_iteratively(model, [x], retrain, sparsity=0.6, each=0.4, settings=SMALL)
+    pruned = prune_iteratively(SMALL, model, x[:2], retrain, sparsity=0.6, each=0.4, context=Context([x]))
     total = sum(p.numel() for p in model.parameters() if p.ndim > 1)
     assert seen == [int((1 - s) * total + 1e-9) for s in rounds(0.6, 0.4)]
     assert pruned.plan.kept == seen[-1]
@@ -103,8 +122,8 @@ def test_curves_are_zero_at_level_0_and_monotone(distortion: str, reduction: str
     pruned = prune_weights(
         model, [x], sparsity=0.5, settings=replace(SMALL, distortion=distortion, reduction=reduction)
     )
-    assert pruned.curves is not None
-    for kept, curve in zip(pruned.curves.kept, pruned.curves.reduced(reduction), strict=True):
+    for row in pruned.facts["curves"]:
+        kept, curve = row["kept"], row["distortion"]
         assert curve[0] == 0
         assert (np.diff(curve) >= 0).all()
         assert (np.diff(kept) < 0).all()
@@ -112,10 +131,10 @@ def test_curves_are_zero_at_level_0_and_monotone(distortion: str, reduction: str
 
 def test_curves_repeat_bit_for_bit_and_level_0_is_the_dense_model() -> None:
     model, x = residual_net()
-    program = Program(model, x)
+    program = Replay(model, x)
     with torch.no_grad():
-        task = task_of(program, [x[:8], x[8:]], 0.5, SMALL)
-        _, candidates = task.levels()
+        task = SMALL.task(model, x[:2], Budget(units=0.5), Context([x[:8], x[8:]]))
+        _, candidates = task.levels(SMALL)
         one, two = (measure(program, [x[:8], x[8:]], candidates) for _ in range(2))
         unchanged = {"fc.weight": model.get_parameter("fc.weight")}
         assert (measure(program, [x], [[unchanged]])[0] == 0).all()
@@ -129,24 +148,22 @@ def test_cached_curves_are_read_and_refused_after_a_change(tmp_path: Path) -> No
     path = tmp_path / "curves.safetensors"
     calls: list[int] = []
     first = prune_weights(
-        model, [x], sparsity=0.5, settings=SMALL, curves=path, tick=lambda a, b: calls.append(b)
+        model, [x], sparsity=0.5, settings=SMALL, cache=path, progress=lambda a, b: calls.append(b)
     )
     assert calls
     measured = len(calls)
     second = prune_weights(
-        model, [x], sparsity=0.8, settings=SMALL, curves=path, tick=lambda a, b: calls.append(b)
+        model, [x], sparsity=0.8, settings=SMALL, cache=path, progress=lambda a, b: calls.append(b)
     )
     assert len(calls) == measured  # read, and good for any budget
-    assert first.curves is not None
-    assert second.curves is not None
-    assert all(np.array_equal(a, b) for a, b in zip(first.curves.images, second.curves.images, strict=True))
+    assert first.facts["curves"] == second.facts["curves"]
     with torch.no_grad():
         model.get_parameter("fc.weight")[0, 0] += 1e-3
     with pytest.raises(FileError, match="other weights"):
-        prune_weights(model, [x], sparsity=0.5, settings=SMALL, curves=path)
+        prune_weights(model, [x], sparsity=0.5, settings=SMALL, cache=path)
     model, x = residual_net()
     with pytest.raises(FileError, match="other weights, images"):
-        prune_weights(model, [x + 1e-3], sparsity=0.5, settings=SMALL, curves=path)
+        prune_weights(model, [x + 1e-3], sparsity=0.5, settings=SMALL, cache=path)
     first.plan.save(path)
     with pytest.raises(FileError, match="not a file of curves"):
         Curves.load(path, key_of(model, [x], {}))
@@ -171,8 +188,8 @@ def test_a_correction_never_makes_the_measured_distortion_worse(seed: int) -> No
         settings = replace(SMALL, selection=selection, compensation=compensation, exponent=1.0)
         plain = prune_weights(model, [x], sparsity=0.7, settings=settings)
         better = prune_weights(model, [x], sparsity=0.7, settings=replace(settings, corrections=3))
-        assert better.measured <= plain.measured
-        assert list(better.corrected) == sorted(better.corrected, reverse=True)
+        assert better.facts["measured"] <= plain.facts["measured"]
+        assert better.facts["corrected"] == sorted(better.facts["corrected"], reverse=True)
         assert better.plan.kept == plain.plan.kept
 
 
@@ -184,13 +201,13 @@ def test_rd_is_never_behind_its_rivals_in_what_it_measures(sparsity: float) -> N
         name: prune_weights(model, [x], sparsity=sparsity, allocation=name, settings=settings)
         for name in settings.rivals
     }
-    best = min(rivals, key=lambda name: rivals[name].measured)
+    best = min(rivals, key=lambda name: rivals[name].facts["measured"])
     alone = prune_weights(model, [x], sparsity=sparsity, settings=replace(settings, rivals=()))
     found = prune_weights(model, [x], sparsity=sparsity, settings=settings)
-    assert found.measured == min(alone.measured, rivals[best].measured)
-    taken = best if rivals[best].measured < alone.measured else "rd"
+    assert found.facts["measured"] == min(alone.facts["measured"], rivals[best].facts["measured"])
+    taken = best if rivals[best].facts["measured"] < alone.facts["measured"] else "rd"
     assert found.plan.origin["taken"] == taken
-    assert (found.predicted is None) == (taken != "rd")
+    assert (found.facts["predicted"] is None) == (taken != "rd")
 
 
 def test_patterns_share_the_knapsack() -> None:
@@ -209,50 +226,19 @@ def test_a_budget_out_of_reach_names_the_range() -> None:
     model, x = residual_net()
     with pytest.raises(BudgetError, match="within reach are"):
         prune_weights(model, [x], sparsity=0.999, settings=replace(SMALL, min_density=0.2))
-    with pytest.raises(BudgetError, match="above 0 and below 1"):
+    with pytest.raises(BudgetError, match="must be above 0"):
         prune_weights(model, [x], sparsity=1.0)
-    with pytest.raises(BudgetError, match="erk, global"):
-        prune_weights(model, [x], sparsity=0.5, allocation="best")
+    with pytest.raises(BudgetError, match=r"the weights that stay, such as units=0\.2"):
+        SMALL.prune(model, x[:2], Budget(macs=0.5), Context([x]))
+    with pytest.raises(SecateurError, match="one of erk, global, lamp"):
+        MaskWeights(allocation="best")
     for wrong in ({"solver": "x"}, {"levels": 1}, {"min_density": 1.0}, {"exponent": 0.0}):
         with pytest.raises(SecateurError):
-            RDSettings(**wrong)  # type: ignore[arg-type]
+            RDWeights(**wrong)  # type: ignore[arg-type]
 
 
-def test_additivity_of_a_linear_model_is_exact_where_layers_do_not_meet() -> None:
-    """Two branches that are added up, on inputs that do not overlap: distortions add up exactly."""
-
-    class Apart(torch.nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.a, self.b = torch.nn.Linear(6, 4, bias=False), torch.nn.Linear(6, 4, bias=False)
-
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
-            return torch.cat([self.a(x[:, :6]), self.b(x[:, 6:])], 1)
-
-    torch.manual_seed(0)
-    settings = replace(FAITHFUL, levels=7, reduction="mean")
-    found = check_additivity(Apart(), [torch.randn(30, 12)], sparsity=0.5, draws=8, settings=settings)
-    assert found.ratio == pytest.approx(1)
-    assert found.rank_correlation == pytest.approx(1)
-    assert np.allclose(found.predicted, found.measured)
-
-
-def test_additivity_is_measured_and_told() -> None:
+def test_frozen_layers_keep_their_weights() -> None:
     model, x = residual_net()
-    found = check_additivity(model, [x], sparsity=0.6, draws=5, settings=SMALL)
-    assert len(found.predicted) == len(found.measured) == 5
-    assert -1 <= found.rank_correlation <= 1
-    assert found.ratio > 0
-    assert found.to_json()["ratio"] == found.ratio
-    assert Additivity(0.5, (1.0, 2.0, 3.0), (2.0, 4.0, 5.0)).rank_correlation == pytest.approx(1)
-    assert Additivity(0.5, (1.0, 2.0, 3.0), (3.0, 2.0, 1.0)).rank_correlation == pytest.approx(-1)
-
-
-@pytest.mark.parametrize("seed", range(10))
-def test_draws_are_within_the_budget_and_close_to_it(seed: int) -> None:
-    rng = np.random.default_rng(seed)
-    kept = [geometric(int(n), 9, 1) for n in rng.integers(50, 2000, 6)]
-    total = int(0.3 * sum(int(k[0]) for k in kept))
-    levels = drawn(kept, total, rng)
-    found = sum(int(k[level]) for k, level in zip(kept, levels, strict=True))
-    assert 0.4 * total < found <= total
+    pruned = prune_weights(model, [x], sparsity=0.5, settings=replace(SMALL, freeze=("fc",)))
+    assert "fc.weight" not in pruned.plan.masks
+    assert pruned.plan.kept == int(0.5 * pruned.plan.weights)

@@ -12,9 +12,8 @@ from secateur import Budget, prune
 from secateur.engine.pruned import Pruned
 from secateur.errors import BudgetError, ScoreError, SecateurError
 from secateur.graph import analyze
-from secateur.graph.replay import Program
-from secateur.methods.oneshot import oneshot
-from secateur.methods.rd.channels import columns_of, compensated, is_stream, rd
+from secateur.graph.replay import Replay
+from secateur.methods.rd.channels import columns_of, compensated, is_stream
 from secateur.proof import verify
 from secateur.reconstruction.leastsquares import Moments, block_prices, solve
 from secateur.surgery.cut import cut_copy
@@ -39,7 +38,9 @@ def test_the_budget_is_met_and_the_cut_proven(bound: dict[str, float], compensat
 def test_least_squares_is_closest_to_the_dense_model() -> None:
     model, x = residual_net(images=64)
     moved = [
-        rd(model, x[:2], Budget(macs=0.6), data=[x], compensation=c, levels=5).facts["measured"]
+        prune(model, x[:2], budget=Budget(macs=0.6), method="rd", data=[x], compensation=c, levels=5).facts[
+            "measured"
+        ]
         for c in ("least-squares", "none")
     ]
     assert moved[0] < moved[1]
@@ -47,8 +48,8 @@ def test_least_squares_is_closest_to_the_dense_model() -> None:
 
 def test_any_plan_can_be_compensated_and_stays_cuttable() -> None:
     model, x = residual_net(images=64)
-    plain = oneshot(model, x[:2], Budget(macs=0.5))
-    program = Program(model, x)
+    plain = prune(model, x[:2], budget=Budget(macs=0.5), method="oneshot")
+    program = Replay(model, x)
     changed = {}
     for compensation in ("none", "batch-norm", "least-squares"):
         tensors = compensated(program, plain.graph, plain.plan, [x], compensation)
@@ -96,9 +97,9 @@ def test_curves_are_cached_and_widths_respect_the_options(tmp_path: Path) -> Non
     path = tmp_path / "curves.safetensors"
     calls: list[int] = []
     for budget in (0.7, 0.5):
-        pruned = rd(
-            model, x[:2], Budget(macs=budget), data=[(x, torch.zeros(len(x)))], levels=4, min_keep=2, round_to=2,
-            curves=path, tick=lambda done, total: calls.append(total),
+        pruned = prune(
+            model, x[:2], budget=Budget(macs=budget), method="rd", data=[(x, torch.zeros(len(x)))], levels=4,
+            min_keep=2, round_to=2, cache=path, progress=lambda done, total: calls.append(total),
         )  # fmt: skip
         assert all(k % 2 == 0 and k >= 2 for k in pruned.plan.kept(pruned.graph))
     assert len(calls) == calls[0]
@@ -111,22 +112,22 @@ def test_groups_that_several_layers_write_are_streams() -> None:
     assert names == {"stem": True, "block.conv1": False}
 
 
-def test_streams_are_spared_where_that_measures_enough_better() -> None:
+def test_streams_are_protected_where_that_measures_enough_better() -> None:
     model, x = residual_net(images=64)
 
     def by(weight: float, gain: float) -> Pruned:
-        return rd(
-            model, x[:2], Budget(macs=0.6), data=[x], levels=5, exponents=(0.5,), stream_weight=weight,
-            stream_gain=gain,
+        return prune(
+            model, x[:2], budget=Budget(macs=0.6), method="rd", data=[x], levels=5, exponents=(0.5,),
+            stream_weight=weight, stream_gain=gain,
         )  # fmt: skip
 
-    plain, spared = by(1.0, 1.0), by(1000.0, 1.0)
-    assert spared.plan.origin["stream_weight"] == 1000.0
-    assert spared.facts["measured"] < plain.facts["measured"]
-    share = spared.facts["measured"] / plain.facts["measured"]
+    plain, protected = by(1.0, 1.0), by(1000.0, 1.0)
+    assert protected.plan.origin["stream_weight"] == 1000.0
+    assert protected.facts["measured"] < plain.facts["measured"]
+    share = protected.facts["measured"] / plain.facts["measured"]
     assert by(1000.0, 0.99 * share).plan == plain.plan
-    assert by(1000.0, min(1.0, 1.01 * share)).plan == spared.plan
-    kept = [plan.plan.kept(plan.graph) for plan in (plain, spared)]
+    assert by(1000.0, min(1.0, 1.01 * share)).plan == protected.plan
+    kept = [plan.plan.kept(plan.graph) for plan in (plain, protected)]
     (stream,) = (place for place, group in enumerate(plain.graph.groups) if is_stream(group))
     assert kept[0][stream] < kept[1][stream]
 
@@ -134,16 +135,16 @@ def test_streams_are_spared_where_that_measures_enough_better() -> None:
 def test_mistakes_say_what_to_do() -> None:
     model, x = residual_net()
     with pytest.raises(ScoreError, match="data="):
-        rd(model, x[:2], Budget(macs=0.5))
+        prune(model, x[:2], budget=Budget(macs=0.5), method="rd")
     with pytest.raises(BudgetError, match="one bound"):
-        rd(model, x[:2], Budget(macs=0.5, params=0.5), data=[x])
+        prune(model, x[:2], budget=Budget(macs=0.5, params=0.5), method="rd", data=[x])
     with pytest.raises(BudgetError, match="within reach"):
-        rd(model, x[:2], Budget(macs=0.01), data=[x], levels=3)
+        prune(model, x[:2], budget=Budget(macs=0.01), method="rd", data=[x], levels=3)
     with pytest.raises(SecateurError, match="least-squares"):
-        rd(model, x[:2], Budget(macs=0.5), data=[x], compensation="magic")
+        prune(model, x[:2], budget=Budget(macs=0.5), method="rd", data=[x], compensation="magic")
     for exponents in ((), (1.0, 0.0)):
-        with pytest.raises(SecateurError, match=r"exponents are .*; give at least one, each above 0"):
-            rd(model, x[:2], Budget(macs=0.5), data=[x], exponents=exponents)
+        with pytest.raises(SecateurError, match=r"exponents is .*(give at least one|each above 0)"):
+            prune(model, x[:2], budget=Budget(macs=0.5), method="rd", data=[x], exponents=exponents)
     for wrong in ({"stream_weight": 0.5}, {"stream_gain": 0.0}, {"stream_gain": 2.0}):
-        with pytest.raises(SecateurError, match="expected at least 1, and above 0 and at most 1"):
-            rd(model, x[:2], Budget(macs=0.5), data=[x], **wrong)
+        with pytest.raises(SecateurError, match=f"RD: {next(iter(wrong))} is .* expected a number"):
+            prune(model, x[:2], budget=Budget(macs=0.5), method="rd", data=[x], **wrong)

@@ -1,4 +1,4 @@
-"""Decay and release of units, against the schedule and with planted cases."""
+"""Decay and return of units, against the schedule and with planted cases."""
 
 from dataclasses import replace
 from typing import Any
@@ -9,13 +9,13 @@ import torch.nn.functional as F
 from torch import nn
 
 from secateur import Budget, analyze
-from secateur.engine.decay import Decay, Pool, Rectify
+from secateur.engine.decay import Decay, Pool, Restore
 from secateur.errors import SecateurError
 from secateur.methods.gradual import Gradual
 from tests.methods.examples import INPUTS, STEPS, Residual
 from tests.methods.test_training_methods import loop
 
-ALWAYS = Rectify(rate=-1.0, length=-1.0, most=1.0)
+ALWAYS = Restore(rate=-1.0, length=-1.0, most=1.0)
 
 
 def pool(decay: Decay, model: nn.Module | None = None) -> tuple[nn.Module, Pool, int, torch.optim.Optimizer]:
@@ -39,7 +39,7 @@ def step(model: nn.Module, units: Pool, optimizer: torch.optim.Optimizer, number
 @pytest.mark.parametrize("parts", ["zig", "full"])
 def test_the_length_follows_the_schedule_and_ends_at_zero_for_good(parts: Any) -> None:
     torch.manual_seed(0)
-    model, units, number, optimizer = pool(Decay(5, parts=parts))
+    model, units, number, optimizer = pool(Decay(steps=5, parts=parts))
     for k in range(3):
         step(model, units, optimizer, k)
     chosen = torch.arange(16) % 4 == 0
@@ -63,7 +63,7 @@ def test_the_length_follows_the_schedule_and_ends_at_zero_for_good(parts: Any) -
 
 def test_the_optimizer_still_turns_a_decaying_unit() -> None:
     torch.manual_seed(0)
-    model, units, number, optimizer = pool(Decay(10))
+    model, units, number, optimizer = pool(Decay(steps=10))
     units.start(number, torch.arange(16) < 4, 0, optimizer)
     before = F.normalize(units.vectors(number), dim=1)
     for k in range(6):
@@ -73,7 +73,7 @@ def test_the_optimizer_still_turns_a_decaying_unit() -> None:
 
 
 def test_one_step_is_removal_at_once() -> None:
-    model, units, number, optimizer = pool(Decay(1))
+    model, units, number, optimizer = pool(Decay(steps=1))
     chosen = torch.arange(16) < 4
     others = units.vectors(number)[~chosen]
     units.start(number, chosen, 1, optimizer)
@@ -85,7 +85,7 @@ def test_one_step_is_removal_at_once() -> None:
 
 def test_the_factor_form_multiplies_what_the_optimizer_made() -> None:
     torch.manual_seed(0)
-    model, units, number, optimizer = pool(Decay(4, form="factor"))
+    model, units, number, optimizer = pool(Decay(steps=4, form="factor"))
     chosen = torch.arange(16) < 4
     expected = units.vectors(number)[chosen] * 3 / 4
     units.start(number, chosen, 0, optimizer)
@@ -134,12 +134,12 @@ def planted() -> nn.Module:
 
 
 @pytest.mark.parametrize("seed", range(3))
-def test_planted_units_are_released_and_dead_ones_never(seed: int) -> None:
+def test_planted_units_are_restored_and_dead_ones_never(seed: int) -> None:
     model = planted()
     graph = analyze(model, INPUTS)
     optimizer = torch.optim.SGD([p for n, p in model.named_parameters() if not n.startswith("5")], lr=0.01)
-    rectify = Rectify(most=0.5)
-    units = Pool(graph, [0], dict(model.named_parameters()), Decay(20, rectify))
+    restore = Restore(most=0.5)
+    units = Pool(graph, [0], dict(model.named_parameters()), Decay(steps=20, restore=restore))
     chosen = torch.zeros(16, dtype=torch.bool)
     chosen[[0, 5, 6, 7, 8, 9, 12, 13]] = True  # one that is essential among many that are not
     torch.manual_seed(seed)
@@ -154,32 +154,32 @@ def test_planted_units_are_released_and_dead_ones_never(seed: int) -> None:
         optimizer.step()
         units.advance(k, optimizer)
     gone = units.gone(0)
-    assert not gone[0], "the essential unit was not released"
-    assert gone[[12, 13]].all(), "a dead unit was released"
+    assert not gone[0], "the essential unit was not restored"
+    assert gone[[12, 13]].all(), "a dead unit was restored"
     assert not gone[~chosen].any()
 
 
-def test_no_more_than_the_cap_is_released_and_none_too_often() -> None:
+def test_no_more_than_the_cap_is_restored_and_none_too_often() -> None:
     torch.manual_seed(0)
-    model, units, number, optimizer = pool(Decay(8, replace(ALWAYS, most=0.25, cool_down=3)))
+    model, units, number, optimizer = pool(Decay(steps=8, restore=replace(ALWAYS, most=0.25, cool_down=3)))
     chosen = torch.arange(16) < 8
     units.start(number, chosen, 0, optimizer)
-    released = 0
+    restored = 0
     for k in range(1, 9):
         step(model, units, optimizer, k)
-    ends = [ending.end for ending in units.endings if ending.released]
-    released = len(ends)
-    assert released >= 1
+    ends = [ending.end for ending in units.endings if ending.restored]
+    restored = len(ends)
+    assert restored >= 1
     assert len(units.endings) == 8
-    assert all(e.start == 0 and e.end == 7 for e in units.endings if not e.released)
-    assert units.gone(number).sum() + released == 8
+    assert all(e.start == 0 and e.end == 7 for e in units.endings if not e.restored)
+    assert units.gone(number).sum() + restored == 8
     assert min(ends) >= 4  # k >= 0.4 N
-    assert released == 2  # a quarter of those that started, however many steps resist
+    assert restored == 2  # a quarter of those that started, however many steps resist
 
 
-def test_a_released_unit_keeps_its_values_and_waits() -> None:
+def test_a_restored_unit_keeps_its_values_and_waits() -> None:
     torch.manual_seed(0)
-    model, units, number, optimizer = pool(Decay(4, replace(ALWAYS, cool_down=6)))
+    model, units, number, optimizer = pool(Decay(steps=4, restore=replace(ALWAYS, cool_down=6)))
     units.start(number, torch.arange(16) < 2, 0, optimizer)
     step(model, units, optimizer, 1)
     assert not units.leaving(number).all()
@@ -198,29 +198,30 @@ def test_a_released_unit_keeps_its_values_and_waits() -> None:
     assert units.free(number, 8).all()
 
 
-def test_the_budget_is_met_with_releases() -> None:
+def test_the_budget_is_met_with_units_that_return() -> None:
     model = Residual()
-    rectify = replace(ALWAYS, most=0.5, cool_down=1)
-    method = Gradual(
-        model, INPUTS, budget=Budget(macs=0.5), steps=40, rounds=4, prune_share=0.9, removal=Decay(5, rectify)
-    )
+    restore = replace(ALWAYS, most=0.5, cool_down=1)
+    method = Gradual(rounds=4, prune_share=0.9, removal=Decay(steps=5, restore=restore))
+    session = method.start(model, INPUTS, budget=Budget(macs=0.5), steps=40)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
-    with method.attach(optimizer):
-        loop(method, optimizer, 40)
-    released = [ending for ending in method.endings() if ending.released]
-    assert released
-    units = {group.name: group.units for group in method.whole.groups}
-    assert all(0 <= e.unit < units[e.group] for e in released)
-    assert all(e.rate is not None and e.length is not None for e in released)
-    pruned = method.finish()
+    with session.attach(optimizer):
+        loop(session, optimizer, 40)
+    restored = [ending for ending in session.endings if ending.restored]
+    assert restored
+    units = {group.name: group.units for group in session.whole.groups}
+    assert all(0 <= e.unit < units[e.group] for e in restored)
+    assert all(e.rate is not None and e.length is not None for e in restored)
+    pruned = session.finish()
     assert pruned.proof.ok
     assert 0.4 < pruned.after["macs"] / pruned.before["macs"] <= 0.5
 
 
 def test_rounds_must_fit() -> None:
     with pytest.raises(SecateurError, match="do not fit"):
-        Gradual(Residual(), INPUTS, budget=Budget(macs=0.5), steps=STEPS, rounds=5, removal=Decay(10))
+        Gradual(rounds=5, removal=Decay(steps=10)).start(
+            Residual(), INPUTS, budget=Budget(macs=0.5), steps=STEPS
+        )
     with pytest.raises(SecateurError, match="steps is 0"):
-        Decay(0)
+        Decay(steps=0)
     with pytest.raises(SecateurError, match="criterion is 'x'"):
-        Decay(5, Rectify(criterion="x"))  # type: ignore[arg-type]
+        Decay(steps=5, restore=Restore(criterion="x"))  # type: ignore[arg-type]

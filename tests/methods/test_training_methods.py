@@ -1,23 +1,31 @@
 """The contract of methods that prune while the model trains, for each of them."""
 
 import copy
+import json
 import os
+import shutil
 import subprocess
 import sys
-from dataclasses import replace
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from secateur import Budget, analyze, cut_
-from secateur.engine.training import TrainingMethod
-from secateur.errors import BudgetError, TrainingError
+from secateur import Budget, Plan, analyze, cut_
+from secateur.engine.method import Context
+from secateur.engine.session import Session
+from secateur.engine.training_method import TrainingMethod
+from secateur.errors import BudgetError, SecateurError, TrainingError
 from secateur.files import read_tensors
+from secateur.recipes.checkpoint import State
 from secateur.recipes.train import fit
-from tests.methods.examples import CONFIG, INPUTS, METHODS, STEPS, Make, Residual, lapp, train
+from secateur.settings import options_of
+from tests.methods.examples import CONFIG, INPUTS, KINDS, METHODS, STEPS, Make, Residual, lapp, train
 from tests.recipes.test_train import toy_data
 
 every_method = pytest.mark.parametrize("make", METHODS.values(), ids=METHODS)
@@ -27,16 +35,16 @@ def hooks(model: nn.Module) -> int:
     return sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules())
 
 
-def loop(method: TrainingMethod, optimizer: torch.optim.Optimizer, steps: int) -> None:
+def loop(session: Session[Any], optimizer: torch.optim.Optimizer, steps: int) -> None:
     """The loop of the documentation."""
     torch.manual_seed(0)
     for _ in range(steps):
         x, y = torch.randn(16, 3, 8, 8), torch.arange(16) % 3
-        loss = F.cross_entropy(method.model(x), y) + method.penalty()
+        loss = F.cross_entropy(session.model(x), y) + session.penalty()
         loss.backward()
-        method.before_step()
+        session.before_step()
         optimizer.step()
-        method.after_step()
+        session.after_step()
         optimizer.zero_grad()
 
 
@@ -44,12 +52,12 @@ def loop(method: TrainingMethod, optimizer: torch.optim.Optimizer, steps: int) -
 def test_beside_the_users_own_loop(make: Make) -> None:
     model = Residual()
     before = hooks(model)
-    method = make(model)
+    session = make(model)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
-    with method.attach(optimizer):
-        loop(method, optimizer, STEPS)
+    with session.attach(optimizer):
+        loop(session, optimizer, STEPS)
     assert hooks(model) == before
-    pruned = method.finish()
+    pruned = session.finish()
     assert pruned.model is model
     assert pruned.proof.ok
     assert pruned.after["macs"] <= 0.6 * pruned.before["macs"]
@@ -60,109 +68,200 @@ def test_beside_the_users_own_loop(make: Make) -> None:
     loss.backward()
 
 
-@every_method
-def test_the_budget_is_met_within_one_unit(make: Make, tmp_path: Path) -> None:
-    method, _ = train(make, tmp_path)
-    pruned = method.finish()
+@dataclass
+class Whole:
+    """An uninterrupted run, with copies of its checkpoint on the way."""
+
+    make: Make
+    copies: Path
+    losses: list[float]
+    weights: dict[str, torch.Tensor]
+    session: Session[Any]
+    plan: Plan
+
+
+@pytest.fixture(scope="module", params=METHODS.values(), ids=METHODS)
+def whole(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Whole:
+    folder, copies = tmp_path_factory.mktemp("whole"), tmp_path_factory.mktemp("copies")
+    with pytest.MonkeyPatch.context() as patch:
+        save = State.save
+
+        def save_and_copy(self: State, path: Path, run: Mapping[str, Any]) -> None:
+            save(self, path, run)
+            shutil.copy(path, copies / f"{self.epoch * self.tally.shape[1] + self.batch}.safetensors")
+
+        patch.setattr(State, "save", save_and_copy)
+        session, result = train(request.param, folder)
+    weights = {name: tensor.clone() for name, tensor in session.model.state_dict().items()}
+    losses = [epoch.loss for epoch in result.history]
+    return Whole(request.param, copies, losses, weights, session, session.plan())
+
+
+@pytest.mark.parametrize("step", [4, 8, 12])  # while thresholds move, at the end of pruning, after it
+def test_a_resumed_run_equals_an_uninterrupted_one(whole: Whole, step: int, tmp_path: Path) -> None:
+    shutil.copy(whole.copies / f"{step}.safetensors", tmp_path / "train.checkpoint.safetensors")
+    session, result = train(whole.make, tmp_path, resume=True, seed=1)
+    assert [epoch.loss for epoch in result.history] == whole.losses
+    for name, tensor in session.model.state_dict().items():
+        assert torch.equal(tensor, whole.weights[name]), name
+    assert session.plan() == whole.plan
+    assert session.history == whole.session.history
+    assert session.endings == whole.session.endings
+    assert all(torch.equal(a, b) for a, b in zip(session.scores, whole.session.scores, strict=True))
+
+
+def test_the_budget_is_met_within_one_unit(whole: Whole) -> None:
+    session = whole.session
+    pruned = session.finish()
     counts = pruned.plan.kept(pruned.graph)
     assert any(kept < group.units for kept, group in zip(counts, pruned.graph.groups, strict=True))
-    limit, macs = method.limits["macs"], method.cost.macs(counts)
-    one = [[kept - (n == number) for n, kept in enumerate(counts)] for number in method.targets]
-    assert limit - max(macs - method.cost.macs(fewer) for fewer in one) < macs <= limit
-
-
-@every_method
-def test_a_resumed_run_equals_an_uninterrupted_one(make: Make, tmp_path: Path) -> None:
-    class Killed(Exception):
-        pass
-
-    for stop in (4, 9, 13):  # while thresholds move, at the end of pruning, after it
-        model = Residual()
-        method = make(model)
-        advance = method.advance
-
-        def kill(method: TrainingMethod = method, advance: object = advance, stop: int = stop) -> None:
-            advance()  # type: ignore[operator]
-            if method.step == stop:
-                raise Killed
-
-        method.advance = kill  # type: ignore[method-assign]
-        with pytest.raises(Killed):
-            fit(model, toy_data(), CONFIG, tmp_path / str(stop), method=method, progress=False)
-        assert hooks(model) == 0
-        again, resumed = train(make, tmp_path / str(stop), resume=True, seed=1)
-        whole, expected = train(make, tmp_path / "whole")
-        assert [e.loss for e in resumed.history] == [e.loss for e in expected.history]
-        for (name, a), b in zip(
-            again.model.state_dict().items(), whole.model.state_dict().values(), strict=True
-        ):
-            assert torch.equal(a, b), name
-        assert again.plan() == whole.plan()
+    limit, macs = session.limits["macs"], session.cost.macs(counts)
+    one = [[kept - (n == number) for n, kept in enumerate(counts)] for number in session.targets]
+    assert limit - max(macs - session.cost.macs(fewer) for fewer in one) < macs <= limit
 
 
 @every_method
 def test_a_moving_average_is_cut_along(make: Make, tmp_path: Path) -> None:
-    method, result = train(make, tmp_path, replace(CONFIG, ema=0.5))
-    assert method.finish().proof.ok
+    session, result = train(make, tmp_path, replace(CONFIG, ema=0.5))
+    assert session.finish().proof.ok
     assert 0 <= result.accuracy <= 1
 
 
 @every_method
 def test_a_skipped_step_does_not_count(make: Make) -> None:
     model = Residual()
-    method = make(model)
+    session = make(model)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
-    with method.attach(optimizer):
-        loop(method, optimizer, 1)
-        state, _ = method.state()
+    with session.attach(optimizer):
+        loop(session, optimizer, 1)
+        state, _ = session.state()
         before = {name: tensor.clone() for name, tensor in state.items()}
         F.cross_entropy(model(torch.randn(4, 3, 8, 8)), torch.arange(4) % 3).backward()
-        method.before_step()
-        method.after_step()  # without optimizer.step(), as a gradient scaler does
-        assert method.step == 1
-        for name, tensor in method.state()[0].items():
+        session.before_step()
+        session.after_step()  # without optimizer.step(), as a gradient scaler does
+        assert session.step == 1
+        for name, tensor in session.state()[0].items():
             assert torch.equal(tensor, before[name]), name
+
+
+@every_method
+def test_an_interrupted_training_leaves_no_hook(make: Make) -> None:
+    model = Residual()
+    session = make(model)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05, weight_decay=1e-3)
+
+    def interrupted() -> None:
+        with session.attach(optimizer):
+            loop(session, optimizer, 4)
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        interrupted()
+    assert hooks(model) == 0
+    assert not optimizer._optimizer_step_post_hooks
+    assert optimizer.param_groups[0]["weight_decay"] == 1e-3
 
 
 def test_training_cut_short_is_an_error() -> None:
     model = Residual()
-    method = lapp()(model)
+    session = lapp()(model)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
-    with method.attach(optimizer):
-        loop(method, optimizer, 2)
+    with session.attach(optimizer):
+        loop(session, optimizer, 2)
     with pytest.raises(TrainingError, match=f"after 2 of {STEPS} steps"):
-        method.finish()
+        session.finish()
 
 
 @every_method
 def test_the_end_comes_after_the_block(make: Make) -> None:
     model = Residual()
-    method = make(model)
+    session = make(model)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
-    with method.attach(optimizer):
-        loop(method, optimizer, STEPS)
+    with session.attach(optimizer):
+        loop(session, optimizer, STEPS)
         with pytest.raises(TrainingError, match="after the block"):
-            method.finish()
-    first, second = method.finish(), method.finish()
+            session.finish()
+    first, second = session.finish(), session.finish()
     assert first.proof.ok
     assert second.proof.ok
     assert first.after == second.after
 
 
+def wrong_values() -> Iterator[tuple[type[TrainingMethod], str, Any]]:
+    """For each option of each method a value that it does not take."""
+    for kind in KINDS:
+        for name, option in options_of(kind).items():
+            bounds = ((option.least, -1), (option.above, 0), (option.most, 1), (option.below, 0))
+            for bound, beyond in bounds:
+                if bound is not None:
+                    yield kind, name, bound + beyond
+            yield kind, name, object()
+
+
+@pytest.mark.parametrize(("kind", "name", "value"), list(wrong_values()))
+def test_a_wrong_option_is_named(kind: type[TrainingMethod], name: str, value: Any) -> None:
+    with pytest.raises(SecateurError, match=f"^{kind.__name__}: {name} is "):
+        kind(**{name: value})
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_an_unknown_option_lists_the_choices(kind: type[TrainingMethod]) -> None:
+    with pytest.raises(
+        SecateurError, match=f"^{kind.__name__}: unknown option 'sped'; choose one of: .*freeze"
+    ):
+        kind(sped=1)
+    with pytest.raises(SecateurError, match=f"method {kind.name}: unknown option 'sped'"):
+        kind.of({"sped": 1})
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_options_survive_plain_json(kind: type[TrainingMethod]) -> None:
+    """What plans and checkpoints say is enough to make the same method again."""
+    given = {"removal.steps": 7} if "removal" in options_of(kind) else {}
+    method = kind.of({"freeze": ["stem.*"], **given})
+    record = json.loads(json.dumps(method.record()))
+    assert record.pop("method") == kind.name
+    assert set(record) == {f.name for f in fields(kind)}
+    assert kind.of(record) == method
+    assert record.get("removal", {"steps": 7})["steps"] == 7
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_without_a_training_it_says_what_to_do(kind: type[TrainingMethod]) -> None:
+    with pytest.raises(SecateurError, match=rf"{kind.__name__}\(...\).start\(model, inputs"):
+        kind().prune(Residual(), INPUTS, Budget(macs=0.5), Context())
+    with pytest.raises(SecateurError, match="give"):
+        kind().start(Residual(), INPUTS, budget=None, steps=STEPS)
+    with pytest.raises(TrainingError, match="steps is 0"):
+        kind().start(Residual(), INPUTS, budget=Budget(macs=0.5), steps=0)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_frozen_modules_keep_their_units(kind: type[TrainingMethod]) -> None:
+    options = {"ticks": 1, "ticks_per_tock": 1} if "ticks" in options_of(kind) else {}
+    options |= {"bypass": "none"} if "bypass" in options_of(kind) else {}
+    session = kind(freeze=("blocks.0",), **options).start(
+        Residual(), INPUTS, budget=Budget(macs=0.8), steps=200
+    )
+    names = {session.whole.groups[number].name for number in session.targets}
+    assert "blocks.1.conv1" in names
+    assert "blocks.0.conv1" not in names
+
+
 def test_the_optimizer_must_know_the_bypass() -> None:
     model = Residual()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
-    method = lapp()(model)
+    session = lapp()(model)
     with pytest.raises(TrainingError, match="does not know"):
-        method.attach(optimizer)
+        session.attach(optimizer)
 
 
 def test_the_method_must_be_for_this_training(tmp_path: Path) -> None:
     model = Residual()
     with pytest.raises(TrainingError, match="another model"):
-        fit(Residual(), toy_data(), CONFIG, tmp_path, method=lapp()(model), progress=False)
+        fit(Residual(), toy_data(), CONFIG, tmp_path, session=lapp()(model), progress=False)
     with pytest.raises(TrainingError, match=f"expected this model and {STEPS} steps"):
-        fit(model, toy_data(), CONFIG, tmp_path, method=lapp(steps=7)(model), progress=False)
+        fit(model, toy_data(), CONFIG, tmp_path, session=lapp(steps=7)(model), progress=False)
 
 
 def test_an_unreachable_budget_says_what_can_be_reached() -> None:
@@ -176,8 +275,6 @@ def test_a_cut_while_an_old_loss_is_alive() -> None:
     graph = analyze(model, INPUTS)
     loss = model(torch.randn(2, 3, 8, 8)).sum()
     loss.backward()
-    from secateur import Plan
-
     masks = [torch.arange(group.units) > 1 for group in graph.groups]
     cut_(model, graph, Plan.of(graph, masks))
     model.zero_grad()
@@ -187,7 +284,6 @@ def test_a_cut_while_an_old_loss_is_alive() -> None:
 
 
 def test_shrink_equals_a_second_analysis() -> None:
-    from secateur import Plan
     from secateur.cost import Cost
     from secateur.graph.shrink import shrink
 

@@ -1,12 +1,11 @@
+"""Training: what it learns, what it computes in a step, and how it leaves the model."""
+
 import copy
-import errno
 import json
-import os
 import shutil
-import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -16,90 +15,22 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from secateur.errors import FileError, ModelError, TrainingError
-from secateur.files import read_tensors, write_tensors
-from secateur.recipes.data import Batches, Dataset, Normalisation, Split
-from secateur.recipes.train import Epoch, TrainConfig, _losses, evaluate, fit, learning_rate
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """Two threads only get in each other's way with tensors this small."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
-def toy_data() -> Dataset:
-    """Three classes by the brightest channel; 71 images, so that the last batch of 16 has 7."""
-    generator = torch.Generator().manual_seed(0)
-
-    def split(count: int) -> Split:
-        labels = torch.arange(count) % 3
-        images = torch.randint(0, 160, (count, 3, 8, 8), generator=generator, dtype=torch.uint8)
-        images[torch.arange(count), labels] += 60
-        return Split(images, labels)
-
-    return Dataset(
-        "toy", split(71), split(30), ("r", "g", "b"), Normalisation((0.4,) * 3, (0.25,) * 3), "shift+flip"
-    )
-
-
-def toy_model(dropout: float = 0.2, seed: int = 0) -> nn.Sequential:
-    torch.manual_seed(seed)
-    return nn.Sequential(
-        nn.Conv2d(3, 8, 3, padding=1),
-        nn.BatchNorm2d(8),
-        nn.ReLU(),
-        nn.AdaptiveAvgPool2d(2),
-        nn.Flatten(),
-        nn.Dropout(dropout),
-        nn.Linear(32, 3),
-    )
-
-
-CONFIG = TrainConfig(epochs=3, batch_size=16, lr=0.05, checkpoint_every=4)  # 5 steps per epoch
-CONFIGS = {
-    "sgd": CONFIG,
-    "adamw, average": replace(CONFIG, optimizer="adamw", lr=0.01, ema=0.9, channels_last=False),
-    "clip, one-cycle": replace(CONFIG, clip_norm=0.5, schedule="one-cycle", label_smoothing=0.1),
-}
-
-
-def before_step(model: nn.Module, step: int, act: Callable[[], None]) -> None:
-    """Run `act` when the model is about to be trained on step `step` (from 0, counted from now)."""
-    count = 0
-
-    def hook(module: nn.Module, _: Any) -> None:
-        nonlocal count
-        if module.training:
-            if count == step:
-                act()
-            count += 1
-
-    model.register_forward_pre_hook(hook)
-
-
-class Killed(Exception):
-    pass
-
-
-def kill() -> None:
-    raise Killed
-
-
-def timeless(history: tuple[Epoch, ...]) -> list[Epoch]:
-    return [replace(epoch, seconds=0, images_per_second=0) for epoch in history]
-
-
-def lines(folder: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-
-
-def assert_same_weights(a: nn.Module, b: nn.Module) -> None:
-    for name, tensor in a.state_dict().items():
-        assert torch.equal(tensor, b.state_dict()[name]), name
+from secateur.errors import ModelError, TrainingError
+from secateur.files import read_tensors
+from secateur.recipes.data import Batches
+from secateur.recipes.train import TrainConfig, _losses, evaluate, fit, learning_rate
+from tests.recipes.toy import (
+    CONFIG,
+    CONFIGS,
+    Killed,
+    assert_same_weights,
+    before_step,
+    kill,
+    lines,
+    scalars,
+    toy_data,
+    toy_model,
+)
 
 
 def test_it_learns_and_leaves_its_traces(tmp_path: Path) -> None:
@@ -128,14 +59,6 @@ def test_it_tests_as_seldom_as_told_and_learns_the_same(tmp_path: Path) -> None:
     assert [event.step for event in scalars(tmp_path / "seldom", "accuracy")] == [10, 20, 25]
 
 
-def scalars(folder: Path, name: str) -> list[Any]:
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-    events = EventAccumulator(str(folder / "tensorboard" / "train"))
-    events.Reload()
-    return events.Scalars(name)
-
-
 def test_tensorboard_holds_the_metrics(tmp_path: Path) -> None:
     result = fit(toy_model(), toy_data(), CONFIG, tmp_path)
     assert [event.step for event in scalars(tmp_path, "accuracy")] == [5, 10, 15]
@@ -157,120 +80,6 @@ def test_progress_shows_on_a_terminal_only(
     assert out == ""
     assert f"train: epoch 3 of 3, accuracy {result.accuracy:.2%}" in err
     assert "15/15" in err
-
-
-@pytest.mark.parametrize("name", CONFIGS)
-@pytest.mark.parametrize("step", [2, 4, 6, 9, 10, 13])
-def test_a_killed_run_goes_on_as_if_nothing_had_happened(name: str, step: int, tmp_path: Path) -> None:
-    config, data = CONFIGS[name], toy_data()
-    whole = toy_model()
-    expected = fit(whole, data, config, tmp_path / "whole")
-
-    killed = toy_model()
-    before_step(killed, step, kill)
-    with pytest.raises(Killed):
-        fit(killed, data, config, tmp_path / "killed", resume=True)
-    resumed = toy_model(seed=1)
-    done = fit(resumed, data, config, tmp_path / "killed", resume=True)
-
-    assert_same_weights(resumed, whole)
-    assert timeless(done.history) == timeless(expected.history)
-    assert [asdict(epoch) for epoch in done.history] == lines(tmp_path / "killed")
-    assert read_tensors(tmp_path / "killed" / "train.checkpoint.safetensors")[0].keys() == (
-        read_tensors(tmp_path / "whole" / "train.checkpoint.safetensors")[0].keys()
-    )
-
-
-def test_only_steps_after_the_checkpoint_are_repeated(tmp_path: Path) -> None:
-    killed, resumed = toy_model(), toy_model()
-    before_step(killed, 11, kill)  # after the second epoch
-    with pytest.raises(Killed):
-        fit(killed, toy_data(), CONFIG, tmp_path)
-    (tmp_path / ".train.checkpoint.0123.tmp.safetensors").touch()  # killed in the middle of a write
-    steps: list[int] = []
-    resumed.register_forward_pre_hook(lambda module, _: steps.append(1) if module.training else None)
-    fit(resumed, toy_data(), CONFIG, tmp_path, resume=True)
-    assert len(steps) == 15 - 8  # checkpoint_every is 4
-    assert not list(tmp_path.glob(".*"))
-    assert [event.step for event in scalars(tmp_path, "accuracy")] == [5, 10, 15]
-
-
-def test_phases_live_side_by_side_and_are_not_repeated(tmp_path: Path) -> None:
-    data = toy_data()
-    first = toy_model()
-    fit(first, data, CONFIG, tmp_path)
-    fit(copy.deepcopy(first), data, TrainConfig.finetune(2, batch_size=16), tmp_path, phase="finetune")
-    assert [line["phase"] for line in lines(tmp_path)] == ["train"] * 3 + ["finetune"] * 2
-
-    again = toy_model(seed=1)
-    before_step(again, 0, kill)
-    before = lines(tmp_path)
-    result = fit(again, data, CONFIG, tmp_path, resume=True)
-    assert_same_weights(again, first)
-    assert lines(tmp_path) == before
-    assert [asdict(epoch) for epoch in result.history] == before[:3]
-
-    fit(toy_model(), data, replace(CONFIG, epochs=1), tmp_path)  # afresh: its own lines only are replaced
-    assert [line["phase"] for line in lines(tmp_path)] == ["train"] + ["finetune"] * 2
-
-
-SCRIPT = """
-import os, signal, sys
-sys.path.insert(0, {tests!r})
-import torch
-torch.set_num_threads(1)
-from test_train import CONFIG, Killed, TrainConfig, before_step, fit, kill, toy_data, toy_model
-{body}
-"""
-
-
-def script(body: str, folder: Path) -> Path:
-    path = folder / "script.py"
-    path.write_text(SCRIPT.format(tests=str(Path(__file__).parent), body=body))
-    return path
-
-
-@pytest.mark.slow
-def test_sigkill(tmp_path: Path) -> None:
-    body = f"""
-model = toy_model()
-before_step(model, 7, lambda: os.kill(os.getpid(), signal.SIGKILL))
-fit(model, toy_data(), CONFIG, {str(tmp_path / "killed")!r})
-"""
-    killed = subprocess.run([sys.executable, script(body, tmp_path)], capture_output=True, text=True)
-    assert killed.returncode == -signal.SIGKILL, killed.stderr
-    resumed, whole = toy_model(seed=1), toy_model()
-    done = fit(resumed, toy_data(), CONFIG, tmp_path / "killed", resume=True)
-    expected = fit(whole, toy_data(), CONFIG, tmp_path / "whole")
-    assert_same_weights(resumed, whole)
-    assert timeless(done.history) == timeless(expected.history)
-
-
-@pytest.mark.slow
-def test_two_processes_equal_one(tmp_path: Path) -> None:
-    """With batch norm, a last batch of 7 images that two processes cannot share evenly, and a resumption."""
-    config = replace(CONFIG, ema=0.5, clip_norm=0.5)
-    body = f"""
-seed = int(os.environ["RANK"])  # the first process's weights count
-killed, resumed = toy_model(0, seed), toy_model(0, seed + 2)
-before_step(killed, 9, kill)
-try:
-    fit(killed, toy_data(), {config!r}, {str(tmp_path / "two")!r})
-except Killed:
-    fit(resumed, toy_data(), {config!r}, {str(tmp_path / "two")!r}, resume=True)
-"""
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    run = subprocess.run([*launch, script(body, tmp_path)], capture_output=True, text=True, timeout=300)
-    assert run.returncode == 0, run.stderr
-
-    one = fit(toy_model(dropout=0), toy_data(), config, tmp_path / "one")
-    assert [line["loss"] for line in lines(tmp_path / "two")] == pytest.approx([e.loss for e in one.history])
-    assert [line["accuracy"] for line in lines(tmp_path / "two")] == [e.accuracy for e in one.history]
-    ours, _ = read_tensors(tmp_path / "two" / "train.checkpoint.safetensors")
-    theirs, _ = read_tensors(tmp_path / "one" / "train.checkpoint.safetensors")
-    assert ours.keys() == theirs.keys()
-    for name, tensor in ours.items():
-        torch.testing.assert_close(tensor, theirs[name], rtol=1e-4, atol=1e-5, msg=name)
 
 
 def test_losses_equal_the_formula() -> None:
@@ -454,173 +263,6 @@ def test_evaluate_equals_the_definition() -> None:
     assert result.accuracy == (logits.argmax(1) == data.test.labels).double().mean()
     assert result.loss == pytest.approx(float(F.cross_entropy(logits, data.test.labels).detach()), rel=1e-5)
     assert evaluate(model, data, "train") != result
-
-
-def test_a_loss_that_is_not_finite_stops_the_run(tmp_path: Path) -> None:
-    model = toy_model()
-    before_step(model, 6, lambda: model[6].bias.data.fill_(torch.nan))
-    with pytest.raises(
-        TrainingError, match=r"epoch 2, batch 2 of 5: the loss became .* Lower lr \(now 0.05\)"
-    ):
-        fit(model, toy_data(), CONFIG, tmp_path)
-    assert_the_checkpoint_is_good(tmp_path)
-
-
-def test_weights_that_are_not_finite_are_not_saved(tmp_path: Path) -> None:
-    """The loss of step 8 is fine, its update is not, and then comes a checkpoint."""
-    model = toy_model()
-    before_step(model, 7, lambda: model[6].bias.register_hook(lambda gradient: gradient / 0))
-    with pytest.raises(TrainingError, match="epoch 2, batch 3 of 5: the weights became"):
-        fit(model, toy_data(), CONFIG, tmp_path)
-    assert_the_checkpoint_is_good(tmp_path)
-
-
-def assert_the_checkpoint_is_good(folder: Path) -> None:
-    resumed, whole = toy_model(seed=1), toy_model()
-    fit(resumed, toy_data(), CONFIG, folder, resume=True)
-    fit(whole, toy_data(), CONFIG, folder / "whole")
-    assert_same_weights(resumed, whole)
-
-
-def test_a_full_disk_keeps_the_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    rename, count = os.replace, 0
-
-    def refuse_the_third_checkpoint(source: Path, target: Path) -> None:
-        nonlocal count
-        count += target.suffix == ".safetensors"
-        if count == 3:  # one at the start, one at step 4
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        rename(source, target)
-
-    monkeypatch.setattr(os, "replace", refuse_the_third_checkpoint)
-    with pytest.raises(FileError, match="No space left on device"):
-        fit(toy_model(), toy_data(), CONFIG, tmp_path)
-    monkeypatch.undo()
-    assert not list(tmp_path.glob(".*"))
-    assert_the_checkpoint_is_good(tmp_path)
-
-
-def test_a_folder_that_cannot_be_made_says_so(tmp_path: Path) -> None:
-    (tmp_path / "file").touch()
-    with pytest.raises(FileError, match="could not be written"):
-        fit(toy_model(), toy_data(), CONFIG, tmp_path / "file" / "run")
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        (
-            lambda m, d, c: (m, d, replace(c, lr=0.1, ema=0.5)),
-            "config.lr was 0.05, is now 0.1; config.ema was None",
-        ),
-        (
-            lambda m, d, c: (nn.Sequential(*m, nn.Linear(3, 3)), d, c),
-            r"model.7.weight was absent, is now float32",
-        ),
-        (lambda m, d, c: (m.requires_grad_(False)[6].requires_grad_().train() and m, d, c), "frozen"),
-        (lambda m, d, c: (m, replace(d, name="other"), c), "data.name was toy, is now other"),
-        (
-            lambda m, d, c: (m, replace(d, train=d.train.take(torch.arange(71).flip(0))), c),
-            "data.checksum was",
-        ),
-    ],
-)
-def test_another_run_is_refused(change: Callable[..., Any], message: str, tmp_path: Path) -> None:
-    fit(toy_model(), toy_data(), CONFIG, tmp_path)
-    before = {file: file.read_bytes() for file in tmp_path.glob("*.*")}
-    model, data, config = change(toy_model(seed=1), toy_data(), CONFIG)
-    untouched = copy.deepcopy(model)
-    with pytest.raises(FileError, match=message):
-        fit(model, data, config, tmp_path, resume=True)
-    assert_same_weights(model, untouched)
-    assert {file: file.read_bytes() for file in tmp_path.glob("*.*")} == before
-
-
-def damage(tensors: dict[str, Tensor], header: dict[str, str], how: str) -> None:
-    position = json.loads(header["position"])
-    match how:
-        case "no header":
-            header.clear()
-        case "other format":
-            header["format"] = "2"
-        case "no json":
-            header["position"] = "{"
-        case "wrong json":
-            header["position"] = "[]"
-        case "deep json":
-            header["run"] = "[" * 100_000
-        case "run is a list":
-            header["run"] = "[]"
-        case "position beyond":
-            header["position"] = json.dumps(position | {"batch": 99})
-        case "history too short":
-            header["position"] = json.dumps(position | {"history": []})
-        case "history of something":
-            header["position"] = json.dumps(position | {"history": [{"phase": 1}]})
-        case "seconds of text":
-            header["position"] = json.dumps(position | {"seconds": "x"})
-        case "no weight":
-            del tensors["model.0.weight"]
-        case "weight of a shape that broadcasts":
-            tensors["model.0.weight"] = torch.zeros(1)
-        case "weight of another type":
-            tensors["model.0.weight"] = tensors["model.0.weight"].double()
-        case "no tally":
-            del tensors["tally"]
-        case "part of the optimizer":
-            del tensors["optimizer.step.0.weight"]
-        case "optimizer of another shape":
-            tensors["optimizer.exp_avg.0.weight"] = torch.zeros(1)
-
-
-@pytest.mark.parametrize(
-    "how",
-    [
-        "no header",
-        "other format",
-        "no json",
-        "wrong json",
-        "deep json",
-        "run is a list",
-        "position beyond",
-        "history too short",
-        "history of something",
-        "seconds of text",
-        "no weight",
-        "weight of a shape that broadcasts",
-        "weight of another type",
-        "no tally",
-        "part of the optimizer",
-        "optimizer of another shape",
-    ],
-)
-def test_a_damaged_checkpoint_is_refused(how: str, tmp_path: Path) -> None:
-    config = replace(CONFIG, epochs=1, optimizer="adamw")
-    fit(toy_model(), toy_data(), config, tmp_path)
-    path = tmp_path / "train.checkpoint.safetensors"
-    tensors, header = read_tensors(path)
-    damage(tensors, header, how)
-    write_tensors(path, tensors, header)
-    model = toy_model(seed=1)
-    with pytest.raises(FileError, match="not a checkpoint that training can go on from"):
-        fit(model, toy_data(), config, tmp_path, resume=True)
-    assert_same_weights(model, toy_model(seed=1))
-
-
-def test_a_truncated_checkpoint_is_refused(tmp_path: Path) -> None:
-    config = replace(CONFIG, epochs=1)
-    fit(toy_model(), toy_data(), config, tmp_path)
-    path = tmp_path / "train.checkpoint.safetensors"
-    path.write_bytes(path.read_bytes()[:-100])
-    with pytest.raises(FileError, match="not a readable safetensors file"):
-        fit(toy_model(), toy_data(), config, tmp_path, resume=True)
-
-
-def test_metrics_of_another_kind_are_refused(tmp_path: Path) -> None:
-    (tmp_path / "metrics.jsonl").write_text("epoch 1: fine\n")
-    with pytest.raises(FileError, match=r"'epoch 1: fine' is not a line of metrics"):
-        fit(toy_model(), toy_data(), CONFIG, tmp_path)
-    assert (tmp_path / "metrics.jsonl").read_text() == "epoch 1: fine\n"
 
 
 def test_a_model_without_logits_is_refused(tmp_path: Path) -> None:

@@ -5,7 +5,6 @@ from dataclasses import replace
 from typing import Any
 
 from secateur.cost.latency import Latency
-from secateur.engine.decay import Ending
 from secateur.report import (
     FrozenGroup,
     Group,
@@ -13,6 +12,7 @@ from secateur.report import (
     Report,
     Width,
 )
+from secateur.report.data import Ending
 
 
 def latency(median_ms: float, runtime: str) -> Latency:
@@ -65,10 +65,8 @@ def resnet20() -> Report:
         budget={"macs": 0.5},
         seed=0,
         command="secateur prune resnet20 --data cifar10 --method taylor --macs 0.5 --epochs 5 --out run",
-        macs_before=40_813_184,
-        macs_after=20_398_720,
-        params_before=272_474,
-        params_after=141_882,
+        before={"macs": 40_813_184, "params": 272_474},
+        after={"macs": 20_398_720, "params": 141_882},
         accuracy_before=0.9173,
         accuracy_cut=0.7418,
         accuracy_after=0.911,
@@ -100,10 +98,10 @@ def resnet20() -> Report:
 
 
 def faded() -> Report:
-    """The same, pruned in four rounds while it was trained; units faded over ten steps, and some were released."""
+    """The same, pruned in four rounds while it was trained; units faded over ten steps, and some were restored."""
     report, rng = resnet20(), random.Random(2)
     names = [group.name for group in report.groups]
-    course = [
+    history = [
         {
             "step": 50 * n,
             "units": {
@@ -117,13 +115,13 @@ def faded() -> Report:
     ]
     decays = []
     for n in range(40):
-        start, released = 50 * (n // 10), n % 8 == 7
-        end = start + (6 if released else 9)
-        rate, length = rng.uniform(0.61, 1) if released else rng.random(), 3.0 if released else rng.random()
-        decays.append(Ending(names[n % len(names)], n % 16, start, end, released, rate, length))
+        start, restored = 50 * (n // 10), n % 8 == 7
+        end = start + (6 if restored else 9)
+        rate, length = rng.uniform(0.61, 1) if restored else rng.random(), 3.0 if restored else rng.random()
+        decays.append(Ending(names[n % len(names)], n % 16, start, end, restored, rate, length))
     decays[0] = replace(decays[0], rate=None, length=None)
     above = {"rate": 0.6, "length": 2.5}
-    return replace(report, method="gradual", course=course, decays=decays, release_above=above)
+    return replace(report, method="gradual", pruning_history=history, decays=decays, restore_above=above)
 
 
 def deep() -> Report:
@@ -143,10 +141,8 @@ def deep() -> Report:
         budget={"macs": 0.6, "latency_ms": 12},
         seed=3,
         command="secateur prune my_package.models:densenet_with_a_rather_long_name_150 --macs 0.6",
-        macs_before=7_728_120_320,
-        macs_after=4_611_022_848,
-        params_before=28_681_000,
-        params_after=17_003_511,
+        before={"macs": 7_728_120_320, "params": 28_681_000},
+        after={"macs": 4_611_022_848, "params": 17_003_511},
         verify_max_abs_error=3.1e-5,
         verify_rel_error_float32=2.0e-6,
         widths=widths,

@@ -10,7 +10,6 @@ from typing import Any
 
 import pytest
 
-from secateur.engine.decay import Ending
 from secateur.errors import FileError, SecateurError
 from secateur.report import (
     FrozenGroup,
@@ -21,6 +20,7 @@ from secateur.report import (
     current_versions,
     write_report,
 )
+from secateur.report.data import Ending
 from secateur.report.figures import figures
 from secateur.report.html import render
 
@@ -39,10 +39,8 @@ def smallest() -> Report:
         budget={"params": 1000},
         seed=0,
         command="secateur prune tiny",
-        macs_before=200,
-        macs_after=100,
-        params_before=2000,
-        params_after=1000,
+        before={"macs": 200, "params": 2000},
+        after={"macs": 100, "params": 1000},
     )
 
 
@@ -170,18 +168,18 @@ def test_the_pictures_hold_the_data(example):
 
 def test_how_units_faded():
     report = faded()
-    zero, released = figures(report)["plot-decays"]["data"]
-    assert [len(line["x"]) for line in (zero, released)] == [3 * 35, 3 * 5]
-    first = next(decay for decay in report.decays if decay.released)
-    assert released["x"][:3] == [first.start, first.end, None]
-    assert f"unit {first.unit}: steps 0 to 6, released" in released["text"][0]
+    zero, restored = figures(report)["plot-decays"]["data"]
+    assert [len(line["x"]) for line in (zero, restored)] == [3 * 35, 3 * 5]
+    first = next(decay for decay in report.decays if decay.restored)
+    assert restored["x"][:3] == [first.start, first.end, None]
+    assert f"unit {first.unit}: steps 0 to 6, restored" in restored["text"][0]
     drawn = figures(report)["plot-resistance"]
     assert sum(len(points["x"]) for points in drawn["data"]) == 39  # one was never measured
     assert {(line.get("x0"), line.get("y0")) for line in drawn["layout"]["shapes"]} == {(0.6, 0), (0, 2.5)}
-    assert "40 units faded: 35 to zero, 5 were released." in Page(render(report)).text
-    assert json.loads(json.dumps(report.to_json()["decays"]))[7]["released"] is True
+    assert "40 units faded: 35 to zero, 5 were restored." in Page(render(report)).text
+    assert json.loads(json.dumps(report.to_json()["decays"]))[7]["restored"] is True
     unrectified = dataclasses.replace(
-        report, release_above={}, decays=[d for d in report.decays if not d.released]
+        report, restore_above={}, decays=[d for d in report.decays if not d.restored]
     )
     assert "since this run used no rectifying test" in Page(render(unrectified)).text
 
@@ -235,10 +233,8 @@ def test_the_json_file(tmp_path: Path):
     write_report(tmp_path, resnet20())
     written = json.loads((tmp_path / "report.json").read_text())
     expected = {
-        "macs_before": 40_813_184,
-        "macs_after": 20_398_720,
-        "params_before": 272_474,
-        "params_after": 141_882,
+        "before": {"macs": 40_813_184, "params": 272_474},
+        "after": {"macs": 20_398_720, "params": 141_882},
         "accuracy_before": 0.9173,
         "accuracy_cut": 0.7418,
         "accuracy_after": 0.911,

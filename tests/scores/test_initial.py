@@ -7,9 +7,10 @@ import torch
 from torch import nn
 
 from secateur import analyze
-from secateur.allocate.density import Layer, layer_table
+from secateur.allocate.density import Layer, list_layers
+from secateur.engine.method import Context
 from secateur.errors import ScoreError
-from secateur.methods.at_init import densities_of, initial_masks
+from secateur.methods.at_init import choose_weights, densities_of
 from secateur.scores.at_init import Synflow, grasp, snip
 
 
@@ -59,13 +60,13 @@ def long_chain() -> tuple[nn.Module, torch.Tensor, tuple[Layer, ...]]:
         layers += [nn.Conv2d(i, o, 3, padding=1, bias=False), nn.BatchNorm2d(o), nn.ReLU()]
     model = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 5))
     x = torch.zeros(1, 3, 4, 4)
-    return model, x, layer_table(analyze(model, x), classifier=True)
+    return model, x, list_layers(analyze(model, x), classifier=True)
 
 
 def test_synflow_never_empties_a_layer() -> None:
     model, x, layers = long_chain()
     total = sum(layer.weights for layer in layers)
-    masks = initial_masks(model, x, layers, {"params": 0.001 * total}, "synflow")
+    masks = choose_weights(model, x, layers, {"params": 0.001 * total}, "synflow", Context())
     kept = sum(int(mask.sum()) for mask in masks.values())
     assert kept == int(0.001 * total)
     assert min(densities_of(layers, masks).values()) > 0
@@ -74,7 +75,7 @@ def test_synflow_never_empties_a_layer() -> None:
 def test_one_round_would_empty_one() -> None:
     model, x, layers = long_chain()
     bounds = {"params": 0.001 * sum(layer.weights for layer in layers)}
-    masks = initial_masks(model, x, layers, bounds, "synflow", rounds=1)
+    masks = choose_weights(model, x, layers, bounds, "synflow", Context(), rounds=1)
     assert min(densities_of(layers, masks).values()) == 0
 
 
@@ -137,4 +138,14 @@ def test_scores_that_need_data_say_so() -> None:
         with pytest.raises(ScoreError, match="needs data"):
             score(model, weights(model), [])
     with pytest.raises(ScoreError, match="grasp, magnitude, random, snip, synflow"):
-        initial_masks(model, torch.zeros(1, 3, 8, 8), (), {}, "best")
+        choose_weights(model, torch.zeros(1, 3, 8, 8), (), {}, "best", Context())
+
+
+def test_a_score_of_your_own_is_a_function() -> None:
+    model, x, layers = long_chain()
+    bounds = {"params": 0.5 * sum(layer.weights for layer in layers)}
+    by_table = choose_weights(model, x, layers, bounds, "magnitude", Context())
+    own = choose_weights(
+        model, x, layers, bounds, lambda seen: {n: w.abs() for n, w in seen.values.items()}, Context()
+    )
+    assert all(torch.equal(own[name], mask) for name, mask in by_table.items())

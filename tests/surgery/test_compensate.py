@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from secateur.graph.replay import Program
+from secateur.graph.replay import Replay
 from secateur.plan.weight_plan import top
 from secateur.reconstruction.compensate import compensate, layers, reestimate, rows_of
 from secateur.reconstruction.leastsquares import DAMPING, Moments, choose, solve
@@ -92,7 +92,7 @@ def test_choosing_beats_magnitude_on_correlated_inputs() -> None:
 def test_rows_times_weights_are_the_layers_outputs(layer: nn.Module) -> None:
     shape = {nn.Linear: (3, 4), nn.Conv1d: (3, 4, 30)}.get(type(layer), (3, 4, 20, 20))
     x = torch.randn(shape)
-    program = Program(layer.eval(), x)
+    program = Replay(layer.eval(), x)
     (found,) = layers(program)
     weight = program.tensor("weight")
     for phase in range(4):
@@ -105,7 +105,7 @@ def test_rows_times_weights_are_the_layers_outputs(layer: nn.Module) -> None:
 @torch.no_grad()
 def test_the_dense_network_stays_as_it_is() -> None:
     model, x = residual_net()
-    program = Program(model, x)
+    program = Replay(model, x)
     whole = {
         layer.weight: torch.ones_like(program.tensor(layer.weight), dtype=torch.bool)
         for layer in layers(program)
@@ -115,7 +115,7 @@ def test_the_dense_network_stays_as_it_is() -> None:
     assert torch.allclose(program(x, result.tensors), model(x), atol=1e-3)
 
 
-def masked(model: nn.Module, program: Program, keep: float) -> dict[str, torch.Tensor]:
+def masked(model: nn.Module, program: Replay, keep: float) -> dict[str, torch.Tensor]:
     return {
         layer.weight: top(
             program.tensor(layer.weight).detach().abs(), round(keep * program.tensor(layer.weight).numel())
@@ -128,7 +128,7 @@ def masked(model: nn.Module, program: Program, keep: float) -> dict[str, torch.T
 @torch.no_grad()
 def test_no_layer_is_reconstructed_worse_than_without(keep: float) -> None:
     model, x = residual_net()
-    program = Program(model, x)
+    program = Replay(model, x)
     masks = masked(model, program, keep)
     result = compensate(program, [x], masks)
     for name, fitted in result.fitted.items():
@@ -144,7 +144,7 @@ def test_no_layer_is_reconstructed_worse_than_without(keep: float) -> None:
 def test_a_sum_makes_up_for_what_its_other_branch_lost() -> None:
     """Only the stem is pruned; solving the whole block's second convolution again repairs part of the sum."""
     model, x = residual_net()
-    program = Program(model, x)
+    program = Replay(model, x)
     masks = masked(model, program, 0.3)
     one = compensate(program, [x], {"stem.weight": masks["stem.weight"]})
     whole = torch.ones_like(masks["block.conv2.weight"])
@@ -155,7 +155,7 @@ def test_a_sum_makes_up_for_what_its_other_branch_lost() -> None:
 @torch.no_grad()
 def test_reestimated_norms_have_the_statistics_of_their_inputs() -> None:
     model, x = residual_net()
-    program = Program(model, x)
+    program = Replay(model, x)
     change = {"stem.weight": 0.5 * program.tensor("stem.weight")}
     result = reestimate(program, [x[:8], x[8:]], change)
     other = copy.deepcopy(model)
@@ -177,6 +177,6 @@ def test_reestimated_norms_have_the_statistics_of_their_inputs() -> None:
 def test_the_model_is_only_read() -> None:
     model, x = residual_net()
     before = copy.deepcopy(model.state_dict())
-    program = Program(model, x)
+    program = Replay(model, x)
     compensate(program, [x], masked(model, program, 0.4))
     assert all(torch.equal(t, before[n]) for n, t in model.state_dict().items())

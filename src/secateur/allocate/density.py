@@ -12,10 +12,11 @@ import torch
 from scipy.optimize import brentq
 from torch import Tensor
 
-from secateur.allocate.sparsity import allocate_weights
+from secateur.allocate.sparsity import Rule, allocate_weights
 from secateur.cost import Cost
 from secateur.errors import BudgetError
 from secateur.graph import Graph
+from secateur.measures import MEASURES, measure_named
 
 Densities = dict[str, float]
 """Layer -> share of its weights that stays; above 1 where a layer grows."""
@@ -31,54 +32,57 @@ class Layer:
         name: of the module.
         weight: name of its weight.
         weights: their number.
-        macs: multiply-adds for one image.
+        costs: what they cost together, by every measure that is a sum over weights.
     """
 
     name: str
     weight: str
     weights: int
-    macs: int
+    costs: Mapping[str, float]
 
     @property
     def pointwise(self) -> bool:
         """Whether every weight is used once per image, as in a linear layer."""
-        return self.macs == self.weights
+        return self.costs["macs"] == self.weights
 
 
-def layer_table(graph: Graph, *, classifier: bool = False) -> tuple[Layer, ...]:
+def list_layers(graph: Graph, *, classifier: bool = False) -> tuple[Layer, ...]:
     """The layers whose densities are to be chosen, in the order of the forward pass.
 
     Args:
         graph: from `analyze`.
         classifier: also the linear layers that make the model's outputs, which papers leave whole.
     """
-    sizes = {p.name: round(n) for p, n in zip(graph.params, param_counts(graph), strict=True)}
+    cost = Cost(graph)
+    sums = {name: cost.layers(measure=name) for name, measure in MEASURES.items() if measure.per_weight}
     outputs = {frozen.name for frozen in graph.frozen if frozen.reason.startswith("model output")}
     layers = []
-    for name, macs in Cost(graph).layers().items():
-        if f"{name}.weight" in sizes:
-            layer = Layer(name, f"{name}.weight", sizes[f"{name}.weight"], macs)
+    for name in sums["macs"]:
+        weight = f"{name}.weight"
+        if weight in sums["params"]:
+            costs = {measure: float(terms.get(name, terms.get(weight, 0))) for measure, terms in sums.items()}
+            layer = Layer(name, weight, sums["params"][weight], costs)
             if classifier or name not in outputs or not layer.pointwise:
                 layers.append(layer)
     return tuple(layers)
 
 
-def param_counts(graph: Graph) -> list[float]:
-    """Elements of every parameter of the dense model."""
-    full = [group.units for group in graph.groups]
-    counts = []
-    for product in graph.params:
-        widths = [axis.base + sum(each * full[g] for g, each in axis.parts) for axis in product.axes]
-        counts.append(product.factor * float(np.prod(widths)))
-    return counts
-
-
 def costs_of(layers: Sequence[Layer], measure: str) -> Vector:
-    """What each layer costs at density 1, in "params" or "macs"."""
-    return np.array([layer.weights if measure == "params" else layer.macs for layer in layers], dtype=float)
+    """What each layer costs at density 1.
+
+    Raises:
+        BudgetError: the measure does not follow from how many weights each layer keeps.
+    """
+    if not measure_named(measure).per_weight:
+        able = [name for name, entry in MEASURES.items() if entry.per_weight]
+        raise BudgetError(
+            f"{measure}: {MEASURES[measure].label} does not follow from how many weights each layer keeps; bound one "
+            f"of: {', '.join(able)}"
+        )
+    return np.array([layer.costs[measure] for layer in layers], dtype=float)
 
 
-def optimal(
+def solve_densities(
     costs: Mapping[str, Sequence[float] | Vector], limits: Mapping[str, float], *, cap: float = 1.0
 ) -> Vector:
     """The densities of greatest product under linear budgets.
@@ -101,7 +105,7 @@ def optimal(
     Differs: the closed form and its bisection are a reconstruction from the published abstracts and reviews; the
     paper's own solver is not known. Any number of linear costs may be bounded.
 
-    >>> optimal({"params": [100, 400, 1600]}, {"params": 900}).tolist()
+    >>> solve_densities({"params": [100, 400, 1600]}, {"params": 900}).tolist()
     [1.0, 1.0, 0.25]
     """
     for name, limit in limits.items():
@@ -128,16 +132,19 @@ def optimal(
     return best(0, np.zeros(size))
 
 
-def by_formula(
-    layers: Sequence[Layer], weights: Mapping[str, Tensor], limits: Mapping[str, float], allocation: str
+def allocate_densities(
+    layers: Sequence[Layer],
+    weights: Mapping[str, Tensor],
+    limits: Mapping[str, float],
+    allocation: str | Rule,
 ) -> Densities:
     """Densities by an allocation of single weights: the most weights with which every budget holds.
 
     Args:
-        layers: from `layer_table`.
+        layers: from `list_layers`.
         weights: their weights by parameter name; the formulas read shapes, some also values.
-        limits: what these layers may cost together, in "params" and "macs".
-        allocation: a name in `secateur.allocate.sparsity.WEIGHT_ALLOCATIONS`.
+        limits: what these layers may cost together, by measure.
+        allocation: as for `allocate_weights`.
     Raises:
         BudgetError: unknown allocation, or limits that not even one weight per layer meets.
     """
@@ -163,7 +170,7 @@ def by_formula(
     return at(low)
 
 
-def ranked(
+def rank_weights(
     scores: Mapping[str, Tensor], costs: Mapping[str, Mapping[str, float]], limits: Mapping[str, float]
 ) -> dict[str, Tensor]:
     """The longest list of best weights of all layers that meets every budget.
@@ -175,7 +182,7 @@ def ranked(
     Returns:
         bool masks, True = keep.
 
-    >>> ranked({"a": torch.tensor([3., 1.]), "b": torch.tensor([2.])}, {"macs": {"a": 1., "b": 5.}}, {"macs": 6})
+    >>> rank_weights({"a": torch.tensor([3., 1.]), "b": torch.tensor([2.])}, {"macs": {"a": 1., "b": 5.}}, {"macs": 6})
     {'a': tensor([ True, False]), 'b': tensor([True])}
     """
     sizes = [s.numel() for s in scores.values()]

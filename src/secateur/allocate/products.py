@@ -27,11 +27,12 @@ POLISHED = 1e-3
 
 Solver = Callable[[Problem, Mapping[str, float]], Solution]
 
-Widths = npt.NDArray[np.int64]
+Levels = npt.NDArray[np.int64]
+"""(levels,), the widths that a group may have."""
 
 
 @dataclass(frozen=True)
-class Choice:
+class ChosenWidths:
     """Widths within a budget.
 
     Attributes:
@@ -75,47 +76,47 @@ def cover(products: Sequence[Product], groups: int) -> list[int]:
 def choose_widths(
     cost: Cost,
     names: Sequence[str],
-    levels: Sequence[Widths],
+    levels: Sequence[Levels],
     curves: Sequence[Curve],
     measure: str,
     limit: float,
-) -> Choice:
+) -> ChosenWidths:
     """The widths of least summed distortion whose cost is within a limit.
 
     Args:
         cost: of the model.
         levels: per group, the widths to choose from.
         curves: per group, the distortion at each of them.
-        measure: of the cost: "macs", "params" or "units".
+        measure: of the cost: one that is a sum of products of widths.
         limit: on it.
     Raises:
-        BudgetError: out of reach; the message gives the range.
+        BudgetError: the measure is no such sum, or the limit is out of reach; the message gives the range.
     """
+    products = cost.sum(measure).products
     least = cost.of(measure, [int(level.min()) for level in levels])
     if least > limit:
         raise BudgetError(
             f"{measure} at most {limit:,.6g}: out of reach; within reach are {least:,} to {cost.of(measure):,}"
         )
-    products = {"macs": cost.graph.macs, "params": cost.graph.params}.get(measure, ())
     fixed = cover(products, len(levels))
     task = _Inner(cost, tuple(names), tuple(levels), tuple(curves), measure, limit, tuple(fixed))
     most = int(EXHAUSTIVE ** (1 / max(1, len(fixed))) + 1e-9)
     if most >= _FEWEST:
-        tried = [thinned(len(levels[g]), most) for g in fixed]
+        tried = [thin(len(levels[g]), most) for g in fixed]
         found = [task.solved(choice) for choice in itertools.product(*tried)]
         solved = [choice for choice in found if choice is not None]
         best = task.polished(min(solved, key=lambda choice: choice.distortion))
-        return Choice(best.kept, best.distortion, min(choice.bound for choice in solved))
+        return ChosenWidths(best.kept, best.distortion, min(choice.bound for choice in solved))
     best = task.polished(
         min((task.descended(s) for s in task.starts()), key=lambda choice: choice.distortion)
     )
-    return Choice(best.kept, best.distortion, float("-inf"))
+    return ChosenWidths(best.kept, best.distortion, float("-inf"))
 
 
-def thinned(count: int, most: int) -> list[int]:
+def thin(count: int, most: int) -> list[int]:
     """Numbers of at most so many levels, evenly spread, the first and the last among them.
 
-    >>> thinned(9, 3)
+    >>> thin(9, 3)
     [0, 4, 8]
     """
     many = min(count, most)
@@ -126,19 +127,19 @@ def thinned(count: int, most: int) -> list[int]:
 class _Inner:
     cost: Cost
     names: tuple[str, ...]
-    levels: tuple[Widths, ...]
+    levels: tuple[Levels, ...]
     curves: tuple[Curve, ...]
     measure: str
     limit: float
     fixed: tuple[int, ...]
 
-    def polished(self, choice: Choice) -> Choice:
+    def polished(self, choice: ChosenWidths) -> ChosenWidths:
         """The same with the exact optimum of all groups that are not searched over, if that is better."""
         levels = [self.levels[g].tolist().index(choice.kept[g]) for g in self.fixed]
         exact = self.solved(levels, milp) if choice.gap > POLISHED else None
         return exact if exact is not None and exact.distortion < choice.distortion else choice
 
-    def solved(self, choice: Sequence[int], solver: Solver = hull) -> Choice | None:
+    def solved(self, choice: Sequence[int], solver: Solver = hull) -> ChosenWidths | None:
         """The best widths of all other groups, when those searched over take these levels; None if none fit."""
         free = [g for g in range(len(self.levels)) if g not in self.fixed]
         kept = [0] * len(self.levels)
@@ -154,7 +155,7 @@ class _Inner:
             costs.append(each * self.levels[group].astype(np.float64))
         left = self.limit - base
         if not free:
-            return Choice(tuple(kept), own, own) if left >= 0 else None
+            return ChosenWidths(tuple(kept), own, own) if left >= 0 else None
         if sum(float(c.min()) for c in costs) > left:
             return None
         problem = Problem(
@@ -165,14 +166,14 @@ class _Inner:
         solution = solver(problem, {self.measure: left})
         for group, level in zip(free, solution.levels, strict=True):
             kept[group] = int(self.levels[group][level])
-        return Choice(tuple(kept), own + solution.distortion, own + solution.bound)
+        return ChosenWidths(tuple(kept), own + solution.distortion, own + solution.bound)
 
     def starts(self) -> Iterator[list[int]]:
         """Choices to start from: the same share of every group, from narrow to wide."""
         for share in np.linspace(0, 1, 5):
             yield [round(share * (len(self.levels[g]) - 1)) for g in self.fixed]
 
-    def descended(self, choice: list[int]) -> Choice:
+    def descended(self, choice: list[int]) -> ChosenWidths:
         """Change one level at a time for as long as that helps."""
         choice = list(choice)
         best = self.solved(choice)

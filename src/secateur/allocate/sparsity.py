@@ -11,9 +11,15 @@ import torch
 from torch import Tensor
 
 from secateur.errors import BudgetError, unknown
+from secateur.imports import imported
 
 Counts = dict[str, int]
 """Layer -> weights it keeps."""
+
+
+Rule = Callable[[Mapping[str, Tensor], int], dict[str, float]]
+"""(weights per layer in the order of the model, weights to keep in all) -> how many of these each layer keeps: real
+numbers, none above the layer's size."""
 
 
 @dataclass(frozen=True)
@@ -21,12 +27,11 @@ class WeightAllocation:
     """An entry of the table.
 
     Attributes:
-        counts: (weights per layer in the order of the model, weights to keep in all) -> real-valued shares of
-            the total per layer, none above the layer's size; rounded by `allocate_weights`.
+        counts: rounded by `allocate_weights`.
         summary: one line for lists of choices.
     """
 
-    counts: Callable[[Mapping[str, Tensor], int], dict[str, float]]
+    counts: Rule
     summary: str
 
 
@@ -150,36 +155,50 @@ WEIGHT_ALLOCATIONS: dict[str, WeightAllocation] = {
 }
 
 
-def allocate_weights(weights: Mapping[str, Tensor], total: int, allocation: str) -> Counts:
+def weight_allocation_named(value: str | Rule) -> WeightAllocation:
+    """An allocation by its name in `WEIGHT_ALLOCATIONS`, by `module:function`, or the function itself.
+
+    Raises:
+        BudgetError: there is none of this name.
+    """
+    if callable(value):
+        return WeightAllocation(value, getattr(value, "__name__", "your own"))
+    if ":" in value:
+        return WeightAllocation(imported("allocation", value, BudgetError), value)
+    if value not in WEIGHT_ALLOCATIONS:
+        raise BudgetError(unknown("allocation", value, WEIGHT_ALLOCATIONS))
+    return WEIGHT_ALLOCATIONS[value]
+
+
+def allocate_weights(weights: Mapping[str, Tensor], total: int, allocation: str | Rule) -> Counts:
     """How many weights each layer keeps: at least one, and exactly `total` in all.
 
     Args:
         weights: per layer, any shape.
         total: weights to keep.
-        allocation: a name in `WEIGHT_ALLOCATIONS`.
+        allocation: a name in `WEIGHT_ALLOCATIONS`, `module:function`, or a function like those in the table.
     Raises:
         BudgetError: unknown allocation, or a total out of reach; the message gives the reachable range.
 
     >>> allocate_weights({"a": torch.ones(2, 8), "b": torch.ones(4, 8)}, 12, "uniform")
     {'a': 4, 'b': 8}
     """
-    if allocation not in WEIGHT_ALLOCATIONS:
-        raise BudgetError(unknown("allocation", allocation, WEIGHT_ALLOCATIONS))
+    chosen = weight_allocation_named(allocation)
     sizes = {name: w.numel() for name, w in weights.items()}
     if not len(sizes) <= total <= sum(sizes.values()) or not sizes:
         raise BudgetError(
             f"{total:,} weights to keep: out of reach; within reach are {len(sizes):,} (one per layer) to "
             f"{sum(sizes.values()):,}"
         )
-    shares = WEIGHT_ALLOCATIONS[allocation].counts(weights, total)
+    shares = chosen.counts(weights, total)
     counts = {name: min(sizes[name], max(1, int(np.floor(share + 1e-9)))) for name, share in shares.items()}
-    return landed(counts, sizes, total)
+    return meet_total(counts, sizes, total)
 
 
-def landed(counts: Counts, sizes: Counts, total: int) -> Counts:
+def meet_total(counts: Counts, sizes: Counts, total: int) -> Counts:
     """Counts that sum to `total` exactly: what is left over, or overdrawn, is shared out as counts are.
 
-    >>> landed({"a": 5, "b": 3}, {"a": 5, "b": 9}, 10)
+    >>> meet_total({"a": 5, "b": 3}, {"a": 5, "b": 9}, 10)
     {'a': 5, 'b': 5}
     """
     counts = dict(counts)

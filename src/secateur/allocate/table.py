@@ -1,4 +1,4 @@
-"""The table of allocations, and the one way in which each of them lands on a budget.
+"""The table of allocations, and the one way in which each of them meets a budget.
 
 An allocation is an order: whose units leave first. `allocate` removes along it until the budget holds, then
 restores single units, the last removed first, until not one more fits.
@@ -15,6 +15,7 @@ from torch import Tensor
 
 from secateur.cost import Budget, Cost
 from secateur.errors import BudgetError, unknown
+from secateur.imports import imported
 
 Order = npt.NDArray[np.int64]
 """The group that gives up a unit, step by step; a group gives its lowest units first."""
@@ -22,16 +23,20 @@ Order = npt.NDArray[np.int64]
 Fits = Callable[[Sequence[int]], bool]
 
 
+Rule = Callable[[Sequence[Tensor], Sequence[int]], Order]
+"""(scores per group, least units per group) -> the order in which groups give up units."""
+
+
 @dataclass(frozen=True)
 class Allocation:
     """An entry of the table.
 
     Attributes:
-        order: (scores per group, least units per group) -> the order in which groups give up units.
+        order: names the group of every unit but the least ones, in the order in which they leave.
         summary: one line for lists of choices.
     """
 
-    order: Callable[[Sequence[Tensor], Sequence[int]], Order]
+    order: Rule
     summary: str
 
 
@@ -72,11 +77,26 @@ ALLOCATIONS: dict[str, Allocation] = {
 }
 
 
+def allocation_named(value: str | Rule) -> Allocation:
+    """An allocation by its name in `ALLOCATIONS`, by `module:function`, or the function itself.
+
+    Raises:
+        BudgetError: there is none of this name.
+    """
+    if callable(value):
+        return Allocation(value, getattr(value, "__name__", "your own"))
+    if ":" in value:
+        return Allocation(imported("allocation", value, BudgetError), value)
+    if value not in ALLOCATIONS:
+        raise BudgetError(unknown("allocation", value, ALLOCATIONS))
+    return ALLOCATIONS[value]
+
+
 def allocate(
     scores: Sequence[Tensor],
     cost: Cost,
     budget: Budget,
-    allocation: str = "global",
+    allocation: str | Rule = "global",
     *,
     relative: bool = True,
     min_keep: int = 1,
@@ -88,7 +108,7 @@ def allocate(
         scores: (units,) per group of `cost.graph`; higher = keep.
         cost: what widths cost.
         budget: every bound is met from below; no single further unit (or step of `round_to`) would fit.
-        allocation: a name in `ALLOCATIONS`.
+        allocation: a name in `ALLOCATIONS`, `module:function`, or a function like those in the table.
         relative: divide scores by their group's mean before groups are compared.
         min_keep: units that every group keeps at least.
         round_to: kept units per group are a multiple of this, or all of them.
@@ -97,8 +117,7 @@ def allocate(
     Raises:
         BudgetError: unknown allocation, or a budget out of reach; the message gives the reachable range.
     """
-    if allocation not in ALLOCATIONS:
-        raise BudgetError(unknown("allocation", allocation, ALLOCATIONS))
+    chosen = allocation_named(allocation)
     if min_keep < 1 or round_to < 1:
         raise BudgetError(f"min_keep={min_keep}, round_to={round_to}: both must be at least 1")
     if not scores:
@@ -107,7 +126,7 @@ def allocate(
         )
     if relative:
         scores = [_relative(score) for score in scores]
-    levels = [allowed(len(score), min_keep, round_to) for score in scores]
+    levels = [list_widths(len(score), min_keep, round_to) for score in scores]
     dense = {name: cost.of(name) for name in budget.bounds}
     limits = budget.limits(dense)
 
@@ -125,7 +144,13 @@ def allocate(
             f"budget out of reach with min_keep={min_keep}, round_to={round_to}: {ranges}. "
             f"Ask for more, or lower min_keep or round_to."
         )
-    order = ALLOCATIONS[allocation].order(scores, least)
+    order = np.asarray(chosen.order(scores, least))
+    expected = [len(score) - low for score, low in zip(scores, least, strict=True)]
+    if sorted(order.tolist()) != np.repeat(np.arange(len(scores)), expected).tolist():
+        raise BudgetError(
+            f"allocation {chosen.summary!r}: got an order of {len(order)} steps; expected the number of each group "
+            f"once for every unit that it may lose, {sum(expected)} in all"
+        )
 
     def after(steps: int) -> list[int]:
         gone = np.bincount(order[:steps], minlength=len(levels)).tolist()
@@ -141,10 +166,10 @@ def _relative(score: Tensor) -> Tensor:
     return score / mean if mean > 0 else score
 
 
-def allowed(units: int, min_keep: int, round_to: int) -> list[int]:
+def list_widths(units: int, min_keep: int, round_to: int) -> list[int]:
     """Numbers of units a group may keep, ascending.
 
-    >>> allowed(10, 3, 4)
+    >>> list_widths(10, 3, 4)
     [4, 8, 10]
     """
     low = min(units, -(-min_keep // round_to) * round_to)

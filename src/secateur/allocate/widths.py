@@ -11,7 +11,7 @@ import torch
 from scipy.optimize import least_squares
 
 from secateur.allocate.density import Layer, Vector
-from secateur.allocate.table import allowed
+from secateur.allocate.table import list_widths
 from secateur.cost import Cost
 from secateur.errors import BudgetError, unknown
 from secateur.graph import Axis, Graph
@@ -37,7 +37,7 @@ class Widths:
 
     Args:
         graph: from `analyze`.
-        layers: from `layer_table`.
+        layers: from `list_layers`.
     Attributes:
         units: per group of the dense model.
         touched: whether a layer has units of a group, (layers, groups) bool.
@@ -94,13 +94,13 @@ class Widths:
         gates = {
             layer.name for layer, row in zip(self.layers, self.touched, strict=True) if row[followers].any()
         }
-        makers = [{m.module for m in g.members if m.role == "out"} - gates for g in self.graph.groups]
-        makers = [names - set(grouped) or names for names in makers]
+        producers = [{m.module for m in g.members if m.role == "out"} - gates for g in self.graph.groups]
+        producers = [names - set(grouped) or names for names in producers]
         first = {self.graph.macs[0].name}
-        own = [len(names) == 1 or self.leader[g] != g for g, names in enumerate(makers)]
+        own = [len(names) == 1 or self.leader[g] != g for g, names in enumerate(producers)]
         if all(own):
             return []
-        return [g for g, names in enumerate(makers) if not own[g] or names == first]
+        return [g for g, names in enumerate(producers) if not own[g] or names == first]
 
     def _leaders(self) -> list[int]:
         """Squeeze-excitation follows what it squeezes, so that its reduction stays what it is.
@@ -268,7 +268,7 @@ def _fitted(
     return np.asarray(np.exp(found.x), dtype=float)
 
 
-def land(
+def meet_budget(
     cost: Cost,
     shares: Sequence[float] | Vector,
     limits: Mapping[str, int],
@@ -288,7 +288,7 @@ def land(
     Args:
         cost: what widths cost.
         shares: per group.
-        limits: the largest allowed cost per measure.
+        limits: the largest allowed cost per measure in closed form.
         keep: numbers of groups that stay whole.
         cap: largest share; above 1, groups may grow.
         min_keep: units that every group keeps at least.
@@ -330,13 +330,15 @@ def land(
 
     while bad := over(kept()):
         before = {m: spent[m](kept()) for m in bad}
-        for group in sorted(range(len(place)), key=lambda g: -levels[g][place[g]] / wish[g]):
-            if place[group] == 0:
-                continue
+        able = [g for g, i in enumerate(place) if i > 0]
+        widest = sorted(able, key=lambda g: -levels[g][place[g]] / wish[g])
+        for group in widest:
             place[group] -= 1
             if any(spent[m](kept()) < cost_before for m, cost_before in before.items()):
                 break
             place[group] += 1
+        else:  # where several operators share a peak, one group alone may not lower it
+            place[widest[0]] -= 1
     closed: set[int] = set()
     while able := [
         g
@@ -362,4 +364,4 @@ def _levels(units: int, min_keep: int, round_to: int, cap: float) -> list[int]:
     [4, 8, 10, 12, 16]
     """
     wider = range((units // round_to + 1) * round_to, int(cap * units + 1e-9) + 1, round_to)
-    return [*allowed(units, min_keep, round_to), *wider]
+    return [*list_widths(units, min_keep, round_to), *wider]

@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from secateur.cli import additivity, check, compare, demo, export, inspect, prune, tables, train
+from secateur.cli import check, compare, demo, export, inspect, prune, tables, train
 
 __all__ = ["main"]
 
@@ -50,7 +50,6 @@ app.command(rich_help_panel="Also")(train.train)
 app.command(rich_help_panel="Also")(inspect.inspect)
 app.command("eval", rich_help_panel="Also")(check.evaluate)
 app.command(rich_help_panel="Also")(export.export)
-app.command(rich_help_panel="Also")(additivity.additivity)
 app.command(rich_help_panel="Also")(tables.methods)
 
 

@@ -2,68 +2,59 @@
 
 import json
 from pathlib import Path
-from typing import Annotated
 
 import typer
-from typer import Option
 
-from secateur.cli import options as o
+from secateur.cli.flags import RUN, Flags, Given, command, flag
+from secateur.errors import SecateurError
+from secateur.runs.config import MODEL, Task
+
+EARLIER = flag(
+    "run", Path, "Folder of an earlier run; takes the place of --model.", panel=MODEL, metavar="DIR"
+)
 
 
-def evaluate(
-    model: o.MaybeModel = None,
-    weights: o.Weights = None,
-    data: o.MaybeData = None,
-    run: o.Run = None,
-    data_dir: o.DataDir = None,
-    image_size: o.ImageSize = None,
-    normalize: o.Normalize = None,
-    test_images: o.TestImages = None,
-    download: o.Download = False,
-    as_json: Annotated[bool, Option("--json", help="Print JSON.")] = False,
-    threads: o.Threads = None,
-) -> None:
+@command(
+    EARLIER,
+    Flags(Task, only="model weights data data_dir image_size normalisation test_images download".split()),
+    flag("json", bool, "Print JSON."),
+    flag("threads", int, "CPU threads.", panel=RUN, shown="as many as PyTorch likes", metavar="N"),
+)
+def evaluate(given: Given) -> None:
     """Measure a model, dense or pruned, on the test images.
 
     Give --model, --weights and --data; or --run alone for the model that an earlier run wrote, on its data.
     """
-    if run is None and (model is None or weights is None or data is None):
-        raise typer.BadParameter("give --model, --weights and --data, or --run")
-    if run is not None and (model or weights or data):
-        raise typer.BadParameter(
-            "--run takes the place of --model, --weights and --data; give one or the other"
-        )
-    normalisation = o.normalisation_of(normalize)
-    o.set_threads(threads)
-    from secateur.cli.show import say
-    from secateur.runs import SavedRun, Task, load_subject
-    from secateur.runs.subject import measure
+    named = [name for name in ("model", "weights", "data") if name in given]
+    if "run" not in given and len(named) < 3:
+        raise SecateurError("give --model, --weights and --data, or --run")
+    if "run" in given and named:
+        raise SecateurError("--run takes the place of --model, --weights and --data; give one or the other")
+    import torch
 
-    if run is not None:
-        saved = SavedRun.read(run)
-        model, data, weights = saved.task["model"], saved.task["data"], run / "model.safetensors"
-        data_dir = data_dir or (Path(known) if (known := saved.task.get("data_dir")) else None)
-        image_size = image_size or saved.task.get("image_size")
-        test_images = test_images or saved.task.get("test_images")
-    assert model is not None
-    assert data is not None
-    subject = load_subject(
-        Task(
-            model=model,
-            data=data,
-            weights=weights,
-            data_dir=data_dir,
-            image_size=image_size,
-            normalisation=normalisation,
-            test_images=test_images,
-            download=download,
+    from secateur.cli.show import say
+    from secateur.runs.folder import SavedRun
+    from secateur.runs.task import evaluate_once, load_task
+
+    if "threads" in given:
+        torch.set_num_threads(given["threads"])
+    if "run" in given:
+        saved, run = SavedRun.read(given["run"]).task, given.pop("run")
+        kept = {name: saved[name] for name in ("data_dir", "image_size", "test_images") if saved.get(name)}
+        given = Given(
+            {
+                **kept,
+                **given,
+                "model": saved["model"],
+                "data": saved["data"],
+                "weights": run / "model.safetensors",
+            }
         )
-    )
-    result = measure(subject.model, subject.data)
-    images = len(subject.data.test)
-    if as_json:
+    task = load_task(given.make(Task))
+    result, images = evaluate_once(task.model, task.data), len(task.data.test)
+    if "json" in given:
         typer.echo(json.dumps({"accuracy": result.accuracy, "loss": result.loss, "images": images}))
         return
     say(f"Accuracy: {100 * result.accuracy:.2f} % of {images:,} images, loss {result.loss:.4f}")
-    for note in subject.notes:
+    for note in task.notes:
         say(f"Note: {note}")

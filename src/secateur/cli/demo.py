@@ -1,44 +1,36 @@
 """`secateur demo`."""
 
 from pathlib import Path
-from typing import Annotated
 
-from typer import Option
-
-from secateur.cli import options as o
-from secateur.cli.options import RUN
+from secateur.cli.flags import Flags, Given, RunSettings, command
+from secateur.runs.config import Task
 
 
-def demo(
-    out: Annotated[
-        Path, Option(metavar="DIR", help="Folder for everything the run writes.", rich_help_panel=RUN)
-    ] = Path("secateur-demo"),
-    seed: o.Seed = 0,
-    threads: Annotated[
-        int,
-        Option(
-            min=1,
-            metavar="N",
-            help="CPU threads. More do not help with images this small.",
-            rich_help_panel=RUN,
-        ),
-    ] = 1,
-    resume: o.Resume = False,
-    overwrite: o.Overwrite = False,
-    no_progress: o.NoProgress = False,
-) -> None:
+@command(
+    Flags(
+        RunSettings, shown={"out": "secateur-demo", "threads": "1; more do not help with images this small"}
+    ),
+    Flags(Task, only=["seed"]),
+)
+def demo(given: Given) -> None:
     """Train a small ResNet on handwritten digits, prune it to half the MACs, and show the result.
 
     It needs no files and no network, and takes about a minute.
     """
-    mode = o.mode_of(resume, overwrite)
-    o.set_threads(threads)
     from secateur.cli.show import interruptible, resume_command, summary, typed_command, watch
-    from secateur.runs import demo_config, prune_run
+    from secateur.runs.demo import demo_config
+    from secateur.runs.pipeline import prune_run
 
-    with interruptible(out, resume_command()):
+    run: RunSettings = given.make(
+        RunSettings, out=given.get("out", Path("secateur-demo")), threads=given.get("threads", 1)
+    )
+    with interruptible(run.out, resume_command()):
         report = prune_run(
-            demo_config(seed), out, mode=mode, command=typed_command(), watch=watch(no_progress)
+            demo_config(given.get("seed", 0)),
+            run.out,
+            mode=run.mode,
+            command=typed_command(),
+            watch=watch(run.no_progress),
         )
     if report:
-        summary(report, out)
+        summary(report, run.out)

@@ -1,38 +1,79 @@
 """`secateur inspect`."""
 
 import json
-from typing import Annotated, Any
+from typing import Any
 
 import typer
-from typer import Option
 
-from secateur.cli import options as o
+from secateur.cli.flags import Flags, Given, command, flag
+from secateur.runs.config import METHOD, MODEL, Task
+
+CLASSES = flag("classes", int, "Size of the output.", panel=MODEL, shown="the model's own", metavar="N")
+CHANNELS = flag("channels", int, "Channels of the input.", panel=MODEL, shown="3", metavar="N")
+INPUT_SIZE = flag(
+    "image_size",
+    int,
+    "Side of the input images.",
+    panel=MODEL,
+    shown="32 for built-in models, else 224",
+    metavar="N",
+)
 
 
-def inspect(
-    model: o.Model,
-    weights: o.Weights = None,
-    image_size: o.InputSize = None,
-    channels: o.Channels = 3,
-    classes: o.Classes = None,
-    freeze: o.Freeze = None,
-    attention: o.Attention = "heads",
-    as_json: Annotated[bool, Option("--json", help="Print JSON.")] = False,
-) -> None:
+@command(
+    Flags(Task, only=["model", "weights"]),
+    INPUT_SIZE,
+    CHANNELS,
+    CLASSES,
+    flag(
+        "freeze",
+        list[str],
+        "Module, or pattern such as 'layer4.*', that no cut may touch; may be repeated.",
+        panel=METHOD,
+        metavar="MODULE",
+    ),
+    flag(
+        "attention",
+        str,
+        "What attention loses: whole heads, or the same dims of every head.",
+        panel=METHOD,
+        shown="heads",
+        metavar="NAME",
+    ),
+    flag("json", bool, "Print JSON."),
+)
+def inspect(given: Given) -> None:
     """Show what can be pruned, what stays and why, and which budgets can be reached."""
+    found = look(given)
+    if "json" in given:
+        typer.echo(json.dumps(found, indent=2))
+    else:
+        _show(found)
+
+
+def look(given: Given) -> dict[str, Any]:
+    """What there is to know about a model, as plain JSON."""
     import torch
 
     from secateur import Cost, analyze
-    from secateur.runs import fresh_model, load_into
+    from secateur.errors import SecateurError
     from secateur.runs.config import check_model_name, reachable
-    from secateur.runs.subject import input_shape
+    from secateur.runs.task import fresh_model, input_shape, load_into
 
+    if "model" not in given:
+        raise SecateurError("no model: give --model")
+    model, channels = given["model"], given.get("channels", 3)
     check_model_name(model)
-    shape = input_shape(model, channels, image_size)
-    network = fresh_model(model, classes, channels, seed=0)
-    if weights is not None:
-        load_into(network, weights)
-    graph = analyze(network, torch.zeros(1, *shape), freeze=freeze or (), attention=attention)
+    shape = input_shape(model, channels, given.get("image_size"))
+    network = fresh_model(model, given.get("classes"), channels, seed=0)
+    if "weights" in given:
+        load_into(network, given["weights"])
+    graph = analyze(
+        network,
+        torch.zeros(1, *shape),
+        freeze=given.get("freeze", ()),
+        attention=given.get("attention", "heads"),
+    )
     cost = Cost(graph)
 
     groups: list[dict[str, Any]] = []
@@ -47,7 +88,7 @@ def inspect(
                 "params": cost.params() - cost.params(least),
             }
         )
-    found: dict[str, Any] = {
+    return {
         "model": model,
         "input_shape": list(shape),
         "macs": cost.macs(),
@@ -57,10 +98,6 @@ def inspect(
         "unused": list(graph.unused),
         "reachable": {name: {"least": low, "dense": high} for name, (low, high) in reachable(graph).items()},
     }
-    if as_json:
-        typer.echo(json.dumps(found, indent=2))
-    else:
-        _show(found)
 
 
 def _show(found: dict[str, Any]) -> None:

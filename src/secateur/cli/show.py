@@ -109,8 +109,8 @@ def summary(report: "Report", out: Path) -> None:
     facts = report.weights
     for name, old, new, unit in (
         ("weights that are not zero", facts and facts.total, facts and facts.kept, ""),
-        ("MACs", report.macs_before, report.macs_after, ""),
-        ("parameters", report.params_before, report.params_after, ""),
+        ("MACs", report.before["macs"], report.after["macs"], ""),
+        ("parameters", report.before["params"], report.after["params"], ""),
         ("weights file", report.weights_bytes_before, report.weights_bytes_after, "B"),
         ("ONNX file", report.onnx_bytes_before, report.onnx_bytes_after, "B"),
     ):

@@ -2,61 +2,41 @@
 
 import inspect
 import json
-from functools import partial
-from typing import Annotated
+from typing import Any, get_type_hints
 
-from typer import Argument
+from secateur.cli.flags import Given, argument, command
 
 
-def methods(
-    name: Annotated[
-        str | None,
-        Argument(metavar="METHOD", help="Tell about one method and its options.", show_default=False),
-    ] = None,
-) -> None:
+@command(argument("name", str, "METHOD", "Tell about one method and its options."))
+def methods(given: Given) -> None:
     """List methods, scores, allocations, built-in models and data sets; or one method's options."""
+    if "name" in given:
+        _tell(given["name"])
+    else:
+        _list()
+
+
+def _list() -> None:
     from rich.table import Table
 
     from secateur.allocate import ALLOCATIONS
-    from secateur.cli.show import print_table, say
-    from secateur.methods import AUTO, METHODS, choose, method_named
-    from secateur.methods.rd.single_weights import COMPENSATIONS, WEIGHT_CHOICES
+    from secateur.allocate.sparsity import WEIGHT_ALLOCATIONS
+    from secateur.cli.show import print_table
+    from secateur.methods import METHODS
     from secateur.recipes.data import list_data
     from secateur.recipes.models import list_models
-    from secateur.runs.config import GRANULARITIES
     from secateur.scores import SCORES
+    from secateur.scores.at_init import WEIGHT_SCORES
 
-    if name is not None:
-        if name == AUTO:
-            say(inspect.getdoc(choose) or "")
-            return
-        entry = method_named(name)
-        for number, (granularity, run) in enumerate(entry.runs.items()):
-            if number:
-                say(f"\n--granularity {granularity}:\n")
-            say(inspect.getdoc(run.func if isinstance(run, partial) else run) or "")
-            if entry.when == "after" and granularity != "channels":
-                continue  # it has no options on the command line
-            options = entry.options(granularity)
-            settings = "\n".join(
-                f"    {option} = {_said(default)}"
-                for option, default in options.items()
-                if option != "removal"
-            )
-            say(f"\nOptions, with their defaults:\n{settings}")
-        return
     rows = Table.grid(padding=(0, 2))
     for title, entries in (
-        (
-            "--method",
-            {AUTO: "what does best with what there is: weights, data, budget"}
-            | {name: entry.summary for name, entry in METHODS.items()},
-        ),
-        ("--score", {name: entry.summary for name, entry in SCORES.items()}),
-        ("--allocation", {name: entry.summary for name, entry in ALLOCATIONS.items()}),
-        ("--granularity", GRANULARITIES),
-        ("--granularity weights --allocation", WEIGHT_CHOICES),
-        ("--compensation", COMPENSATIONS),
+        ("--method, for trained models", _of(METHODS, "after")),
+        ("--method, while the model trains", _of(METHODS, "during")),
+        ("--method, before training", _of(METHODS, "before")),
+        ("--option score=…", {name: entry.summary for name, entry in SCORES.items()}),
+        ("--option allocation=…", {name: entry.summary for name, entry in ALLOCATIONS.items()}),
+        ("--method weights --option allocation=…", {n: e.summary for n, e in WEIGHT_ALLOCATIONS.items()}),
+        ("--method at-init --option score=…", {name: entry.summary for name, entry in WEIGHT_SCORES.items()}),
     ):
         rows.add_row(f"[bold]{title}[/]")
         for name, summary in entries.items():
@@ -66,12 +46,37 @@ def methods(
     print_table(rows)
 
 
+def _of(methods: dict[str, Any], when: str) -> dict[str, str]:
+    return {name: method.summary for name, method in methods.items() if method.when == when}
+
+
+def _tell(name: str) -> None:
+    from secateur.cli.show import print_table, say, table
+    from secateur.errors import SecateurError, unknown
+    from secateur.imports import imported
+    from secateur.methods import METHODS
+    from secateur.settings import defaults_of, expected, options_of
+
+    if ":" not in name and name not in METHODS:
+        raise SecateurError(unknown("method", name, METHODS))
+    method = METHODS[name] if name in METHODS else imported("method", name)
+    say(inspect.getdoc(method) or "")
+    if not isinstance(method, type):
+        return
+    rows = table("Options (--option NAME=VALUE)", ("name", "default", "what it is", "may be"))
+    hints, defaults = get_type_hints(method), defaults_of(method)
+    for option, about in options_of(method).items():
+        default = _said(defaults[option]) if option in defaults else "(must be given)"
+        rows.add_row(option, default, about.help, expected(hints[option], about))
+    print_table(rows)
+
+
 def _said(default: object) -> str:
     """A default as `--option` takes it.
 
-    >>> _said(True), _said("full"), _said(inspect.Parameter.empty)
-    ('true', 'full', '(must be given)')
+    >>> _said(True), _said("full"), _said(())
+    ('true', 'full', '[]')
     """
-    if default is inspect.Parameter.empty:
-        return "(must be given)"
-    return default if isinstance(default, str) else json.dumps(default, default=str)
+    from secateur.settings import plain
+
+    return default if isinstance(default, str) else json.dumps(plain(default), default=str)

@@ -14,15 +14,14 @@ from secateur.compare.words import DENSE, MEASURES, plain_name
 from secateur.cost.latency import compare_latency
 from secateur.errors import SecateurError
 from secateur.files import atomic_write
-from secateur.methods import AUTO, method_named
+from secateur.methods import method_named
 from secateur.recipes.train_config import TrainConfig
 from secateur.report import LatencyPair, Report, Width, current_versions
 from secateur.runs.config import PruneConfig, Task, TrainRunConfig
 from secateur.runs.folder import RunFolder, SavedRun
-from secateur.runs.prune import prune_run
-from secateur.runs.result import pair_of
-from secateur.runs.subject import device, fresh_model, load_into
-from secateur.runs.train import train_run
+from secateur.runs.measure import pair_of
+from secateur.runs.pipeline import prune_run, train_run
+from secateur.runs.task import device, fresh_model, load_into
 
 _REPEATS = 100  # timed passes of each network
 
@@ -89,7 +88,7 @@ def _share_epochs(
     taught = how | {"distill_weight": arm.distill}
     scratch = task.weights is None
     epochs = plan.epochs if scratch else plan.tune_epochs
-    when = "after" if method == AUTO else method_named(_MASKS.get(method, (method,))[0]).when
+    when = method_named(method, arm.options).when
     if when == "before" or (arm.before and when == "after"):
         fresh = task if scratch else replace(task, weights=None)  # what others start from is no use here
         return fresh, None, plan.make_config(epochs=epochs, **taught)
@@ -164,7 +163,7 @@ def _run(config: PruneConfig | TrainRunConfig, where: Path, curves: Path) -> dic
         "accuracy_cut": report.accuracy_cut,
         "accuracy_dense": report.accuracy_before if config.task.weights else None,
         "kept": _kept(report),
-        "masked": config.masks,
+        "masked": config.chosen.removes != "channels",
         "step_macs": cost.after.macs / cost.before.macs if cost else None,
         "step_bytes": cost.after.peak_bytes / cost.before.peak_bytes if cost else None,
         "epochs": len(report.history),
@@ -201,14 +200,6 @@ def time_cell(cell: Cell, folder: Path, batch: int) -> LatencyPair | None:
     return pair
 
 
-_MASKS = {
-    "rd-weights": ("rd", "weights"),
-    "weights": ("oneshot", "weights"),
-    "random-weights": ("precrop", "weights"),
-    "random-filters": ("precrop", "filters"),
-}
-
-
 def _pruning(
     arm: Arm,
     method: str,
@@ -218,26 +209,18 @@ def _pruning(
     finetune: TrainConfig | None,
 ) -> PruneConfig:
     """The run of an arm at a budget."""
-    name, granularity = _MASKS.get(method, (method, None))
-    options: dict[str, Any] = dict(arm.options)
-    settings: dict[str, Any] = {f"keep_{measure}": share for measure, share in budget.items()}
-    settings |= {key: options.pop(key) for key in arm.options if key in PruneConfig.__dataclass_fields__}
-    settings |= {"decay": options.pop("removal.steps", 1), "rectify": options.pop("removal.restore", False)}
     return PruneConfig(
         task=task,
-        method=name,
-        granularity=granularity,
-        options=options,
+        method=method,
+        options=arm.options,
+        budget=budget,
         train=train,
         finetune=finetune,
         exports=False,
-        **settings,
     )
 
 
 def _kept(report: Report) -> dict[str, float]:
     """Share of the dense model that is left, by measure; zeros count as gone."""
-    dense = {measure: getattr(report, f"{measure}_before") for measure in MEASURES}
-    if report.weights:
-        return {measure: getattr(report.weights, measure) / dense[measure] for measure in MEASURES}
-    return {measure: getattr(report, f"{measure}_after") / dense[measure] for measure in MEASURES}
+    left = {"macs": report.weights.macs, "params": report.weights.params} if report.weights else report.after
+    return {measure: left[measure] / report.before[measure] for measure in MEASURES}

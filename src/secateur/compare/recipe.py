@@ -18,25 +18,26 @@ class Arm:
     """One row of the comparison: a method with its options, or the dense model."""
 
     method: str | None = option(
-        None, "name of a method, or module:function of your own; without one the dense model is trained"
+        "name of a method, or module:function of your own; without one the dense model is trained",
+        default=None,
     )
     options: Mapping[str, Any] = option(
-        {}, "options of the method; a.b is option b of the settings in its option a"
+        "options of the method; a.b is option b of the settings in its option a", default={}
     )
     before: bool = option(
-        False, "prune the fresh model, with a method for trained ones, and train the small one"
+        "prune the fresh model, with a method for trained ones, and train the small one", default=False
     )
     distill: float = option(
-        0.0, "share of the loss after the cut that is distance to the dense model", least=0, most=1
+        "share of the loss after the cut that is distance to the dense model", default=0.0, least=0, most=1
     )
     budgets: tuple[Mapping[str, float], ...] | None = option(
-        None, "its own budgets, in place of the comparison's"
+        "its own budgets, in place of the comparison's", default=None
     )
     against: str = option(
-        DENSE,
         "arm that its accuracy is compared with, seed by seed, and at the same budget if that arm has one",
+        default=DENSE,
     )
-    note: str = option("", "what a reader of the table must know about this arm")
+    note: str = option("what a reader of the table must know about this arm", default="")
 
     def check(self) -> None:
         """Raise SecateurError for what options must be to one another."""
@@ -51,21 +52,21 @@ class Arm:
 class Comparison:
     """What to compare on what. All arms see the same images, in the same order, for equally many epochs."""
 
-    task: Task = option(..., "model and data; its seed does not count")
-    arms: Mapping[str, Arm] = option(..., "arms by name")
+    task: Task = option("model and data; its seed does not count")
+    arms: Mapping[str, Arm] = option("arms by name")
     budgets: tuple[Mapping[str, float], ...] = option(
-        ..., "budgets, each a table of shares of the dense model that may stay, such as { macs = 0.5 }"
+        "budgets, each a table of shares of the dense model that may stay, such as { macs = 0.5 }"
     )
-    seeds: tuple[int, ...] = option((0,), "random seeds of weights, order and augmentation", least=0)
-    schedule: str = option("short", "how long and how all arms train", choices=SCHEDULES)
+    seeds: tuple[int, ...] = option("random seeds of weights, order and augmentation", default=(0,), least=0)
+    schedule: str = option("how long and how all arms train", default="short", choices=SCHEDULES)
     tune_lr: float | None = option(
-        None, "peak learning rate of training on from weights, in place of the schedule's", above=0
+        "peak learning rate of training on from weights, in place of the schedule's", default=None, above=0
     )
     precision: Literal["no", "bf16"] = option(
-        "no", "no computes in float32, bf16 in bfloat16 where that is safe"
+        "no computes in float32, bf16 in bfloat16 where that is safe", default="no"
     )
-    compile: bool = option(False, "run the steps in which no method prunes through torch.compile")
-    latency_batch: int = option(1, "images per pass where latency is measured", least=1)
+    compile: bool = option("run the steps in which no method prunes through torch.compile", default=False)
+    latency_batch: int = option("images per pass where latency is measured", default=1, least=1)
 
     def check(self) -> None:
         """Raise SecateurError for what options must be to one another."""

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from secateur.compare.recipe import Comparison
 from secateur.compare.words import DENSE
 from secateur.report import LatencyPair, Width, current_versions
-from secateur.runs.subject import device
+from secateur.runs.task import device
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -3,8 +3,10 @@
 import math
 from collections.abc import Mapping
 
-MEASURES = {"macs": "MACs", "params": "parameters"}
-"""What a budget of a comparison may bound -> as people say it."""
+from secateur.measures import MEASURES as TABLE
+
+MEASURES = {name: measure.label for name, measure in TABLE.items() if measure.per_weight}
+"""What a budget of a comparison may bound, so that masks of weights can be held to it too -> as people say it."""
 
 DENSE = "dense"
 """The arm that trains the dense model, which others are compared with if nothing else is said."""

@@ -1,5 +1,6 @@
-"""What a network costs: parameters and multiply-adds in closed form, latency measured."""
+"""What a network costs: measures that follow from widths, budgets that bound them, latency by the clock."""
 
-from secateur.cost.count import Budget, Cost, Kept
+from secateur.cost.budget import Budget
+from secateur.cost.cost import Cost, Kept
 
 __all__ = ["Budget", "Cost", "Kept"]

@@ -1,6 +1,5 @@
 """What one step of training costs: multiply-adds, memory and time, measured on the model itself."""
 
-import copy
 import math
 import statistics
 import time
@@ -18,6 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from secateur.cost.latency import device_name
 from secateur.errors import SecateurError
+from secateur.graph.duplicate import duplicate
 
 Holding = Callable[[nn.Module], AbstractContextManager[Any]]
 """model -> what its training runs in, such as `WeightPlan.holding`."""
@@ -89,7 +89,7 @@ def compare_training(
     held = {name: (holding or {}).get(name, nullcontext) for name in models}
     for name, model in models.items():
         present = torch.cuda.memory_allocated(device) if device.type == "cuda" else 0
-        step = Step(copy.deepcopy(model).train(), batch, loss)
+        step = Step(duplicate(model).train(), batch, loss)
         with held[name](step.model):
             for _ in range(warmup):
                 step()
@@ -247,7 +247,7 @@ def layer_times(model: nn.Module, x: Tensor, names: Iterable[str], *, repeats: i
     """
     began: dict[str, float] = {}
     took: dict[str, list[float]] = {name: [] for name in names}  # one sum per pass
-    timed = copy.deepcopy(model).eval()  # hooks stay on the copy
+    timed = duplicate(model).eval()  # hooks stay on the copy
 
     def before(name: str) -> Callable[..., None]:
         def hook(*_: object) -> None:

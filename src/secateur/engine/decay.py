@@ -1,6 +1,6 @@
-"""How units get to zero while training goes on: at once, or by a decay that lets go of those that resist.
+"""How units get to zero while training goes on: at once, or by a decay that restores those that resist.
 
-A method decides which units go and when; a `Pool` carries it out. At the end of the optimizer step in which a
+A method decides which units go and when; a `Pool` does it. At the end of the optimizer step in which a
 unit is chosen it starts with length L = ||x||, and after that step and each of the next ones
 
     x <- x* · L (1 - k/N) / ||x*||,    k = 1 … N
@@ -9,21 +9,23 @@ where x* is what the optimizer made of x. At k = N it is exactly zero and stays 
 are zeroed. N = 1 is instant removal.
 
 Source: Yang et al. 2024, "Decay Pruning Method", arXiv:2406.03879; the linear schedule and everything about
-release is a reconstruction (see `Rectify`).
+restoring is a reconstruction (see `Restore`).
 """
 
 import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import astuple, dataclass
-from typing import Any, Literal
+from dataclasses import dataclass, field
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from secateur.errors import SecateurError
+from secateur.engine.state import UNSAVED
 from secateur.graph import Graph, Member
+from secateur.report.data import Ending
+from secateur.settings import option, settings
 
 PARTS = {
     "zig": ("out", "bias", "depthwise", "scale", "shift"),
@@ -34,9 +36,9 @@ PARTS = {
 rescaled by the norm behind it); that and the weights that read it; or the norm's scale only."""
 
 
-@dataclass(frozen=True)
-class Rectify:
-    """When a decaying unit is let go, because the loss wants it longer.
+@settings
+class Restore:
+    """When a decaying unit is restored, because the loss wants it longer.
 
     After step k of N, with g the task's gradient before the optimizer step (weight decay not included):
 
@@ -45,85 +47,41 @@ class Rectify:
         "ratio":   length = ||x*|| / L,  rate = (||x*|| - ||x||) / (L / N)
         "norm":    length = sum of (||x*|| - ||x||) / L,  rate = (||x*|| - ||x||) / ||x||
 
-    A unit is released when k >= max(2, from_share · N), rate > `rate` and length > `length`. It keeps the
+    A unit is restored when k >= max(2, from_share · N), rate > `rate` and length > `length`. It keeps the
     values it has, and cannot be chosen again for `cool_down` steps.
 
     Source: reconstruction. The paper names two criteria, C_rate and C_len, with thresholds; the formulas are ours.
-
-    Args:
-        criterion: one of the three.
-        rate, length: thresholds.
-        from_share: share of N before which nothing is released.
-        memory: of the moving average, 0..1.
-        most: share of the units that started together of which more are not released.
-        cool_down: steps; None: N.
-        times: how often one unit is released at most.
     """
 
-    criterion: Literal["radial", "ratio", "norm"] = "radial"
-    rate: float = 0.6
-    length: float = 2.5
-    from_share: float = 0.4
-    memory: float = 0.9
-    most: float = 0.25
-    cool_down: int | None = None
-    times: int = 2
+    criterion: Literal["radial", "ratio", "norm"] = option("what rate and length are", default="radial")
+    rate: float = option("rate above which a unit is restored", default=0.6)
+    length: float = option("length above which a unit is restored", default=2.5)
+    from_share: float = option(
+        "share of the decay before which nothing is restored", default=0.4, least=0, most=1
+    )
+    memory: float = option("of the moving average of gradients", default=0.9, least=0, most=1)
+    most: float = option("share of a cohort that is restored at most", default=0.25, least=0)
+    cool_down: int | None = option("steps before it is chosen again; None: N", default=None, least=0)
+    times: int = option("how often one unit is restored at most", default=2, least=0)
 
 
-@dataclass(frozen=True)
+@settings
 class Decay:
     """How chosen units go.
 
-    Args:
-        steps: N, optimizer steps from choice to zero; 1: at once.
-        rectify: whether and when units are let go; None: never.
-        parts: "zig", "full" or "gate"; see `PARTS`.
-        form: "length" prescribes ||x||, so that the optimizer can only turn x; "factor" multiplies x by
-            (N - k) / (N - k + 1), so that it can also lengthen it (HESSO).
+    `parts` says what x is, see `PARTS`. The form "length" prescribes ||x||, so that the optimizer can only turn x;
+    "factor" multiplies x by (N - k) / (N - k + 1), so that it can also lengthen it (HESSO).
     """
 
-    steps: int = 1
-    rectify: Rectify | None = None
-    parts: Literal["zig", "full", "gate"] = "zig"
-    form: Literal["length", "factor"] = "length"
-
-    def __post_init__(self) -> None:
-        if self.steps < 1:
-            raise SecateurError(f"Decay: steps is {self.steps}; expected at least 1")
-        for name, value, choices in (
-            ("parts", self.parts, tuple(PARTS)),
-            ("form", self.form, ("length", "factor")),
-            ("criterion", self.rectify.criterion if self.rectify else "norm", ("radial", "ratio", "norm")),
-        ):
-            if value not in choices:
-                raise SecateurError(f"Decay: {name} is {value!r}; expected one of {', '.join(choices)}")
+    steps: int = option("N, optimizer steps from choice to zero; 1: at once", default=1, least=1)
+    restore: Restore | None = option("whether and when units are restored; None: never", default=None)
+    parts: Literal["zig", "full", "gate"] = option("which of a unit's weights shrink", default="zig")
+    form: Literal["length", "factor"] = option(
+        "whether the length is prescribed, or multiplied", default="length"
+    )
 
 
-INSTANT = Decay(1)
-
-
-@dataclass(frozen=True)
-class Ending:
-    """How the decay of one unit ended.
-
-    Attributes:
-        group: its name.
-        unit: the number it had at the start of the training.
-        start, end: optimizer steps; it was chosen after the one, and zero or let go after the other.
-        released: let go, not zero.
-        rate, length: what the rectifying test last measured; None: never.
-    """
-
-    group: str
-    unit: int
-    start: int
-    end: int
-    released: bool
-    rate: float | None = None
-    length: float | None = None
-
-
-_FIELDS: dict[str, tuple[torch.dtype, float]] = {
+_QUANTITIES: dict[str, tuple[torch.dtype, float]] = {
     "unit": (torch.int64, 0),  # its number at the start
     "k": (torch.int64, 0),  # steps of the decay done; 0: not decaying
     "length": (torch.float64, 0),  # L
@@ -132,11 +90,12 @@ _FIELDS: dict[str, tuple[torch.dtype, float]] = {
     "against": (torch.int64, 0),  # steps with <x, g> < 0
     "growth": (torch.float64, 0),  # sum of ||x*|| - ||x||
     "waits": (torch.int64, 0),  # the step before which it is not chosen again
-    "releases": (torch.int64, 0),
+    "restored": (torch.int64, 0),
     "since": (torch.int64, 0),  # the step in which it was chosen
 }
 
 
+@dataclass
 class Pool:
     """The units of some groups on their way out.
 
@@ -146,41 +105,48 @@ class Pool:
         tensors: the model's parameters by name.
         decay: how units go.
     Attributes:
+        units: per group, what is known of every unit: name of a quantity -> (units,).
         endings: of all decays so far; removal at once is none.
+        restoring: whether units that resist are restored now.
     """
 
-    def __init__(
-        self, graph: Graph, groups: Sequence[int], tensors: Mapping[str, nn.Parameter], decay: Decay
-    ) -> None:
-        self.graph, self.groups, self.decay = graph, list(groups), decay
-        self.tensors = tensors
-        self.rectifying = True
-        self.endings: list[Ending] = []
-        self._units = {
-            n: {name: torch.full((graph.groups[n].units,), v, dtype=t) for name, (t, v) in _FIELDS.items()}
+    graph: Graph = field(metadata=UNSAVED)
+    groups: Sequence[int] = field(metadata=UNSAVED)
+    tensors: Mapping[str, nn.Parameter] = field(metadata=UNSAVED)
+    decay: Decay = field(metadata=UNSAVED)
+    units: dict[int, dict[str, Tensor]] = field(init=False)
+    endings: list[Ending] = field(default_factory=list)
+    restoring: bool = True
+    before: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict, metadata=UNSAVED)
+
+    def __post_init__(self) -> None:
+        self.units = {
+            n: {
+                name: torch.full((self.graph.groups[n].units,), v, dtype=t)
+                for name, (t, v) in _QUANTITIES.items()
+            }
             for n in self.groups
         }
-        for units in self._units.values():
+        for units in self.units.values():
             units["unit"] = torch.arange(len(units["unit"]))
-        self._before: dict[int, tuple[Tensor, Tensor]] = {}
 
     # --- what is known -------------------------------------------------------------------------------------
 
     def gone(self, number: int) -> Tensor:
         """(units,) bool: zero, for good."""
-        return self._units[number]["gone"]
+        return self.units[number]["gone"]
 
     def leaving(self, number: int) -> Tensor:
         """(units,) bool: decaying or gone; budgets count both as gone."""
-        return self.gone(number) | (self._units[number]["k"] > 0)
+        return self.gone(number) | (self.units[number]["k"] > 0)
 
     def free(self, number: int, step: int) -> Tensor:
         """(units,) bool: may be chosen in this step."""
-        return ~self.leaving(number) & (self._units[number]["waits"] <= step)
+        return ~self.leaving(number) & (self.units[number]["waits"] <= step)
 
     def busy(self) -> bool:
         """Whether any unit is decaying."""
-        return any(bool((u["k"] > 0).any()) for u in self._units.values())
+        return any(bool((u["k"] > 0).any()) for u in self.units.values())
 
     def vectors(self, number: int) -> Tensor:
         """x of a group's units, (units, values), float64, without gradient."""
@@ -222,7 +188,7 @@ class Pool:
             optimizer: whose moments are zeroed with the unit.
             length: L, (units,); None: ||x|| as it is.
         """
-        units = self._units[number]
+        units = self.units[number]
         new = chosen.cpu() & ~self.leaving(number)
         if not new.any():
             return
@@ -235,8 +201,8 @@ class Pool:
 
     def observe(self) -> None:
         """Before the optimizer step: look at the gradients of decaying units, and zero those of gone ones."""
-        self._before.clear()
-        for number, units in self._units.items():
+        self.before.clear()
+        for number, units in self.units.items():
             decaying = units["k"] > 0
             if decaying.any():
                 x = self.vectors(number)
@@ -247,20 +213,20 @@ class Pool:
                     ],
                     1,
                 )
-                self._before[number] = ((x * g).sum(1).cpu(), x.norm(dim=1).cpu())
+                self.before[number] = ((x * g).sum(1).cpu(), x.norm(dim=1).cpu())
             if units["gone"].any():
                 for member, p in self.parts(number):
                     if p.grad is not None:
                         member.fill_(p.grad, units["gone"], 0.0)
 
     def advance(self, step: int, optimizer: Optimizer | None) -> None:
-        """After the optimizer step: release what resists, and shrink the rest of what is decaying."""
-        lengths = {number: self.vectors(number).norm(dim=1).cpu() for number in self._before}
-        for number, (product, before) in self._before.items():
-            units, now = self._units[number], lengths[number]
+        """After the optimizer step: restore what resists, and shrink the rest of what is decaying."""
+        lengths = {number: self.vectors(number).norm(dim=1).cpu() for number in self.before}
+        for number, (product, before) in self.before.items():
+            units, now = self.units[number], lengths[number]
             decaying = units["k"] > 0
             resistance = (-product / before.clamp_min(1e-300)).clamp_min(0)
-            memory = self.decay.rectify.memory if self.decay.rectify else 0.9
+            memory = self.decay.restore.memory if self.decay.restore else 0.9
             average = torch.where(
                 units["k"] == 1, resistance, memory * units["resistance"] + (1 - memory) * resistance
             )
@@ -268,58 +234,58 @@ class Pool:
             units["against"] += decaying & (product < 0)
             units["growth"] += torch.where(decaying, now - before, 0.0)
         seen = self.statistics(lengths)
-        if self.decay.rectify and self.rectifying:
-            self._release(step, self.decay.rectify, seen)
-        for number in self._before:
-            self._shrink(number, self._units[number]["k"] > 0, step, optimizer, seen.get(number))
+        if self.decay.restore and self.restoring:
+            self._restore(step, self.decay.restore, seen)
+        for number in self.before:
+            self._shrink(number, self.units[number]["k"] > 0, step, optimizer, seen.get(number))
 
     def statistics(self, lengths: Mapping[int, Tensor]) -> dict[int, tuple[Tensor, Tensor]]:
-        """(rate, length) of the rectifying test, (units,), per group with decaying units.
+        """(rate, length) of the test for restoring, (units,), per group with decaying units.
 
         Args:
             lengths: ||x*||, (units,), of the groups that were observed before the optimizer step.
         """
-        rectify = self.decay.rectify or Rectify()
-        decaying = {n: u["k"] > 0 for n, u in self._units.items() if (u["k"] > 0).any()}
-        pooled = [self._units[n]["resistance"][mask] for n, mask in decaying.items()]
+        restore = self.decay.restore or Restore()
+        decaying = {n: u["k"] > 0 for n, u in self.units.items() if (u["k"] > 0).any()}
+        pooled = [self.units[n]["resistance"][mask] for n, mask in decaying.items()]
         median = torch.cat(pooled).median().clamp_min(1e-300) if pooled else torch.ones(())
         found = {}
         for number in decaying:
             if number not in lengths:
                 continue
-            units, (_, before), now = self._units[number], self._before[number], lengths[number]
+            units, (_, before), now = self.units[number], self.before[number], lengths[number]
             start = units["length"].clamp_min(1e-300)
-            if rectify.criterion == "radial":
+            if restore.criterion == "radial":
                 found[number] = (units["against"] / units["k"].clamp_min(1), units["resistance"] / median)
-            elif rectify.criterion == "ratio":
+            elif restore.criterion == "ratio":
                 found[number] = ((now - before) / (start / self.decay.steps), now / start)
             else:
                 found[number] = ((now - before) / before.clamp_min(1e-300), units["growth"] / start)
         return found
 
-    def _release(self, step: int, rectify: Rectify, seen: Mapping[int, tuple[Tensor, Tensor]]) -> None:
-        earliest = max(2, math.ceil(rectify.from_share * self.decay.steps))
+    def _restore(self, step: int, restore: Restore, seen: Mapping[int, tuple[Tensor, Tensor]]) -> None:
+        earliest = max(2, math.ceil(restore.from_share * self.decay.steps))
         candidates = []
         for number, (rate, length) in seen.items():
-            units = self._units[number]
-            fit = (units["k"] >= earliest) & (units["releases"] < rectify.times)
-            fit &= (rate > rectify.rate) & (length > rectify.length)
+            units = self.units[number]
+            fit = (units["k"] >= earliest) & (units["restored"] < restore.times)
+            fit &= (rate > restore.rate) & (length > restore.length)
             candidates += [(-length[u].item(), number, u) for u in fit.nonzero().flatten().tolist()]
         if not candidates:
             return
         cohorts = Counter(e.start for e in self.endings)
-        for units in self._units.values():
+        for units in self.units.values():
             cohorts.update(units["since"][units["k"] > 0].tolist())
-        let_go = Counter(e.start for e in self.endings if e.released)
-        room = {since: math.floor(rectify.most * count) - let_go[since] for since, count in cohorts.items()}
+        done = Counter(e.start for e in self.endings if e.restored)
+        room = {since: math.floor(restore.most * count) - done[since] for since, count in cohorts.items()}
         for _, number, unit in sorted(candidates):  # those that resist most, first
-            units = self._units[number]
+            units = self.units[number]
             since = int(units["since"][unit])
             if room[since] > 0:
                 room[since] -= 1
                 units["k"][unit] = 0
-                units["releases"][unit] += 1
-                cool_down = self.decay.steps if rectify.cool_down is None else rectify.cool_down
+                units["restored"][unit] += 1
+                cool_down = self.decay.steps if restore.cool_down is None else restore.cool_down
                 units["waits"][unit] = step + cool_down
                 self._ended(number, unit, step, True, seen[number])
 
@@ -333,7 +299,7 @@ class Pool:
     ) -> None:
         if not which.any():
             return
-        units = self._units[number]
+        units = self.units[number]
         units["k"] += which
         k, n = units["k"].double(), self.decay.steps
         now = self.vectors(number).norm(dim=1).cpu()
@@ -344,10 +310,7 @@ class Pool:
         ends = which & ((units["k"] >= n) | (now < 1e-12))
         factor = torch.where(ends, 0.0, torch.where(which, factor, 1.0))
         for member, p in self.parts(number):
-            device = p.device
-            along = torch.ones(p.shape[member.dim], dtype=torch.float64, device=device)
-            index = torch.as_tensor(member.index, device=device)
-            along[index] = factor.to(device)[:, None].expand(index.shape)
+            along = member.spread(factor.to(p.device), p.shape[member.dim])
             shape = [1] * p.ndim
             shape[member.dim] = -1
             with torch.no_grad():
@@ -365,32 +328,19 @@ class Pool:
                 self._ended(number, unit, step, False, seen)
 
     def _ended(
-        self, number: int, unit: int, step: int, released: bool, seen: tuple[Tensor, Tensor] | None
+        self, number: int, unit: int, step: int, restored: bool, seen: tuple[Tensor, Tensor] | None
     ) -> None:
-        units = self._units[number]
+        units = self.units[number]
         rate, length = (None, None) if seen is None else (float(f"{values[unit]:.4g}") for values in seen)
         start = int(units["since"][unit])
         group = self.graph.groups[number].name
-        self.endings.append(Ending(group, int(units["unit"][unit]), start, step, released, rate, length))
+        self.endings.append(Ending(group, int(units["unit"][unit]), start, step, restored, rate, length))
 
-    # --- cuts and files ------------------------------------------------------------------------------------
+    # --- cuts --------------------------------------------------------------------------------------------
 
     def cut(self, graph: Graph, masks: Sequence[Tensor]) -> None:
         """Follow a cut of the model: (units,) bool per group, True = kept."""
         self.graph = graph
-        for number, units in self._units.items():
-            self._units[number] = {name: value[masks[number]] for name, value in units.items()}
-        self._before.clear()
-
-    def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """All that evolves."""
-        tensors = {f"{name}.{n}": value for n, units in self._units.items() for name, value in units.items()}
-        endings = [list(astuple(ending)) for ending in self.endings]
-        return tensors, {"endings": endings, "rectifying": self.rectifying}
-
-    def restore(self, graph: Graph, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> None:
-        """Go on from a state, on the model as it was then."""
-        self.graph = graph
-        self._units = {n: {name: tensors[f"{name}.{n}"].clone() for name in _FIELDS} for n in self.groups}
-        self.endings = [Ending(*ending) for ending in facts["endings"]]
-        self.rectifying = bool(facts["rectifying"])
+        for number, units in self.units.items():
+            self.units[number] = {name: value[masks[number]] for name, value in units.items()}
+        self.before.clear()

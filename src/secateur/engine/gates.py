@@ -1,14 +1,14 @@
 """Gates: factors on the outputs of layers, one per unit, while a method trains."""
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any, Self
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
 from secateur.errors import ModelError
-from secateur.graph import Graph, Inputs
+from secateur.graph import Graph, Group, Inputs, Member
 from secateur.graph.probe import run_once
 
 DUST = {torch.float16: 1e-4}
@@ -81,7 +81,7 @@ class Gate:
 class Gates:
     """The gates of some groups of a model: where they stand, and their values.
 
-    A gate multiplies what the group's layers make, after the batch norm that follows them, so that a unit
+    A gate multiplies what the group's producers make, after the batch norm that follows them, so that a unit
     with gate 0 adds nothing anywhere and the model equals the cut one.
 
     Args:
@@ -105,7 +105,7 @@ class Gates:
         self._groups = list(groups)
         self._hooks: list[Any] = []
         self._gates: dict[str, Gate] = {}
-        self._places: dict[str, list[tuple[int, Tensor]]] = {}
+        self._places: dict[str, dict[int, Member]] = {}
         tensors = dict(model.named_parameters(remove_duplicate=False))
         roles = ("out", "depthwise", "scale") if only is None else ("out", "depthwise")
         for group in self._groups:
@@ -116,9 +116,7 @@ class Gates:
                 last = isinstance(model.get_submodule(name), nn.Linear | nn.LayerNorm)
                 width = tensors[member.tensor].shape[member.dim]
                 self._gates.setdefault(name, Gate(width, -1 if last else 1))
-                places = self._places.setdefault(name, [])
-                if all(placed != group for placed, _ in places):
-                    places.append((group, torch.from_numpy(np.ascontiguousarray(member.index))))
+                self._places.setdefault(name, {}).setdefault(group, member)
 
     @property
     def names(self) -> list[str]:
@@ -129,11 +127,8 @@ class Gates:
         """Give every gated group its values, (units,), in the order of `groups`; zeros may let dust through."""
         of = dict(zip(self._groups, values, strict=True))
         for name, gate in self._gates.items():
-            group, _ = self._places[name][0]
-            flat = torch.ones(gate.width, dtype=of[group].dtype, device=of[group].device)
-            for group, index in self._places[name]:
-                flat = flat.index_put((index.to(flat.device),), of[group][:, None].expand(index.shape))
-            gate.values, gate.dust = flat, dust
+            parts = [member.spread(of[group], gate.width) for group, member in self._places[name].items()]
+            gate.values, gate.dust = math.prod(parts[1:], start=parts[0]), dust
 
     def fold_(self, model: nn.Module, values: Sequence[Tensor]) -> None:
         """Multiply the layers' own weights instead, so that the model computes the same without gates.
@@ -172,15 +167,26 @@ class Gates:
 def last_layers(graph: Graph, groups: Sequence[int]) -> dict[int, set[str]]:
     """Group number -> the layers behind which a factor on its units acts once, and is not normalised away.
 
-    These are the layers that make the units; but where a depthwise convolution follows, the last such one,
+    These are the producers of the units; but where a depthwise convolution follows, the last such one,
     because its batch norm would undo any factor before it.
     """
     order = {product.name: place for place, product in enumerate(graph.macs)}
     found = {}
     for number in groups:
-        members = graph.groups[number].members
-        makers = {m.module for m in members if m.role == "out"}
-        depthwise = [m.module for m in members if m.role == "depthwise"]
-        single = len(makers) == 1 and depthwise
-        found[number] = {max(depthwise, key=lambda name: order.get(name, -1))} if single else makers
+        group = graph.groups[number]
+        depthwise = [m.module for m in group.members if m.role == "depthwise"]
+        single = len(producers(group)) == 1 and depthwise
+        last = {max(depthwise, key=lambda name: order.get(name, -1))} if single else producers(group)
+        found[number] = last
     return found
+
+
+def producers(group: Group) -> set[str]:
+    """The layers whose outputs a group's units are."""
+    return {member.module for member in group.members if member.role == "out"}
+
+
+def own_groups(graph: Graph) -> list[int]:
+    """Groups with one producer, so not part of a residual sum; without the network's first layer."""
+    first = graph.macs[0].name
+    return [n for n, group in enumerate(graph.groups) if len(p := producers(group)) == 1 and p != {first}]

@@ -3,7 +3,7 @@
     @settings
     class Nearest(Method):
         name, summary = "nearest", "remove what is nearest to zero"
-        share: float = option(0.5, "share of the units that are looked at", above=0, most=1)
+        share: float = option("share of the units that are looked at", default=0.5, above=0, most=1)
 
         def prune(self, model, inputs, budget, context): ...
 
@@ -11,7 +11,7 @@ Its fields are its options; see `secateur.settings`. Everything that evolves liv
 while it trains keep it in a `Session`.
 """
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Self, TypeAlias
@@ -22,8 +22,11 @@ from secateur.cost import Budget
 from secateur.engine.pruned import Pruned
 from secateur.errors import ScoreError, SecateurError, unknown
 from secateur.graph import Inputs
+from secateur.plan import WeightPlan
 from secateur.settings import option, options_of, plain, settings
 
+When: TypeAlias = Literal["before", "during", "after"]
+Removes: TypeAlias = Literal["channels", "weights", "filters"]
 Batch: TypeAlias = tuple[Tensor, Tensor]
 Progress: TypeAlias = Callable[[int, int], None]
 """Is told how many passes are done, of how many."""
@@ -34,16 +37,18 @@ class Context:
     """What a method may use besides the model.
 
     Attributes:
-        data: batches of (inputs, targets); None: there are none.
+        data: batches of (inputs, targets), or of inputs where no targets are needed; None: there are none.
         loss: of (outputs, targets), a mean over the batch.
         cache: a folder for measurements that serve several budgets, or the file for them; None: they are not kept.
         progress: is told how far a long measurement has got.
+        previous: masks of an earlier round: what is gone stays gone.
     """
 
-    data: Iterable[Batch] | None = None
+    data: Iterable[Batch | Tensor] | None = None
     loss: Callable[[Tensor, Tensor], Tensor] = nn.functional.cross_entropy
     cache: Path | None = None
     progress: Progress | None = None
+    previous: WeightPlan | None = None
 
 
 @settings
@@ -59,10 +64,12 @@ class Method:
 
     name: ClassVar[str]
     summary: ClassVar[str]
-    when: ClassVar[Literal["before", "during", "after"]] = "after"
-    removes: ClassVar[Literal["channels", "weights", "filters"]] = "channels"
+    when: ClassVar[When] = "after"
+    removes: ClassVar[Removes] = "channels"
 
-    freeze: tuple[str, ...] = option((), "modules, or patterns such as 'layer4.*', that no cut may touch")
+    freeze: tuple[str, ...] = option(
+        "modules, or patterns such as 'layer4.*', that no cut may touch", default=()
+    )
 
     @property
     def needs_data(self) -> bool:
@@ -79,18 +86,6 @@ class Method:
             context: what else there is to use.
         """
         raise NotImplementedError
-
-    def require_data(self, context: Context) -> list[Batch]:
-        """The batches to choose on.
-
-        Raises:
-            ScoreError: there are none.
-        """
-        if context.data is None:
-            raise ScoreError(
-                f"method {self.name!r} needs data with these options: pass data=, an iterable of (inputs, targets)"
-            )
-        return list(context.data)
 
     def record(self) -> dict[str, Any]:
         """The method and its options as plain JSON: what plans, reports and run folders say."""
@@ -117,3 +112,20 @@ class Method:
             else:
                 nested[name] = value
         return cls(**nested)
+
+
+def pairs_of(data: Iterable[Batch | Tensor]) -> Iterator[Batch]:
+    """The batches, one by one.
+
+    Raises:
+        ScoreError: one has no targets.
+    """
+    for batch in data:
+        if isinstance(batch, Tensor) or len(batch) != 2:
+            raise ScoreError("data has batches without targets; pass batches of (inputs, targets)")
+        yield batch
+
+
+def images_of(data: Iterable[Batch | Tensor]) -> list[Tensor]:
+    """The inputs of each batch, whether it has targets or not."""
+    return [batch if isinstance(batch, Tensor) else batch[0] for batch in data]

@@ -5,13 +5,18 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from torch import Tensor, nn
 
+from secateur.allocate.density import costs_of, list_layers
 from secateur.cost import Cost
+from secateur.engine.describe import describe, proof_notes
 from secateur.errors import CutError
 from secateur.graph import Graph
+from secateur.graph.duplicate import duplicate
 from secateur.plan import Plan, WeightPlan
 from secateur.proof import Verification, verify
+from secateur.report.data import Report, current_versions
 from secateur.surgery import save
 from secateur.surgery.cut import cut_copy
 
@@ -42,6 +47,21 @@ class Pruned:
     def save(self, path: str | Path) -> None:
         """Write the model for `secateur.load`."""
         save(self.model, path)
+
+    @property
+    def report(self) -> Report:
+        """What was pruned and how it went, for `secateur.report.write_report` and for printing."""
+        origin = dict(self.plan.origin) if self.plan else {}
+        return Report(
+            model=type(self.model).__name__,
+            method=str(origin.get("method", "your own")),
+            budget=origin.get("budget", {}),
+            seed=int(origin.get("seed", 0)),
+            command="",
+            notes=proof_notes(self.graph, self.proof),
+            versions=current_versions(),
+            **describe(self),
+        )
 
     def __str__(self) -> str:
         zeros = ", as zeros" if isinstance(self.plan, WeightPlan) else ""
@@ -83,6 +103,39 @@ def cut_and_prove(
     return Pruned(
         small, plan, graph, scores, proof, cost.all(), cost.all(plan.kept(graph)), facts=facts or {}
     )
+
+
+def mask_copy(
+    model: nn.Module, graph: Graph, plan: WeightPlan, *, facts: Mapping[str, Any] | None = None
+) -> Pruned:
+    """A copy of a model with the weights that a plan removes at zero; nothing is cut, so there is nothing to prove.
+
+    Args:
+        model: only read.
+        graph: of the model.
+        plan: which weights go.
+        facts: what else the method found out, plain JSON.
+    """
+    before, after = costs_left(graph, plan.masks)
+    small = plan.apply_(duplicate(model))
+    return Pruned(small, plan, graph, (), None, before, after, facts=facts or {})
+
+
+def costs_left(graph: Graph, masks: Mapping[str, Tensor]) -> tuple[dict[str, int], dict[str, int]]:
+    """Cost by measure, dense and if a weight at zero cost nothing; units are the weights that have a mask.
+
+    Args:
+        graph: of the model.
+        masks: weight name -> bool of its shape, True = keep.
+    """
+    cost = Cost(graph)
+    layers = [layer for layer in list_layers(graph, classifier=True) if layer.weight in masks]
+    gone = np.array([1 - float(masks[layer.weight].double().mean()) for layer in layers])
+    before = {"macs": cost.macs(), "params": cost.params()}
+    after = {m: dense - round(float(costs_of(layers, m) @ gone)) for m, dense in before.items()}
+    before["units"] = sum(mask.numel() for mask in masks.values())
+    after["units"] = sum(int(mask.sum()) for mask in masks.values())
+    return before, after
 
 
 def require_equal(model: nn.Module, proof: Verification) -> None:

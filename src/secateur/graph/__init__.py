@@ -1,13 +1,13 @@
 """What may be cut together: capture, labels, rules, groups."""
 
+from secateur.graph.activations import Buffer
+from secateur.graph.axes import Axis, Product
 from secateur.graph.capture import Inputs
 from secateur.graph.groups import (
-    Axis,
     Frozen,
     Graph,
     Group,
     Member,
-    Product,
     analyze,
     fingerprint,
     is_frozen,
@@ -17,6 +17,7 @@ from secateur.graph.modules import mirrored, register_pad
 
 __all__ = [
     "Axis",
+    "Buffer",
     "Frozen",
     "Graph",
     "Group",

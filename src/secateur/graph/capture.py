@@ -1,7 +1,6 @@
 """Read a model's graph once, without touching the model."""
 
 import contextlib
-import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
@@ -11,6 +10,7 @@ from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
 from secateur.errors import CaptureError
+from secateur.graph.duplicate import duplicate
 from secateur.graph.guard import check_deterministic, check_readable, culprit, plain_outputs, quiet, untouched
 
 Inputs: TypeAlias = Tensor | tuple[Any, ...] | list[Any] | Mapping[str, Any]
@@ -76,7 +76,14 @@ def batch_of(inputs: Inputs) -> int:
     return 1
 
 
-def capture(model: nn.Module, inputs: Inputs, *, training: bool = False, exact: bool = False) -> Capture:
+def capture(
+    model: nn.Module,
+    inputs: Inputs,
+    *,
+    training: bool = False,
+    exact: bool = False,
+    any_batch: bool = False,
+) -> Capture:
     """Trace `model` on `inputs`; parameters, buffers, modes and hooks stay as they are.
 
     Args:
@@ -84,25 +91,27 @@ def capture(model: nn.Module, inputs: Inputs, *, training: bool = False, exact: 
         inputs: example inputs; only shapes, dtypes and devices matter.
         training: trace the training-mode forward pass instead of the evaluation-mode one.
         exact: trace the inputs as they are, instead of a batch of two.
+        any_batch: let the first dim of every input be of any size in the graph, as far as `forward` does.
     Raises:
         CaptureError: the inputs do not fit the model, or `forward` depends on the data or on chance.
     """
     check_readable(model)
     with untouched(model):
         model.train(training)
-        captured = _export(model, (inputs,) if exact else (with_batch(inputs, BATCH), inputs))
+        captured = _export(model, (inputs,) if exact else (with_batch(inputs, BATCH), inputs), any_batch)
     if not training:
         check_deterministic(captured.module)
     return captured
 
 
-def _export(model: nn.Module, candidates: Sequence[Inputs]) -> Capture:
+def _export(model: nn.Module, candidates: Sequence[Inputs], any_batch: bool) -> Capture:
     failure: Exception | None = None
     for candidate in candidates:  # some models accept only the batch they were given
         args, kwargs = as_call(candidate)
+        free = pytree.tree_map(_free_batch, kwargs or args) if any_batch else None
         try:
             with quiet(), plain_outputs(model):
-                program = torch.export.export(model, args, kwargs, strict=False)
+                program = torch.export.export(model, args, kwargs, dynamic_shapes=free, strict=False)
         except CaptureError:
             raise
         except Exception as error:
@@ -122,10 +131,14 @@ def _export(model: nn.Module, candidates: Sequence[Inputs]) -> Capture:
     ) from failure
 
 
+def _free_batch(x: Any) -> Any:
+    return {0: torch.export.Dim.AUTO} if isinstance(x, Tensor) and x.ndim else None
+
+
 def _check_runs(model: nn.Module, inputs: Inputs) -> None:
     args, kwargs = as_call(inputs)
     with contextlib.suppress(Exception):  # a forward may count its calls in a buffer
-        model = copy.deepcopy(model)
+        model = duplicate(model)
     try:
         with torch.no_grad():
             model.eval()(*args, **kwargs)

@@ -11,6 +11,8 @@ import torch
 from torch import Tensor, fx, nn
 
 from secateur.errors import CaptureError
+from secateur.graph.activations import Buffer, find_buffers
+from secateur.graph.axes import Axis, Product
 from secateur.graph.capture import Capture, Inputs, capture
 from secateur.graph.labels import Atoms, Labels, first
 from secateur.graph.modules import pad_attributes
@@ -81,27 +83,6 @@ class Frozen:
 
 
 @dataclass(frozen=True)
-class Axis:
-    """Width of a dim: `base` positions that stay, plus some per kept unit of each group.
-
-    Attributes:
-        parts: (group number, positions per unit).
-    """
-
-    base: int
-    parts: tuple[tuple[int, int], ...] = ()
-
-
-@dataclass(frozen=True)
-class Product:
-    """A count that is a constant times the widths of some axes: the MACs of a layer, the size of a tensor."""
-
-    name: str
-    factor: float
-    axes: tuple[Axis, ...]
-
-
-@dataclass(frozen=True)
 class PadSite:
     """Zeros that a module pads on one side of the channels, as many as one of its attributes says.
 
@@ -125,6 +106,7 @@ class Graph:
         frozen: layers with outputs that stay, and why.
         params: one product per parameter: its number of elements.
         macs: one product per contraction: its multiply-adds on one image.
+        activations: the memory of every tensor that the forward pass makes, and when it is needed.
         pads: modules that pad channels with zeros.
         statistics: "module (operator)" wherever something is computed over channels that may be removed (the
             mean of a layer norm, the sum of a softmax): without them it is computed over the others.
@@ -138,6 +120,7 @@ class Graph:
     frozen: tuple[Frozen, ...]
     params: tuple[Product, ...]
     macs: tuple[Product, ...]
+    activations: tuple[Buffer, ...]
     pads: tuple[PadSite, ...]
     statistics: tuple[str, ...]
     unused: tuple[str, ...]
@@ -289,17 +272,19 @@ def build(
     for item, indices in zip(labels.contractions, mac_axes, strict=True):
         full = int(np.prod([len(arrays[i]) for i in indices])) * (captured.batch if item.batched else 1)
         macs.append(Product(item.module, item.macs / full, tuple(axes[i] for i in indices)))
+    trace = Trace(captured, values, labels.tensors, unit_numbers(solution, unit_sets, arrays))
     return Graph(
         groups=tuple(groups),
         frozen=frozen_layers(labels, solution, unit_sets, arrays),
         params=tuple(params),
         macs=tuple(macs),
+        activations=find_buffers(trace, [group.units for group in groups]),
         pads=pad_sites(model, labels, solution, unit_sets, arrays),
         statistics=statistic_sites(labels, solution),
         unused=unused,
         fingerprint=fingerprint(model),
         inputs=inputs,
-        trace=Trace(captured, values, labels.tensors, unit_numbers(solution, unit_sets, arrays)),
+        trace=trace,
     )
 
 

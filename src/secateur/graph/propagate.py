@@ -4,13 +4,14 @@ import operator
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from torch import Tensor, fx, nn
+from torch import fx, nn
 
 from secateur.errors import CaptureError
 from secateur.graph.capture import Capture
 from secateur.graph.labels import Labels, Value
 from secateur.graph.modules import pad_attributes
-from secateur.graph.rules import Site, apply, flatten
+from secateur.graph.operators import Site, label, module_of, shapes_of
+from secateur.graph.operators.site import flatten
 
 BODIES = ("wrap_with_autocast", "wrap_with_set_grad_enabled")
 """Higher-order operators that run a body once on their operands, whatever else they set."""
@@ -75,7 +76,7 @@ def call(model: nn.Module, node: fx.Node, values: dict[fx.Node, Any], labels: La
     bound |= dict(zip(bound, args, strict=False)) | kwargs
     op = str(node.target).rpartition(".")[0]
     site = Site(op, bound, shapes_of(node), labels, pad_attributes(model, labels.module))
-    result = apply(site)
+    result = label(site)
     if isinstance(node.meta.get("val"), list | tuple) or not isinstance(result, tuple):
         return result
     return result[0] if result else Value(())
@@ -95,20 +96,8 @@ def call_higher_order(
             f"Replace it by ordinary operators."
         )
     operands = {str(index): value for index, value in enumerate(flatten(list(args)))}
-    return apply(Site(name, operands, shapes_of(node), labels))
+    return label(Site(name, operands, shapes_of(node), labels))
 
 
 def resolve(args: Any, values: dict[fx.Node, Any]) -> Any:
     return fx.node.map_arg(args, values.__getitem__)
-
-
-def shapes_of(node: fx.Node) -> tuple[tuple[int, ...], ...]:
-    value = node.meta.get("val")
-    parts = value if isinstance(value, list | tuple) else [value]
-    return tuple(tuple(part.shape) for part in parts if isinstance(part, Tensor))
-
-
-def module_of(node: fx.Node) -> str:
-    """Name of the innermost module in whose forward the operator ran."""
-    stack = node.meta.get("nn_module_stack")
-    return str(list(stack.values())[-1][0]) if stack else ""

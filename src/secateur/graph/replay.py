@@ -1,10 +1,9 @@
-"""A model's forward pass as a list of steps, run with some tensors replaced, or from the middle.
+"""A model's forward pass as a list of operator calls, run with some tensors replaced, or from the middle.
 
-What happens before the first step that reads a replaced tensor is the same for every replacement, so it is
+What happens before the first call that reads a replaced tensor is the same for every replacement, so it is
 run once; only the rest is run again, for several replacements in one batch if the graph allows it.
 """
 
-import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -13,23 +12,24 @@ import torch
 from torch import Tensor, fx, nn
 
 from secateur.errors import CaptureError
+from secateur.graph.capture import Capture, capture
 from secateur.graph.modes import evaluating
 
 Tensors = Mapping[str, Tensor]
 """Parameter or buffer name -> the tensor that takes its place."""
 
 Values = dict[fx.Node, Any]
-"""What the steps so far have computed, as far as later steps read it."""
+"""What the calls so far have computed, as far as later ones read it."""
 
 
 @dataclass(frozen=True)
-class Step:
+class Call:
     """One operator of the forward pass.
 
     Attributes:
         node: of the captured graph.
         tensors: names of the parameters and buffers it reads.
-        done: values that no later step reads.
+        done: values that no later call reads.
     """
 
     node: fx.Node
@@ -37,43 +37,52 @@ class Step:
     done: tuple[fx.Node, ...]
 
 
-class Program:
+class Replay:
     """The evaluation-mode forward pass of a model with one input and one output.
 
     Args:
-        model: its parameters and buffers are read when a step runs, not copied.
+        model: its parameters and buffers are read when a call runs, not copied.
         x: an example batch, (n, …); n is the only batch size if the graph cannot be captured for all.
     Raises:
         CaptureError: the graph cannot be captured, or computes something else than the model.
 
     Attributes:
-        steps: in the order in which they run.
+        calls: in the order in which they run.
         batch: the only number of images the graph takes; None: any.
     """
 
     def __init__(self, model: nn.Module, x: Tensor) -> None:
         self.model = model
-        self.batch: int | None = None
-        program = self._captured(x)
-        signature = program.graph_signature
-        self._owned = {**signature.inputs_to_parameters, **signature.inputs_to_buffers}
-        constants = {**program.constants}
-        self._constants = {
-            node: constants[name] for node, name in signature.inputs_to_lifted_tensor_constants.items()
-        }
-        self._module = program.graph_module
-        self._inputs = [
-            node
-            for node in self._module.graph.nodes
-            if node.op == "placeholder" and node.name in signature.user_inputs
-        ]
-        self._output = next(node for node in self._module.graph.nodes if node.op == "output")
-        self.steps = self._listed()
-        self._layout = torch.contiguous_format
+        failure: Exception | None = None
+        for any_batch in (True, False):
+            try:
+                with evaluating(model), torch.no_grad():
+                    self._read(capture(model, x, exact=True, any_batch=any_batch))
+                    some = x[: len(x) // 2] if any_batch else x
+                    if not torch.allclose(self(some), model(some), rtol=1e-3, atol=1e-4, equal_nan=True):
+                        raise CaptureError("the captured graph computes something else")
+            except Exception as error:
+                failure = failure or error
+            else:
+                self.batch = None if any_batch else len(x)
+                break
+        else:
+            assert failure is not None
+            raise CaptureError(
+                f"{type(model).__name__}: its forward pass cannot be captured as one tensor in, one tensor out "
+                f"({str(failure).strip().splitlines()[0] if str(failure).strip() else failure!r})."
+            ) from failure
         self._prefer_channels_last(x)
 
+    def _read(self, captured: Capture) -> None:
+        self._owned, self._constants = captured.tensors, captured.constants
+        self._module, self._inputs = captured.module, captured.inputs
+        self._output = next(node for node in self._module.graph.nodes if node.op == "output")
+        self.calls = self._listed()
+        self._layout = torch.contiguous_format
+
     def _prefer_channels_last(self, x: Tensor) -> None:
-        """Lay images out n h w c, which convolutions run faster on, unless the captured steps do not take that."""
+        """Lay images out n h w c, which convolutions run faster on, unless the captured calls do not take that."""
         if x.ndim != 4:
             return
         with torch.no_grad():
@@ -86,32 +95,7 @@ class Program:
         if not same:
             self._layout = torch.contiguous_format
 
-    def _captured(self, x: Tensor) -> torch.export.ExportedProgram:
-        failure: Exception | None = None
-        with evaluating(self.model):
-            for dynamic in ({0: torch.export.Dim.AUTO}, None):
-                try:
-                    with warnings.catch_warnings(), torch.no_grad():
-                        warnings.simplefilter("ignore")  # the exporter warns about its own internals
-                        program = torch.export.export(
-                            self.model, (x,), dynamic_shapes=(dynamic,) if dynamic else None, strict=False
-                        )
-                        half = x[: len(x) // 2] if dynamic else x
-                        same = torch.allclose(
-                            program.module()(half), self.model(half), rtol=1e-3, atol=1e-4, equal_nan=True
-                        )
-                    if same:
-                        self.batch = None if dynamic else len(x)
-                        return program
-                    failure = CaptureError("the captured graph computes something else")
-                except Exception as error:
-                    failure = failure or error
-        raise CaptureError(
-            f"{type(self.model).__name__}: its forward pass cannot be captured as one tensor in, one tensor out "
-            f"({str(failure).strip().splitlines()[0] if str(failure).strip() else failure!r})."
-        ) from failure
-
-    def _listed(self) -> list[Step]:
+    def _listed(self) -> list[Call]:
         nodes = [n for n in self._module.graph.nodes if n.op not in ("placeholder", "output", "get_attr")]
         kept = set(self._output.all_input_nodes)
         last: dict[fx.Node, int] = {}
@@ -123,7 +107,7 @@ class Program:
             if node not in kept and node.name not in self._owned and node.op != "get_attr":
                 ends.setdefault(number, []).append(node)
         return [
-            Step(
+            Call(
                 node,
                 frozenset(self._owned[r.name] for r in node.all_input_nodes if r.name in self._owned),
                 tuple(ends.get(number, ())),
@@ -132,25 +116,25 @@ class Program:
         ]
 
     def begin(self, x: Tensor) -> Values:
-        """The values before the first step."""
+        """The values before the first call."""
         return {self._inputs[0]: x.contiguous(memory_format=self._layout)}
 
-    def run(self, step: Step, values: Values, tensors: Tensors | None = None) -> Any:
-        """Run one step, with some tensors replaced; `values` gets its result."""
-        values[step.node] = self.compute(step, values, tensors)
-        for node in step.done:
+    def run(self, call: Call, values: Values, tensors: Tensors | None = None) -> Any:
+        """Run one call, with some tensors replaced; `values` gets its result."""
+        values[call.node] = self.compute(call, values, tensors)
+        for node in call.done:
             values.pop(node, None)
-        return values.get(step.node)
+        return values.get(call.node)
 
-    def compute(self, step: Step, values: Values, tensors: Tensors | None = None) -> Any:
-        """The result of one step."""
+    def compute(self, call: Call, values: Values, tensors: Tensors | None = None) -> Any:
+        """The result of one call."""
         look = self.reader(values, tensors or {})
-        args = fx.map_arg(step.node.args, look)
-        kwargs = fx.map_arg(step.node.kwargs, look)
-        return step.node.target(*args, **kwargs)  # type: ignore[operator]
+        args = fx.map_arg(call.node.args, look)
+        kwargs = fx.map_arg(call.node.kwargs, look)
+        return call.node.target(*args, **kwargs)  # type: ignore[operator]
 
     def reader(self, values: Values, tensors: Tensors) -> Callable[[fx.Node], Any]:
-        """How a step finds what it reads."""
+        """How a call finds what it reads."""
 
         def look(node: fx.Node) -> Any:
             if node in values:
@@ -174,15 +158,15 @@ class Program:
         return getattr(self.model.get_submodule(owner), own)  # type: ignore[no-any-return]
 
     def result(self, values: Values) -> Tensor:
-        """The output, after the last step."""
+        """The output, after the last call."""
         found = [values[node] for node in self._output.all_input_nodes]
         return found[0]  # type: ignore[no-any-return]
 
     def __call__(self, x: Tensor, tensors: Tensors | None = None) -> Tensor:
         """The model's output with some tensors replaced: (n, …) -> (n, …)."""
         values = self.begin(x)
-        for step in self.steps:
-            self.run(step, values, tensors)
+        for call in self.calls:
+            self.run(call, values, tensors)
         return self.result(values)
 
     def variants(
@@ -207,12 +191,12 @@ class Program:
         entering: dict[int, list[int]] = {}
         for number, candidate in enumerate(candidates):
             names = set(candidate[0]) if len(candidate) else set()
-            first = next((i for i, step in enumerate(self.steps) if step.tensors & names), None)
+            first = next((i for i, call in enumerate(self.calls) if call.tensors & names), None)
             if first is not None:
                 entering.setdefault(first, []).append(number)
         batched = batched if self.batch is None else 1
         values = self.begin(x)
-        for position, step in enumerate(self.steps):
+        for position, call in enumerate(self.calls):
             for number in entering.get(position, ()):
                 some = candidates[number]
                 for start in range(0, len(some), batched):
@@ -220,23 +204,23 @@ class Program:
                     outputs = self._suffix(position, values, chunk, len(x))
                     for offset, output in enumerate(outputs):
                         yield number, start + offset, output
-            self.run(step, values, base)
+            self.run(call, values, base)
 
     def _suffix(
         self, position: int, values: Values, variants: Sequence[Tensors], images: int
     ) -> Sequence[Tensor]:
-        """The outputs of several variants from one step to the end, all in one batch."""
+        """The outputs of several variants from one call to the end, all in one batch."""
         count, changed = len(variants), {name for variant in variants for name in variant}
         if count == 1:
             own = dict(values)
-            for step in self.steps[position:]:
-                self.run(step, own, variants[0])
+            for call in self.calls[position:]:
+                self.run(call, own, variants[0])
             return [self.result(own)]
         shared = dict(values)  # values of the prefix, one for all variants
         stacked: Values = {}  # values of the suffix, variant by variant along the batch
-        for step in self.steps[position:]:
-            reads = [node for node in step.node.all_input_nodes if node in shared or node in stacked]
-            if step.tensors & changed:
+        for call in self.calls[position:]:
+            reads = [node for node in call.node.all_input_nodes if node in shared or node in stacked]
+            if call.tensors & changed:
                 parts = []
                 for number, variant in enumerate(variants):
                     rows = slice(number * images, (number + 1) * images)
@@ -244,16 +228,16 @@ class Program:
                         node: shared[node] if node in shared else _rows(stacked[node], rows, count * images)
                         for node in reads
                     }
-                    parts.append(self.compute(step, seen, variant))
-                stacked[step.node] = torch.cat(parts)
+                    parts.append(self.compute(call, seen, variant))
+                stacked[call.node] = torch.cat(parts)
             elif any(node in stacked for node in reads):
                 for node in reads:
                     if node in shared:
                         stacked[node] = _repeated(shared.pop(node), count, images)
-                stacked[step.node] = self.compute(step, stacked, variants[0])
+                stacked[call.node] = self.compute(call, stacked, variants[0])
             else:
-                shared[step.node] = self.compute(step, shared, variants[0])
-            for node in step.done:
+                shared[call.node] = self.compute(call, shared, variants[0])
+            for node in call.done:
                 shared.pop(node, None)
                 stacked.pop(node, None)
         return list(torch.split(self.result(stacked), images))

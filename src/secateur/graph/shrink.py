@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from secateur.graph.groups import Graph, Group, Member, PadSite, fingerprint
+from secateur.graph.positions import removed_positions
 
 
 def shrink(graph: Graph, model: nn.Module, masks: Sequence[Tensor]) -> Graph:
@@ -21,15 +22,12 @@ def shrink(graph: Graph, model: nn.Module, masks: Sequence[Tensor]) -> Graph:
         model: after the cut.
         masks: (units,) bool per group of `graph`: what was kept.
     """
-    lost: dict[tuple[str, int], list[np.ndarray]] = {}
-    for group, mask in zip(graph.groups, masks, strict=True):
-        for member in group.members:
-            lost.setdefault((member.tensor, member.dim), []).append(member.index[~mask.numpy()].ravel())
-    gone = {key: np.sort(np.concatenate(parts)) for key, parts in lost.items()}
+    gone = removed_positions(graph, masks)
 
     def follow(member: Member, mask: Tensor) -> Member:
         index = member.index[mask.numpy()]
-        return replace(member, index=index - np.searchsorted(gone[member.tensor, member.dim], index))
+        before = np.searchsorted(gone.get((member.tensor, member.dim), ()), index)
+        return replace(member, index=index - before)
 
     groups = tuple(
         Group(group.name, int(mask.sum()), tuple(follow(member, mask) for member in group.members))

@@ -1,4 +1,4 @@
-"""What the analysis knows about every tensor of the captured graph, kept for those who carry out a plan."""
+"""What the analysis knows about every tensor of the captured graph, for those who apply a plan."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace

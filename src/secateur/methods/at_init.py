@@ -1,34 +1,25 @@
-"""Pruning single weights of a network before it is trained, and what papers compare it with.
+"""Masks of single weights of a network before it is trained: by a score, or at random at given densities.
 
-`prune_initial` keeps the best weights by a score. At given densities, `random_weights` keeps as many at random and
-`random_filters` whole filters at random; `precrop` with the same densities makes the layers narrower instead. All
-masks are `WeightPlan`s, which hold through training with `with plan.holding(model):`.
+All masks are `WeightPlan`s, which hold through training with `with plan.holding(model):`.
 """
 
-import copy
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from secateur.allocate.density import Densities, Layer, Vector, costs_of, layer_table, ranked
+from secateur.allocate.density import Densities, Layer, Vector, costs_of, list_layers, rank_weights
 from secateur.cost import Budget, Cost
-from secateur.errors import BudgetError, ScoreError, unknown
+from secateur.engine.method import Context, Method, Removes, When, pairs_of
+from secateur.engine.pruned import Pruned, mask_copy
+from secateur.errors import BudgetError, ScoreError
 from secateur.graph import Graph, Inputs, analyze, is_frozen
-from secateur.plan.weight_plan import WeightPlan, top
-from secateur.scores.at_init import Loss, Synflow, grasp, snip
-
-INITIAL_SCORES = {
-    "synflow": "paths through the weight, signs dropped; iterated, needs no data",
-    "snip": "first-order reaction of the loss to the weight's removal; needs data",
-    "grasp": "what the removal does to the norm of the gradient; needs data",
-    "magnitude": "absolute value",
-    "random": "random numbers: the control",
-}
-"""Scores of weights before training -> one line for lists of choices."""
+from secateur.plan import WeightPlan
+from secateur.plan.weight_plan import top
+from secateur.scores.at_init import WEIGHT_SCORES, Weights, weight_score_named
+from secateur.settings import option, settings
 
 SHUFFLES = {
     "none": "the weights that the score chose",
@@ -38,110 +29,80 @@ SHUFFLES = {
 """What stays of a layer, once a score has said how much -> one line for lists of choices."""
 
 
-@dataclass(frozen=True)
-class Sparse:
-    """A network with single weights at zero before its training.
+@settings
+class AtInit(Method):
+    """Set single weights of convolutions and linear layers of a fresh network to zero, by a score of weights.
 
-    Attributes:
-        model: a copy of the user's, masked.
-        plan: which weights stay; train within `plan.holding(model)`.
-        densities: share of weights that each layer keeps.
-        macs: before, after; zeros count as saved, although dense kernels do multiply by them.
-        params: before, after.
-    """
+    A weight at zero costs nothing in budgets, which bound parameters, MACs or both. Train within
+    `plan.holding(model)`.
 
-    model: nn.Module
-    plan: WeightPlan
-    densities: Densities
-    macs: tuple[int, int]
-    params: tuple[int, int]
-
-    def __str__(self) -> str:
-        counts = [("MACs", *self.macs), ("parameters", *self.params)]
-        return "\n".join(f"{n}: {a:,} -> {b:,} ({b / a:.1%} kept, as zeros)" for n, a, b in counts)
-
-
-def prune_initial(
-    model: nn.Module,
-    inputs: Inputs,
-    budget: Budget,
-    *,
-    score: str = "synflow",
-    data: Iterable[tuple[Tensor, Tensor]] | None = None,
-    loss: Loss = nn.functional.cross_entropy,
-    freeze: Sequence[str] = (),
-    rounds: int = 100,
-    shuffle: str = "none",
-    seed: int = 0,
-) -> Sparse:
-    """Set single weights of convolutions and linear layers of a fresh network to zero.
-
-    Args:
-        model: untrained; it is only read.
-        inputs: example inputs.
-        budget: of parameters, MACs or both; a weight at zero costs nothing.
-        score: a name in `INITIAL_SCORES`.
-        data: (inputs, targets) batches for "snip" and "grasp"; ten images per class are usual.
-        loss: of (outputs, targets), a mean over the batch.
-        freeze: module names or shell patterns; their weights stay.
-        rounds: of scoring and removing for "synflow"; the others score once.
-        shuffle: a name in `SHUFFLES`: whether the chosen weights stay, or others at the same densities.
-        seed: of what is drawn at random.
     Raises:
         BudgetError: out of reach, or not of parameters and MACs.
-        ScoreError: unknown score or shuffle, or a score that needs data and got none.
+        ScoreError: a score that needs data and got none.
     Source: of the shuffles, Frankle et al. 2020, arXiv:2009.08576, sec. 5, for single weights.
     """
-    if shuffle not in SHUFFLES:
-        raise ScoreError(unknown("shuffle", shuffle, SHUFFLES))
-    graph = analyze(model, inputs, freeze=freeze)
-    layers = tuple(
-        layer for layer in layer_table(graph, classifier=True) if not is_frozen(layer.name, freeze)
+
+    name: ClassVar[str] = "at-init"
+    summary: ClassVar[str] = "mask weights before training, by a score of weights"
+    when: ClassVar[When] = "before"
+    removes: ClassVar[Removes] = "weights"
+
+    score: str | Callable[..., Any] = option(
+        "which weights matter", default="synflow", choices=WEIGHT_SCORES, custom=True
     )
-    cost = Cost(graph)
-    dense = {name: cost.of(name) for name in budget.bounds}
-    bounds = layer_bounds(layers, budget.limits(dense), dense)
-    masks = initial_masks(
-        model, inputs, layers, bounds, score, data=data, loss=loss, rounds=rounds, seed=seed
+    rounds: int = option("of scoring and removing, for scores that are asked again", default=100, least=1)
+    shuffle: str = option(
+        "whether the chosen weights stay, or others as many", default="none", choices=SHUFFLES
     )
-    if shuffle != "none":
-        found = densities_of(layers, masks)
-        masks = random_masks(model, graph, layers, found, bounds, shuffle, seed=seed)
-    origin = {
-        "method": score,
-        "budget": budget.bounds,
-        "freeze": list(freeze),
-        "rounds": rounds,
-        "shuffle": shuffle,
-        "seed": seed,
-    }
-    return masked(model, graph, layers, masks, origin)
+    seed: int = option("of what is drawn at random", default=0, least=0)
+
+    @property
+    def needs_data(self) -> bool:
+        return weight_score_named(self.score).needs_data
+
+    def prune(self, model: nn.Module, inputs: Inputs, budget: Budget, context: Context) -> Pruned:
+        graph = analyze(model, inputs, freeze=self.freeze)
+        layers = tuple(
+            layer for layer in list_layers(graph, classifier=True) if not is_frozen(layer.name, self.freeze)
+        )
+        cost = Cost(graph)
+        dense = {name: cost.of(name) for name in budget.bounds}
+        bounds = layer_bounds(layers, budget.limits(dense), dense)
+        masks = choose_weights(
+            model, inputs, layers, bounds, self.score, context, rounds=self.rounds, seed=self.seed
+        )
+        if self.shuffle != "none":
+            found = densities_of(layers, masks)
+            masks = draw_masks(model, graph, layers, found, bounds, self.shuffle, seed=self.seed)
+        plan = WeightPlan.of(model, masks, self.record() | {"budget": budget.given})
+        return mask_copy(model, graph, plan, facts={"densities": densities_of(layers, masks)})
 
 
-def masked(
-    model: nn.Module,
-    graph: Graph,
-    layers: Sequence[Layer],
-    masks: Mapping[str, Tensor],
-    origin: Mapping[str, Any],
-) -> Sparse:
-    """A copy of a model under masks of its layers' weights."""
-    plan = WeightPlan.of(model, masks, origin)
-    left = costs_left(graph, masks)
-    return Sparse(
-        plan.apply_(copy.deepcopy(model)), plan, densities_of(layers, masks), left["macs"], left["params"]
-    )
+@settings
+class SynFlow(AtInit):
+    """Masks by SynFlow, which needs no data; see `secateur.scores.at_init.Synflow`."""
+
+    name: ClassVar[str] = "synflow"
+    summary: ClassVar[str] = f"mask weights before training: {WEIGHT_SCORES['synflow'].summary}"
+    score: str = option("which weights matter", default="synflow", choices=("synflow",))
 
 
-def costs_left(graph: Graph, masks: Mapping[str, Tensor]) -> dict[str, tuple[int, int]]:
-    """MACs and parameters, before and after, if a weight at zero cost nothing."""
-    layers = [layer for layer in layer_table(graph, classifier=True) if layer.weight in masks]
-    gone = np.array([1 - float(masks[layer.weight].double().mean()) for layer in layers])
-    cost, left = Cost(graph), {}
-    for measure in ("macs", "params"):
-        dense = cost.of(measure)
-        left[measure] = dense, dense - round(float(costs_of(layers, measure) @ gone))
-    return left
+@settings
+class SNIP(AtInit):
+    """Masks by SNIP; see `secateur.scores.at_init.snip`."""
+
+    name: ClassVar[str] = "snip"
+    summary: ClassVar[str] = f"mask weights before training: {WEIGHT_SCORES['snip'].summary}"
+    score: str = option("which weights matter", default="snip", choices=("snip",))
+
+
+@settings
+class GraSP(AtInit):
+    """Masks by GraSP; see `secateur.scores.at_init.grasp`."""
+
+    name: ClassVar[str] = "grasp"
+    summary: ClassVar[str] = f"mask weights before training: {WEIGHT_SCORES['grasp'].summary}"
+    score: str = option("which weights matter", default="grasp", choices=("grasp",))
 
 
 def layer_bounds(
@@ -167,61 +128,53 @@ def layer_bounds(
     return bounds
 
 
-def initial_masks(
+def choose_weights(
     model: nn.Module,
     inputs: Inputs,
     layers: Sequence[Layer],
     bounds: Mapping[str, float],
-    score: str,
+    score: str | Callable[..., Any],
+    context: Context,
     *,
-    data: Iterable[tuple[Tensor, Tensor]] | None = None,
-    loss: Loss = nn.functional.cross_entropy,
     rounds: int = 100,
     seed: int = 0,
 ) -> dict[str, Tensor]:
     """The best weights of all layers within the budget, by weight name; bool, True = keep.
 
-    With "synflow" what is left shrinks by the same factor in each of the rounds, and scores are taken again.
+    Where a score is asked again, what is left shrinks by the same factor in each of the rounds.
 
     Args:
-        layers: from `layer_table`.
+        model: untrained; only read.
+        inputs: example inputs.
+        layers: from `list_layers`.
         bounds: what these layers may cost together, in "params" and "macs".
-        model, inputs, score, data, loss, rounds, seed: as for `prune_initial`.
+        score: as for `weight_score_named`.
+        context: data and loss, for scores that need them.
+        rounds: for scores that are asked again.
+        seed: of random scores.
+    Raises:
+        ScoreError: unknown score, or data that it needs is missing.
     """
-    if score not in INITIAL_SCORES:
-        raise ScoreError(unknown("score", score, INITIAL_SCORES))
-    if rounds < 1:
-        raise ScoreError(f"score {score!r}: rounds is {rounds}; expected at least 1")
+    entry = weight_score_named(score)
+    if entry.needs_data and context.data is None:
+        raise ScoreError(f"score {score!r} needs data: pass data=, an iterable of (inputs, targets)")
     names = [layer.weight for layer in layers]
     each = {
         "params": dict.fromkeys(names, 1.0),
-        "macs": {layer.weight: layer.macs / layer.weights for layer in layers},
+        "macs": {layer.weight: layer.costs["macs"] / layer.weights for layer in layers},
     }
-    if score == "synflow":
-        flow = Synflow(model, inputs, names)
-        total = {m: float(costs_of(layers, m).sum()) for m in bounds}
-        masks = {name: torch.ones_like(w, dtype=torch.bool, device="cpu") for name, w in flow.whole.items()}
-        for number in range(1, rounds + 1):
-            now = {
-                m: total[m] * min(1.0, bound / total[m]) ** (number / rounds) for m, bound in bounds.items()
-            }
-            scores = {n: s.cpu().masked_fill(~masks[n], -1.0) for n, s in flow(masks).items()}
-            masks = ranked(scores, each, now)
-        return masks
-    if score in ("snip", "grasp"):
-        if data is None:
-            raise ScoreError(f"score {score!r} needs data: pass data=, an iterable of (inputs, targets)")
-        scores = (snip if score == "snip" else grasp)(model, names, list(data), loss)
-    else:
-        parameters = dict(model.named_parameters())
-        generator = torch.Generator().manual_seed(seed)
-        scores = {
-            n: parameters[n].detach().abs()
-            if score == "magnitude"
-            else torch.rand(parameters[n].shape, generator=generator)
-            for n in names
-        }
-    return ranked(scores, each, bounds)
+    data = [] if context.data is None else list(pairs_of(context.data))
+    scores = entry.function(Weights(model, inputs, names, data, context.loss, seed))
+    if not callable(scores):
+        return rank_weights(scores, each, bounds)
+    total = {m: float(costs_of(layers, m).sum()) for m in bounds}
+    parameters = dict(model.named_parameters())
+    masks = {name: torch.ones(parameters[name].shape, dtype=torch.bool) for name in names}
+    for number in range(1, rounds + 1):
+        now = {m: total[m] * min(1.0, bound / total[m]) ** (number / rounds) for m, bound in bounds.items()}
+        found = {n: s.cpu().masked_fill(~masks[n], -1.0) for n, s in scores(masks).items()}
+        masks = rank_weights(found, each, now)
+    return masks
 
 
 def densities_of(layers: Sequence[Layer], masks: Mapping[str, Tensor]) -> Densities:
@@ -229,7 +182,7 @@ def densities_of(layers: Sequence[Layer], masks: Mapping[str, Tensor]) -> Densit
     return {layer.name: int(masks[layer.weight].sum()) / layer.weights for layer in layers}
 
 
-def random_masks(
+def draw_masks(
     model: nn.Module,
     graph: Graph,
     layers: Sequence[Layer],
@@ -246,7 +199,7 @@ def random_masks(
 
     Args:
         graph: of the model.
-        layers: from `layer_table`; others stay whole.
+        layers: from `list_layers`; others stay whole.
         densities: per layer, by name.
         bounds: what these layers may cost together, in "params" and "macs".
         granularity: "weights" or "filters".
@@ -263,35 +216,35 @@ def random_masks(
     counts = counts_within(layers, densities, places, bounds)
     exact = {name: counts[name] / places[name] for name in places}
     if granularity == "weights":
-        return dict(random_weights(model, exact, seed=seed).masks)
-    masks = dict(random_filters(model, {n: p for n, p in exact.items() if n not in outputs}, seed=seed).masks)
+        return dict(draw_weights(model, exact, seed=seed).masks)
+    masks = dict(draw_filters(model, {n: p for n, p in exact.items() if n not in outputs}, seed=seed).masks)
     made = {weight: mask.flatten(1).any(1) for weight, mask in masks.items()}
     generator = torch.Generator().manual_seed(seed)
     for name in outputs:
         weight = f"{name}.weight"
-        first = _share_made(graph, weight, made, shapes[name][1])
+        first = _share_produced(graph, weight, made, shapes[name][1])
         first += 1e-4 * torch.rand(len(first), generator=generator)  # among equals, at random
         masks[weight] = _spread(top(first, counts[name]), 1, shapes[name])
     return masks
 
 
-def _share_made(graph: Graph, weight: str, made: Mapping[str, Tensor], size: int) -> Tensor:
-    """Of the layers that make each input of a layer, the share whose filters for it stay; (size,).
+def _share_produced(graph: Graph, weight: str, made: Mapping[str, Tensor], size: int) -> Tensor:
+    """Of the producers of each input of a layer, the share whose filters for it stay; (size,).
 
     Args:
-        weight: of the layer that reads.
+        weight: of the consumer.
         made: filters that stay, (filters,) bool, by weight.
         size: how many inputs there are.
     """
     found = torch.ones(size)
     for group in graph.groups:
-        makers = [
+        producers = [
             m for m in group.members if m.dim == 0 and m.role in ("out", "depthwise") and m.tensor in made
         ]
-        for reader in group.members:
-            if makers and (reader.tensor, reader.dim) == (weight, 1):
-                share = torch.stack([m.take(made[m.tensor].float()).mean(1) for m in makers]).mean(0)
-                index = torch.as_tensor(reader.index)
+        for consumer in group.members:
+            if producers and (consumer.tensor, consumer.dim) == (weight, 1):
+                share = torch.stack([m.take(made[m.tensor].float()).mean(1) for m in producers]).mean(0)
+                index = torch.as_tensor(consumer.index)
                 found[index] = share[:, None].expand(index.shape)
     return found
 
@@ -309,9 +262,9 @@ def counts_within(
 
     Args:
         places: per layer: its weights, or its filters; all of a layer's cost alike.
-        layers, densities, bounds: as for `random_masks`.
+        layers, densities, bounds: as for `draw_masks`.
 
-    >>> counts_within([Layer("a", "a.weight", 40, 40)], {"a": 0.33}, {"a": 10}, {"params": 13.5})
+    >>> counts_within([Layer("a", "a.weight", 40, {"params": 40})], {"a": 0.33}, {"a": 10}, {"params": 13.5})
     {'a': 3}
     """
     full = np.array([places[layer.name] for layer in layers], dtype=float)
@@ -341,7 +294,7 @@ def counts_within(
     return {layer.name: int(count) for layer, count in zip(layers, counts, strict=True)}
 
 
-def random_weights(model: nn.Module, densities: Mapping[str, float], *, seed: int = 0) -> WeightPlan:
+def draw_weights(model: nn.Module, densities: Mapping[str, float], *, seed: int = 0) -> WeightPlan:
     """Keep a share of each layer's weights at random.
 
     Args:
@@ -357,7 +310,7 @@ def random_weights(model: nn.Module, densities: Mapping[str, float], *, seed: in
     return WeightPlan.of(model, masks, {"method": "random-weights", "seed": seed})
 
 
-def random_filters(
+def draw_filters(
     model: nn.Module,
     densities: Mapping[str, float],
     *,
@@ -366,7 +319,7 @@ def random_filters(
     """Keep a share of each layer's filters at random, whole; the others are zero.
 
     Args:
-        model, densities, seed: as for `random_weights`.
+        model, densities, seed: as for `draw_weights`.
     """
     generator = torch.Generator().manual_seed(seed)
     masks = {}

@@ -1,18 +1,19 @@
 """Gate Decorator: batch norms as gates, pruned by what a first-order look says they are worth."""
 
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from secateur.cost import Budget
-from secateur.engine.decay import INSTANT, Decay
-from secateur.engine.pruned import Pruned
+from secateur.engine.decay import Decay
+from secateur.engine.session import Session
+from secateur.engine.state import UNSAVED
+from secateur.engine.training_method import TrainingMethod
 from secateur.errors import ModelError, SecateurError
-from secateur.graph import Inputs
-from secateur.methods.gradual import RemovalMethod
+from secateur.settings import option, settings
 
 
 class GatedBatchNorm2d(nn.BatchNorm2d):
@@ -43,180 +44,161 @@ def gate_(model: nn.Module) -> None:
 
 def melt_(model: nn.Module) -> None:
     """Turn gated norms back into ordinary ones, exactly."""
-    for module in model.modules():
-        if type(module) is GatedBatchNorm2d:
-            with torch.no_grad():
-                module.bias.mul_(module.weight)
-            module.__class__ = nn.BatchNorm2d  # type: ignore[assignment]
+    for norm in ordinary_(model):
+        with torch.no_grad():
+            norm.bias.mul_(norm.weight)
 
 
-class GateDecorator(RemovalMethod):
+def ordinary_(model: nn.Module) -> list[nn.BatchNorm2d]:
+    """Make gated norms ordinary ones with the same tensors, and say which they were."""
+    found = [module for module in model.modules() if type(module) is GatedBatchNorm2d]
+    for module in found:
+        module.__class__ = nn.BatchNorm2d  # type: ignore[assignment]
+    return found  # type: ignore[return-value]
+
+
+@dataclass
+class State:
+    """What evolves.
+
+    Attributes:
+        phases: what each step is for: "tock", "tick", or "close", a tick's last; plain training follows.
+        worth: (units at the start,) per group, the sum of |phi dL/dphi| over the steps of a Tick.
+        melted: whether the norms are ordinary ones again.
+        look: what the gradients of this step say, with the group's number.
+    """
+
+    phases: list[str] = field(metadata=UNSAVED)
+    worth: list[Tensor]
+    melted: bool = False
+    look: list[tuple[int, Tensor]] = field(default_factory=list, metadata=UNSAVED)
+
+
+@settings
+class GateDecorator(TrainingMethod):
     """Tick: freeze convolutions, train the gates, add up |phi dL/dphi|, close the lowest. Tock: train everything.
 
     Ticks close gates so that the cost falls by equal parts; before every `ticks_per_tock` of them one Tock
     trains all weights, with strength · sum |phi| added to the loss. A Tock takes as many steps as the Ticks that
-    follow it. Layers whose outputs are added share their gates' fate: their scores add up.
+    follow it. Layers whose outputs are added share their gates' fate: their scores add up. The batch norms of the
+    model are gated until the budget is met.
 
-    Args:
-        model: trained; pruned in place. Its batch norms are gated until the budget is met.
-        inputs: example inputs.
-        budget: what the result may cost at most.
-        steps: optimizer steps of the whole training.
-        ticks: how many.
-        ticks_per_tock: Ticks between two Tocks.
-        prune_share: share of the steps that Ticks and Tocks take; the rest is fine-tuning.
-        strength: of the penalty on gates.
-        keep_share: share of its units that every group keeps.
-        removal: how gates close: at once, or by a decay of phi (`parts` is "gate" here).
-        freeze: module names or shell patterns that no cut may touch.
-    Raises:
-        ModelError: the model has no batch norm to make a gate of.
     Source: You et al. 2019, arXiv:1909.08174, and the authors' released code.
     Differs: equal parts of the cost per Tick, instead of a fixed share of the filters until it is met; the
         learning rate is the caller's throughout.
     """
 
-    def __init__(
-        self,
-        model: nn.Module,
-        inputs: Inputs,
-        *,
-        budget: Budget,
-        steps: int,
-        ticks: int = 20,
-        ticks_per_tock: int = 10,
-        prune_share: float = 0.6,
-        strength: float = 1e-3,
-        keep_share: float = 0.1,
-        removal: Decay = INSTANT,
-        freeze: Sequence[str] = (),
-    ) -> None:
-        removal = Decay(removal.steps, removal.rectify, "gate", removal.form)
-        super().__init__(model, inputs, budget=budget, steps=steps, removal=removal, freeze=freeze)
-        self.aim(self.targets, [max(1, round(keep_share * group.units)) for group in self.whole.groups])
-        tocks = -(-ticks // max(1, ticks_per_tock))
-        self.tick_steps = round(prune_share * steps) // max(1, ticks + tocks * ticks_per_tock)
-        if ticks < 1 or ticks_per_tock < 1 or self.tick_steps < removal.steps:
-            raise SecateurError(
-                f"GateDecorator: {ticks} ticks with {ticks_per_tock} per tock leave {self.tick_steps} steps for one, "
-                f"removal takes {removal.steps}; use fewer ticks, a shorter removal, or more steps"
-            )
-        self._options: dict[str, Any] = {
-            "ticks": ticks,
-            "ticks_per_tock": ticks_per_tock,
-            "prune_share": prune_share,
-            "strength": strength,
-            "keep_share": keep_share,
-        }
-        self.plan_of_steps = list(self._course())
-        self.worth = [torch.zeros(group.units) for group in self.whole.groups]
-        self._look: list[tuple[int, Tensor]] = []
-        self.melted = False
-        gate_(model)
+    name, summary = "gate-decorator", "batch norms as gates that close one after another"
 
-    def prunable(self) -> list[int]:
-        gated = [n for n, g in enumerate(self.whole.groups) if any(m.role == "scale" for m in g.members)]
+    ticks: int = option("how many", default=20, least=1)
+    ticks_per_tock: int = option("Ticks between two Tocks", default=10, least=1)
+    prune_share: float = option("share of the steps for Ticks and Tocks", default=0.6, above=0, most=1)
+    strength: float = option("of the penalty on gates", default=1e-3, least=0)
+    keep_share: float = option("share of its units that every group keeps", default=0.1, least=0, below=1)
+    removal: Decay = option("how gates close; its parts are always the gate", default=Decay())
+
+    def penalty(self, session: Session[State]) -> Tensor:
+        """strength · sum |phi| over the gates that can close, in a Tock."""
+        if _phase(session, session.step) != "tock":
+            return super().penalty(session)
+        groups = [session.graph.groups[number] for number in session.targets]
+        scales = sorted({m.tensor for group in groups for m in group.members if m.role == "scale"})
+        return self.strength * torch.stack([session.tensors[name].abs().sum() for name in scales]).sum()
+
+    def gradients(self, session: Session[State]) -> None:
+        """In a Tick: look at |phi dL/dphi|, and leave convolutions alone."""
+        session.own.look = []
+        if _phase(session, session.step) not in ("tick", "close"):
+            return
+        for number in session.targets:
+            for member in session.graph.groups[number].members:
+                p = session.tensors.get(member.tensor)
+                if member.role == "scale" and p is not None and p.grad is not None:
+                    product = (member.take(p.detach()) * member.take(p.grad)).abs().sum(1)
+                    session.own.look.append((number, product.float().cpu()))
+        for module in session.model.modules():
+            if isinstance(module, nn.modules.conv._ConvNd):
+                module.weight.grad = None
+
+    def advance(self, session: Session[State]) -> None:
+        state, pool = session.own, session.pool
+        for number, product in state.look:
+            state.worth[number][session.kept[number]] += product
+        if _phase(session, session.step - 1) == "close":
+            left = self.ticks - state.phases[: session.step].count("close")
+            session.cut_gone()  # those of the tick before
+            pool.restoring = left > 0
+            scores = [state.worth[n][session.kept[n]] for n in session.targets]
+            session.remove(session.pick(scores, left / self.ticks))
+            for worth in state.worth:
+                worth.zero_()
+            session.note(session.standing())
+        if _phase(session, session.step) == "tune" and not state.melted and not pool.busy():
+            session.cut_gone()
+            _melt(session)
+
+    @contextmanager
+    def attached(self, session: Session[State]) -> Iterator[None]:
+        """With ordinary norms again if it goes on from a state that had them."""
+        for model in (session.model, *session.followers) if session.own.melted else ():
+            ordinary_(model)
+        yield
+
+    @contextmanager
+    def cutting(self, session: Session[State]) -> Iterator[None]:
+        """With ordinary norms in place, which the graph was made with: the tensors are the same."""
+        norms = [norm for model in (session.model, *session.followers) for norm in ordinary_(model)]
+        try:
+            yield
+        finally:
+            for norm in norms:
+                norm.__class__ = GatedBatchNorm2d
+
+    def finish(self, session: Session[State]) -> None:
+        (ordinary_ if session.own.melted else melt_)(session.model)
+
+    def prepare(self, session: Session[State]) -> State:
+        groups = session.whole.groups
+        gated = [n for n, g in enumerate(groups) if any(m.role == "scale" for m in g.members)]
         if not gated:
             raise ModelError(
                 "GateDecorator: no prunable layer is followed by a batch norm, which it makes gates of"
             )
-        return gated
+        least = [max(1, round(self.keep_share * group.units)) for group in groups]
+        session.aim(gated, least=least, removal=replace(self.removal, parts="gate"))
+        tocks = -(-self.ticks // self.ticks_per_tock)
+        each = round(self.prune_share * session.steps) // (self.ticks + tocks * self.ticks_per_tock)
+        if each < self.removal.steps:
+            raise SecateurError(
+                f"GateDecorator: {self.ticks} ticks with {self.ticks_per_tock} per tock leave {each} steps for one, "
+                f"removal takes {self.removal.steps}; use fewer ticks, a shorter removal, or more steps"
+            )
+        gate_(session.model)
+        return State(list(self._phases(each)), [torch.zeros(group.units) for group in groups])
 
-    def _course(self) -> Iterator[str]:
-        """What each step is for: "tock", "tick", or "close", a tick's last."""
-        for tick in range(self._options["ticks"]):
-            if tick % self._options["ticks_per_tock"] == 0:
-                yield from ["tock"] * (self._options["ticks_per_tock"] * self.tick_steps)
-            yield from ["tick"] * (self.tick_steps - 1)
+    def _phases(self, each: int) -> Iterator[str]:
+        """What each step is for, with so many for one Tick."""
+        for tick in range(self.ticks):
+            if tick % self.ticks_per_tock == 0:
+                yield from ["tock"] * (self.ticks_per_tock * each)
+            yield from ["tick"] * (each - 1)
             yield "close"
 
-    def now(self) -> str:
-        """What the coming step is for; "tune" after the last Tick."""
-        return self.plan_of_steps[self.step] if self.step < len(self.plan_of_steps) else "tune"
 
-    def penalty(self) -> Tensor:
-        """strength · sum |phi| over the gates that can close, in a Tock."""
-        if self.now() != "tock":
-            return super().penalty()
-        scales = {m.tensor for n in self.targets for m in self.graph.groups[n].members if m.role == "scale"}
-        total = torch.stack([self.tensors[name].abs().sum() for name in sorted(scales)]).sum()
-        strength: float = self._options["strength"]
-        return strength * total
+def _phase(session: Session[State], step: int) -> str:
+    """What a step is for, counted from 0; "tune" after the last Tick."""
+    phases = session.own.phases
+    return phases[step] if step < len(phases) else "tune"
 
-    def before_step(self) -> None:
-        super().before_step()
-        self._look = []
-        if self.now() not in ("tick", "close"):
-            return
-        for number in self.targets:
-            scales = [m for m in self.graph.groups[number].members if m.role == "scale"]
-            for member in scales:
-                p = self.tensors[member.tensor]
-                if p.grad is not None:
-                    product = (member.take(p.detach()) * member.take(p.grad)).abs().sum(1)
-                    self._look.append((number, product.float().cpu()))
-        for module in self.model.modules():
-            if isinstance(module, nn.modules.conv._ConvNd):
-                module.weight.grad = None
 
-    def advance(self) -> None:
-        step = self.plan_of_steps[self.step - 1] if self.step <= len(self.plan_of_steps) else "tune"
-        for number, product in self._look:
-            self.worth[number][self.kept[number]] += product
-        super().advance()
-        if step == "close":
-            done = self.plan_of_steps[: self.step].count("close")
-            left = self._options["ticks"] - done
-            self.drop()  # those of the tick before
-            self.pool.rectifying = left > 0
-            scores = [self.worth[n][self.kept[n]] for n in self.targets]
-            self.leave(self.pick(scores, left / self._options["ticks"]))
-            for worth in self.worth:
-                worth.zero_()
-            self.note(self.standing())
-        if self.now() == "tune" and not self.melted and not self.pool.busy():
-            self.drop()
-            self.melt()
-
-    def remove(self, masks: Sequence[Tensor]) -> None:
-        """Cut with ordinary norms in place, which the graph was made with: the tensors are the same."""
-        models = (self.model, *self.followers)
-        gated = [m for model in models for m in model.modules() if type(m) is GatedBatchNorm2d]
-        for module in gated:
-            module.__class__ = nn.BatchNorm2d  # type: ignore[assignment]
-        try:
-            super().remove(masks)
-        finally:
-            for module in gated:
-                module.__class__ = GatedBatchNorm2d
-
-    def melt(self) -> None:
-        """Back to ordinary batch norms; their shifts start afresh in the optimizer."""
-        for model in (self.model, *self.followers):
-            melt_(model)
-        self.melted = True
-        if self.optimizer is not None:
-            for module in self.model.modules():
-                if isinstance(module, nn.BatchNorm2d) and module.affine:
-                    for value in self.optimizer.state.get(module.bias, {}).values():
-                        if isinstance(value, Tensor) and value.ndim:
-                            value.zero_()
-
-    def finish(self) -> Pruned:
-        if not self.melted:
-            melt_(self.model)
-        return super().finish()
-
-    def settings(self) -> dict[str, Any]:
-        return super().settings() | self._options
-
-    def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        tensors, facts = super().state()
-        tensors |= {f"worth.{n}": worth for n, worth in enumerate(self.worth)}
-        return tensors, facts | {"melted": self.melted}
-
-    def restore(self, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> None:
-        super().restore(tensors, facts)
-        self.worth = [tensors[f"worth.{n}"].clone() for n in range(len(self.worth))]
-        if facts["melted"]:
-            self.melt()
+def _melt(session: Session[State]) -> None:
+    """Back to ordinary batch norms; their shifts start afresh in the optimizer."""
+    for model in (session.model, *session.followers):
+        melt_(model)
+    session.own.melted = True
+    assert session.optimizer is not None
+    for module in session.model.modules():
+        if isinstance(module, nn.BatchNorm2d) and module.affine:
+            for value in session.optimizer.state.get(module.bias, {}).values():
+                if isinstance(value, Tensor) and value.ndim:
+                    value.zero_()

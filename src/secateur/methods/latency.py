@@ -2,16 +2,16 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 from torch import nn
 
 from secateur.cost import Budget
 from secateur.cost.latency import compare_latency, measure_latency
+from secateur.engine.method import Context
 from secateur.engine.pruned import Pruned
 from secateur.errors import BudgetError
 from secateur.graph import Inputs
-from secateur.methods.oneshot import oneshot
+from secateur.methods.oneshot import OneShot
 
 Clock = Callable[[nn.Module], float]
 """A model -> the milliseconds of one pass."""
@@ -142,7 +142,12 @@ def _aim(limit: float) -> float:
 
 
 def budget_in_macs(
-    model: nn.Module, inputs: Inputs, budget: Budget, *, clock: Clock | None = None, **options: Any
+    model: nn.Module,
+    inputs: Inputs,
+    budget: Budget,
+    evenly: OneShot | None = None,
+    *,
+    clock: Clock | None = None,
 ) -> Budget:
     """What a bound in milliseconds comes to in MACs, for methods that cannot try: those that prune during training.
 
@@ -153,14 +158,16 @@ def budget_in_macs(
         model: only read.
         inputs: example inputs; their batch is what is timed.
         budget: with `latency_ms`.
+        evenly: how the copy is cut, such as with frozen modules; default: `OneShot(allocation="uniform")`.
         clock: measures; default: `here(model, inputs)`.
-        options: of `oneshot`, such as `freeze`.
     Raises:
         BudgetError: see `prune_to_latency`.
     """
-
-    def evenly(within: Budget) -> Pruned:
-        return oneshot(model, inputs, within, allocation="uniform", **options)
-
-    found = prune_to_latency(evenly, model, budget, clock or here(model, inputs))
-    return replace(budget, latency_ms=None, macs=found.after["macs"])
+    method = evenly or OneShot(allocation="uniform")
+    found = prune_to_latency(
+        lambda within: method.prune(model, inputs, within, Context()),
+        model,
+        budget,
+        clock or here(model, inputs),
+    )
+    return Budget(**{**budget.given, "latency_ms": None, "macs": int(found.after["macs"])})

@@ -1,47 +1,24 @@
-"""Score, allocate, cut, verify: pruning a trained model in one step."""
+"""Score, allocate, cut, prove: pruning a trained model in one step."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable
+from typing import Any, ClassVar, Literal
 
-from torch import Tensor, nn
+from torch import nn
 
-from secateur.allocate import allocate
+from secateur.allocate import ALLOCATIONS, allocate
 from secateur.cost import Budget, Cost
+from secateur.engine.method import Context, Method, pairs_of
 from secateur.engine.pruned import Pruned, cut_and_prove
 from secateur.graph import Inputs, analyze
 from secateur.plan import Plan
-from secateur.scores import SCORES, score_groups
+from secateur.scores import SCORES, score_groups, score_named
+from secateur.settings import option, settings
 
 
-def oneshot(
-    model: nn.Module,
-    inputs: Inputs,
-    budget: Budget,
-    *,
-    score: str = "l2",
-    allocation: str = "global",
-    data: Iterable[tuple[Tensor, Tensor]] | None = None,
-    loss: Callable[[Tensor, Tensor], Tensor] = nn.functional.cross_entropy,
-    freeze: Sequence[str] = (),
-    attention: str = "heads",
-    min_keep: int = 1,
-    round_to: int = 1,
-    seed: int = 0,
-) -> Pruned:
-    """Prune a copy of a trained model to a budget, and prove that the cut is right.
+@settings
+class OneShot(Method):
+    """Score every unit of a trained model once, and remove the lowest.
 
-    Args:
-        model: any vision network; it is only read.
-        inputs: example inputs, such as torch.randn(1, 3, 224, 224).
-        budget: what the result may cost at most; it lands within one unit below.
-        score: a name in `secateur.scores.SCORES`.
-        allocation: a name in `secateur.allocate.ALLOCATIONS`.
-        data: (inputs, targets) batches, for scores that need gradients.
-        loss: of (outputs, targets), a mean over the batch.
-        freeze: module names or shell patterns that no cut may touch.
-        attention: what attention loses: whole "heads", or the same "dims" of every head.
-        min_keep: units that every group keeps at least.
-        round_to: kept units per group are a multiple of this, or all of them.
-        seed: for random scores and verification.
     Raises:
         CaptureError, BudgetError, ScoreError: see `analyze`, `allocate`, `score_groups`.
         CutError: the model's forward cannot run at other widths, or the result is not equal.
@@ -49,27 +26,47 @@ def oneshot(
 
     >>> import torch
     >>> model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 5, 3))
-    >>> pruned = oneshot(model, torch.randn(1, 3, 8, 8), Budget(macs=0.5))
+    >>> pruned = OneShot(score="l1").prune(model, torch.randn(1, 3, 8, 8), Budget(macs=0.5), Context())
     >>> pruned.before["macs"], pruned.after["macs"], pruned.model[0].out_channels
     (13536, 6768, 4)
     """
-    graph = analyze(model, inputs, freeze=freeze, attention=attention)
-    scores = score_groups(model, graph, score, seed=seed, data=data, loss=loss)
-    cost = Cost(graph)
-    relative = not SCORES[score].comparable
-    masks = allocate(
-        scores, cost, budget, allocation, relative=relative, min_keep=min_keep, round_to=round_to
+
+    name: ClassVar[str] = "oneshot"
+    summary: ClassVar[str] = "score every unit of the trained model once, remove the lowest"
+
+    score: str | Callable[..., Any] = option("which units matter", default="l2", choices=SCORES, custom=True)
+    allocation: str | Callable[..., Any] = option(
+        "how much goes from each group", default="global", choices=ALLOCATIONS, custom=True
     )
-    origin = {
-        "method": "oneshot",
-        "score": score,
-        "allocation": allocation,
-        "budget": budget.given,
-        "freeze": list(freeze),
-        "attention": attention,
-        "min_keep": min_keep,
-        "round_to": round_to,
-        "seed": seed,
-    }
-    plan = Plan.of(graph, masks, origin)
-    return cut_and_prove(model, graph, plan, scores, seed=seed)
+    attention: Literal["heads", "dims"] = option(
+        "what attention loses: whole heads, or the same dims of every head", default="heads"
+    )
+    min_keep: int = option("units that every group keeps at least", default=1, least=1)
+    round_to: int = option("kept units per group are a multiple of this, or all of them", default=1, least=1)
+    seed: int = option("of random scores and of the images for the proof", default=0, least=0)
+
+    @property
+    def needs_data(self) -> bool:
+        return score_named(self.score).needs_data
+
+    def prune(self, model: nn.Module, inputs: Inputs, budget: Budget, context: Context) -> Pruned:
+        graph = analyze(model, inputs, freeze=self.freeze, attention=self.attention)
+        scores = score_groups(
+            model,
+            graph,
+            self.score,
+            seed=self.seed,
+            data=pairs_of(context.data) if context.data is not None else None,
+            loss=context.loss,
+        )
+        masks = allocate(
+            scores,
+            Cost(graph),
+            budget,
+            self.allocation,
+            relative=not score_named(self.score).comparable,
+            min_keep=self.min_keep,
+            round_to=self.round_to,
+        )
+        plan = Plan.of(graph, masks, self.record() | {"budget": budget.given})
+        return cut_and_prove(model, graph, plan, scores, seed=self.seed)

@@ -9,20 +9,21 @@ selects filters. Formulas and settings are our choice, and options.
 """
 
 import time
-from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from secateur.cost import Budget
-from secateur.engine.gates import Gates, last_layers, norms_after
-from secateur.engine.options import Numbers, check_options
-from secateur.engine.pruned import Pruned
-from secateur.engine.structured import StructuredMethod, own_groups
+from secateur.engine.gates import Gates, last_layers, norms_after, own_groups
+from secateur.engine.session import Session
+from secateur.engine.state import UNSAVED
+from secateur.engine.training_method import TrainingMethod
 from secateur.errors import SecateurError
-from secateur.graph import Inputs
+from secateur.settings import option, settings
 
 
 class Activation(torch.autograd.Function):
@@ -94,7 +95,33 @@ class Scorer(nn.Module):
         return mixed + self.shift
 
 
-class PAAM(StructuredMethod):
+@dataclass
+class State:
+    """What evolves.
+
+    Attributes:
+        scorers: a `Scorer` per target group.
+        optimizer: of the scorers.
+        selected: (units at the start,) bool per target group.
+        done: whether the scores are folded in and the rest is cut out.
+        norms: layer -> the batch norm behind it.
+        passed: S of the last pass that trains scorers.
+        still: norms whose statistics rest during this pass, with their momentum.
+    """
+
+    scorers: nn.ModuleList
+    optimizer: torch.optim.Optimizer
+    selected: list[Tensor]
+    norms: dict[str, str] = field(metadata=UNSAVED)
+    done: bool = False
+    passed: list[Tensor] = field(default_factory=list, metadata=UNSAVED)
+    still: list[tuple[nn.modules.batchnorm._BatchNorm, float | None]] = field(
+        default_factory=list, metadata=UNSAVED
+    )
+
+
+@settings
+class PAAM(TrainingMethod):
     """Prune while training from scratch, by scores that attention networks give to filters.
 
     With x the output of a group's `Scorer` and phi the leaky exponential:
@@ -111,290 +138,185 @@ class PAAM(StructuredMethod):
     and the scorers are dropped. "joint": every step trains both; selection, fold and cut once, at
     `ramp_share`.
 
-    Args:
-        model: freshly initialised; pruned in place.
-        inputs: example inputs.
-        budget: in MACs, parameters, or both. None: `mass` decides.
-        steps: optimizer steps of the whole training.
-        regime: "alternate" or "joint".
-        scorer: "attention", "additive", "dot", or the controls "linear" and "free"; see `Scorer`.
-        hidden: width of the attention.
-        leak: slope of phi above 0.
-        weight: of the mean score in the scorer's loss; the same for all layers. Small, because the loss hardly sees a
-            common factor of a group's scores where a batch norm comes after the layer that reads the group: with
-            weight 1, all scores of a group fall to 0 together and say nothing any more. At the right weight the mean
-            score is about the share that stays when selection ends.
-        lr: of the scorers (Adam, no weight decay).
-        scorer_every: in the alternating regime; the default trains scorers in a fifth of the steps.
-        select_every: steps between selections; None: a hundredth of the training.
-        ramp_share, return_share: shares of the steps.
-        mass: share of the summed scores that the selected filters hold, above 0 and below 1.
-        streams: also score residual streams, with one score vector for all layers that add to one.
-        binary: multiply by 0 or 1 instead of the score while weights train (alternating regime only).
-        least: units that every group keeps at least.
-        seed: of the scorers' initial weights.
-        freeze: module names or shell patterns that no cut may touch.
+    The budget bounds MACs, parameters, or both; without one, `mass` decides.
+
+    `streams`: one score vector for all layers that add to one.
+    `binary`, `scorer_every`: in the alternating regime only.
+    `weight` is the same for all layers, and small, because the loss hardly sees a common factor of a group's scores
+    where a batch norm comes after the layer that reads the group: with weight 1, all scores of a group fall to 0
+    together and say nothing any more. At the right weight the mean score is about the share that stays when selection
+    ends.
+
     Raises:
         BudgetError: the budget cannot be reached.
     Differs: see the source; results are "PAAM-style", not the paper's.
     """
 
-    def __init__(
-        self,
-        model: nn.Module,
-        inputs: Inputs,
-        *,
-        budget: Budget | None = None,
-        steps: int,
-        regime: Literal["alternate", "joint"] = "alternate",
-        scorer: Literal["attention", "additive", "dot", "linear", "free"] = "attention",
-        hidden: int = 32,
-        leak: float = 0.01,
-        weight: float = 0.01,
-        lr: float = 1e-3,
-        scorer_every: int = 5,
-        select_every: int | None = None,
-        ramp_share: float = 0.5,
-        return_share: float = 0.6,
-        mass: float | None = None,
-        streams: bool = False,
-        binary: bool = False,
-        least: int = 2,
-        seed: int = 0,
-        freeze: Sequence[str] = (),
-    ) -> None:
-        self._options: dict[str, Any] = {
-            "regime": regime,
-            "scorer": scorer,
-            "hidden": hidden,
-            "leak": leak,
-            "weight": weight,
-            "lr": lr,
-            "scorer_every": scorer_every,
-            "select_every": select_every,
-            "ramp_share": ramp_share,
-            "return_share": return_share,
-            "mass": mass,
-            "streams": streams,
-            "binary": binary,
-            "least": least,
-            "seed": seed,
-        }
-        check_options("PAAM", self._options, _NAMES, _NUMBERS)
-        if (
-            self._options["ramp_share"] > self._options["return_share"]
-            and self._options["regime"] == "alternate"
-        ):
-            raise SecateurError(
-                "PAAM: ramp_share is above return_share; the budget must be reached before the cut"
-            )
-        if (budget is None) == (mass is None):
-            raise SecateurError("PAAM: give either a budget or mass, the share of the scores to keep")
-        super().__init__(model, inputs, budget=budget, steps=steps, freeze=freeze)
-        groups = self.whole.groups
-        targets = list(range(len(groups))) if streams else own_groups(self.whole)
-        makers = [[m for m in groups[n].members if m.role == "out"] for n in targets]
-        targets = [n for n, found in zip(targets, makers, strict=True) if found]
-        self.aim(targets, [min(least, group.units) for group in groups])
-        self._norms = norms_after(model, inputs)
-        self._tensors = dict(model.named_parameters())
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
-            self.scorers = nn.ModuleList(
-                Scorer(groups[n].units, self._filters(n).shape[1], scorer, hidden) for n in targets
-            )
-        self._optimizer = torch.optim.Adam(self.scorers.parameters(), lr=lr)
-        self._selected = [torch.ones(groups[n].units, dtype=torch.bool) for n in targets]
-        self._scores: list[Tensor] = []
-        self._forward_hooks: list[Any] = []
-        self._still: list[tuple[nn.modules.batchnorm._BatchNorm, float | None]] = []
-        self.done = False
+    name, summary = "paam", "attention networks score the filters of all layers at once"
+    needs_budget: ClassVar[bool] = False
+
+    regime: Literal["alternate", "joint"] = option(
+        "whether scorers and weights train in turn, or together", default="alternate"
+    )
+    scorer: Literal["attention", "additive", "dot", "linear", "free"] = option(
+        "what scores; linear and free are controls", default="attention"
+    )
+    hidden: int = option("width of the attention", default=32, least=1)
+    leak: float = option("slope of phi above 0", default=0.01, above=0)
+    weight: float = option("of the mean score in the scorers' loss", default=0.01, least=0)
+    lr: float = option("of the scorers (Adam, no weight decay)", default=1e-3, above=0)
+    scorer_every: int = option("steps from one that trains scorers to the next", default=5, least=2)
+    select_every: int | None = option("steps between selections; None: 1 % of all", default=None, least=1)
+    ramp_share: float = option(
+        "share of the steps in which the budget tightens", default=0.5, above=0, most=1
+    )
+    return_share: float = option("share of the steps after which none returns", default=0.6, above=0, most=1)
+    mass: float | None = option(
+        "share of all scores to keep, in place of a budget",
+        default=None,
+        above=0,
+        below=1,
+    )
+    streams: bool = option("also score residual streams", default=False)
+    binary: bool = option("multiply by 0 or 1, not by scores, while weights train", default=False)
+    least: int = option("units that every group keeps at least", default=2, least=1)
+    seed: int = option("of the scorers' initial weights", default=0)
 
     # --- scores --------------------------------------------------------------------------------------------
 
-    def score(self) -> list[Tensor]:
+    def score(self, session: Session[State]) -> list[Tensor]:
         """S of every target group, (units,), with a gradient to the scorers and to nothing else."""
-        leak = self._options["leak"]
-        return [Activation.apply(x, leak) for x in self._raw()]
+        return [Activation.apply(x, self.leak) for x in _raw(session)]
 
-    def overhead(self) -> dict[str, float]:
+    def penalty(self, session: Session[State]) -> Tensor:
+        """weight · mean(S), in the steps that train scorers."""
+        if not self._scores_at(session, session.step) or not session.own.passed:
+            return super().penalty(session)
+        return self.weight * torch.cat(session.own.passed).mean()
+
+    def measure_overhead(self, session: Session[State]) -> dict[str, float]:
         """What scoring costs while training: parameters, their bytes with Adam's, milliseconds per scoring."""
-        count = sum(p.numel() for p in self.scorers.parameters())
+        count = sum(p.numel() for p in session.parameters())
         times = []
         for _ in range(5):
             started = time.perf_counter()
-            sum(s.sum() for s in self.score()).backward()  # type: ignore[union-attr]
+            torch.autograd.backward(torch.cat(self.score(session)).sum())
             times.append(time.perf_counter() - started)
-        self._optimizer.zero_grad()
+        session.own.optimizer.zero_grad()
         return {"params": count, "bytes": 16 * count, "ms": 1000 * sorted(times)[2]}
 
-    def _filters(self, number: int) -> Tensor:
-        members = [m for m in self.graph.groups[number].members if m.role == "out"]
-        return torch.cat([m.take(self._tensors[m.tensor].detach()).float() for m in members], 1)
+    def _scores_at(self, session: Session[State], step: int) -> bool:
+        """Whether a step, counted from 0, trains the scorers."""
+        every = self.scorer_every
+        return not session.own.done and (not self._alternates or step % every == every - 1)
 
-    def _raw(self) -> list[Tensor]:
-        return [
-            scorer(self._filters(number)) for scorer, number in zip(self.scorers, self.targets, strict=True)
-        ]
-
-    def _scoring(self) -> bool:
-        """Whether the coming step trains the scorers."""
-        if self.done:
-            return False
-        every: int = self._options["scorer_every"]
-        return not self._alternates() or self.step % every == every - 1
-
+    @property
     def _alternates(self) -> bool:
-        return bool(self._options["regime"] == "alternate")
+        return self.regime == "alternate"
 
-    # --- the course of a training --------------------------------------------------------------------------
+    # --- the training --------------------------------------------------------------------------------------
 
-    def install(self) -> None:
-        self.scorers.to(next(self.model.parameters()).device)
-        super().install()
-        self._forward_hooks = [
-            self.model.register_forward_pre_hook(lambda *_: self._before_forward()),
-            self.model.register_forward_hook(lambda *_: self._after_forward()),
-        ]
-        self._refresh()
+    @contextmanager
+    def attached(self, session: Session[State]) -> Iterator[None]:
+        """Scores behind the last layer of each group, and selection behind all of them."""
+        if session.own.done:
+            yield
+            return
+        graph, targets, norms = session.graph, session.targets, session.own.norms
+        analog = Gates(session.model, graph, targets, norms, only=last_layers(graph, targets))
+        with session.gated(analog, Gates(session.model, graph, targets, norms)):
+            handles = [
+                session.model.register_forward_pre_hook(lambda *_: self.before_forward(session)),
+                session.model.register_forward_hook(lambda *_: self._after_forward(session)),
+            ]
+            self._refresh(session)
+            yield
+            for handle in handles:
+                handle.remove()
 
-    def uninstall(self) -> None:
-        for handle in self._forward_hooks:
-            handle.remove()
-        super().uninstall()
-
-    def make_gates(self) -> tuple[Gates, ...]:
-        if self.done:
-            return ()
-        last = last_layers(self.graph, self.targets)
-        analog = Gates(self.model, self.graph, self.targets, self._norms, only=last)
-        hard = Gates(self.model, self.graph, self.targets, self._norms)
-        return (analog, hard)
-
-    def parameters(self) -> list[nn.Parameter]:
-        return list(self.scorers.parameters())
-
-    def penalty(self) -> Tensor:
-        """weight · mean(S), in the steps that train scorers."""
-        if not self._scoring() or not self._scores:
-            return super().penalty()
-        weight: float = self._options["weight"]
-        return weight * torch.cat(self._scores).mean()
-
-    def before_step(self) -> None:
-        super().before_step()
-        if self._scoring() and self._alternates():
-            for p in self.model.parameters():
+    def gradients(self, session: Session[State]) -> None:
+        """In a scorers' step of the alternating regime, weights have none."""
+        if self._alternates and self._scores_at(session, session.step):
+            for p in session.model.parameters():
                 p.grad = None  # the optimizer leaves what has no gradient alone, momentum and all
 
-    def after_step(self) -> None:
-        super().after_step()
-        self._optimizer.zero_grad()
-
-    def advance(self) -> None:
-        if self.done:
+    def advance(self, session: Session[State]) -> None:
+        if session.own.done:
             return
-        self.step -= 1  # the step that was taken
-        scoring = self._scoring()
-        self.step += 1
-        if scoring:
-            self._optimizer.step()
-        every = self._options["select_every"] or max(1, self.steps // 100)
-        end = self._options["return_share" if self._alternates() else "ramp_share"]
-        last = self.step >= max(1, round(end * self.steps))
-        if last or (self._alternates() and self.step % every == 0):
-            self._select(last)
-        elif self.step % every == 0:
-            self._note()
-        self._refresh()
+        if self._scores_at(session, session.step - 1):
+            session.own.optimizer.step()
+        every = self.select_every or max(1, session.steps // 100)
+        end = self.return_share if self._alternates else self.ramp_share
+        last = session.step >= max(1, round(end * session.steps))
+        if last or (self._alternates and session.step % every == 0):
+            self.select(session, last)
+        elif session.step % every == 0:
+            self._note(session)
+        self._refresh(session)
 
-    def settings(self) -> dict[str, Any]:
-        return super().settings() | self._options
+    def finish(self, session: Session[State]) -> None:
+        session.own.passed = []
 
-    def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        tensors, facts = super().state()
-        tensors |= {f"scorers.{name}": p.detach() for name, p in self.scorers.named_parameters()}
-        tensors |= {f"selected.{number}": mask for number, mask in enumerate(self._selected)}
-        for name, p in self.scorers.named_parameters():
-            for slot, value in self._optimizer.state.get(p, {}).items():
-                tensors[f"optimizer.{slot}.{name}"] = value
-        return tensors, facts | {"done": self.done}
-
-    def restore(self, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> None:
-        self.done = bool(facts["done"])
-        super().restore(tensors, facts)
-        with torch.no_grad():
-            for name, p in self.scorers.named_parameters():
-                p.copy_(tensors[f"scorers.{name}"])
-                slots = {
-                    slot: tensors[f"optimizer.{slot}.{name}"].clone()
-                    for slot in ("step", "exp_avg", "exp_avg_sq")
-                    if f"optimizer.{slot}.{name}" in tensors
-                }
-                if slots:
-                    self._optimizer.state[p] = {
-                        k: v if k == "step" else v.to(p.device) for k, v in slots.items()
-                    }
-        self._selected = [tensors[f"selected.{n}"].clone() for n in range(len(self._selected))]
-
-    def finish(self) -> Pruned:
-        self._scores = []
-        return super().finish()
-
-    def _before_forward(self) -> None:
-        self._refresh()
-        if self._scoring() and self._alternates() and self.model.training:
-            for module in self.model.modules():  # statistics of the whole network, not of what weights see
+    def before_forward(self, session: Session[State]) -> None:
+        """Give the gates what the coming pass needs, and hold statistics still while scorers train."""
+        self._refresh(session)
+        if self._alternates and self._scores_at(session, session.step) and session.model.training:
+            for module in session.model.modules():  # statistics of the whole network, not of what weights see
                 if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.training:
-                    self._still.append((module, module.momentum))
+                    session.own.still.append((module, module.momentum))
                     module.momentum = 0.0
 
-    def _after_forward(self) -> None:
-        for module, momentum in self._still:
+    def _after_forward(self, session: Session[State]) -> None:
+        for module, momentum in session.own.still:
             module.momentum = momentum
-        self._still.clear()
+        session.own.still.clear()
 
-    def _refresh(self) -> None:
+    def _refresh(self, session: Session[State]) -> None:
         """Give the gates what the coming pass needs."""
-        if self.done or not self.gates:
+        state = session.own
+        if state.done or not session.gates:
             return
-        analog, hard = self.gates
-        scores = self.score()
-        if self._scoring() and self.model.training:
-            self._scores = scores
+        analog, hard = session.gates
+        scores = self.score(session)
+        ones = [torch.ones_like(s) for s in scores]
+        if self._scores_at(session, session.step) and session.model.training:
+            state.passed = scores
             analog.set(scores)
-            hard.set([torch.ones_like(s) for s in scores])
+            hard.set(ones)
             return
-        detached = [s.detach() for s in scores]
-        if self._options["binary"] and self._alternates():
-            detached = [torch.ones_like(s) for s in scores]
-        analog.set(detached)
-        hard.set([mask.to(s) for mask, s in zip(self._selected, scores, strict=True)])
+        analog.set(ones if self.binary and self._alternates else [s.detach() for s in scores])
+        hard.set([mask.to(s) for mask, s in zip(state.selected, scores, strict=True)])
 
-    def _select(self, last: bool) -> None:
+    def select(self, session: Session[State], last: bool) -> None:
         """Select by the scores as they are now; at last, fold the scores in and cut the rest out."""
+        state = session.own
         with torch.no_grad():
-            raw, scores = self._raw(), self.score()
-        ramp = (1 - min(1.0, self.step / max(1, round(self._options["ramp_share"] * self.steps)))) ** 3
+            raw, scores = _raw(session), self.score(session)
+        ramp = (1 - min(1.0, session.step / max(1, round(self.ramp_share * session.steps)))) ** 3
         if last:
             ramp = 0.0
-        if self._options["mass"] is not None:
-            keep = self._by_mass(raw, scores, self._options["mass"] + (1 - self._options["mass"]) * ramp)
+        if self.mass is not None:
+            keep = self._select_mass(session, raw, scores, self.mass + (1 - self.mass) * ramp)
         else:
-            keep = self.choose(raw, ramp)  # phi is monotone: x ranks like S, and tells saturated ones apart
-        self._selected = [keep[number] for number in self.targets]
-        for number, score in zip(self.targets, scores, strict=True):
-            self.scores[number] = score.cpu()
-        self._note()
+            keep = session.choose(
+                raw, ramp
+            )  # phi is monotone: x ranks like S, and tells saturated ones apart
+        state.selected = [keep[number] for number in session.targets]
+        for number, score in zip(session.targets, scores, strict=True):
+            session.scores[number] = score.cpu()
+        self._note(session)
         if last:
-            if not (self._options["binary"] and self._alternates()):
-                analog, _ = self.gates
-                for model in (self.model, *self.followers):
+            if not (self.binary and self._alternates):
+                analog, _ = session.gates
+                for model in (session.model, *session.followers):
                     analog.fold_(model, scores)
-            self.done = True
-            self.remove(keep)
+            state.done = True
+            session.renew()  # without gates, even if nothing goes
+            session.cut(keep)
 
-    def _by_mass(self, raw: Sequence[Tensor], scores: Sequence[Tensor], share: float) -> list[Tensor]:
+    def _select_mass(
+        self, session: Session[State], raw: Sequence[Tensor], scores: Sequence[Tensor], share: float
+    ) -> list[Tensor]:
         """The fewest units whose scores sum up to a share of all scores."""
         pooled, rank = torch.cat(list(scores)).cpu(), torch.cat(list(raw)).cpu()
         order = rank.argsort(descending=True, stable=True)
@@ -402,41 +324,63 @@ class PAAM(StructuredMethod):
         count = int((sums < share * sums[-1] - 1e-12).sum()) + 1
         chosen = torch.zeros(len(pooled), dtype=torch.bool)
         chosen[order[:count]] = True
-        masks = [torch.ones(len(units), dtype=torch.bool) for units in self.kept]
+        masks = [torch.ones(len(units), dtype=torch.bool) for units in session.kept]
         parts = torch.split(chosen, [len(s) for s in scores])
-        for number, own, x in zip(self.targets, parts, raw, strict=True):
-            masks[number] = own.clone()
-            masks[number][x.cpu().topk(min(self.least[number], len(x))).indices] = True
+        for number, part, x in zip(session.targets, parts, raw, strict=True):
+            masks[number] = part.clone()
+            masks[number][x.cpu().topk(min(session.least[number], len(x))).indices] = True
         return masks
 
-    def _note(self) -> None:
-        counts = [len(units) for units in self.kept]
-        for number, mask in zip(self.targets, self._selected, strict=True):
+    def _note(self, session: Session[State]) -> None:
+        counts = [len(units) for units in session.kept]
+        for number, mask in zip(session.targets, session.own.selected, strict=True):
             counts[number] = int(mask.sum())
         with torch.no_grad():
-            scores = self.score()
-        names = [self.whole.groups[number].name for number in self.targets]
+            scores = self.score(session)
+        names = [session.whole.groups[number].name for number in session.targets]
         rounded = [[round(v, 4) for v in s.tolist()] for s in scores]
-        self.note(
+        session.note(
             counts,
             score=torch.cat(scores).mean().item(),
             scores=dict(zip(names, rounded, strict=True)),
         )
 
+    # --- the start -----------------------------------------------------------------------------------------
 
-_NAMES = {
-    "regime": ("alternate", "joint"),
-    "scorer": ("attention", "additive", "dot", "linear", "free"),
-}
-_NUMBERS: Numbers = {
-    "hidden": (lambda v: v >= 1, "at least 1"),
-    "leak": (lambda v: v > 0, "above 0"),
-    "weight": (lambda v: v >= 0, "at least 0"),
-    "lr": (lambda v: v > 0, "above 0"),
-    "scorer_every": (lambda v: v >= 2, "at least 2"),
-    "select_every": (lambda v: v is None or v >= 1, "None or a number of steps"),
-    "ramp_share": (lambda v: 0 < v <= 1, "above 0, at most 1"),
-    "return_share": (lambda v: 0 < v <= 1, "above 0, at most 1"),
-    "mass": (lambda v: v is None or 0 < v < 1, "None or above 0 and below 1"),
-    "least": (lambda v: v >= 1, "at least 1"),
-}
+    def check(self) -> None:
+        if self.ramp_share > self.return_share and self._alternates:
+            raise SecateurError(
+                "PAAM: ramp_share is above return_share; the budget must be reached before the cut"
+            )
+
+    def prepare(self, session: Session[State]) -> State:
+        if (session.budget is None) == (self.mass is None):
+            raise SecateurError("PAAM: give either a budget or mass, the share of the scores to keep")
+        groups = session.whole.groups
+        able = range(len(groups)) if self.streams else own_groups(session.whole)
+        targets = [n for n in able if any(m.role == "out" for m in groups[n].members)]
+        session.aim(targets, least=self.least)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(self.seed)
+            scorers = nn.ModuleList(
+                Scorer(groups[n].units, _filters(session, n).shape[1], self.scorer, self.hidden)
+                for n in targets
+            )
+        return State(
+            scorers=scorers,
+            optimizer=torch.optim.Adam(scorers.parameters(), lr=self.lr),
+            selected=[torch.ones(groups[n].units, dtype=torch.bool) for n in targets],
+            norms=norms_after(session.model, session.inputs),
+        )
+
+
+def _filters(session: Session[State], number: int) -> Tensor:
+    """The filters of a group's producers as rows, (units, weights), float32, without gradient."""
+    members = [m for m in session.graph.groups[number].members if m.role == "out"]
+    return torch.cat([m.take(session.tensors[m.tensor].detach()).float() for m in members], 1)
+
+
+def _raw(session: Session[State]) -> list[Tensor]:
+    """x of every target group, (units,)."""
+    pairs = zip(session.own.scorers, session.targets, strict=True)
+    return [scorer(_filters(session, number)) for scorer, number in pairs]

@@ -11,6 +11,7 @@ from secateur.errors import CutError
 from secateur.graph import Graph, named_tensors
 from secateur.graph.duplicate import duplicate
 from secateur.graph.modes import evaluating
+from secateur.graph.positions import kept_positions
 from secateur.graph.probe import (
     aliases,
     difference,
@@ -23,7 +24,7 @@ from secateur.plan import Plan
 from secateur.proof.reference import Reference
 from secateur.rewriting.rewrite import cut_listing, fixed_program, rewritten_modules, tensors_of
 from secateur.rewriting.settle import fixes_precision, precision
-from secateur.surgery.cut import kept_positions, tensor_cuts
+from secateur.surgery.cut import tensor_cuts
 from secateur.surgery.edit import select
 from secateur.surgery.mask import mask_
 

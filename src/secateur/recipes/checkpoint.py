@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from secateur.engine.training import TrainingMethod
+from secateur.engine.session import Session
 from secateur.errors import FileError
 from secateur.files import read_tensors, write_tensors
 
@@ -59,7 +59,7 @@ class State:
         model: being trained.
         optimizer: SGD or AdamW over the trainable parameters.
         average: the moving average of the model, if one is kept.
-        method: what prunes the model meanwhile, if something does.
+        session: prunes the model meanwhile, if something does.
         tally: (3, batches), float32: loss, correct and images of each batch of the epoch so far.
         seconds: spent on the epoch so far.
         history: the epochs done.
@@ -68,7 +68,7 @@ class State:
     model: nn.Module
     optimizer: torch.optim.Optimizer
     average: nn.Module | None
-    method: TrainingMethod | None
+    session: Session[Any] | None
     tally: Tensor
     epoch: int = 0
     batch: int = 0
@@ -91,8 +91,8 @@ class State:
             "history": [asdict(epoch) for epoch in self.history],
         }
         tensors = dict(self._tensors())
-        if self.method is not None:
-            evolved, position["method"] = self.method.state()
+        if self.session is not None:
+            evolved, position["method"] = self.session.state()
             tensors |= {f"method.{name}": tensor for name, tensor in evolved.items()}
         for name, parameter in self._stepped():
             for slot, value in self.optimizer.state[parameter].items():
@@ -123,11 +123,11 @@ class State:
         try:
             facts = json.loads(header["position"])
             position = self._checked_position(facts)
-            if self.method is not None:  # first of all: the model takes the shapes it had
+            if self.session is not None:  # first of all: the model takes the shapes it had
                 evolved = {
                     n.removeprefix("method."): t for n, t in tensors.items() if n.startswith("method.")
                 }
-                self.method.restore(evolved, facts["method"])
+                self.session.restore(evolved, facts["method"])
             slots = self._checked_tensors(tensors)
         except (KeyError, ValueError, TypeError, AttributeError, RecursionError) as error:
             raise _damaged(path, error) from error

@@ -6,7 +6,6 @@ happened.
 """
 
 import contextlib
-import copy
 import re
 import time
 import zlib
@@ -19,8 +18,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from secateur.engine.training import TrainingMethod
+from secateur.engine.session import Session
 from secateur.errors import ModelError, TrainingError
+from secateur.graph.duplicate import duplicate
 from secateur.graph.modes import device_of, evaluating, modes_kept
 from secateur.recipes.checkpoint import Epoch, State
 from secateur.recipes.data import Batches, Dataset, Split
@@ -110,7 +110,7 @@ def fit(
     folder: str | Path,
     *,
     teacher: nn.Module | None = None,
-    method: TrainingMethod | None = None,
+    session: Session[Any] | None = None,
     resume: bool = False,
     phase: str = "train",
     first_epoch: int = 0,
@@ -131,7 +131,7 @@ def fit(
         config: how to train.
         folder: where the files go; it is made if need be, and all processes must see it.
         teacher: whose logits to approach, if `config.distill_weight` says so; not changed.
-        method: prunes the model meanwhile; made for this model and `training_steps(data, config)` steps. Its
+        session: prunes the model meanwhile; started for this model and `training_steps(data, config)` steps. Its
             `finish` is left to the caller.
         resume: go on from the phase's checkpoint, if there is one; a phase that is done is not repeated.
             Otherwise the phase's earlier files in `folder` are replaced.
@@ -149,10 +149,10 @@ def fit(
     # without `cpu=True` processes started on a machine that has only CPUs would not know of each other
     accelerator = Accelerator(cpu=not torch.accelerator.is_available())
     _check_fit(config, teacher, phase, accelerator)
-    if method is not None and (method.model is not model or method.steps != training_steps(data, config)):
+    if session is not None and (session.model is not model or session.steps != training_steps(data, config)):
         raise TrainingError(
-            f"fit: the method is for {'this' if method.model is model else 'another'} model and {method.steps} steps; "
-            f"expected this model and {training_steps(data, config)} steps (see training_steps)."
+            f"fit: the session is for {'this' if session.model is model else 'another'} model and {session.steps} "
+            f"steps; expected this model and {training_steps(data, config)} steps (see training_steps)."
         )
     device, rank, world_size = accelerator.device, accelerator.process_index, accelerator.num_processes
     share: dict[str, Any] = {
@@ -183,22 +183,22 @@ def fit(
             stack.enter_context(WholeBatchNorm())
             share_weights(model)
 
-        compiled = config.compile and method is None
+        compiled = config.compile and session is None
         forward = _compiled(model) if compiled else model
         teacher_forward = _compiled(teacher) if compiled and teacher is not None else teacher
-        average = copy.deepcopy(model) if config.ema is not None else None
+        average = duplicate(model) if config.ema is not None else None
         optimizer = _optimizer(model, config)
-        if method is not None:
-            method.attach(optimizer, followers=() if average is None else (average,))
+        if session is not None:
+            session.attach(optimizer, followers=() if average is None else (average,))
         tally = torch.zeros(2, len(batches), device=device)
-        state = State(model, optimizer, average, method, tally)
-        run = _description(model, data, config, phase, method) | {"first_epoch": first_epoch}
+        state = State(model, optimizer, average, session, tally)
+        run = _description(model, data, config, phase, session) | {"first_epoch": first_epoch}
         if resume and checkpoint.exists():
             state.load(checkpoint, run)
             if rank > 0:
                 state.tally.zero_()  # the sum over all processes is with the first one
-        if method is not None:
-            stack.enter_context(method)
+        if session is not None:
+            stack.enter_context(session)
         log = None
         if rank == 0:
             for unfinished in checkpoint.parent.glob(f".{checkpoint.stem}.*.tmp*"):
@@ -227,16 +227,16 @@ def fit(
                 optimizer.zero_grad()
                 images = min(config.batch_size, len(data.train) - state.batch * config.batch_size)
                 loss = losses.sum() / images
-                torch.autograd.backward(loss if method is None else loss + method.penalty() / world_size)
+                torch.autograd.backward(loss if session is None else loss + session.penalty() / world_size)
                 if world_size > 1:
-                    add_gradients([*model.parameters(), *(method.parameters() if method else ())])
-                if method is not None:
-                    method.before_step()
+                    add_gradients([*model.parameters(), *(session.parameters() if session else ())])
+                if session is not None:
+                    session.before_step()
                 if config.clip_norm is not None:
                     nn.utils.clip_grad_norm_(model.parameters(), config.clip_norm)
                 optimizer.step()
-                if method is not None:
-                    method.after_step()
+                if session is not None:
+                    session.after_step()
                 if average is not None and config.ema is not None:
                     _follow(average, model, min(config.ema, (1 + step) / (10 + step)))
 
@@ -315,11 +315,11 @@ def training_steps(data: Dataset, config: TrainConfig) -> int:
 
 
 def _description(
-    model: nn.Module, data: Dataset, config: TrainConfig, phase: str, method: TrainingMethod | None
+    model: nn.Module, data: Dataset, config: TrainConfig, phase: str, session: Session[Any] | None
 ) -> dict[str, Any]:
     """What a run is, as JSON: only a run of the same description may go on from its checkpoint."""
     parameters = dict(model.named_parameters())
-    return ({"method": method.settings()} if method is not None else {}) | {
+    return ({"method": session.record()} if session is not None else {}) | {
         "phase": phase,
         "config": asdict(config) | {"milestones": list(config.milestones)},
         "data": {

@@ -1,44 +1,20 @@
 """How to train, as data; and the learning rate of each step, in closed form."""
 
 import math
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any, Literal, Self
+from typing import Any, ClassVar, Literal, Self
 
-from secateur.errors import TrainingError, unknown
+from secateur.errors import SecateurError, TrainingError
+from secateur.settings import option, settings
 
 
-@dataclass(frozen=True)
+@settings
 class TrainConfig:
     """How to train. The defaults train a CIFAR network from scratch; `finetune` is for a cut one.
 
-    Args:
-        epochs: passes over the training images.
-        batch_size: images per step, over all processes together.
-        optimizer: "sgd" (with momentum) or "adamw".
-        lr: the highest learning rate.
-        momentum: of SGD, 0..1.
-        nesterov: look ahead along the momentum.
-        weight_decay: pull towards zero; on convolution and linear weights only, unless `decay_all`.
-        decay_all: decay biases and the parameters of norms as well.
-        schedule: "cosine" to zero; "steps", times `step_factor` at each of `milestones`; "one-cycle", up over
-            30 % of the run and down again (Smith & Topin 2017, arXiv:1708.07120); or "constant".
-        warmup_epochs: linear rise at the start; a fraction is fine. Not with "one-cycle", which rises itself.
-        milestones: of "steps", as fractions of the epochs.
-        step_factor: of "steps".
-        label_smoothing: share of the target spread evenly over all classes, 0..1.
-        distill_weight: share of the loss that is distance to a teacher, 0..1 (0: no teacher).
-        distill_temperature: softens both distributions (Hinton et al. 2015, arXiv:1503.02531).
-        precision: "no" is float32; "bf16" computes in bfloat16 where torch deems it safe.
-        compile: run the steps in which no method prunes through `torch.compile`, on one process. It costs a
-            minute or more at the start and changes results by rounding; benchmarks/epoch.py tells if it pays.
-        channels_last: lay images and weights out as n h w c, which is faster on most devices.
-        ema: decay of a moving average of the weights, which then is what is tested and returned; None: off.
-            Early on the decay is (1 + step) / (10 + step), so that the start is forgotten.
-        clip_norm: largest norm of the gradient; None: unbounded.
-        seed: of order, augmentation and dropout. Initial weights are the model's own.
-        test_every: epochs between looks at the test images; the last epoch is always tested.
-        checkpoint_every: steps between checkpoints; there is one at the start and one at the end.
+    Initial weights are the model's own. With `ema`, early on the decay is (1 + step) / (10 + step), so that the start
+    is forgotten.
+
+    Source: one-cycle is Smith & Topin 2017, arXiv:1708.07120; distillation Hinton et al. 2015, arXiv:1503.02531.
     Raises:
         TrainingError: a value is out of range.
 
@@ -47,69 +23,62 @@ class TrainConfig:
     secateur.errors.TrainingError: TrainConfig: lr is -1; expected a number above 0
     """
 
-    epochs: int
-    batch_size: int = 128
-    optimizer: Literal["sgd", "adamw"] = "sgd"
-    lr: float = 0.1
-    momentum: float = 0.9
-    nesterov: bool = True
-    weight_decay: float = 5e-4
-    decay_all: bool = False
-    schedule: Literal["cosine", "steps", "one-cycle", "constant"] = "cosine"
-    warmup_epochs: float = 0.0
-    milestones: tuple[float, ...] = (0.5, 0.75)
-    step_factor: float = 0.1
-    label_smoothing: float = 0.0
-    distill_weight: float = 0.0
-    distill_temperature: float = 4.0
-    precision: Literal["no", "bf16"] = "no"
-    compile: bool = False
-    channels_last: bool = True
-    ema: float | None = None
-    clip_norm: float | None = None
-    seed: int = 0
-    test_every: int = 1
-    checkpoint_every: int = 500
+    error: ClassVar[type[SecateurError]] = TrainingError
 
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "milestones", tuple(self.milestones))  # a list, when it comes from JSON
-        for name, choices in (
-            ("optimizer", ("sgd", "adamw")),
-            ("schedule", ("cosine", "steps", "one-cycle", "constant")),
-            ("precision", ("no", "bf16")),
-        ):
-            if (value := getattr(self, name)) not in choices:
-                raise TrainingError(f"TrainConfig: {unknown(name, str(value), choices)}")
-        numbers: dict[str, tuple[Callable[[Any], bool], str]] = {
-            "epochs": (lambda v: isinstance(v, int) and v >= 1, "a whole number, at least 1"),
-            "batch_size": (lambda v: isinstance(v, int) and v >= 1, "a whole number, at least 1"),
-            "lr": (lambda v: 0 < v < math.inf, "a number above 0"),
-            "momentum": (lambda v: 0 <= v < 1, "0 <= momentum < 1"),
-            "nesterov": (lambda v: not v or self.momentum > 0, "False where momentum is 0"),
-            "weight_decay": (lambda v: 0 <= v < math.inf, "a number, at least 0"),
-            "warmup_epochs": (lambda v: 0 <= v < self.epochs, f"0 <= warmup_epochs < epochs ({self.epochs})"),
-            "milestones": (
-                lambda v: all(0 < m < 1 for m in v),
-                "fractions of the run, each above 0, below 1",
-            ),
-            "step_factor": (lambda v: 0 < v < math.inf, "a number above 0"),
-            "label_smoothing": (lambda v: 0 <= v < 1, "0 <= label_smoothing < 1"),
-            "distill_weight": (lambda v: 0 <= v <= 1, "0 <= distill_weight <= 1"),
-            "distill_temperature": (lambda v: 0 < v < math.inf, "a number above 0"),
-            "ema": (lambda v: v is None or 0 <= v < 1, "None or 0 <= ema < 1"),
-            "clip_norm": (lambda v: v is None or v > 0, "None or a number above 0"),
-            "seed": (lambda v: isinstance(v, int) and v >= 0, "a whole number, at least 0"),
-            "test_every": (lambda v: isinstance(v, int) and v >= 1, "a whole number, at least 1"),
-            "checkpoint_every": (lambda v: isinstance(v, int) and v >= 1, "a whole number, at least 1"),
-        }
-        for name, (holds, expected) in numbers.items():
-            value = getattr(self, name)
-            try:
-                fits = holds(value)
-            except TypeError:
-                fits = False
-            if not fits:
-                raise TrainingError(f"TrainConfig: {name} is {value!r}; expected {expected}")
+    epochs: int = option("passes over the training images", least=1)
+    batch_size: int = option("images per step, over all processes together", default=128, least=1)
+    optimizer: Literal["sgd", "adamw"] = option("SGD with momentum, or AdamW", default="sgd")
+    lr: float = option("peak learning rate", default=0.1, above=0)
+    momentum: float = option("of SGD", default=0.9, least=0, below=1)
+    nesterov: bool = option("look ahead along the momentum", default=True)
+    weight_decay: float = option(
+        "weight decay, on weights of convolutions and linear layers", default=5e-4, least=0
+    )
+    decay_all: bool = option("weight decay on biases and the parameters of norms as well", default=False)
+    schedule: Literal["cosine", "steps", "one-cycle", "constant"] = option(
+        "of the learning rate", default="cosine"
+    )
+    warmup_epochs: float = option("linear rise at the start, not with one-cycle", default=0.0, least=0)
+    milestones: tuple[float, ...] = option(
+        "of the schedule steps, as fractions of the epochs", default=(0.5, 0.75), above=0, below=1
+    )
+    step_factor: float = option("of the learning rate at each milestone", default=0.1, above=0)
+    label_smoothing: float = option(
+        "share of the target spread evenly over all classes", default=0.0, least=0, below=1
+    )
+    distill_weight: float = option(
+        "share of the loss that is distance to a teacher", default=0.0, least=0, most=1, flag="--distill"
+    )
+    distill_temperature: float = option("softens both distributions", default=4.0, above=0)
+    precision: Literal["no", "bf16"] = option("float32, or bfloat16 where torch deems it safe", default="no")
+    compile: bool = option(
+        "run the steps in which no method prunes through torch.compile; benchmarks/epoch.py tells if it pays",
+        default=False,
+    )
+    channels_last: bool = option(
+        "lay images and weights out as n h w c, which is faster on most devices", default=True
+    )
+    ema: float | None = option(
+        "decay of a moving average of the weights, such as 0.999, which then is the result",
+        default=None,
+        least=0,
+        below=1,
+    )
+    clip_norm: float | None = option("largest norm of the gradient", default=None, above=0)
+    seed: int = option("of order, augmentation and dropout", default=0, least=0)
+    test_every: int = option(
+        "epochs between looks at the test images; the last is always tested", default=1, least=1
+    )
+    checkpoint_every: int = option("steps between checkpoints", default=500, least=1)
+
+    def check(self) -> None:
+        if self.nesterov and self.momentum == 0:
+            raise TrainingError("TrainConfig: nesterov is True; expected False where momentum is 0")
+        if self.warmup_epochs >= self.epochs:
+            raise TrainingError(
+                f"TrainConfig: warmup_epochs is {self.warmup_epochs}; expected 0 <= warmup_epochs < epochs "
+                f"({self.epochs})"
+            )
         if self.schedule == "one-cycle" and self.warmup_epochs:
             raise TrainingError(
                 f"TrainConfig: warmup_epochs is {self.warmup_epochs} with schedule 'one-cycle', which rises "

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx
 
-from secateur.graph.replay import Program, Step, Tensors, Values
+from secateur.graph.replay import Call, Replay, Tensors, Values
 from secateur.reconstruction.leastsquares import Moments, choose, solve
 
 POSITIONS = 32
@@ -31,10 +31,10 @@ _SUMS = {_ATEN.add.Tensor, _ATEN.add_.Tensor}
 
 @dataclass(frozen=True)
 class Layer:
-    """A step that multiplies by a weight, and where its offset goes.
+    """A call that multiplies by a weight, and where its offset goes.
 
     Attributes:
-        step: the operator.
+        call: of the operator.
         weight: name of its weight, (o, k/groups, …).
         groups: of a grouped convolution.
         offset: name of its bias, or of the running mean of the norm that follows; None: it has no offset.
@@ -43,12 +43,12 @@ class Layer:
         beside: the other operand of the sum that the output goes into, if it does.
     """
 
-    step: Step
+    call: Call
     weight: str
     groups: int
     offset: str | None
     sign: int
-    norm: Step | None
+    norm: Call | None
     beside: fx.Node | None
 
 
@@ -116,50 +116,50 @@ class Compensated:
     fitted: dict[str, Fitted]
 
 
-Choice = Callable[[Fitted], Tensor]
+ChooseMask = Callable[[Fitted], Tensor]
 """From a layer at the point where it is solved to its mask."""
 
 
-def layers(program: Program, names: Sequence[str] | None = None) -> list[Layer]:
-    """The convolutions and linear layers of a program whose weight is a parameter, in order of execution.
+def layers(replay: Replay, names: Sequence[str] | None = None) -> list[Layer]:
+    """The convolutions and linear layers of a forward pass whose weight is a parameter, in order of execution.
 
-    A weight that several steps share is left out: no one least-squares problem is its own.
+    A weight that several calls share is left out: no one least-squares problem is its own.
     """
-    users: dict[fx.Node, list[Step]] = {}
-    for step in program.steps:
-        for node in step.node.all_input_nodes:
-            users.setdefault(node, []).append(step)
+    users: dict[fx.Node, list[Call]] = {}
+    for call in replay.calls:
+        for node in call.node.all_input_nodes:
+            users.setdefault(node, []).append(call)
     found: list[Layer] = []
-    for step in program.steps:
-        node = step.node
+    for call in replay.calls:
+        node = call.node
         if node.target not in _CONVOLUTIONS | _LINEAR:
             continue
-        weight = program.owner(node.args[1])
+        weight = replay.owner(node.args[1])
         if weight is None or (names is not None and weight not in names):
             continue
-        bias = program.owner(node.args[2]) if len(node.args) > 2 else None
+        bias = replay.owner(node.args[2]) if len(node.args) > 2 else None
         many = node.args[6] if node.target in _CONVOLUTIONS and len(node.args) > 6 else 1
         groups = many if isinstance(many, int) else 1
         after = users.get(node, [])
         norm = after[0] if len(after) == 1 and after[0].node.target in _NORMS else None
-        mean = program.owner(norm.node.args[3]) if norm else None
-        last = norm or step
+        mean = replay.owner(norm.node.args[3]) if norm else None
+        last = norm or call
         sums = users.get(last.node, [])
         beside = None
         if len(sums) == 1 and sums[0].node.target in _SUMS and not sums[0].node.kwargs:
             a, b = sums[0].node.args[:2]
             other = b if a is last.node else a
             beside = other if isinstance(other, fx.Node) else None
-        found.append(Layer(step, weight, groups, bias or mean, 1 if bias else -1, norm, beside))
+        found.append(Layer(call, weight, groups, bias or mean, 1 if bias else -1, norm, beside))
     times = [layer.weight for layer in found]
     return [layer for layer in found if times.count(layer.weight) == 1]
 
 
 @torch.no_grad()
 def compensate(
-    program: Program,
+    replay: Replay,
     batches: Sequence[Tensor],
-    choices: Mapping[str, Tensor | Choice],
+    choices: Mapping[str, Tensor | ChooseMask],
     *,
     start: Tensors | None = None,
     keep: Mapping[str, Tensor] | None = None,
@@ -167,7 +167,7 @@ def compensate(
     """Prune the layers of a network one after the other, and solve what remains of each again.
 
     Args:
-        program: of the dense model, whose outputs are the target.
+        replay: of the dense model, whose outputs are the target.
         batches: calibration images, (n, …) each.
         choices: weight name -> its mask, or how to choose it at the point where it is solved.
         start: tensors that the pruned network already differs in.
@@ -177,35 +177,35 @@ def compensate(
     Differs: the targets of branches that are added up make up for one another; offsets go into biases or norms.
     """
     result = Compensated(dict(start or {}), {}, {})
-    at = {layer.step.node: layer for layer in layers(program, list(choices))}
-    dense, pruned = [program.begin(x) for x in batches], [program.begin(x) for x in batches]
-    for step in program.steps:
-        if step.node in at:
-            layer = at[step.node]
-            fitted = measure(program, layer, dense, pruned, result.tensors)
+    at = {layer.call.node: layer for layer in layers(replay, list(choices))}
+    dense, pruned = [replay.begin(x) for x in batches], [replay.begin(x) for x in batches]
+    for call in replay.calls:
+        if call.node in at:
+            layer = at[call.node]
+            fitted = measure(replay, layer, dense, pruned, result.tensors)
             choice = choices[layer.weight]
             mask = choice if isinstance(choice, Tensor) else choice(fitted)
             result.fitted[layer.weight], result.masks[layer.weight] = fitted, mask
             found = fitted.solved(mask)
             result.tensors.update({n: t * keep[n] if keep and n in keep else t for n, t in found.items()})
         for ours, theirs in zip(pruned, dense, strict=True):
-            program.run(step, theirs)
-            program.run(step, ours, result.tensors)
+            replay.run(call, theirs)
+            replay.run(call, ours, result.tensors)
     return result
 
 
 def measure(
-    program: Program, layer: Layer, dense: Sequence[Values], pruned: Sequence[Values], tensors: Tensors
+    replay: Replay, layer: Layer, dense: Sequence[Values], pruned: Sequence[Values], tensors: Tensors
 ) -> Fitted:
     """The moments of a layer's inputs in the pruned network and of its targets."""
-    weight = program.tensor(layer.weight)
+    weight = replay.tensor(layer.weight)
     before = tensors.get(layer.weight, weight).flatten(1)
     parts = before.chunk(layer.groups)
     sums: list[list[Tensor]] = [[] for _ in parts]
     count = 0
     for number, (theirs, ours) in enumerate(zip(dense, pruned, strict=True)):
-        target = program.compute(layer.step, theirs) + correction(program, layer, theirs, ours)
-        x, t = rows_of(layer, ours[layer.step.node.args[0]], target, weight, number)  # type: ignore[index]
+        target = replay.compute(layer.call, theirs) + correction(replay, layer, theirs, ours)
+        x, t = rows_of(layer, ours[layer.call.node.args[0]], target, weight, number)  # type: ignore[index]
         count += x.shape[1]
         for total, xg, tg in zip(sums, x, t.chunk(layer.groups, 1), strict=True):
             # float32 products of one batch, summed up in float64
@@ -225,11 +225,11 @@ def measure(
         else:
             mean_x, mean_t = torch.zeros_like(mean_x), torch.zeros_like(mean_t)
         moments.append(Moments(a, b, power, mean_x, mean_t, part.cpu()))
-    before_offset = program.tensor(layer.offset).cpu() if layer.offset else None
+    before_offset = replay.tensor(layer.offset).cpu() if layer.offset else None
     return Fitted(layer, tuple(moments), before_offset, weight.device)
 
 
-def correction(program: Program, layer: Layer, dense: Values, pruned: Values) -> Tensor | float:
+def correction(replay: Replay, layer: Layer, dense: Values, pruned: Values) -> Tensor | float:
     """What the layer's output must have more than the dense one's, so that the sum it goes into is right."""
     if layer.beside is None or layer.beside not in dense or layer.beside not in pruned:
         return 0.0
@@ -237,12 +237,12 @@ def correction(program: Program, layer: Layer, dense: Values, pruned: Values) ->
     if layer.norm is None:
         return missing
     args = layer.norm.node.args
-    scale, var = (program.owner(args[i]) for i in (1, 4))
+    scale, var = (replay.owner(args[i]) for i in (1, 4))
     if scale is None or var is None:
         return 0.0
-    gamma = program.tensor(scale)
+    gamma = replay.tensor(scale)
     gamma = torch.where(gamma.abs() < _FLOOR, torch.full_like(gamma, _FLOOR), gamma)
-    factor = (program.tensor(var) + float(args[7])).sqrt() / gamma  # type: ignore[arg-type]
+    factor = (replay.tensor(var) + float(args[7])).sqrt() / gamma  # type: ignore[arg-type]
     result: Tensor = missing * factor.view(-1, *[1] * (missing.ndim - 2))
     return result
 
@@ -252,9 +252,9 @@ def rows_of(layer: Layer, x: Tensor, t: Tensor, weight: Tensor, phase: int) -> t
 
     Positions lie on a grid that moves with `phase`.
     """
-    if layer.step.node.target in _LINEAR:
+    if layer.call.node.target in _LINEAR:
         return x.reshape(1, -1, x.shape[-1]), t.reshape(-1, t.shape[-1])
-    args = [*layer.step.node.args, *[None] * 7]
+    args = [*layer.call.node.args, *[None] * 7]
     if x.ndim == 3:  # a convolution of lines is one of images of height 1
         x, t, weight = x[:, :, None], t[:, :, None], weight[:, :, None]
     stride, padding, dilation = (
@@ -289,21 +289,21 @@ def _pair(value: object, default: int, weight: Tensor) -> tuple[int, int]:
 
 
 @torch.no_grad()
-def reestimate(program: Program, batches: Sequence[Tensor], tensors: Tensors) -> dict[str, Tensor]:
+def reestimate(replay: Replay, batches: Sequence[Tensor], tensors: Tensors) -> dict[str, Tensor]:
     """Means and variances of all batch norms, measured in the pruned network; `tensors` with these replaced."""
     result = dict(tensors)
-    values = [program.begin(x) for x in batches]
-    for step in program.steps:
-        if step.node.target in _NORMS:
-            names = [program.owner(step.node.args[i]) for i in (3, 4)]
-            inputs = [v[step.node.args[0]] for v in values]  # type: ignore[index]
+    values = [replay.begin(x) for x in batches]
+    for call in replay.calls:
+        if call.node.target in _NORMS:
+            names = [replay.owner(call.node.args[i]) for i in (3, 4)]
+            inputs = [v[call.node.args[0]] for v in values]  # type: ignore[index]
             if None not in names:
                 found = statistics(inputs)
                 for name, value in zip(names, found, strict=True):
                     assert name is not None
-                    result[name] = value.to(program.tensor(name).dtype)
+                    result[name] = value.to(replay.tensor(name).dtype)
         for v in values:
-            program.run(step, v, result)
+            replay.run(call, v, result)
     return result
 
 

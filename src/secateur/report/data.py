@@ -11,7 +11,6 @@ import torch
 import secateur
 from secateur.cost.latency import Latency, device_name
 from secateur.cost.training import TrainingCost
-from secateur.engine.decay import Ending
 from secateur.errors import SecateurError
 
 PROVEN = 1e-9
@@ -140,6 +139,27 @@ class WeightFacts:
     measured: float | None = None
 
 
+@dataclass(frozen=True)
+class Ending:
+    """How the fading of one unit ended.
+
+    Attributes:
+        group: its name.
+        unit: the number it had at the start of the training.
+        start, end: optimizer steps; it was chosen after the one, and zero or restored after the other.
+        restored: kept after all, not zero.
+        rate, length: what the test for restoring last measured; None: never.
+    """
+
+    group: str
+    unit: int
+    start: int
+    end: int
+    restored: bool
+    rate: float | None = None
+    length: float | None = None
+
+
 @dataclass(frozen=True, kw_only=True)
 class Report:
     """Everything the page and the JSON file say. Accuracies are fractions, 0..1.
@@ -147,7 +167,7 @@ class Report:
     Attributes:
         model, dataset, method, seed, command: how the run was made; the command as it was typed.
         budget: what was asked for, such as {"macs": 0.5}.
-        macs_before, macs_after, params_before, params_after: counted on the two models; MACs per image.
+        before, after: cost by measure, such as {"macs": …, "params": …}; MACs per image.
         accuracy_before, accuracy_cut, accuracy_after: of the original, right after the cut, and in the end.
         verify_max_abs_error: the largest difference between the outputs of the cut and the masked model,
             in float64 if that was run, else in float32.
@@ -161,11 +181,11 @@ class Report:
         frozen: what was not.
         notes: whatever else the reader must know, one sentence each.
         history: the lines of `metrics.jsonl`, one per epoch.
-        course: how pruning went while the model was trained: points with a "step", the shares of "macs" and
+        pruning_history: how pruning went while the model was trained: points with a "step", the shares of "macs" and
             "params", "units" per group, MACs of "layers", and whatever else the method notes per group ("threshold",
             "scores").
         decays: of the units that faded while the model was trained, in the order of their ends.
-        release_above: the thresholds of the rectifying test, by its measures "rate" and "length", if it was used.
+        restore_above: the thresholds of the test for restoring, by its measures "rate" and "length", if it was used.
         versions: see `current_versions`.
     """
 
@@ -175,10 +195,8 @@ class Report:
     seed: int
     command: str
     dataset: str | None = None
-    macs_before: int
-    macs_after: int
-    params_before: int
-    params_after: int
+    before: Mapping[str, float]
+    after: Mapping[str, float]
     accuracy_before: float | None = None
     accuracy_cut: float | None = None
     accuracy_after: float | None = None
@@ -198,9 +216,9 @@ class Report:
     frozen: Sequence[FrozenGroup] = ()
     notes: Sequence[str] = ()
     history: Sequence[Mapping[str, Any]] = ()
-    course: Sequence[Mapping[str, Any]] = ()
+    pruning_history: Sequence[Mapping[str, Any]] = ()
     decays: Sequence[Ending] = ()
-    release_above: Mapping[str, float] = field(default_factory=dict)
+    restore_above: Mapping[str, float] = field(default_factory=dict)
     versions: Mapping[str, str | int] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -208,6 +226,10 @@ class Report:
             accuracy = getattr(self, name)
             if accuracy is not None and not 0 <= accuracy <= 1:
                 raise SecateurError(f"report: {name} is {accuracy}; expected a fraction between 0 and 1.")
+
+    def share(self, measure: str) -> float:
+        """Of a cost, what is kept."""
+        return self.after[measure] / self.before[measure]
 
     @property
     def is_proven(self) -> bool:
@@ -227,7 +249,7 @@ class Report:
     @property
     def outcome(self) -> str:
         """What came of it, in half a sentence."""
-        parts = [f"{100 * self.macs_after / self.macs_before:.1f} % of the MACs kept"]
+        parts = [f"{100 * self.share('macs'):.1f} % of the MACs kept"]
         if self.weights is not None:
             parts = [f"{100 * self.weights.kept / self.weights.total:.1f} % of the weights kept"]
         if self.accuracy_before is not None and self.accuracy_after is not None:

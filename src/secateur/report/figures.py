@@ -29,12 +29,12 @@ def figures(report: Report) -> dict[str, Figure]:
         drawn["plot-densities"] = densities(report.weights)
         if report.weights.curves:
             drawn["plot-curves"] = curves(report.weights)
-    if report.course:
+    if report.pruning_history:
         drawn["plot-cost"] = cost(report)
         drawn["plot-units"] = over_time(report, "units")
         drawn["plot-layers"] = over_time(report, "layers")
         for key in ("threshold", "scores"):
-            if key in report.course[0]:
+            if key in report.pruning_history[0]:
                 drawn["plot-learnt"] = over_time(report, key)
     if report.decays:
         drawn["plot-decays"] = decays(report)
@@ -56,8 +56,8 @@ def cost(report: Report) -> Figure:
             "type": "scatter",
             "mode": "lines",
             "name": name,
-            "x": [point["step"] for point in report.course],
-            "y": [100 * point[key] for point in report.course],
+            "x": [point["step"] for point in report.pruning_history],
+            "y": [100 * point[key] for point in report.pruning_history],
             "line": {"color": color},
             "hovertemplate": f"step %{{x}}: %{{y:.1f}} of the {name}<extra></extra>",
         }
@@ -67,14 +67,16 @@ def cost(report: Report) -> Figure:
 
 
 def over_time(report: Report, key: str) -> Figure:
-    """One row per group or layer, one column per point of the course; darker is more.
+    """One row per group or layer, one column per point of the history; darker is more.
 
     Units and the MACs of layers are shares of their first; of several scores of one group the mean is shown.
     """
-    names, counted = list(report.course[0][key]), key in ("units", "layers")
+    names, counted = list(report.pruning_history[0][key]), key in ("units", "layers")
     rows = []
     for name in names:
-        values = [np.mean(point[key][name]) if point[key].get(name) else 0.0 for point in report.course]
+        values = [
+            np.mean(point[key][name]) if point[key].get(name) else 0.0 for point in report.pruning_history
+        ]
         first = values[0] if counted and values[0] else 1.0
         rows.append([round(float(value / first), 4) for value in values])
     layout = plain_layout(60 + 18 * len(names))
@@ -89,10 +91,10 @@ def over_time(report: Report, key: str) -> Figure:
     scale = [[0, "rgba(21,154,156,0.05)"], [1, AFTER]] if counted else [[0, AFTER], [1, REMOVED]]
     heat = {
         "type": "heatmap",
-        "x": [point["step"] for point in report.course],
+        "x": [point["step"] for point in report.pruning_history],
         "y": list(range(len(names))),
         "z": rows,
-        "text": [[escape(name)] * len(report.course) for name in names],
+        "text": [[escape(name)] * len(report.pruning_history) for name in names],
         "colorscale": scale,
         "showscale": not counted,
         "hovertemplate": "%{text}<br>step %{x}: %{z:.3~f}<extra></extra>",
@@ -116,12 +118,12 @@ def decays(report: Report) -> Figure:
         "showgrid": False,
     }
     lines = []
-    for released, color in ((False, BEFORE), (True, REMOVED)):
-        ended = [decay for decay in report.decays if decay.released == released]
+    for restored, color in ((False, BEFORE), (True, REMOVED)):
+        ended = [decay for decay in report.decays if decay.restored == restored]
         places = [
             row[decay.group] + 0.8 * ((decay.unit + 0.5) / counts[decay.group] - 0.5) for decay in ended
         ]
-        what = "released" if released else "zero"
+        what = "restored" if restored else "zero"
         said = [f"{escape(d.group)}<br>unit {d.unit}: steps {d.start} to {d.end}, {what}" for d in ended]
         lines.append(
             {
@@ -131,14 +133,14 @@ def decays(report: Report) -> Figure:
                 "y": [y for place in places for y in (round(place, 3), round(place, 3), None)],
                 "text": [text for text in said for _ in range(3)],
                 "hovertemplate": "%{text}<extra></extra>",
-                "line": {"color": color, "width": 2 + released},
+                "line": {"color": color, "width": 2 + restored},
             }
         )
     return {"data": lines, "layout": layout}
 
 
 def resistance(report: Report) -> Figure:
-    """What the rectifying test last measured of each unit that faded, and its thresholds."""
+    """What the test for restoring last measured of each unit that faded, and its thresholds."""
     layout = plain_layout(320)
     layout["xaxis"] |= {"title": {"text": "rate"}}
     layout["yaxis"] |= {"title": {"text": "length"}}
@@ -146,19 +148,19 @@ def resistance(report: Report) -> Figure:
     layout["shapes"] = [
         {
             "type": "line",
-            f"{axis}0": report.release_above[name],
-            f"{axis}1": report.release_above[name],
+            f"{axis}0": report.restore_above[name],
+            f"{axis}1": report.restore_above[name],
             f"{other}0": 0,
             f"{other}1": 1,
             f"{other}ref": "paper",
             "line": {"color": BEFORE, "dash": "dot", "width": 1},
         }
         for name, axis, other in edges
-        if name in report.release_above
+        if name in report.restore_above
     ]
     points = []
-    for released, color in ((False, BEFORE), (True, REMOVED)):
-        ended = [d for d in report.decays if d.released == released and d.rate is not None]
+    for restored, color in ((False, BEFORE), (True, REMOVED)):
+        ended = [d for d in report.decays if d.restored == restored and d.rate is not None]
         points.append(
             {
                 "type": "scatter",

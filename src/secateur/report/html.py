@@ -141,10 +141,10 @@ def points(before: float | None, after: float) -> str:
 
 
 def _tiles(report: Report) -> list[tuple[str, str, str]]:
-    macs, params = report.macs_before, report.params_before
+    macs, params = report.before["macs"], report.before["params"]
     tiles = [
-        ("MACs kept", percent(report.macs_after / macs), f"of {si(macs)}"),
-        ("parameters kept", percent(report.params_after / params), f"of {si(params)}"),
+        ("MACs kept", percent(report.share("macs")), f"of {si(macs)}"),
+        ("parameters kept", percent(report.share("params")), f"of {si(params)}"),
     ]
     if (facts := report.weights) is not None:
         tiles = [("weights kept", percent(facts.kept / facts.total), f"of {si(facts.total)}")]
@@ -168,10 +168,10 @@ def _rows(report: Report) -> list[Row]:
         rows.append(Row("Weights that are not zero", si(facts.total), si(facts.kept), share, *exact))
     cost = report.training_cost
     for name, old, new, unit in (
-        ("MACs per image, if zeros cost nothing", report.macs_before, facts.macs if facts else None, ""),
-        ("Parameters, if zeros cost nothing", report.params_before, facts.params if facts else None, ""),
-        ("MACs per image", report.macs_before, report.macs_after, ""),
-        ("Parameters", report.params_before, report.params_after, ""),
+        ("MACs per image, if zeros cost nothing", report.before["macs"], facts.macs if facts else None, ""),
+        ("Parameters, if zeros cost nothing", report.before["params"], facts.params if facts else None, ""),
+        ("MACs per image", report.before["macs"], report.after["macs"], ""),
+        ("Parameters", report.before["params"], report.after["params"], ""),
         ("Weights file", report.weights_bytes_before, report.weights_bytes_after, "B"),
         ("ONNX file", report.onnx_bytes_before, report.onnx_bytes_after, "B"),
         ("MACs per training step", cost and cost.before.macs, cost and cost.after.macs, ""),

@@ -20,22 +20,16 @@ from torch.utils import _pytree as pytree
 
 from secateur.errors import CaptureError, CutError
 from secateur.graph.capture import BATCH, Capture, Inputs, as_call, capture, with_batch
+from secateur.graph.duplicate import duplicate
 from secateur.graph.labels import Value
+from secateur.graph.operators import OPERATORS, Step
 from secateur.graph.trace import Survivors, Trace
-from secateur.rewriting.listing import Listing, Step, listing
+from secateur.rewriting.listing import Listing, as_op, listing
 from secateur.rewriting.listing import calls as calls_of
-from secateur.rewriting.program import ANYTHING, OPERATORS, Named, Program, Ref, Size, Training
+from secateur.rewriting.program import ANYTHING, Named, Program, Ref, Size, Training, operator_named
 from secateur.rewriting.rewrite import CONSTANT, arguments_of, cut_steps
 
 Calls = list[tuple[tuple[Any, ...], dict[str, Any]]]
-
-SWITCHES = {
-    "dropout": "train",
-    "feature_dropout": "train",
-    "alpha_dropout": "train",
-    "batch_norm": "training",
-}
-"""Operator -> the argument that says whether its module trains."""
 
 
 @dataclass(frozen=True)
@@ -126,8 +120,10 @@ class Writer:
         cut_steps(captured, values, self._survivors)
         sizes = self._sizes(captured, listings, values)
         for i, step in enumerate(captured.steps):
-            if step.target != "getitem" and step.op not in OPERATORS:
-                raise CutError(f"{name}: its forward uses {step.target}, which a program may not call")
+            try:
+                operator_named(step.target)
+            except ValueError as error:
+                raise CutError(f"{name}: its forward cannot be saved: {error}") from None
             for key, arg in step.args.items():
                 others = [other.steps[i].args.get(key) for other in listings]
                 step.args[key] = sizes.symbolic(arg, before[i].get(key), others, f"{name}: {step.op}")
@@ -153,7 +149,7 @@ class Writer:
             arguments=varying(base.arguments, [variant.arguments for variant in variants]),
             inputs=len(lines.inputs),
             tensors=tuple(buffers.get(name) or name.removeprefix("module.") for name in lines.names),
-            ops=tuple(step.as_op() for step in lines.steps),
+            ops=tuple(as_op(step) for step in lines.steps),
             output=fill(base.output, None, lines.output),
         )
         constants = {buffers[name]: base.captured.constants[name].detach().clone() for name in unnamed}
@@ -297,7 +293,7 @@ class Captured:
             return known.setdefault(id(x), x.double())
 
         try:
-            twin = copy.deepcopy(module).double()
+            twin = duplicate(module).double()
             return cls.of(twin, *pytree.tree_map(double, (args, kwargs)))
         except (CaptureError, CutError):
             return None
@@ -396,7 +392,7 @@ def training_switches(
     )
     switches = []
     for step in lines.steps:
-        switch = SWITCHES.get(step.op)
+        switch = OPERATORS[step.op].trains if step.op in OPERATORS else None
         switches.append({switch: (owner(step), True, False)} if switch else {})
     return switches, lost
 

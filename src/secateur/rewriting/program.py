@@ -1,8 +1,8 @@
 """A forward pass as data: a list of ATen operators that can be run, saved and checked.
 
 A program knows no Python of the model it came from. What it reads by name are parameters and buffers of the
-module that runs it; what it calls are the operators of one fixed list; its numbers are literals, or products
-of its inputs' sizes.
+module that runs it; what it calls are operators that the table of operators allows; its numbers are literals, or
+products of its inputs' sizes.
 """
 
 import functools
@@ -15,42 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-OPERATORS = frozenset(
-    """
-    abs adaptive_avg_pool1d adaptive_avg_pool2d adaptive_avg_pool3d adaptive_max_pool1d
-    adaptive_max_pool2d adaptive_max_pool3d add add_ addcdiv addcmul addcmul_ addmm adjoint alias all
-    alpha_dropout amax amin any arange argmax argmin argsort atan2 avg_pool1d avg_pool2d avg_pool3d
-    baddbmm batch_norm bitwise_and bitwise_not bitwise_or bitwise_xor bmm broadcast_to cat cdist ceil celu
-    channel_shuffle chunk clamp clamp_ clamp_max clamp_max_ clamp_min clamp_min_ clone col2im complex
-    concat concatenate constant_pad_nd contiguous conv1d conv2d conv3d conv_transpose1d conv_transpose2d
-    conv_transpose3d copy_ cos cummax cummin cumprod cumsum detach detach_ diagonal div div_ divide dot
-    dropout dropout_ einsum elu elu_ embedding empty empty_like eq erf erf_ exp exp_ expand expand_as
-    expm1 eye feature_alpha_dropout feature_dropout fft_fft2 fft_ifft2 fft_irfft2 fft_rfft2 fill fill_
-    flatten flip floor floor_divide fmod frac full full_like gather ge gelu gelu_ getitem glu grid_sampler
-    grid_sampler_2d group_norm gt hardshrink hardsigmoid hardsigmoid_ hardswish hardswish_ hardtanh
-    hardtanh_ hypot im2col imag index index_add index_copy index_put index_select instance_norm isinf
-    isnan kthvalue layer_norm le leaky_relu leaky_relu_ lerp lerp_ lift_fresh_copy linalg_norm
-    linalg_vector_norm linear linspace log log1p log2 log_ log_sigmoid log_softmax logical_and logical_not
-    logical_or logical_xor logit logsumexp lt mH mT masked_fill masked_fill_ matmul max
-    max_pool1d max_pool1d_with_indices max_pool2d max_pool2d_with_indices max_pool3d
-    max_pool3d_with_indices maximum mean median meshgrid min minimum mish mish_ mm moveaxis movedim mul
-    mul_ multiply mv nan_to_num narrow ne neg neg_ new_empty new_full new_ones new_zeros norm numpy_T ones
-    ones_like outer pad permute pixel_shuffle pixel_unshuffle positive pow pow_ prelu prod ravel real
-    reciprocal reflection_pad1d reflection_pad2d relu relu6 relu6_ relu_ remainder repeat
-    repeat_interleave replication_pad1d replication_pad2d reshape reshape_as rms_norm roll rot90 round
-    rsqrt rsub scaled_dot_product_attention scatter select selu selu_ sigmoid sigmoid_ sign silu silu_ sin
-    slice softmax softplus softshrink sort split_with_sizes sqrt square squeeze squeeze_ stack
-    std std_mean sub sub_ subtract sum swapaxes swapdims t take_along_dim tan tanh tanh_
-    threshold threshold_ tile to topk transpose transpose_ tril triu true_divide trunc type_as unbind
-    unflatten unfold unsqueeze unsqueeze_ upsample_bicubic2d upsample_bilinear2d upsample_linear1d
-    upsample_nearest1d upsample_nearest2d upsample_nearest3d upsample_trilinear3d var var_mean view
-    view_as view_as_complex view_as_real view_copy where zero_ zeros zeros_like _fused_rms_norm
-    _log_softmax _softmax _to_copy _unsafe_view _upsample_bicubic2d_aa _upsample_bilinear2d_aa
-    _upsample_nearest_exact1d _upsample_nearest_exact2d _upsample_nearest_exact3d _weight_norm
-    _weight_norm_interface
-    """.split()
-)
-"""Operators that compute tensors from tensors and numbers, and do nothing else."""
+from secateur.graph.operators import OPERATORS
+
+TENSORS = ("Tensor", "List[Tensor]")
+"""Types of what a program's operators return."""
 
 LARGEST = 2**31
 """Largest number a program may hold, in absolute value."""
@@ -235,12 +203,17 @@ def operator_named(target: str) -> Callable[..., Any]:
         return operator.getitem
     namespace, _, rest = target.partition(".")
     name, _, overload = rest.partition(".")
-    if namespace != "aten" or name not in OPERATORS:
+    if namespace != "aten" or name not in OPERATORS or not OPERATORS[name].program:
         raise ValueError(f"operator {target!r} is not one that a rewritten forward may call")
     packet = getattr(torch.ops.aten, name)
-    if overload not in packet.overloads() or "out" in overload:
+    if overload not in packet.overloads():
         raise ValueError(f"operator {target!r} does not exist")
     function: Callable[..., Any] = getattr(packet, overload)
+    schema = function._schema  # type: ignore[attr-defined]
+    if any(str(result.type) not in TENSORS for result in schema.returns):
+        raise ValueError(f"operator {target!r} computes no tensors")  # but repeats a list 2³¹ times, for one
+    if any(a.kwarg_only and a.alias_info and a.alias_info.is_write for a in schema.arguments):
+        raise ValueError(f"operator {target!r} writes its result into a given tensor")
     return function
 
 

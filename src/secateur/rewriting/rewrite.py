@@ -13,8 +13,9 @@ from torch import Tensor, fx, nn
 
 from secateur.errors import CutError
 from secateur.graph.labels import Value
+from secateur.graph.operators import Shape
 from secateur.graph.trace import Survivors, Trace
-from secateur.rewriting.listing import Listing, Shape, cut_step, listing
+from secateur.rewriting.listing import Listing, as_op, cut_step, listing
 from secateur.rewriting.program import ANYTHING, NAMES, Named, Program, Ref
 
 CONSTANT = "rewritten_constant_"
@@ -167,7 +168,7 @@ def fixed_program(lines: Listing) -> Program:
     """A captured graph as a program for the sizes it was captured at; its precision is that of the tensors."""
     for step in lines.steps:
         step.args = _widen(step.args)
-    ops = tuple(step.as_op() for step in lines.steps)
+    ops = tuple(as_op(step) for step in lines.steps)
     return Program(None, len(lines.inputs), tuple(lines.names), ops, lines.output)
 
 

@@ -1,5 +1,5 @@
 """Which units matter: pure functions from a group's tensors to one number per unit."""
 
-from secateur.scores.table import SCORES, Score, Slice, score_groups
+from secateur.scores.table import SCORES, Score, Slice, score_groups, score_named
 
-__all__ = ["SCORES", "Score", "Slice", "score_groups"]
+__all__ = ["SCORES", "Score", "Slice", "score_groups", "score_named"]

@@ -1,16 +1,18 @@
-"""Scores of single weights of a network that has not been trained."""
+"""Scores of single weights of a network that has not been trained, and the table of them."""
 
-import copy
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from secateur.errors import ScoreError
+from secateur.errors import ScoreError, unknown
 from secateur.graph import Inputs
 from secateur.graph.capture import as_call, with_batch
+from secateur.graph.duplicate import duplicate
+from secateur.imports import imported
 
 Batches = Sequence[tuple[Tensor, Tensor]]
 Loss = Callable[[Tensor, Tensor], Tensor]
@@ -35,7 +37,7 @@ class Synflow:
     """
 
     def __init__(self, model: nn.Module, inputs: Inputs, names: Iterable[str]) -> None:
-        self.model = positive_(copy.deepcopy(model).double().eval())
+        self.model = positive_(duplicate(model).double().eval())
         self.names = list(names)
         self.args, self.kwargs = as_call(with_batch(inputs, 1))
         parameters = dict(self.model.requires_grad_(True).named_parameters())
@@ -170,7 +172,7 @@ def _finite(scores: Mapping[str, Tensor]) -> bool:
 
 
 def _trained_copy(model: nn.Module, names: Sequence[str]) -> tuple[nn.Module, dict[str, Tensor]]:
-    copied = copy.deepcopy(model).train()
+    copied = duplicate(model).train()
     parameters = dict(copied.named_parameters())
     own = {name: parameters[name].requires_grad_(True) for name in names}
     return copied, own
@@ -189,3 +191,108 @@ def _batches(score: str, data: Batches, own: Mapping[str, Tensor]) -> Iterator[t
 def _grads(total: Tensor, own: Mapping[str, Tensor], *, create_graph: bool = False) -> list[Tensor]:
     found = torch.autograd.grad(total, list(own.values()), create_graph=create_graph, allow_unused=True)
     return [torch.zeros_like(p) if g is None else g for p, g in zip(own.values(), found, strict=True)]
+
+
+def score_by_synflow(weights: "Weights") -> Callable[[Mapping[str, Tensor] | None], dict[str, Tensor]]:
+    """SynFlow: scores are taken again as weights go."""
+    return Synflow(weights.model, weights.inputs, weights.names)
+
+
+def score_by_snip(weights: "Weights") -> dict[str, Tensor]:
+    """SNIP on all of the data."""
+    return snip(weights.model, weights.names, weights.data, weights.loss)
+
+
+def score_by_grasp(weights: "Weights") -> dict[str, Tensor]:
+    """GraSP on all of the data."""
+    return grasp(weights.model, weights.names, weights.data, weights.loss)
+
+
+def score_by_magnitude(weights: "Weights") -> dict[str, Tensor]:
+    """Absolute values."""
+    return {name: w.abs() for name, w in weights.values.items()}
+
+
+def score_at_random(weights: "Weights") -> dict[str, Tensor]:
+    """Uniform random numbers."""
+    generator = torch.Generator().manual_seed(weights.seed)
+    return {name: torch.rand(w.shape, generator=generator) for name, w in weights.values.items()}
+
+
+@dataclass(frozen=True)
+class Weights:
+    """What a score of initial weights sees.
+
+    Attributes:
+        model: untrained; only read.
+        inputs: example inputs.
+        names: of the weights to score.
+        data: (inputs, targets) batches; empty unless the score needs them.
+        loss: of (outputs, targets), a mean over the batch.
+        seed: of random scores.
+    """
+
+    model: nn.Module
+    inputs: Inputs
+    names: Sequence[str]
+    data: Batches
+    loss: Loss
+    seed: int
+
+    @property
+    def values(self) -> dict[str, Tensor]:
+        """The weights by name, without gradient."""
+        parameters = dict(self.model.named_parameters())
+        return {name: parameters[name].detach() for name in self.names}
+
+
+class WeightScorer(Protocol):
+    """Weights -> a score by name, higher = keep; or a function of the masks so far that gives one, asked in rounds."""
+
+    def __call__(
+        self, weights: Weights, /
+    ) -> dict[str, Tensor] | Callable[[Mapping[str, Tensor] | None], dict[str, Tensor]]: ...
+
+
+@dataclass(frozen=True)
+class WeightScore:
+    """An entry of the table.
+
+    Attributes:
+        function: see `WeightScorer`.
+        summary: one line for lists of choices.
+        needs_data: whether it needs batches.
+    """
+
+    function: WeightScorer
+    summary: str
+    needs_data: bool = False
+
+
+WEIGHT_SCORES: dict[str, WeightScore] = {
+    "synflow": WeightScore(
+        score_by_synflow, "paths through the weight, signs dropped; iterated, needs no data"
+    ),
+    "snip": WeightScore(
+        score_by_snip, "first-order reaction of the loss to the weight's removal; needs data", True
+    ),
+    "grasp": WeightScore(
+        score_by_grasp, "what the removal does to the norm of the gradient; needs data", True
+    ),
+    "magnitude": WeightScore(score_by_magnitude, "absolute value"),
+    "random": WeightScore(score_at_random, "random numbers: the control"),
+}
+
+
+def weight_score_named(score: str | WeightScorer) -> WeightScore:
+    """An entry of `WEIGHT_SCORES`; or one for a `WeightScorer` of your own, given as such or as `module:function`.
+
+    Raises:
+        ScoreError: there is no such score.
+    """
+    if isinstance(score, str) and ":" not in score:
+        if score not in WEIGHT_SCORES:
+            raise ScoreError(unknown("score", score, WEIGHT_SCORES))
+        return WEIGHT_SCORES[score]
+    function = imported("score", score, ScoreError) if isinstance(score, str) else score
+    return WeightScore(function, "your own", needs_data=bool(getattr(function, "needs_data", False)))

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from secateur.errors import ScoreError, unknown
 from secateur.graph import Graph, Group
 from secateur.graph.modes import evaluating
+from secateur.imports import imported
 
 
 @dataclass(frozen=True)
@@ -169,10 +170,29 @@ SCORES: dict[str, Score] = {
 }
 
 
+def score_named(score: str | ScoreFunction) -> Score:
+    """An entry of `SCORES`; or one for a function of your own, or for the one that `module:function` names.
+
+    A function is a `ScoreFunction`. If it has an attribute `needs_data` that is true, it gets gradients.
+
+    Raises:
+        ScoreError: there is no such score.
+
+    >>> score_named(lambda slices, generator: slices[0].weight.amax(1)).needs_data
+    False
+    """
+    if isinstance(score, str) and ":" not in score:
+        if score not in SCORES:
+            raise ScoreError(unknown("score", score, SCORES))
+        return SCORES[score]
+    function = imported("score", score, ScoreError) if isinstance(score, str) else score
+    return Score(function, "your own", needs_data=bool(getattr(function, "needs_data", False)))
+
+
 def score_groups(
     model: nn.Module,
     graph: Graph,
-    score: str,
+    score: str | ScoreFunction,
     *,
     seed: int = 0,
     data: Iterable[tuple[Tensor, Tensor]] | None = None,
@@ -182,7 +202,7 @@ def score_groups(
 
     Args:
         model: the model the graph was made from; it is only read (gradients are taken aside).
-        score: a name in `SCORES`.
+        score: as for `score_named`.
         seed: for scores that draw random numbers.
         data: (inputs, targets) batches, for scores that need gradients.
         loss: of (outputs, targets), a mean over the batch.
@@ -191,9 +211,7 @@ def score_groups(
     Raises:
         ScoreError: unknown score, missing data, or a group the score cannot rank.
     """
-    if score not in SCORES:
-        raise ScoreError(unknown("score", score, SCORES))
-    entry = SCORES[score]
+    entry = score_named(score)
     if entry.needs_data and data is None:
         raise ScoreError(
             f"score {score!r} needs gradients on data: pass data=, an iterable of (inputs, targets)"

@@ -12,6 +12,7 @@ from secateur.graph import Graph, fingerprint, mirrored, named_tensors
 from secateur.graph.duplicate import duplicate
 from secateur.graph.groups import PadSite
 from secateur.graph.modules import Keep
+from secateur.graph.positions import kept_positions
 from secateur.plan import Plan
 from secateur.rewriting.known import following
 from secateur.rewriting.rewrite import rewrite_
@@ -61,7 +62,7 @@ def cut_(model: nn.Module, graph: Graph, plan: Plan, *, optimizer: Optimizer | N
             raise
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise CutError(
-            f"{type(model).__name__}: the cut cannot be carried out ({reason}). The model is unchanged."
+            f"{type(model).__name__}: the plan cannot be applied ({reason}). The model is unchanged."
         ) from error
     return model
 
@@ -81,21 +82,6 @@ def _settle(model: nn.Module, graph: Graph, masks: list[Tensor], edit: Edit) -> 
     for name, draft in drafts.items():
         module = model.get_submodule(name)
         edit.done(rewrite_(module, draft.program, draft.constants, draft.lost))
-
-
-def kept_positions(model: nn.Module, graph: Graph, masks: list[Tensor]) -> dict[tuple[str, int], Keep]:
-    """(tensor name, dim) -> mask over its positions, for every dim that loses some."""
-    shapes = {name: tensor.shape for name, tensor in named_tensors(model)}
-    keep: dict[tuple[str, int], Keep] = {}
-    for group, mask in zip(graph.groups, masks, strict=True):
-        if mask.all():
-            continue
-        for member in group.members:
-            key = (member.tensor, member.dim)
-            if key not in keep:
-                keep[key] = np.ones(shapes[member.tensor][member.dim], dtype=bool)
-            keep[key][member.index[~mask.numpy()]] = False
-    return keep
 
 
 def layer_attributes(

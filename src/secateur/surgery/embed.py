@@ -1,13 +1,12 @@
 """The way back: the weights of a cut model in a model of the original shapes."""
 
-import copy
-
 import torch
 from torch import nn
 
 from secateur.graph import Graph, named_tensors
+from secateur.graph.duplicate import duplicate
+from secateur.graph.positions import kept_positions
 from secateur.plan import Plan
-from secateur.surgery.cut import kept_positions
 
 
 def embed(whole: nn.Module, small: nn.Module, graph: Graph, plan: Plan) -> nn.Module:
@@ -21,7 +20,7 @@ def embed(whole: nn.Module, small: nn.Module, graph: Graph, plan: Plan) -> nn.Mo
         graph: from `analyze(whole, …)`.
         plan: what was cut.
     """
-    result = copy.deepcopy(whole)
+    result = duplicate(whole)
     theirs = dict(named_tensors(small))
     keep = kept_positions(whole, graph, plan.masks(graph))
     canonical = {id(tensor): name for name, tensor in reversed(named_tensors(result))}

@@ -1,159 +1,167 @@
 """Rate–distortion pruning of channels: curves per group, widths as one problem, consumers solved again."""
 
-import copy
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from secateur.allocate.products import Choice, choose_widths
-from secateur.allocate.table import allowed
+from secateur.allocate.products import ChosenWidths, choose_widths
+from secateur.allocate.table import list_widths
 from secateur.cost import Budget, Cost
+from secateur.engine.method import Context, Method, Progress, images_of
 from secateur.engine.pruned import Pruned, cut_and_prove
-from secateur.errors import BudgetError, ScoreError, SecateurError, unknown
+from secateur.errors import BudgetError, ScoreError, SecateurError
 from secateur.graph import Graph, Group, Inputs, Member, analyze
-from secateur.graph.replay import Program, Tensors
-from secateur.methods.rd.curves import Curves, Tick, interpolated, joint, key_of, measure
+from secateur.graph.duplicate import duplicate
+from secateur.graph.replay import Replay, Tensors
+from secateur.methods.rd.curves import DISTORTIONS, Curves, interpolated, joint, key_of, measure
 from secateur.methods.rd.single_weights import COMPENSATIONS, passes
 from secateur.plan import Plan
 from secateur.reconstruction.compensate import Fitted, compensate, layers, reestimate
 from secateur.reconstruction.leastsquares import block_prices
+from secateur.settings import option, settings
 
 
-@torch.no_grad()
-def rd(
-    model: nn.Module,
-    inputs: Inputs,
-    budget: Budget,
-    *,
-    data: Iterable[Tensor | tuple[Tensor, Tensor]] | None = None,
-    compensation: str = "least-squares",
-    distortion: str = "kl",
-    exponents: Sequence[float] = (0.5, 1.0),
-    stream_weight: float = 10.0,
-    stream_gain: float = 0.5,
-    levels: int = 9,
-    freeze: Sequence[str] = (),
-    min_keep: int = 1,
-    round_to: int = 1,
-    seed: int = 0,
-    curves: str | Path | None = None,
-    tick: Tick | None = None,
-) -> Pruned:
-    """Prune a copy of a trained model to a budget, widths chosen by measured distortion curves.
+@settings
+class RD(Method):
+    """Choose widths by measured distortion curves, and solve the remaining weights again.
 
     For each group of channels and several widths, the distance of the outputs is measured when only that group is
-    pruned, with the layers that read it solved again. Widths of least summed distance within the budget are then
-    cut together, and all remaining weights solved again. Sums mislead most about groups that several layers write, such
-    as residual streams; so sums that spare these are carried out as well.
+    pruned, with its consumers solved again. Widths of least summed distance within the budget are then cut together,
+    and all remaining weights solved again. Sums mislead most about groups that several layers write, such as residual
+    streams; so sums that protect these are tried as well.
 
-    Args:
-        model: one image tensor in, logits out; it is only read.
-        inputs: example inputs, such as torch.randn(1, 3, 224, 224).
-        budget: one bound; it is met from below.
-        data: calibration images, or (images, targets), batch by batch; a few hundred images from training.
-        compensation: a name in `secateur.methods.rd.single_weights.COMPENSATIONS`.
-        distortion: a name in `secateur.methods.rd.curves.DISTORTIONS`.
-        exponents: of the mean distortion before curves are added up, each above 0; of several, the one whose widths
-            measure best.
-        stream_weight: factor, at least 1, of the curves of groups that several layers write, in the sums that spare
-            them; 1: there are none.
-        stream_gain: widths by these sums are taken if they measure less than this share of what the others do, above
-            0, at most 1. Layers made narrow beside whole streams learn less when the model is trained on; without
-            training, 1 is best.
-        levels: widths measured per group.
-        freeze: module names or shell patterns that no cut may touch.
-        min_keep: units that every group keeps at least.
-        round_to: kept units per group are a multiple of this, or all of them.
-        seed: of the images for verification.
-        curves: file that curves are read from if they are of these weights, images and settings, and written to; or a
-            folder for such files.
-        tick: is told (passes done, of how many) while curves are measured.
+    Takes models of one image tensor in and logits out, and budgets of one bound.
+
     Raises:
         CaptureError, BudgetError, ScoreError: see `analyze`, `choose_widths`; no data.
         CutError: the model's forward cannot run at other widths, or the result is not equal.
     Source: after Xu et al. 2023, arXiv:2308.10438, which prunes single weights.
-    Differs: whole channels, chosen by what their removal costs the layers that read them once these are solved
-        again; costs are products of widths.
+    Differs: whole channels, chosen by what their removal costs their consumers once these are solved again; costs are
+        products of widths.
     """
-    if data is None:
-        raise ScoreError("method 'rd' measures on data: pass data=, batches of images")
-    if len(budget.bounds) != 1:
-        raise BudgetError(f"method 'rd' takes one bound, got {', '.join(budget.bounds)}; give one of them")
-    if compensation not in COMPENSATIONS:
-        raise SecateurError(unknown("compensation", compensation, COMPENSATIONS))
-    if not exponents or min(exponents) <= 0:
-        raise SecateurError(
-            f"method 'rd': exponents are {tuple(exponents)}; give at least one, each above 0, such as (0.5, 1.0)"
-        )
-    if stream_weight < 1 or not 0 < stream_gain <= 1:
-        raise SecateurError(
-            f"method 'rd': stream_weight is {stream_weight} and stream_gain {stream_gain}; expected at least 1, and "
-            f"above 0 and at most 1"
-        )
-    batches = [x if isinstance(x, Tensor) else x[0] for x in data]
-    model = copy.deepcopy(model).eval()
-    graph = analyze(model, inputs, freeze=freeze)
-    if not graph.groups:
-        raise BudgetError(
-            "nothing can be pruned: the model has no group of removable units (see graph.frozen)"
-        )
-    cost = Cost(graph)
-    ((bound, _),) = budget.bounds.items()
-    limit = budget.limits({bound: cost.of(bound)})[bound]
-    program = Program(model, batches[0])
-    settings = {
-        "compensation": compensation, "distortion": distortion, "levels": levels, "freeze": list(freeze),
-        "min_keep": min_keep, "round_to": round_to, "granularity": "channels",
-    }  # fmt: skip
-    key = key_of(model, batches, settings)
-    orders, widths = ranked(program, graph, batches, levels, min_keep, round_to)
-    found = Curves.once(
-        curves,
-        key,
-        lambda: measured(program, graph, batches, orders, widths, compensation, distortion, key, tick),
+
+    name: ClassVar[str] = "rd"
+    summary: ClassVar[str] = "choose widths by measured distortion curves, and make up for what is cut"
+
+    compensation: str = option(
+        "what the remaining weights do, without training", default="least-squares", choices=COMPENSATIONS
     )
-    best, seen = None, set()
-    weights = (1.0, stream_weight) if any(map(is_stream, graph.groups)) else (1.0,)
-    for weight in weights:
-        rival = None
-        for exponent in exponents:
-            choice = decided(cost, graph, found, exponent, weight, bound, limit, min_keep, round_to)
-            if choice.kept in seen:
-                continue
-            seen.add(choice.kept)
-            masks = [keep_first(order, kept) for order, kept in zip(orders, choice.kept, strict=True)]
-            origin = {
-                "method": "rd",
-                **settings,
-                "exponent": exponent,
-                "stream_weight": weight,
-                "budget": dict(budget.bounds),
-                "seed": seed,
-            }
-            plan = Plan.of(graph, masks, origin)
-            tensors = compensated(program, graph, plan, batches, compensation)
-            moved = float(joint(program, batches, tensors, distortion=distortion).mean())
-            if rival is None or moved < rival.measured:
-                rival = Trial(moved, summed(found, choice.kept, exponent), choice.gap, plan, tensors)
-        if best is None or (rival is not None and rival.measured < stream_gain * best.measured):
-            best = rival
-    assert best is not None
-    plan = best.plan
-    for name, tensor in best.tensors.items():
-        program.tensor(name).copy_(tensor)
-    facts = {
-        "curves": found.rows(),
-        "predicted": best.predicted,
-        "measured": best.measured,
-        "gap": best.gap,
-    }
-    with torch.enable_grad():
-        return cut_and_prove(model, graph, plan, [rank_of(order) for order in orders], seed=seed, facts=facts)
+    distortion: str = option("distance between outputs", default="kl", choices=DISTORTIONS)
+    exponents: tuple[float, ...] = option(
+        "of the mean distortion before curves are added up; of several, the best is taken",
+        default=(0.5, 1.0),
+        above=0,
+    )
+    stream_weight: float = option(
+        "factor of the curves of groups that several layers write, in sums that protect them",
+        default=10.0,
+        least=1,
+    )
+    stream_gain: float = option(
+        "sums that protect streams are taken if they measure less than this share of the others; 1 without training",
+        default=0.5,
+        above=0,
+        most=1,
+    )
+    levels: int = option("widths measured per group", default=9, least=2)
+    min_keep: int = option("units that every group keeps at least", default=1, least=1)
+    round_to: int = option("kept units per group are a multiple of this, or all of them", default=1, least=1)
+    seed: int = option("of the images for the proof", default=0, least=0)
+
+    def check(self) -> None:
+        if not self.exponents:
+            raise SecateurError("RD: exponents is empty; give at least one, such as (0.5, 1.0)")
+
+    @property
+    def needs_data(self) -> bool:
+        return True
+
+    @torch.no_grad()
+    def prune(self, model: nn.Module, inputs: Inputs, budget: Budget, context: Context) -> Pruned:
+        if context.data is None:
+            raise ScoreError("method 'rd' measures on data: pass data=, batches of images")
+        if len(budget.bounds) != 1:
+            raise BudgetError(
+                f"method 'rd' takes one bound, got {', '.join(budget.bounds)}; give one of them"
+            )
+        batches = images_of(context.data)
+        model = duplicate(model).eval()
+        graph = analyze(model, inputs, freeze=self.freeze)
+        if not graph.groups:
+            raise BudgetError(
+                "nothing can be pruned: the model has no group of removable units (see graph.frozen)"
+            )
+        cost = Cost(graph)
+        ((bound, _),) = budget.bounds.items()
+        limit = budget.limits({bound: cost.of(bound)})[bound]
+        program = Replay(model, batches[0])
+        orders, widths = rank_units(program, graph, batches, self)
+        key = key_of(model, batches, self.measured_with())
+        curves = Curves.once(
+            context.cache,
+            key,
+            lambda: measure_curves(program, graph, batches, orders, widths, self, key, context.progress),
+        )
+        best = self._best(program, cost, batches, orders, curves, bound, limit, budget)
+        for name, tensor in best.tensors.items():
+            program.tensor(name).copy_(tensor)
+        facts = {
+            "curves": curves.rows(),
+            "predicted": best.predicted,
+            "measured": best.measured,
+            "gap": best.gap,
+        }
+        scores = [score_ranks(order) for order in orders]
+        with torch.enable_grad():
+            return cut_and_prove(model, graph, best.plan, scores, seed=self.seed, facts=facts)
+
+    def measured_with(self) -> dict[str, Any]:
+        """What curves depend on."""
+        return {
+            "compensation": self.compensation, "distortion": self.distortion, "levels": self.levels,
+            "freeze": list(self.freeze), "min_keep": self.min_keep, "round_to": self.round_to,
+            "granularity": "channels",
+        }  # fmt: skip
+
+    def _best(
+        self,
+        program: Replay,
+        cost: Cost,
+        batches: Sequence[Tensor],
+        orders: Sequence[Tensor],
+        curves: Curves,
+        bound: str,
+        limit: float,
+        budget: Budget,
+    ) -> "Trial":
+        """Of the widths that the sums ask for, those whose measured distortion is lowest."""
+        graph = cost.graph
+        best, seen = None, set()
+        weights = (1.0, self.stream_weight) if any(map(is_stream, graph.groups)) else (1.0,)
+        for weight in weights:
+            rival = None
+            for exponent in self.exponents:
+                choice = choose_widths_by(cost, curves, exponent, weight, bound, limit, self)
+                if choice.kept in seen:
+                    continue
+                seen.add(choice.kept)
+                masks = [keep_first(order, kept) for order, kept in zip(orders, choice.kept, strict=True)]
+                origin = self.record() | {
+                    "exponent": exponent, "stream_weight": weight, "budget": dict(budget.bounds)
+                }  # fmt: skip
+                plan = Plan.of(graph, masks, origin)
+                tensors = compensated(program, graph, plan, batches, self.compensation)
+                moved = float(joint(program, batches, tensors, distortion=self.distortion).mean())
+                if rival is None or moved < rival.measured:
+                    rival = Trial(moved, summed(curves, choice.kept, exponent), choice.gap, plan, tensors)
+            if best is None or (rival is not None and rival.measured < self.stream_gain * best.measured):
+                best = rival
+        assert best is not None
+        return best
 
 
 @dataclass(frozen=True)
@@ -169,8 +177,8 @@ class Trial:
     tensors: dict[str, Tensor]
 
 
-def ranked(
-    program: Program, graph: Graph, batches: Sequence[Tensor], levels: int, min_keep: int, round_to: int
+def rank_units(
+    program: Replay, graph: Graph, batches: Sequence[Tensor], how: RD
 ) -> tuple[list[Tensor], list[Any]]:
     """Per group: its units in the order in which they stay, best first; and the widths to measure, descending."""
     whole = {
@@ -180,34 +188,34 @@ def ranked(
     fitted = compensate(program, batches, whole).fitted
     orders, widths = [], []
     for group in graph.groups:
-        orders.append(order_of(program, group, fitted))
-        possible = np.array(allowed(group.units, min_keep, round_to))
-        wanted = np.geomspace(group.units, possible[0], levels)
+        orders.append(order_units(program, group, fitted))
+        possible = np.array(list_widths(group.units, how.min_keep, how.round_to))
+        wanted = np.geomspace(group.units, possible[0], how.levels)
         nearest = possible[np.abs(possible[None] - wanted[:, None]).argmin(1)]
         widths.append(np.unique(nearest)[::-1].astype(np.int64))
     return orders, widths
 
 
-def order_of(program: Program, group: Group, fitted: Mapping[str, Fitted]) -> Tensor:
+def order_units(program: Replay, group: Group, fitted: Mapping[str, Fitted]) -> Tensor:
     """The units of a group, the one that is hardest to do without first.
 
-    Units leave one at a time, the one whose loss costs the layers that read it least once these are solved again.
-    Without such a layer, units with the smallest filters leave first.
+    Units leave one at a time, the one whose loss costs its consumers least once these are solved again.
+    Without a consumer, units with the smallest filters leave first.
     """
-    readers = [m for m in group.members if m.role == "in" and m.tensor in fitted and m.dim == 1]
-    readers = [m for m in readers if len(fitted[m.tensor].moments) == 1]
-    if not readers:
-        makers = [m for m in group.members if m.role == "out"] or list(group.members)
-        norm = sum(m.take(program.tensor(m.tensor)).square().sum(1) for m in makers)
+    consumers = [m for m in group.members if m.role == "in" and m.tensor in fitted and m.dim == 1]
+    consumers = [m for m in consumers if len(fitted[m.tensor].moments) == 1]
+    if not consumers:
+        producers = [m for m in group.members if m.role == "out"] or list(group.members)
+        norm = sum(m.take(program.tensor(m.tensor)).square().sum(1) for m in producers)
         assert isinstance(norm, Tensor)
         return norm.cpu().sort(descending=True, stable=True).indices
-    blocks = [columns_of(m, program.tensor(m.tensor)) for m in readers]
-    alive = [torch.ones(fitted[m.tensor].moments[0].a.shape[0], dtype=torch.bool) for m in readers]
+    blocks = [columns_of(m, program.tensor(m.tensor)) for m in consumers]
+    alive = [torch.ones(fitted[m.tensor].moments[0].a.shape[0], dtype=torch.bool) for m in consumers]
     gone: list[int] = []
     at_once = max(1, group.units // 32)
     while len(gone) < group.units - 1:
         price = torch.zeros(group.units, dtype=torch.float64)
-        for m, block, live in zip(readers, blocks, alive, strict=True):
+        for m, block, live in zip(consumers, blocks, alive, strict=True):
             price += block_prices(fitted[m.tensor].moments[0], live, block)
         for unit in price.sort(stable=True).indices[: min(at_once, group.units - 1 - len(gone))].tolist():
             gone.append(unit)
@@ -231,30 +239,29 @@ def keep_first(order: Tensor, count: int) -> Tensor:
     return mask
 
 
-def rank_of(order: Tensor) -> Tensor:
+def score_ranks(order: Tensor) -> Tensor:
     """Scores that an order stands for, (units,): higher = stays longer."""
     score = torch.empty(len(order))
     score[order] = torch.arange(len(order), 0, -1, dtype=torch.float32)
     return score
 
 
-def measured(
-    program: Program,
+def measure_curves(
+    program: Replay,
     graph: Graph,
     batches: Sequence[Tensor],
     orders: Sequence[Tensor],
     widths: Sequence[Any],
-    compensation: str,
-    distortion: str,
+    how: RD,
     key: str,
-    tick: Tick | None,
+    progress: Progress | None,
 ) -> Curves:
     """The distortion of each group at each width, every other group whole."""
     whole = {
         layer.weight: torch.ones_like(program.tensor(layer.weight), dtype=torch.bool)
         for layer in layers(program)
     }
-    fitted = compensate(program, batches, whole).fitted if compensation == "least-squares" else {}
+    fitted = compensate(program, batches, whole).fitted if how.compensation == "least-squares" else {}
     candidates: list[Sequence[Tensors]] = []
     for group, order, width in zip(graph.groups, orders, widths, strict=True):
         variants: list[Tensors] = []
@@ -267,30 +274,22 @@ def measured(
             variants.append(tensors)
         candidates.append(variants)
     images = measure(
-        program, batches, candidates, distortion=distortion, batched=passes(batches[0]), tick=tick
+        program, batches, candidates, distortion=how.distortion, batched=passes(batches[0]), tick=progress
     )
     zero = np.zeros((1, sum(len(x) for x in batches)))
     names = tuple(group.name for group in graph.groups)
     return Curves(names, tuple(widths), tuple(np.concatenate([zero, v]) for v in images), key)
 
 
-def decided(
-    cost: Cost,
-    graph: Graph,
-    curves: Curves,
-    exponent: float,
-    stream_weight: float,
-    bound: str,
-    limit: float,
-    min_keep: int,
-    round_to: int,
-) -> Choice:
+def choose_widths_by(
+    cost: Cost, curves: Curves, exponent: float, stream_weight: float, bound: str, limit: float, how: RD
+) -> ChosenWidths:
     """Widths of least summed distortion within the limit, then single units as long as one more fits."""
-    levels, values = [], []
+    graph, levels, values = cost.graph, [], []
     for group, kept, curve in zip(graph.groups, curves.kept, curves.reduced(), strict=True):
         factor = stream_weight if is_stream(group) else 1.0
         grid, value = interpolated(kept, (factor * curve) ** exponent, 4 * len(kept))
-        possible = np.isin(grid, allowed(group.units, min_keep, round_to))
+        possible = np.isin(grid, list_widths(group.units, how.min_keep, how.round_to))
         levels.append(grid[possible])
         values.append(value[possible])
     choice = choose_widths(cost, curves.names, levels, values, bound, limit)
@@ -298,7 +297,7 @@ def decided(
     while True:  # widths between the levels
         best: tuple[float, int, int] | None = None
         for g, group in enumerate(graph.groups):
-            wider = [w for w in allowed(group.units, min_keep, round_to) if w > kept_now[g]]
+            wider = [w for w in list_widths(group.units, how.min_keep, how.round_to) if w > kept_now[g]]
             if not wider:
                 continue
             trial = [*kept_now[:g], wider[0], *kept_now[g + 1 :]]
@@ -313,7 +312,7 @@ def decided(
             break
         kept_now[best[1]] = best[2]
     total = sum(float(np.interp(-k, -lv, v)) for k, lv, v in zip(kept_now, levels, values, strict=True))
-    return Choice(tuple(kept_now), min(total, choice.distortion), choice.bound)
+    return ChosenWidths(tuple(kept_now), min(total, choice.distortion), choice.bound)
 
 
 def is_stream(group: Group) -> bool:
@@ -329,7 +328,7 @@ def summed(curves: Curves, kept: Sequence[int], exponent: float) -> float:
     return float(total ** (1 / exponent))
 
 
-def positions(program: Program, groups: Sequence[Group], masks: Sequence[Tensor]) -> dict[str, Tensor]:
+def positions(program: Replay, groups: Sequence[Group], masks: Sequence[Tensor]) -> dict[str, Tensor]:
     """Parameter name -> bool of its shape, False where a removed unit lies."""
     owned = dict(program.model.named_parameters())
     keep: dict[str, Tensor] = {}
@@ -346,7 +345,7 @@ def positions(program: Program, groups: Sequence[Group], masks: Sequence[Tensor]
 
 @torch.no_grad()
 def compensated(
-    program: Program, graph: Graph, plan: Plan, batches: Sequence[Tensor], compensation: str
+    program: Replay, graph: Graph, plan: Plan, batches: Sequence[Tensor], compensation: str
 ) -> dict[str, Tensor]:
     """The tensors of the masked network that make up for what a plan removes; removed units stay zero.
 

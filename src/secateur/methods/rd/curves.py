@@ -16,7 +16,7 @@ from secateur.allocate.knapsack import Curve
 from secateur.errors import FileError, SecateurError, unknown
 from secateur.files import read_tensors, write_tensors
 from secateur.graph import named_tensors
-from secateur.graph.replay import Program, Tensors
+from secateur.graph.replay import Replay, Tensors
 
 FORMAT = "secateur-curves-1"
 
@@ -176,7 +176,7 @@ def _bytes(tensor: Tensor) -> bytes:
 
 
 def measure(
-    program: Program,
+    program: Replay,
     batches: Sequence[Tensor],
     candidates: Sequence[Sequence[Tensors]],
     *,
@@ -221,7 +221,7 @@ def measure(
 
 
 def joint(
-    program: Program, batches: Sequence[Tensor], tensors: Tensors, *, distortion: str = "kl"
+    program: Replay, batches: Sequence[Tensor], tensors: Tensors, *, distortion: str = "kl"
 ) -> npt.NDArray[np.float64]:
     """The distortion of one pruned network on every image, (n,)."""
     distance = DISTORTIONS[distortion]

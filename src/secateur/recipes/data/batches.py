@@ -8,8 +8,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from secateur.errors import DataError, unknown
-from secateur.recipes.data.dataset import Normalisation, Split
+from secateur.recipes.data.dataset import Split
 from secateur.recipes.data.image_files import Crops, ImageFiles, draw_crops
+from secateur.recipes.normalisation import Normalisation
 
 AUGMENTATIONS = ("none", "shift", "shift+flip", "crop+flip")
 

@@ -11,34 +11,7 @@ from torch import Tensor
 
 from secateur.errors import DataError
 from secateur.recipes.data.image_files import Crops, ImageFiles
-
-
-@dataclass(frozen=True)
-class Normalisation:
-    """What turns stored pixels into the model's input: `(pixel * scale - mean) / std`, per channel.
-
-    Args:
-        mean: one number per channel, on the scaled pixels.
-        std: one number per channel, on the scaled pixels.
-        scale: 1/255 maps pixels to 0..1; 1 leaves them as they are.
-
-    >>> half = Normalisation((0.5,), (0.5,))
-    >>> half(torch.tensor([0, 255], dtype=torch.uint8).view(2, 1, 1, 1)).flatten()
-    tensor([-1.,  1.])
-    """
-
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
-    scale: float = 1 / 255
-
-    def __call__(
-        self, images: Tensor, memory_format: torch.memory_format = torch.contiguous_format
-    ) -> Tensor:
-        """Images (n, c, h, w) of any dtype, as float32 of the same shape and on the same device."""
-        std = torch.tensor(self.std).view(-1, 1, 1)
-        factor = (self.scale / std).to(images.device)
-        offset = (torch.tensor(self.mean).view(-1, 1, 1) / std).to(images.device)
-        return images.to(torch.float32, memory_format=memory_format).mul(factor).sub_(offset)
+from secateur.recipes.normalisation import Normalisation
 
 
 @dataclass(frozen=True)

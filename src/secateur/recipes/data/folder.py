@@ -5,8 +5,9 @@ from pathlib import Path
 import torch
 
 from secateur.errors import DataError
-from secateur.recipes.data.dataset import Dataset, Normalisation, Split, stratified_split
+from secateur.recipes.data.dataset import Dataset, Split, stratified_split
 from secateur.recipes.data.image_files import ImageFiles, read_image
+from secateur.recipes.normalisation import Normalisation
 
 _SUFFIXES = {".bmp", ".jpeg", ".jpg", ".png", ".webp"}
 _IMAGENET = Normalisation((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))

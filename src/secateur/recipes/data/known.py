@@ -15,7 +15,8 @@ from numpy.typing import NDArray
 
 from secateur.errors import DataError, FileError
 from secateur.files import replacing
-from secateur.recipes.data.dataset import Dataset, Normalisation, Split
+from secateur.recipes.data.dataset import Dataset, Split
+from secateur.recipes.normalisation import Normalisation
 
 
 @dataclass(frozen=True)

@@ -1,17 +1,37 @@
-"""Data sets by name."""
+"""The table of data sets, and how one is loaded by its name."""
 
-from dataclasses import replace
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 
 from secateur.errors import DataError, unknown
-from secateur.recipes.data.dataset import Dataset, Normalisation, Split, checked, stratified_split
+from secateur.imports import imported
+from secateur.recipes.data.dataset import Dataset, Split, checked, stratified_split
 from secateur.recipes.data.folder import load_imagefolder
 from secateur.recipes.data.known import KNOWN, load_known
+from secateur.recipes.normalisation import Normalisation
 
-_SIZED = {"digits": 16, "imagefolder": 224}  # default side of the images where it is a choice
+
+@dataclass(frozen=True)
+class Source:
+    """An entry of the table.
+
+    Attributes:
+        load: makes the data set; gets `folder`, `image_size` and `download` by name, as far as it takes them.
+        image_size: default side of the images where it is a choice; None: it is not.
+        in_folder: whether it lies in a folder that must be given.
+        downloads: whether it can be fetched.
+    """
+
+    load: Callable[..., Dataset]
+    image_size: int | None = None
+    in_folder: bool = True
+    downloads: bool = False
 
 
 def list_data() -> list[str]:
@@ -20,7 +40,7 @@ def list_data() -> list[str]:
     >>> list_data()
     ['cifar10', 'digits', 'fashion-mnist', 'imagefolder']
     """
-    return sorted([*_SIZED, *KNOWN])
+    return sorted(DATA_SETS)
 
 
 def load_data(
@@ -40,7 +60,7 @@ def load_data(
       batch as squares of `image_size` (224). Without a second folder a fifth of each class is set aside for testing.
 
     Args:
-        name: which one.
+        name: which one; or `module:function` of your own, which is called with the folder and returns a `Dataset`.
         folder: where it lies.
         normalisation: instead of the data set's own, for weights that were trained with another.
         image_size: side of the images of `digits` and `imagefolder`.
@@ -52,20 +72,29 @@ def load_data(
     >>> data.train.images.shape, len(data.test), data.classes[:3]
     (torch.Size([1438, 1, 16, 16]), 359, ('0', '1', '2'))
     """
-    if name not in list_data():
-        raise DataError(unknown("data set", name, list_data()))
-    if image_size is not None and (name not in _SIZED or image_size < 1):
-        raise DataError(
-            f"image_size {image_size}: expected a positive size, and digits or imagefolder, not {name}"
-        )
-    if name == "digits":
-        data = _load_digits(image_size or _SIZED[name])
-    elif folder is None:
-        raise DataError(f"data set {name!r}: no folder given. Name the folder that holds it.")
-    elif name == "imagefolder":
-        data = load_imagefolder(Path(folder), image_size or _SIZED[name])
-    else:
-        data = load_known(name, Path(folder), download)
+    if ":" in name:
+        data = imported("data set", name, DataError)(folder)
+        if not isinstance(data, Dataset):
+            raise DataError(
+                f"data set {name!r}: got {type(data).__name__}; expected a secateur.recipes.data.Dataset"
+            )
+        return checked(replace(data, normalisation=normalisation or data.normalisation))
+    if name not in DATA_SETS:
+        raise DataError(unknown("data set", name, DATA_SETS))
+    source = DATA_SETS[name]
+    if image_size is not None and (source.image_size is None or image_size < 1):
+        sized = " or ".join(name for name, one in DATA_SETS.items() if one.image_size)
+        raise DataError(f"image_size {image_size}: expected a positive size, and {sized}, not {name}")
+    given: dict[str, Any] = {}
+    if source.image_size is not None:
+        given["image_size"] = image_size or source.image_size
+    if source.in_folder:
+        if folder is None:
+            raise DataError(f"data set {name!r}: no folder given. Name the folder that holds it.")
+        given["folder"] = Path(folder)
+    if source.downloads:
+        given["download"] = download
+    data = source.load(**given)
     return checked(replace(data, normalisation=normalisation or data.normalisation))
 
 
@@ -79,3 +108,11 @@ def _load_digits(image_size: int) -> Dataset:
     train, test = stratified_split(split, 0.2, seed=0)
     classes = tuple(str(digit) for digit in range(10))
     return Dataset("digits", train, test, classes, Normalisation((0.305,), (0.320,)), "shift")
+
+
+DATA_SETS: dict[str, Source] = {
+    "digits": Source(_load_digits, image_size=16, in_folder=False),
+    "imagefolder": Source(load_imagefolder, image_size=224),
+    **{name: Source(partial(load_known, name), downloads=True) for name in KNOWN},
+}
+"""By name."""

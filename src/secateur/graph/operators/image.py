@@ -5,17 +5,21 @@ import re
 import numpy as np
 
 from secateur.graph.labels import Atoms, Value, along
-from secateur.graph.rules.site import RULES, Result, Site, resized, rule
+from secateur.graph.operators.site import Result, Site, resized
+from secateur.graph.operators.step import cut_groups
+from secateur.graph.operators.table import NO_WIDTHS, Constants, operator
 
 
-@rule(
-    *"max_pool1d max_pool2d max_pool3d avg_pool1d avg_pool2d avg_pool3d adaptive_avg_pool1d".split(),
-    *"adaptive_avg_pool2d adaptive_avg_pool3d adaptive_max_pool1d adaptive_max_pool2d".split(),
-    *"adaptive_max_pool3d max_pool1d_with_indices max_pool2d_with_indices max_pool3d_with_indices".split(),
-    *"upsample_nearest1d upsample_nearest2d upsample_nearest3d upsample_bilinear2d upsample_linear1d".split(),
-    *"upsample_bicubic2d upsample_trilinear3d _upsample_bicubic2d_aa _upsample_bilinear2d_aa".split(),
-    *"_upsample_nearest_exact1d _upsample_nearest_exact2d _upsample_nearest_exact3d".split(),
-    *"reflection_pad1d reflection_pad2d replication_pad1d replication_pad2d lp_pool2d".split(),
+@operator(
+    """max_pool1d max_pool2d max_pool3d avg_pool1d avg_pool2d avg_pool3d adaptive_avg_pool1d adaptive_avg_pool2d
+    adaptive_avg_pool3d adaptive_max_pool1d adaptive_max_pool2d adaptive_max_pool3d max_pool1d_with_indices
+    max_pool2d_with_indices max_pool3d_with_indices upsample_nearest1d upsample_nearest2d upsample_nearest3d
+    upsample_bilinear2d upsample_linear1d upsample_bicubic2d upsample_trilinear3d _upsample_bicubic2d_aa
+    _upsample_bilinear2d_aa _upsample_nearest_exact1d _upsample_nearest_exact2d _upsample_nearest_exact3d
+    reflection_pad1d reflection_pad2d replication_pad1d replication_pad2d""",
+    constants=NO_WIDTHS,
+    survivors=None,
+    program=True,
 )
 def image_op(site: Site) -> Result:
     """An operator over the last one, two or three dims: its name says how many."""
@@ -26,13 +30,15 @@ def image_op(site: Site) -> Result:
     return site.values(site.restrict(x, lead, f"{site.op} over a labelled image dim"))
 
 
-@rule("grid_sampler", "grid_sampler_2d", "grid_sampler_3d")
+@operator("grid_sampler grid_sampler_2d grid_sampler_3d", constants=NO_WIDTHS, survivors=None, program=True)
 def grid_sampler(site: Site) -> Result:
     x, grid = site.first, site.labels.exposed(site["grid"])
     site.restrict(grid, [], "sampling positions")
     return site.value(site.restrict(x, [0, 1], "sampled over a labelled image dim"))
 
 
+# A file is to load wherever torch alone is installed.
+@operator("torchvision.roi_align torchvision.roi_pool", constants=NO_WIDTHS, survivors=None, program=False)
 def roi_pool(site: Site) -> Result:
     """Boxes of every image become the batch; channels pass."""
     x, *boxes = (site.labels.exposed(value) for value in site.operands)
@@ -42,10 +48,7 @@ def roi_pool(site: Site) -> Result:
     return tuple(site.labels.value(shape, factors if len(shape) == 4 else []) for shape in site.shapes)
 
 
-RULES["torchvision.roi_align"] = RULES["torchvision.roi_pool"] = roi_pool
-
-
-@rule("im2col")
+@operator("im2col", constants=NO_WIDTHS, survivors=None, program=True)
 def im2col(site: Site) -> Result:
     """Every channel becomes as many as the kernel has positions."""
     x = site.first
@@ -56,7 +59,7 @@ def im2col(site: Site) -> Result:
     return site.value([repeated(resized(factor, keep), rank - 3, each) for factor in factors])
 
 
-@rule("col2im")
+@operator("col2im", constants=NO_WIDTHS, survivors=None, program=True)
 def col2im(site: Site) -> Result:
     x = site.first
     rank = len(x.shape)
@@ -65,7 +68,7 @@ def col2im(site: Site) -> Result:
     return site.value([gathered(site, factor, rank - 2, channels)[..., None] for factor in factors])
 
 
-@rule("pixel_shuffle")
+@operator("pixel_shuffle", constants=NO_WIDTHS, survivors=None, program=True)
 def pixel_shuffle(site: Site) -> Result:
     x = site.first
     rank = len(x.shape)
@@ -73,7 +76,7 @@ def pixel_shuffle(site: Site) -> Result:
     return site.value([gathered(site, factor, rank - 3, site.shape[-3]) for factor in factors])
 
 
-@rule("pixel_unshuffle")
+@operator("pixel_unshuffle", constants=NO_WIDTHS, survivors=None, program=True)
 def pixel_unshuffle(site: Site) -> Result:
     x = site.first
     rank = len(x.shape)
@@ -81,7 +84,12 @@ def pixel_unshuffle(site: Site) -> Result:
     return site.value([repeated(factor, rank - 3, site["downscale_factor"] ** 2) for factor in factors])
 
 
-@rule("channel_shuffle")
+@operator(
+    "channel_shuffle",
+    constants=Constants(cut=cut_groups("self", "groups", lambda site: 1)),
+    survivors=None,
+    program=True,
+)
 def channel_shuffle(site: Site) -> Result:
     x, labels, groups = site.first, site.labels, site["groups"]
     factors = site.restrict(x, [0, 1], "a shuffle of a labelled image dim")

@@ -6,12 +6,36 @@ import numpy as np
 
 from secateur.graph.join import INSTEAD
 from secateur.graph.labels import Atoms, Choice, Value, first, reshape, support
-from secateur.graph.rules.site import Result, Site, missing, resized, rule
+from secateur.graph.operators.site import Result, Site, missing, resized, without_rule
+from secateur.graph.operators.step import CutSite, Step, cut_shape, with_shape
+from secateur.graph.operators.table import NO_WIDTHS, Constants, operator
 
 
-@rule(
-    "view", "reshape", "_unsafe_view", "flatten", "unflatten", "reshape_as", "view_as", "ravel", "view_copy"
+def as_reshape(step: Step) -> Step:
+    args = {"self": step.args["self"], "shape": list(step.shapes[0])}
+    return Step(step.node, "aten.reshape.default", args, step.shapes)
+
+
+def write_unflatten(step: Step) -> Step:
+    rank = len(step.shape_of("self"))
+    dim = step.args["dim"] = step.args["dim"] % rank
+    step.args["sizes"] = list(step.shapes[0][dim : len(step.shapes[0]) - rank + dim + 1])
+    return step
+
+
+def cut_unflatten(site: CutSite) -> None:
+    dim, count = site.step.args["dim"], len(site.step.args["sizes"])
+    site.step.args["sizes"] = list(site.shapes[0][dim : dim + count])
+
+
+@operator(
+    "view reshape _unsafe_view reshape_as view_as view_copy",
+    constants=Constants(as_reshape, cut_shape("shape")),
+    survivors=None,
+    program=True,
 )
+@operator("unflatten", constants=Constants(write_unflatten, cut_unflatten), survivors=None, program=True)
+@operator("flatten ravel", constants=NO_WIDTHS, survivors=None, program=True)
 def view(site: Site) -> Result:
     x = site.first
     factors: list[Atoms] = []
@@ -47,12 +71,14 @@ def merged(site: Site, outer: Atoms, inner: Atoms) -> Atoms:
     return both
 
 
-@rule("permute")
+@operator("permute", constants=NO_WIDTHS, survivors=None, program=True)
 def permute(site: Site) -> Result:
     return move(site, [dim % len(site.shape) for dim in site["dims"]])
 
 
-@rule("transpose", "swapaxes", "swapdims", "transpose_", "mT", "mH", "adjoint")
+@operator(
+    "transpose swapaxes swapdims transpose_ mT mH adjoint", constants=NO_WIDTHS, survivors=None, program=True
+)
 def transpose(site: Site) -> Result:
     order = list(range(len(site.shape)))
     a, b = [value for value in site.args.values() if isinstance(value, int)] or [-1, -2]
@@ -60,12 +86,12 @@ def transpose(site: Site) -> Result:
     return move(site, order)
 
 
-@rule("t", "numpy_T")
+@operator("t numpy_T", constants=NO_WIDTHS, survivors=None, program=True)
 def reverse(site: Site) -> Result:
     return move(site, list(range(len(site.shape)))[::-1])
 
 
-@rule("movedim", "moveaxis")
+@operator("movedim moveaxis", constants=NO_WIDTHS, survivors=None, program=True)
 def movedim(site: Site) -> Result:
     rank = len(site.shape)
     source, sink = site.dims("source"), site.dims("destination")
@@ -77,26 +103,32 @@ def move(site: Site, order: Sequence[int]) -> Result:
     return site.value([factor.transpose(order) for factor in site.first.factors])
 
 
-@rule("unsqueeze", "unsqueeze_")
+@operator("unsqueeze unsqueeze_", constants=NO_WIDTHS, survivors=None, program=True)
 def unsqueeze(site: Site) -> Result:
     dim = site["dim"] % len(site.shape)
     return site.value([np.expand_dims(factor, dim) for factor in site.first.factors])
 
 
-@rule("squeeze", "squeeze_")
+@operator("squeeze squeeze_", constants=NO_WIDTHS, survivors=None, program=True)
 def squeeze(site: Site) -> Result:
     x = site.first
     return site.value([reshape(factor, x.shape, site.shape) for factor in x.factors])
 
 
-@rule("expand", "broadcast_to")
+@operator(
+    "expand broadcast_to",
+    constants=Constants(with_shape("size"), cut_shape("size")),
+    survivors=None,
+    program=True,
+    repeats=True,
+)
 def expand(site: Site) -> Result:
     x = site.first
     lead = (1,) * (len(site.shape) - len(x.shape))
     return site.value([factor.reshape(lead + factor.shape) for factor in x.factors])
 
 
-@rule("repeat", "tile")
+@operator("repeat tile", constants=NO_WIDTHS, survivors=None, program=True, repeats=True)
 def repeat(site: Site) -> Result:
     x = site.first
     rank = len(site.shape)
@@ -111,7 +143,7 @@ def repeat(site: Site) -> Result:
     return site.value([tiled(factor) for factor in x.factors])
 
 
-@rule("repeat_interleave")
+@operator("repeat_interleave", constants=NO_WIDTHS, survivors=None, program=True)
 def repeat_interleave(site: Site) -> Result:
     x, times = site.first, site.args.get("repeats")
     if not isinstance(times, int) or site["dim"] is None:
@@ -120,7 +152,7 @@ def repeat_interleave(site: Site) -> Result:
     return site.value([np.repeat(f, times, axis=dim) if f.shape[dim] > 1 else f for f in x.factors])
 
 
-@rule("unfold")
+@operator("unfold", constants=NO_WIDTHS, survivors=None, program=True)
 def unfold(site: Site) -> Result:
     """Windows along one dim; their positions become a new last dim."""
     x = site.first
@@ -128,6 +160,21 @@ def unfold(site: Site) -> Result:
     keep = [d for d in range(len(x.shape)) if d != dim]
     factors = site.restrict(x, keep, "windows over a labelled dim")
     return site.value([resized(factor, [*range(len(x.shape)), None]) for factor in factors])
+
+
+@operator("diagonal", constants=NO_WIDTHS, survivors=None, program=True)
+def diagonal(site: Site) -> Result:
+    """Positions that two dims share become a new last dim."""
+    x = site.first
+    rank = len(x.shape)
+    keep = [dim for dim in range(rank) if dim not in (site["dim1"] % rank, site["dim2"] % rank)]
+    factors = site.restrict(x, keep, "a diagonal of channels")
+    return site.value([resized(factor, [*keep, None]) for factor in factors])
+
+
+@operator("meshgrid", constants=NO_WIDTHS, survivors=None, program=True)
+def grids(site: Site) -> Result:
+    return without_rule(site)
 
 
 def without(value: Value, dim: int) -> Value:

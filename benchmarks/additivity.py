@@ -1,18 +1,29 @@
-"""Does the distortion of several layers pruned together equal the sum of each one's alone?"""
+"""Does the distortion of several layers pruned together equal the sum of each one's alone?
 
+python -m benchmarks.additivity --model resnet20 --weights resnet20.safetensors --data cifar10 --data-dir cifar10
+"""
+
+import argparse
+import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
+from scipy.stats import spearmanr
 from torch import Tensor, nn
 
+from secateur import Budget
+from secateur.engine.method import Context
 from secateur.errors import BudgetError
-from secateur.graph.replay import Program
-from secateur.methods.rd.curves import Tick, joint, measure
-from secateur.methods.rd.single_weights import RDSettings, passes, task_of
+from secateur.methods.rd import RDWeights
+from secateur.methods.rd.curves import joint, measure
+from secateur.methods.rd.single_weights import passes
+from secateur.runs.config import Task
+from secateur.runs.task import load_task
 
 
 @dataclass(frozen=True)
@@ -32,10 +43,7 @@ class Additivity:
     @property
     def rank_correlation(self) -> float:
         """Spearman's: 1 if the sum orders allocations as the measurement does."""
-        a, b = (_ranks(np.array(values)) for values in (self.predicted, self.measured))
-        a, b = a - a.mean(), b - b.mean()
-        scale = float(np.sqrt((a @ a) * (b @ b)))
-        return float(a @ b) / scale if scale else 0.0
+        return float(spearmanr(self.predicted, self.measured).statistic)
 
     @property
     def ratio(self) -> float:
@@ -44,14 +52,7 @@ class Additivity:
 
     def to_json(self) -> dict[str, Any]:
         """The fields by name, with both figures."""
-        return {**self.__dict__, "rank_correlation": self.rank_correlation, "ratio": self.ratio}
-
-
-def _ranks(values: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
-    """Ranks from 0; equal values share the mean of theirs."""
-    _, group, counts = np.unique(values, return_inverse=True, return_counts=True)
-    first = np.cumsum(counts) - counts
-    return np.asarray((first + (counts - 1) / 2)[group], dtype=np.float64)
+        return {**asdict(self), "rank_correlation": self.rank_correlation, "ratio": self.ratio}
 
 
 @torch.no_grad()
@@ -61,9 +62,8 @@ def check_additivity(
     *,
     sparsity: float,
     draws: int = 30,
-    settings: RDSettings | None = None,
+    method: RDWeights | None = None,
     seed: int = 0,
-    tick: Tick | None = None,
 ) -> Additivity:
     """Draw random allocations at a budget and compare the sum of curves with what is measured.
 
@@ -72,39 +72,40 @@ def check_additivity(
         batches: calibration images, (n, …) each.
         sparsity: share of the weights that goes.
         draws: how many allocations.
-        settings: what a layer's levels are and how distortion is measured; see `RDSettings`.
+        method: what a layer's levels are and how distortion is measured.
         seed: of the draws.
-        tick: is told (passes done, of how many) while curves are measured.
     Raises:
         BudgetError: the sparsity is out of reach of the measured levels.
     """
-    settings = settings or RDSettings()
-    program = Program(model.eval(), batches[0])
-    task = task_of(program, batches, sparsity, settings, tick=tick)
-    kept, candidates = task.levels()
+    method = method or RDWeights()
+    budget = Budget(units=round(1 - sparsity, 9))
+    task = method.task(model.eval(), batches[0][:2], budget, Context(batches))
+    kept, candidates = task.levels(method)
     images = measure(
-        program, batches, candidates, distortion=settings.distortion, batched=passes(batches[0]), tick=tick
+        task.program, batches, candidates, distortion=method.distortion, batched=passes(batches[0])
     )
     alone = [np.concatenate([[0.0], values.mean(1)]) for values in images]
-    if task.total < sum(int(k[-1]) for k in kept):
+    if task.total < (least := sum(int(k[-1]) for k in kept)):
         raise BudgetError(
-            f"sparsity {sparsity:g}: the levels keep at least {sum(int(k[-1]) for k in kept):,} weights, "
-            f"{task.total:,} are allowed; ask for less"
+            f"sparsity {sparsity:g}: the levels keep at least {least:,} weights, {task.total:,} are allowed; ask for "
+            f"less"
         )
     generator = np.random.default_rng(seed)
     predicted, measured = [], []
     for _ in range(draws):
-        levels = drawn(kept, task.total, generator)
+        levels = draw_levels(kept, task.total, generator)
         tensors: dict[str, Tensor] = {}
         for candidate, level in zip(candidates, levels, strict=True):
             if level:
                 tensors |= candidate[level - 1]
         predicted.append(sum(float(curve[level]) for curve, level in zip(alone, levels, strict=True)))
-        measured.append(float(joint(program, batches, tensors, distortion=settings.distortion).mean()))
+        measured.append(float(joint(task.program, batches, tensors, distortion=method.distortion).mean()))
     return Additivity(sparsity, tuple(predicted), tuple(measured))
 
 
-def drawn(kept: Sequence[npt.NDArray[np.int64]], total: int, generator: np.random.Generator) -> list[int]:
+def draw_levels(
+    kept: Sequence[npt.NDArray[np.int64]], total: int, generator: np.random.Generator
+) -> list[int]:
     """Random levels that keep at most `total` weights, and about that many.
 
     Layers draw how strongly they resist, and give up levels in turn, the least resistant first.
@@ -125,3 +126,26 @@ def drawn(kept: Sequence[npt.NDArray[np.int64]], total: int, generator: np.rando
             left += int(kept[i][levels[i] - 1] - kept[i][levels[i]])
             levels[i] -= 1
     return levels
+
+
+def main() -> None:
+    """Print what was found as JSON."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--model", default="resnet20")
+    parser.add_argument("--weights", type=Path)
+    parser.add_argument("--data", default="cifar10")
+    parser.add_argument("--data-dir", type=Path)
+    parser.add_argument("--sparsity", type=float, default=0.8)
+    parser.add_argument("--draws", type=int, default=30)
+    parser.add_argument("--compensation", default="least-squares")
+    parser.add_argument("--images", type=int, default=512)
+    given = parser.parse_args()
+    task = load_task(Task(model=given.model, weights=given.weights, data=given.data, data_dir=given.data_dir))
+    batches = [x for x, _ in task.batches(given.images, shuffle=True)]
+    method = RDWeights(compensation=given.compensation)
+    found = check_additivity(task.model, batches, sparsity=given.sparsity, draws=given.draws, method=method)
+    print(json.dumps(found.to_json(), indent=2))
+
+
+if __name__ == "__main__":
+    main()

@@ -18,7 +18,7 @@ from secateur.surgery import load
 
 
 @dataclass(frozen=True)
-class Subject:
+class LoadedTask:
     """A model, on the CPU, and its data.
 
     Attributes:
@@ -42,7 +42,7 @@ class Subject:
         return Batches(some.train, batch_size=64, normalisation=some.normalisation, shuffle=shuffle)
 
     def saved_run(self, kind: str, command: str, settings: dict[str, object]) -> SavedRun:
-        """What `config.json` is to say about a run on this subject."""
+        """What `config.json` is to say about a run on this task."""
         channels, height, width = self.data.test.images.shape[1:]
         return SavedRun(
             kind=kind,
@@ -54,7 +54,7 @@ class Subject:
         )
 
 
-def load_subject(task: Task) -> Subject:
+def load_task(task: Task) -> LoadedTask:
     """Load the data, build the model, load the weights.
 
     Raises:
@@ -79,7 +79,7 @@ def load_subject(task: Task) -> Subject:
         notes.append(f"Accuracies are of {len(data.test):,} of the {len(whole.test):,} test images.")
     if len(data.train) < len(whole.train):
         notes.append(f"Trained on {len(data.train):,} of the {len(whole.train):,} training images.")
-    return Subject(model, data, tuple(notes))
+    return LoadedTask(model, data, tuple(notes))
 
 
 def fresh_model(name: str, classes: int | None, in_channels: int, seed: int) -> nn.Module:
@@ -104,7 +104,7 @@ def load_into(model: nn.Module, weights: Path) -> str:
     return info.note if info else ""
 
 
-def measure(model: nn.Module, data: Dataset) -> Evaluation:
+def evaluate_once(model: nn.Module, data: Dataset) -> Evaluation:
     """Evaluate a model on the test images, on the accelerator if there is one; it ends on the CPU."""
     try:
         return evaluate(model.to(device()), data)

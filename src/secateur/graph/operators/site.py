@@ -1,14 +1,14 @@
-"""What a rule is: a function from a `Site` (an operator with its arguments by name) to labelled outputs.
+"""What a rule sees of an operator and may do with it: a `Site` has the arguments by name and labels the outputs.
 
-A rule may tie, pin and choose, mint labels on parameters, and count multiply-adds. An operator that is not
-in the table pins everything it reads, with its name as the reason.
+A rule may tie, pin and choose, mint labels on parameters, and count multiply-adds.
 """
 
-from collections.abc import Callable, Collection, Iterable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Collection, Iterable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
-from secateur.graph.capture import BATCH
+from torch import Tensor, fx
+
 from secateur.graph.labels import Atoms, Contraction, Labels, Statistic, Value, first, support
 
 
@@ -99,39 +99,28 @@ class Site:
 
 
 Result = Value | tuple[Value, ...]
-Rule = Callable[[Site], Result]
-RULES: dict[str, Rule] = {}
 
 
-def rule(*ops: str) -> Callable[[Rule], Rule]:
-    """Enter a rule in the table under each operator name."""
+def short_name(op: str) -> str:
+    """Name in the table of operators.
 
-    def enter(function: Rule) -> Rule:
-        for op in ops:
-            RULES[f"aten.{op}"] = function
-        return function
-
-    return enter
+    >>> short_name("aten.conv2d"), short_name("torchvision.roi_align")
+    ('conv2d', 'torchvision.roi_align')
+    """
+    return op.removeprefix("aten.")
 
 
-def apply(site: Site) -> Result:
-    """The labelled outputs of an operator."""
-    result = RULES.get(site.op, without_rule)(site)
-    operands = site.operands
-    data = any(value.data for value in operands) or repeats_per_image(site)
-    weight = not data and any(v.weight or v.tensor in site.labels.parameters for v in operands)
-    if isinstance(result, Value):
-        return replace(result, weight=weight, data=data)
-    return tuple(replace(value, weight=weight, data=data) for value in result)
+def shapes_of(node: fx.Node) -> tuple[tuple[int, ...], ...]:
+    """The shapes of the tensors that a node holds."""
+    value = node.meta.get("val")
+    parts = value if isinstance(value, list | tuple) else [value]
+    return tuple(tuple(part.shape) for part in parts if isinstance(part, Tensor))
 
 
-def repeats_per_image(site: Site) -> bool:
-    """Whether an operator repeats one tensor for every image of the traced batch."""
-    if site.op.removeprefix("aten.") not in ("expand", "expand_as", "broadcast_to", "repeat"):
-        return False
-    shape = site.operands[0].shape
-    lead = (1,) * (len(site.shape) - len(shape)) + tuple(shape)
-    return bool(lead) and lead[0] == 1 and site.shape[0] == BATCH
+def module_of(node: fx.Node) -> str:
+    """Name of the innermost module in whose forward the operator ran."""
+    stack = node.meta.get("nn_module_stack")
+    return str(list(stack.values())[-1][0]) if stack else ""
 
 
 def flatten(items: Sequence[Any]) -> list[Any]:

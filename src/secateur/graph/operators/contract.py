@@ -2,17 +2,68 @@
 
 import math
 from collections.abc import Hashable, Sequence
+from typing import Any
 
 import numpy as np
+import torch
 
 from secateur.graph.join import Joint, broadcast, join
 from secateur.graph.labels import Atoms, Value, along
-from secateur.graph.rules.site import Result, Site, pin_all, resized, rule, without_rule
+from secateur.graph.operators.site import Result, Site, pin_all, resized, without_rule
+from secateur.graph.operators.step import CutSite, LiveSite, Step, cut_groups, varies
+from secateur.graph.operators.table import NO_WIDTHS, Constants, operator
 
 OVER_IMAGE = "a convolution over a labelled image or batch dim"
 
 
-@rule("conv1d", "conv2d", "conv3d")
+SUMMED = {
+    **dict.fromkeys(("self", "mat1", "batch1", "query", "key", "vec", "tensor"), -1),
+    **dict.fromkeys(("mat2", "other", "batch2", "value"), -2),
+}
+"""Operand of a product -> the dim that it sums over.
+
+Those of layers are left out: what is removed of their inputs meets weights that are zero.
+"""
+
+
+def product_of_survivors(site: LiveSite) -> Any:
+    """Removed positions count as zero, and removed keys get no attention."""
+    changed: dict[str, Any] = {}
+    for key in site.alive:
+        name, _, number = key.partition(".")
+        mask = site.mask(key)
+        assert mask is not None
+        tensor = site.args[name][int(number)] if number else site.args[name]
+        zeroed = torch.where(mask, tensor, 0)
+        summed = site.step.op == "einsum" or (
+            key in SUMMED and varies(mask, [mask.ndim + SUMMED[key] if mask.ndim > 1 else 0])
+        )
+        site.touched = site.touched or (summed and not torch.equal(zeroed, tensor))
+        if number:
+            changed.setdefault(name, list(site.args[name]))[int(number)] = zeroed
+        else:
+            changed[name] = zeroed
+    keys = site.mask("key") if "key" in site.alive else None
+    if keys is not None and varies(keys, [keys.ndim - 2]):
+        site.touched = True
+        alive = keys.any(-1).unsqueeze(-2)
+        scores = site.args.get("attn_mask")
+        if scores is None or scores.dtype == torch.bool:
+            changed["attn_mask"] = alive if scores is None else alive & scores
+        else:
+            changed["attn_mask"] = torch.where(alive, scores, float("-inf"))
+    return site.call(**changed)
+
+
+def channel_dim(site: CutSite) -> int:
+    """The dim of the channels; 0 without a batch."""
+    return len(site.shapes[0]) - len(site.step.shape_of("weight")) + 1
+
+
+CONVOLUTION = Constants(cut=cut_groups("input", "groups", channel_dim))
+
+
+@operator("conv1d conv2d conv3d", constants=CONVOLUTION, survivors=product_of_survivors, program=True)
 def convolution(site: Site) -> Result:
     x, weight = site.labels.exposed(site["input"]), site["weight"]
     labels, groups, rank = site.labels, site["groups"], len(site.shape)
@@ -45,7 +96,12 @@ def _pointwise(site: Site, number: int) -> bool:
     )
 
 
-@rule("conv_transpose1d", "conv_transpose2d", "conv_transpose3d")
+@operator(
+    "conv_transpose1d conv_transpose2d conv_transpose3d",
+    constants=CONVOLUTION,
+    survivors=product_of_survivors,
+    program=True,
+)
 def transposed_convolution(site: Site) -> Result:
     x, weight = site.labels.exposed(site["input"]), site["weight"]
     labels, groups = site.labels, site["groups"]
@@ -89,7 +145,7 @@ def add_bias(site: Site, out: Atoms) -> None:
         site.labels.tie(site.labels.axis(site["bias"], 0, "bias"), out)
 
 
-@rule("linear")
+@operator("linear", constants=NO_WIDTHS, survivors=product_of_survivors, program=True)
 def linear(site: Site) -> Result:
     lead = [("x", dim) for dim in range(len(site["input"].shape) - 1)]
     result = contract(site, [(site["input"], [*lead, "in"]), (site["weight"], ["out", "in"])], [*lead, "out"])
@@ -97,12 +153,18 @@ def linear(site: Site) -> Result:
     return result
 
 
-@rule("matmul", "mm", "bmm", "mv", "dot")
+@operator("matmul mm bmm mv dot", constants=NO_WIDTHS, survivors=product_of_survivors, program=True)
 def matmul(site: Site) -> Result:
     return product(site, *site.operands)
 
 
-@rule("addmm", "baddbmm")
+@operator("outer", constants=NO_WIDTHS, survivors=None, program=True)
+def outer(site: Site) -> Result:
+    a, b = site.operands
+    return contract(site, [(a, ["row"]), (b, ["column"])], ["row", "column"])
+
+
+@operator("addmm baddbmm", constants=NO_WIDTHS, survivors=product_of_survivors, program=True)
 def add_matmul(site: Site) -> Result:
     bias, *factors = site.operands
     result = product(site, *factors)
@@ -126,7 +188,7 @@ def product(site: Site, a: Value, b: Value) -> Value:
     )
 
 
-@rule("einsum")
+@operator("einsum", constants=NO_WIDTHS, survivors=product_of_survivors, program=True)
 def einsum(site: Site) -> Result:
     """Summed pair by pair from the left, as torch does it."""
     inputs, _, out = site["equation"].replace(" ", "").partition("->")
@@ -154,7 +216,7 @@ def einsum(site: Site) -> Result:
     return value
 
 
-@rule("lstm", "gru", "rnn_tanh", "rnn_relu")
+@operator("lstm gru rnn_tanh rnn_relu", constants=NO_WIDTHS, survivors=None, program=True, trains="train")
 def recurrent(site: Site) -> Result:
     """A recurrent layer stays whole; for every step of every sequence it multiplies by each weight once."""
     rows = math.prod(site.operands[0].shape[:-1])
@@ -166,7 +228,18 @@ def recurrent(site: Site) -> Result:
     return without_rule(site)
 
 
-@rule("scaled_dot_product_attention")
+def write_scale(step: Step) -> Step:
+    if step.args.get("scale") is None:
+        step.args["scale"] = step.shape_of("query")[-1] ** -0.5
+    return step
+
+
+@operator(
+    "scaled_dot_product_attention",
+    constants=Constants(write_scale),
+    survivors=product_of_survivors,
+    program=True,
+)
 def attention(site: Site) -> Result:
     """Heads are the last batch dim; rows × columns of the map in between are counted but never stored."""
     labels = site.labels

@@ -4,14 +4,16 @@ import numpy as np
 
 from secateur.graph.join import join
 from secateur.graph.labels import Atoms, Pad, Value, along, support
-from secateur.graph.rules.shape import without
-from secateur.graph.rules.site import Result, Site, resized, rule
+from secateur.graph.operators.shape import without
+from secateur.graph.operators.site import Result, Site, resized, without_rule
+from secateur.graph.operators.step import CutSite, Step
+from secateur.graph.operators.table import NO_WIDTHS, Constants, operator
 
 PICKED = "channels are picked by an index"
 CROPPED = "channels are cropped by numbers written into forward"
 
 
-@rule("cat", "concat", "concatenate")
+@operator("cat concat concatenate", constants=NO_WIDTHS, survivors=None, program=True)
 def cat(site: Site) -> Result:
     labels = site.labels
     dim = site["dim"] % len(site.shape)
@@ -21,7 +23,7 @@ def cat(site: Site) -> Result:
     return site.value([*rest, along(joined, dim, len(site.shape))])
 
 
-@rule("stack")
+@operator("stack", constants=NO_WIDTHS, survivors=None, program=True)
 def stack(site: Site) -> Result:
     dim = site["dim"] % len(site.shape)
     operands = [site.labels.exposed(value) for value in site["tensors"]]
@@ -35,7 +37,23 @@ def stack(site: Site) -> Result:
     return site.value(join(site.labels, lifted).factors)
 
 
-@rule("chunk", "split", "split_with_sizes", "unsafe_chunk", "unsafe_split", "tensor_split")
+def write_split(step: Step) -> Step:
+    dim = step.args.get("dim", 0) % len(step.shape_of("self"))
+    args = {"self": step.args["self"], "split_sizes": [shape[dim] for shape in step.shapes], "dim": dim}
+    return Step(step.node, "aten.split_with_sizes.default", args, step.shapes)
+
+
+def cut_split(site: CutSite) -> None:
+    dim = site.step.args["dim"]
+    site.step.args["split_sizes"] = [shape[dim] for shape in site.shapes]
+
+
+@operator(
+    "chunk split split_with_sizes unsafe_chunk unsafe_split tensor_split",
+    constants=Constants(write_split, cut_split),
+    survivors=None,
+    program=True,
+)
 def split(site: Site) -> Result:
     """The equal parts that `chunk` makes lose the same positions, so that it finds them again after a cut."""
     x = site.first
@@ -53,7 +71,7 @@ def split(site: Site) -> Result:
     return tuple(site.labels.value(shape, part) for shape, part in zip(site.shapes, parts, strict=True))
 
 
-@rule("unbind")
+@operator("unbind", constants=NO_WIDTHS, survivors=None, program=True)
 def unbind(site: Site) -> Result:
     x = site.first
     dim = site.dims()[0]
@@ -62,7 +80,34 @@ def unbind(site: Site) -> Result:
     return site.values([resized(factor, keep) for factor in factors])
 
 
-@rule("slice", "narrow")
+def write_slice(step: Step) -> Step:
+    shape = step.shape_of("self")
+    dim = step.args.get("dim", 0) % len(shape)
+    every = step.args.get("step", 1)
+    start, end, every = slice(step.args.get("start"), step.args.get("end"), every).indices(shape[dim])
+    step.args |= {"dim": dim, "start": start, "end": max(start, end), "step": every}
+    return step
+
+
+def write_narrow(step: Step) -> Step:
+    dim, start = step.args["dim"], step.args["start"]
+    if not isinstance(start, int):
+        return step
+    size = step.shape_of("self")[dim]
+    first = start % size if start < 0 else start
+    args = {"self": step.args["self"], "dim": dim, "start": first, "end": first + step.args["length"]}
+    return write_slice(Step(step.node, "aten.slice.Tensor", args, step.shapes))
+
+
+def cut_slice(site: CutSite) -> None:
+    args = site.step.args
+    keep = site.operands.get("self", {}).get(args["dim"])
+    if keep is not None:
+        args["start"], args["end"] = int(keep[: args["start"]].sum()), int(keep[: args["end"]].sum())
+
+
+@operator("slice", constants=Constants(write_slice, cut_slice), survivors=None, program=True)
+@operator("narrow", constants=Constants(write_narrow), survivors=None, program=True)
 def slice_(site: Site) -> Result:
     x = site.first
     dim = site.dims()[0]
@@ -79,7 +124,14 @@ def slice_(site: Site) -> Result:
     return site.value([f.take(taken, axis=dim) if f.shape[dim] > 1 else f for f in factors])
 
 
-@rule("select")
+def write_select(step: Step) -> Step:
+    shape = step.shape_of("self")
+    dim = step.args["dim"] % len(shape)
+    step.args |= {"dim": dim, "index": step.args["index"] % shape[dim]}
+    return step
+
+
+@operator("select", constants=Constants(write_select), survivors=None, program=True)
 def select(site: Site) -> Result:
     x = site.first
     dim = site.dims()[0]
@@ -88,7 +140,9 @@ def select(site: Site) -> Result:
     return site.value([resized(factor, keep) for factor in factors])
 
 
-@rule("index", "index_select", "embedding", "take_along_dim", "gather")
+@operator(
+    "index index_select embedding take_along_dim gather", constants=NO_WIDTHS, survivors=None, program=True
+)
 def index(site: Site) -> Result:
     """Dims that are indexed stay; the others pass."""
     labels = site.labels
@@ -128,7 +182,7 @@ def gather(site: Site, keep: list[int]) -> Result:
     return site.value(join(site.labels, operands).factors)
 
 
-@rule("index_add", "index_add_", "index_copy", "index_copy_")
+@operator("index_add index_add_ index_copy index_copy_", constants=NO_WIDTHS, survivors=None, program=True)
 def index_add(site: Site) -> Result:
     """A source channel and the entry of the index that says where it goes leave together."""
     labels, x, source = site.labels, site.first, site.labels.exposed(site["source"])
@@ -140,7 +194,19 @@ def index_add(site: Site) -> Result:
     return site.value(join(labels, [without(whole, dim), without(source, dim)]).factors)
 
 
-@rule("pad", "constant_pad_nd")
+def cut_pad(site: CutSite) -> None:
+    widths = list(site.step.args["pad"])
+    rank = len(site.shapes[0])
+    for dim, keep in site.results[0].items():
+        i = 2 * (rank - 1 - dim)
+        if i < len(widths) and (widths[i] or widths[i + 1]):
+            before, after = widths[i], widths[i + 1]
+            widths[i] = int(keep[:before].sum())
+            widths[i + 1] = int(keep[len(keep) - after :].sum())
+    site.step.args["pad"] = widths
+
+
+@operator("pad constant_pad_nd", constants=Constants(cut=cut_pad), survivors=None, program=True)
 def pad(site: Site) -> Result:
     """Zeros around an image leave channels alone; zeros around channels are units of their own.
 
@@ -168,3 +234,8 @@ def pad(site: Site) -> Result:
             front, back = np.zeros(before, dtype=np.int64), np.zeros(after, dtype=np.int64)
         factors.append(along(np.concatenate([front, atoms, back]), dim, rank))
     return site.value(factors)
+
+
+@operator("index_put scatter", constants=NO_WIDTHS, survivors=None, program=True)
+def written_by_index(site: Site) -> Result:
+    return without_rule(site)

@@ -1,0 +1,77 @@
+"""Removal in rounds: when they are, what one does, and scores that groups can be ranked by together."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from torch import Tensor
+
+from secateur.engine.session import Session
+from secateur.errors import SecateurError
+
+
+def plan_rounds(
+    session: Session[Any], rounds: int, start_share: float, prune_share: float, each: int
+) -> list[int]:
+    """The steps after which units are chosen.
+
+    Args:
+        rounds: how many.
+        start_share: share of the steps before the first round.
+        prune_share: share of the steps by which the last cohort is gone.
+        each: steps from choice to zero.
+    Raises:
+        SecateurError: they do not fit.
+    """
+    end = round(prune_share * session.steps)
+    first, last = max(1, round(start_share * session.steps)), end - each + 1
+    gap = (last - first) // max(1, rounds - 1) if rounds > 1 else each
+    if last < first or gap < each:
+        raise SecateurError(
+            f"{session.name}: {rounds} rounds of {each} steps do not fit into steps {first} to {end}; use fewer "
+            f"rounds, a shorter removal, or a later prune_share"
+        )
+    return [last - gap * (rounds - 1 - r) for r in range(rounds)]
+
+
+def advance_rounds(
+    session: Session[Any],
+    when: Sequence[int],
+    rank: Callable[[], list[Tensor]],
+    pick: Callable[[Sequence[Tensor], float], list[Tensor]] | None = None,
+) -> None:
+    """In a round, cut out the cohort before it and choose the next, so that the cost falls by equal parts.
+
+    Args:
+        when: from `plan_rounds`.
+        rank: scores of the units as they are now, (units,) per target group.
+        pick: as `Session.pick`, which is the default.
+    """
+    if session.step in when:
+        number = when.index(session.step)
+        ranked, gone = rank(), [session.pool.gone(n) for n in session.targets]
+        session.cut_gone()  # the cohort before this one
+        ranked = [score[~mask.to(score.device)] for score, mask in zip(ranked, gone, strict=True)]
+        session.pool.restoring = (
+            number < len(when) - 1
+        )  # nobody could take the place of the last to be restored
+        session.remove((pick or session.pick)(ranked, 1 - (number + 1) / len(when)))
+        session.note(session.standing())
+    if session.step == when[-1] + session.pool.decay.steps - 1:
+        session.cut_gone()
+
+
+def relative(session: Session[Any], scores: Sequence[Tensor]) -> list[Tensor]:
+    """Scores divided by their group's mean over the units that are not leaving, (units,) per target group."""
+    standing = [~session.pool.leaving(number) for number in session.targets]
+    return [
+        s / s[mask].abs().mean().clamp_min(1e-30) if mask.any() else s
+        for s, mask in zip(scores, standing, strict=True)
+    ]
+
+
+def check_shares(method: object, start: float, end: float, name: str = "start_share") -> None:
+    """Raise SecateurError unless pruning starts before it ends."""
+    if start >= end:
+        raise SecateurError(
+            f"{type(method).__name__}: {name} is {start:g} and prune_share {end:g}; expected {name} below prune_share"
+        )

@@ -1,0 +1,155 @@
+"""The report of a finished run."""
+
+import math
+from typing import Any
+
+from secateur.engine.decay import Restore
+from secateur.engine.describe import describe, proof_notes, settings_in_words
+from secateur.engine.method import Method
+from secateur.engine.pruned import Pruned
+from secateur.plan import WeightPlan
+from secateur.report import Report, current_versions
+from secateur.report.data import LayerCurve, WeightFacts
+from secateur.runs.config import PruneConfig
+from secateur.runs.folder import RunFolder
+from secateur.runs.measure import pair_of, training_pair
+from secateur.runs.task import LoadedTask, device
+from secateur.settings import defaults_of, plain
+
+LABELS = {"macs": "MACs", "params": "parameters", "units": "channels"}
+
+NO_FASTER = (
+    "Scattered zeros make the file smaller, not the model faster: dense kernels multiply by them all the same. "
+    "Prune channels, or the pattern 2:4 on GPUs that have kernels for it, where speed is the aim."
+)
+
+
+def summarise(
+    config: PruneConfig,
+    task: LoadedTask,
+    pruned: Pruned,
+    folder: RunFolder,
+    last: str,
+    exported: dict[str, Any],
+) -> Report:
+    """The report of a finished run.
+
+    Args:
+        config: with a method in place of `auto`.
+        task: loaded.
+        pruned: what came of it.
+        folder: with all that was measured.
+        last: what the final model is called there.
+        exported: from `export_and_time`, or sizes of files; and notes.
+    """
+    method = config.chosen
+    cut, final = folder.known.get("accuracy of the cut model"), folder.known[f"accuracy of the {last}"]
+    weights, onnx = exported.get("weights_bytes", (None, None)), exported.get("onnx_bytes", (None, None))
+    fields = describe(pruned)
+    if isinstance(pruned.plan, WeightPlan):
+        fields |= {"after": fields["before"], "weights": _weight_facts(pruned, pruned.plan)}
+    return Report(
+        model=config.task.model,
+        dataset=config.task.data,
+        method=settings_in_words(method.record(), plain(defaults_of(type(method)))),
+        budget=config.budget,
+        seed=config.task.seed,
+        command=folder.command,
+        accuracy_before=folder.known.get("accuracy of the dense model"),
+        accuracy_cut=cut,
+        accuracy_after=final,
+        latency_pytorch=pair_of(exported.get("latency_pytorch")),
+        latency_onnxruntime=pair_of(exported.get("latency_onnxruntime")),
+        training_cost=training_pair(folder),
+        weights_bytes_before=weights[0],
+        weights_bytes_after=weights[1],
+        onnx_bytes_before=onnx[0],
+        onnx_bytes_after=onnx[1],
+        notes=[
+            *task.notes,
+            *_notes(config, method, pruned),
+            *_excess(config, pruned, exported),
+            *_taken(cut, final, len(task.data.test)),
+            *exported["notes"],
+        ],
+        history=folder.metrics(),
+        restore_above=_restore_above(method),
+        versions=current_versions(device()),
+        **fields,
+    )
+
+
+def _restore_above(method: Method) -> dict[str, float]:
+    restore = getattr(getattr(method, "removal", None), "restore", None)
+    return {"rate": restore.rate, "length": restore.length} if isinstance(restore, Restore) else {}
+
+
+def _weight_facts(pruned: Pruned, plan: WeightPlan) -> WeightFacts:
+    facts = pruned.facts
+    return WeightFacts(
+        total=plan.weights,
+        kept=plan.kept,
+        layers={name: (mask.numel(), int(mask.sum())) for name, mask in plan.masks.items()},
+        macs=int(pruned.after["macs"]),
+        params=int(pruned.after["params"]),
+        curves=tuple(LayerCurve(**curve) for curve in facts.get("curves", ())),
+        predicted=facts.get("predicted"),
+        measured=facts.get("measured"),
+    )
+
+
+def _excess(config: PruneConfig, pruned: Pruned, exported: dict[str, Any]) -> list[str]:
+    """What is kept beyond the budget: by a method of the user's own, or by the clock."""
+    notes = []
+    for name, bound in config.budget.items():
+        if name in LABELS and (share := pruned.after[name] / pruned.before[name]) > bound:
+            notes.append(
+                f"The budget is not met: {share:.4f} of the {LABELS[name]} stay, {bound:g} were asked for."
+            )
+    timed, limit = exported.get("latency_pytorch"), config.budget.get("latency_ms")
+    if limit is not None and timed and (last := timed[1]["median_ms"]) > limit:
+        notes.append(
+            f"When the result was timed again, a pass took {last:.3g} ms; {limit:g} ms were asked for."
+        )
+    return notes
+
+
+def _taken(cut: float | None, last: float | None, images: int) -> list[str]:
+    """What to say where training on took more from the cut model than the choice of test images explains.
+
+    >>> _taken(0.9066, 0.8897, 10_000)[0][:46]
+    'Fine-tuning took 1.7 points from what the cut '
+    >>> _taken(0.9066, 0.9020, 10_000)
+    []
+    """
+    if cut is None or last is None or cut - last <= 2 * math.sqrt(2 * cut * (1 - cut) / images):
+        return []
+    return [
+        f"Fine-tuning took {100 * (cut - last):.1f} points from what the cut had left; that model is in "
+        f"cut.safetensors. A lower learning rate or more training images may keep them."
+    ]
+
+
+def _notes(config: PruneConfig, method: Method, pruned: Pruned) -> list[str]:
+    notes, masks = [], isinstance(pruned.plan, WeightPlan)
+    if method.when == "during" and config.task.weights is None:
+        notes.append("The model was trained from scratch, and pruned meanwhile.")
+    elif masks and method.when == "before":
+        notes.append(
+            "The weights were masked before training, and the model was trained once while the masks held."
+        )
+    elif method.when == "before" and config.finetune is not None:
+        notes.append("The model was cut before training, drawn afresh, and trained once.")
+    elif config.task.weights is None and config.train is None:
+        notes.append("No weights were given: the model was pruned as initialised at random.")
+    if config.finetune is None and method.when == "after" and not masks:
+        notes.append("The cut model was not fine-tuned.")
+    elif config.finetune is not None and config.finetune.distill_weight:
+        notes.append("The dense model taught the cut one while it was fine-tuned.")
+    if masks:
+        notes.append(NO_FASTER)
+    elif pruned.proof is None:
+        notes.append(
+            "The method does not say which units went, so there is nothing to compare the model with."
+        )
+    return [*notes, *proof_notes(pruned.graph, pruned.proof)]
