@@ -43,7 +43,7 @@ Write = Callable[..., Path]
         ('score = "random"', "min_keep = 0", "min.keep"),
         ("rounds = 1", "rounds = 1, round_to = 8", "round.to"),
         ('model = "code_of_mine:network"', "", "no model; give --model"),
-        ('schedule = "tiny"', "tune_lr = 0", "tune_lr is 0; expected a number, above 0, or None"),
+        ('schedule = "tiny"', "tune_lr = 0", "tune_lr is 0; expected a number above 0, or None"),
         ('schedule = "tiny"', "latency_batch = 0", "latency_batch is 0; expected a whole number, at least 1"),
         ('schedule = "tiny"', 'precision = "bf8"', "precision is 'bf8'; expected one of no, bf16"),
         ('schedule = "tiny"', "compile = 1", "compile is 1; expected True or False"),

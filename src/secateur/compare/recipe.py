@@ -2,7 +2,7 @@
 
 import tomllib
 from collections.abc import Mapping, Sequence
-from dataclasses import fields, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -118,13 +118,10 @@ class Comparison:
             if name not in given:
                 raise SecateurError(f"{where}: no {name}; give {flag}, or `{name}` in a recipe")
         own = options_of(cls).keys() - {"task"}
-        of_task = {f.name for f in fields(Task)} - {"normalisation", "seed"}
+        of_task = options_of(Task).keys() - {"normalisation", "seed"}
         for name in given:
             if name not in own | of_task:
                 raise SecateurError(f"{where}: {unknown('setting', name, own | of_task)}")
-        for name in ("weights", "data_dir"):
-            if isinstance(given.get(name), str):
-                given[name] = Path(given[name])
         arms = given.get("arms", {})
         if not (isinstance(arms, Mapping) and all(isinstance(arm, Mapping) for arm in arms.values())):
             raise SecateurError(f"{where}: arms: expected a table per arm")
