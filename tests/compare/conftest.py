@@ -10,7 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from secateur.compare import Comparison, Outcome, compare
+from secateur.compare.recipe import Comparison
+from secateur.compare.results import Outcome
+from secateur.compare.run import compare
 from secateur.methods import METHODS
 from secateur.recipes.data import Batches
 

@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from secateur.compare import Comparison, compare
+from secateur.compare.recipe import Comparison
+from secateur.compare.run import compare
 from secateur.errors import SecateurError
 
 from .conftest import HEAD, Finished

@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from secateur.compare import Comparison, list_cells
+from secateur.compare.cells import list_cells
+from secateur.compare.recipe import Comparison
 from secateur.errors import FileError, SecateurError
 
 from .conftest import HEAD, RECIPE

@@ -8,8 +8,9 @@ from typing import Any
 
 import pytest
 
-from secateur.compare import Comparison, compare, run_only
+from secateur.compare.recipe import Comparison
 from secateur.compare.results import is_steady
+from secateur.compare.run import compare, run_only
 from secateur.compare.statistics import rank_arms
 from secateur.errors import FileError, SecateurError
 

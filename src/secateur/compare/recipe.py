@@ -1,4 +1,7 @@
-"""A comparison as data: arms, budgets and seeds on one model and one data set; and reading it from a TOML file."""
+"""A comparison as data: arms, budgets and seeds on one model and one data set; and reading it from a TOML file.
+
+Nothing here imports PyTorch before a comparison is made: command-line flags come from these classes.
+"""
 
 import tomllib
 from collections.abc import Mapping, Sequence
@@ -9,7 +12,7 @@ from typing import Any, Literal
 from secateur.compare.schedule import SCHEDULES, Schedule
 from secateur.compare.words import DENSE, MEASURES, plain_name
 from secateur.errors import FileError, SecateurError, unknown
-from secateur.runs.config import Task
+from secateur.runs.config import DATA, RUN, Task
 from secateur.settings import option, options_of, settings
 
 
@@ -58,14 +61,28 @@ class Comparison:
         "budgets, each a table of shares of the dense model that may stay, such as { macs = 0.5 }"
     )
     seeds: tuple[int, ...] = option("random seeds of weights, order and augmentation", default=(0,), least=0)
-    schedule: str = option("how long and how all arms train", default="short", choices=SCHEDULES)
+    schedule: str = option(
+        f"training schedule, the same for every arm: {', '.join(SCHEDULES)}",
+        default="short",
+        choices=SCHEDULES,
+        panel=DATA,
+    )
     tune_lr: float | None = option(
-        "peak learning rate of training on from weights, in place of the schedule's", default=None, above=0
+        "peak learning rate of training on from weights",
+        default=None,
+        above=0,
+        panel=DATA,
+        shown="the schedule's",
     )
     precision: Literal["no", "bf16"] = option(
-        "no computes in float32, bf16 in bfloat16 where that is safe", default="no"
+        "precision of the training, float32 or bfloat16 where that is safe",
+        default="no",
+        panel=RUN,
+        metavar="NAME",
     )
-    compile: bool = option("run the steps in which no method prunes through torch.compile", default=False)
+    compile: bool = option(
+        "run the steps in which no method prunes through torch.compile", default=False, panel=RUN
+    )
     latency_batch: int = option("images per pass where latency is measured", default=1, least=1)
 
     def check(self) -> None:
