@@ -91,7 +91,7 @@ def test_random_networks(seeds: range) -> None:
 @pytest.mark.parametrize("kind", BLOCKS)
 def test_every_block_can_be_pruned(kind: str) -> None:
     """One block between stem and head: something goes, and what remains is right."""
-    assert min(check(Recipe(8, (Block(kind, seed),), Block("pool", 0)), seed) for seed in range(6)) > 0
+    assert min(check(Recipe(8, (Block(kind, seed),), Block("pool", 0)), seed) for seed in range(3)) > 0
 
 
 @pytest.mark.parametrize("kind", TAILS)
