@@ -79,11 +79,17 @@ def run(seeds: range) -> None:
             pytest.fail(f"{again}\n{failure(small, seed)}\n{small}\n{build(small)}", pytrace=False)
 
 
-def shards(start: int, count: int) -> list[range]:
-    return [range(i, min(i + SHARD, start + count)) for i in range(start, start + count, SHARD)]
+def shards(start: int, count: int) -> list[object]:
+    """Ranges of seeds; all but the first are slow."""
+    parts = [range(i, min(i + SHARD, start + count)) for i in range(start, start + count, SHARD)]
+    slow = [[pytest.mark.slow] * (part.start > start) for part in parts]
+    names = [f"{part.start}-{part.stop - 1}" for part in parts]
+    return [
+        pytest.param(part, marks=marks, id=name) for part, marks, name in zip(parts, slow, names, strict=True)
+    ]
 
 
-@pytest.mark.parametrize("seeds", shards(START, COUNT), ids=lambda seeds: f"{seeds.start}-{seeds.stop - 1}")
+@pytest.mark.parametrize("seeds", shards(START, COUNT))
 def test_random_networks(seeds: range) -> None:
     run(seeds)
 
