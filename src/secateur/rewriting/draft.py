@@ -238,7 +238,7 @@ class Returned:
     tree: Any = None
 
 
-class Call(nn.Module):
+class FixedCall(nn.Module):
     """A module called with all but its tensors fixed."""
 
     def __init__(self, module: nn.Module, args: Any, kwargs: Any) -> None:
@@ -273,7 +273,7 @@ class Captured:
     @classmethod
     def of(cls, module: nn.Module, args: Any, kwargs: Any, *, training: bool = False) -> "Captured":
         """Capture one call."""
-        call = Call(module, args, kwargs)
+        call = FixedCall(module, args, kwargs)
         captured = capture(call, tuple(call.tensors), training=training, exact=True)
         if ANYTHING in pytree.tree_leaves(call.returned.tree):
             raise CutError(

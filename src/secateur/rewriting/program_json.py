@@ -59,7 +59,7 @@ def encode(arg: Any) -> Any:
     return arg
 
 
-class Reader:
+class ProgramReader:
     """Reads a program for one module.
 
     Args:

@@ -56,7 +56,7 @@ def settle(
             f"cannot be rewritten. Remove everything in one cut. The model is unchanged."
         )
     writer = Writer(whole(), graph.trace, survivors, graph.inputs)
-    return Trial(judge, writer).run()
+    return CheckedPass(judge, writer).run()
 
 
 def fixes_precision(lines: Listing) -> bool:
@@ -173,7 +173,7 @@ class Judge:
             return floats(functional_call(model, values, args, kwargs))
 
 
-class Trial:
+class CheckedPass:
     """One pass of the cut model in which every call of a submodule is checked, and made good if need be.
 
     The captured graph runs beside the model, so that inputs and outputs of every call are known. A module
