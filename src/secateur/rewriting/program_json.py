@@ -137,7 +137,8 @@ class ProgramReader:
             return data
         if isinstance(data, list):
             parts = [self._arg(part, inputs, registers, depth + 1) for part in data]
-            self._check_sizes([part for part in parts if type(part) is int])
+            if depth:  # not the arguments themselves
+                self._check_sizes([part for part in parts if type(part) is int])
             return parts
         if not isinstance(data, dict) or len(data) != 1:
             raise ValueError(f"an argument cannot be {str(data)[:60]!r}")
