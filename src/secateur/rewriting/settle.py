@@ -22,7 +22,7 @@ from secateur.graph.modes import evaluating
 from secateur.graph.probe import aliases, difference, floats, random_inputs, random_values
 from secateur.graph.trace import Survivors
 from secateur.rewriting.draft import Draft, Writer
-from secateur.rewriting.listing import Listing, calls
+from secateur.rewriting.listing import Listing, find_calls
 from secateur.rewriting.program import NAMES, Around, Named, Ref, refs
 from secateur.rewriting.rewrite import cut_listing, fixed_program, run_program, tensors_of
 
@@ -187,7 +187,7 @@ class CheckedPass:
         self._drafts: dict[str, Draft] = {}
         self._reasons: dict[str, str] = {}
         self._calls: dict[str, int] = {}
-        self._regions = calls(judge.lines, judge.model)
+        self._regions = find_calls(judge.lines, judge.model)
         self._graph = Lockstep(judge)
 
     def run(self) -> dict[str, Draft]:
