@@ -12,7 +12,8 @@ import statistics
 from collections import defaultdict
 from pathlib import Path
 
-from secateur.report.comparison import margin_of, percentage
+from secateur.compare.statistics import find_margin
+from secateur.compare.words import format_percentage
 
 
 def accuracies_of(path: Path) -> dict[str, dict[str, dict[int, float]]]:
@@ -47,13 +48,13 @@ def main() -> None:
         if not seeds:
             continue
         paired = [one[seed] - two[seed] for seed in seeds]
-        difference = percentage(
+        difference = format_percentage(
             statistics.mean(paired), statistics.stdev(paired) if len(paired) > 1 else None, "+"
         )
         rest = [arm for name, arm in arms.items() if name not in options.without and arm.keys() >= set(seeds)]
-        margin = margin_of([[arm[seed] for seed in seeds] for arm in rest])
+        margin = find_margin([[arm[seed] for seed in seeds] for arm in rest])
         print(
-            f"{budget}: {difference} points over seeds {', '.join(map(str, seeds))}; margin {percentage(margin)}"
+            f"{budget}: {difference} points over seeds {', '.join(map(str, seeds))}; margin {format_percentage(margin)}"
         )
 
 

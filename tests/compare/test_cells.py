@@ -6,7 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from secateur.compare import SCHEDULES, Arm, Cell, Comparison, list_cells
+from secateur.compare.cells import Cell, list_cells
+from secateur.compare.recipe import Arm, Comparison
+from secateur.compare.schedule import SCHEDULES
 from secateur.errors import SecateurError
 from secateur.recipes.train_config import TrainConfig
 from secateur.runs.config import PruneConfig, TrainRunConfig

@@ -8,47 +8,35 @@ from pathlib import Path
 
 import pytest
 
-from secateur.compare import Comparison, compare
+from secateur.compare.recipe import Comparison
+from secateur.compare.run import compare
 from secateur.errors import SecateurError
 
-from .conftest import Finished
+from .conftest import HEAD, Finished
 
 Write = Callable[..., Path]
 
 
-def test_processes_do_what_one_does_and_it_is_said_when_one_is_killed(
+def test_processes_do_what_one_does_and_end_with_the_command_that_started_them(
     finished: Finished, recipe: Write, tmp_path: Path
 ) -> None:
-    methods = {"proven": "code_of_mine:proven", "killed": "code_of_mine:killed_once"}
-    arms = {"dense": {}} | {name: {"method": method} for name, method in methods.items()}
-    comparison, out, said = Comparison.read(recipe(), arms=arms), tmp_path / "out", []
-    with pytest.raises(SecateurError, match="a process that trained was killed from outside"):
-        compare(comparison, out, jobs=2, tell=said.append)
-    assert said[0].startswith("1/3")  # in another process
-    outcomes = compare(comparison, out)
-    assert [o.error for o in outcomes] == ["", "", ""]
-    for o in outcomes[:2]:
-        assert (o.accuracy, o.widths) == (finished.outcomes[o.arm].accuracy, finished.outcomes[o.arm].widths)
-
-
-def test_processes_end_with_the_command_that_started_them(recipe: Write, tmp_path: Path) -> None:
     psutil = pytest.importorskip("psutil")
-    out, errors = tmp_path / "out", tmp_path / "errors"
-    command = [
-        sys.executable,
-        "-m",
-        "secateur.cli",
-        "compare",
-        str(recipe()),
-        "--out",
-        str(out),
-        "--jobs",
-        "2",
-    ]
+    arms = ("proven", "cut", "endless", "endless_too")
+    tables = [f'[arms.{arm}]\nmethod = "code_of_mine:{arm}"\n' for arm in arms]
+    path, out, errors = recipe(HEAD + "".join(tables)), tmp_path / "out", tmp_path / "errors"
+    command = [sys.executable, "-m", "secateur.cli", "compare", str(path), "--out", str(out), "--jobs", "2"]
+
+    def wrote(arm: str, name: str, word: str) -> bool:
+        path = out / arm / "macs-0.6" / "seed-0" / name
+        return path.exists() and word in path.read_text()
+
     with errors.open("w") as stderr:
-        process = psutil.Popen([*command, "--schedule", "paper"], stderr=stderr)
+        process = psutil.Popen(command, stderr=stderr)
     try:
-        while len(list(out.glob("*/*/*/metrics.jsonl"))) < 2:
+        while not (
+            all(wrote(arm, "progress.json", "outcome") for arm in arms[:2])
+            and all(wrote(arm, "metrics.jsonl", "train") for arm in arms[2:])
+        ):
             assert process.poll() is None, errors.read_text()
             time.sleep(0.05)
         workers = [p for p in process.children(recursive=True) if "spawn_main" in " ".join(p.cmdline())]
@@ -59,3 +47,14 @@ def test_processes_end_with_the_command_that_started_them(recipe: Write, tmp_pat
         process.wait()
     _, alive = psutil.wait_procs(workers, timeout=30)
     assert not alive
+    for o in compare(Comparison.read(path), out, gather=True):
+        one = finished.outcomes[o.arm]
+        assert (o.error, o.accuracy, o.kept, o.widths) == ("", one.accuracy, one.kept, one.widths)
+
+
+def test_it_is_said_when_a_process_is_killed_and_it_goes_on_from_there(recipe: Write, tmp_path: Path) -> None:
+    comparison = Comparison.read(recipe(), arms={"killed": {"method": "code_of_mine:killed_once"}})
+    with pytest.raises(SecateurError, match="a process that trained was killed from outside"):
+        compare(comparison, tmp_path, jobs=2)
+    (outcome,) = compare(comparison, tmp_path)
+    assert (outcome.error, outcome.epochs) == ("", 2)

@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from secateur.compare import Comparison, list_cells
+from secateur.compare.cells import list_cells
+from secateur.compare.recipe import Comparison
 from secateur.errors import FileError, SecateurError
 
 from .conftest import HEAD, RECIPE
@@ -43,7 +44,7 @@ Write = Callable[..., Path]
         ('score = "random"', "min_keep = 0", "min.keep"),
         ("rounds = 1", "rounds = 1, round_to = 8", "round.to"),
         ('model = "code_of_mine:network"', "", "no model; give --model"),
-        ('schedule = "tiny"', "tune_lr = 0", "tune_lr is 0; expected a number, above 0, or None"),
+        ('schedule = "tiny"', "tune_lr = 0", "tune_lr is 0; expected a number above 0, or None"),
         ('schedule = "tiny"', "latency_batch = 0", "latency_batch is 0; expected a whole number, at least 1"),
         ('schedule = "tiny"', 'precision = "bf8"', "precision is 'bf8'; expected one of no, bf16"),
         ('schedule = "tiny"', "compile = 1", "compile is 1; expected True or False"),
@@ -81,3 +82,11 @@ def test_the_committed_recipes_are_sound(monkeypatch: pytest.MonkeyPatch) -> Non
     assert recipes
     for path in recipes:
         assert list_cells(Comparison.read(path, seeds=[0]))
+
+
+def test_the_recipe_in_the_guide_is_sound(recipe: Write) -> None:
+    guide = (Path(__file__).parents[2] / "docs" / "compare.md").read_text()
+    text = guide.partition("```toml\n")[2].partition("```")[0]
+    assert {cell.arm for cell in list_cells(Comparison.read(recipe(text)))} == {
+        "dense", "l2, fine-tuned", "gradual, fading"
+    }  # fmt: skip

@@ -7,31 +7,14 @@ from pathlib import Path
 from typer import Exit
 
 from secateur.cli.flags import RUN, Flags, Given, argument, command, flag
+from secateur.compare.recipe import Comparison
+from secateur.compare.words import MEASURES
 from secateur.errors import SecateurError
-from secateur.runs.config import DATA, Task
+from secateur.runs.config import Task
 
 RECIPES = "the recipe's"
 OF_TASK = ["model", "weights", "data", "data_dir", "train_images", "test_images"]
-TRAINED = [
-    flag(
-        "schedule",
-        str,
-        "tiny, short, standard, paper or imagenet; the same for every arm.",
-        panel=DATA,
-        shown=f"{RECIPES}, else short",
-        metavar="NAME",
-    ),
-    flag(
-        "tune_lr",
-        float,
-        "Peak learning rate of training on from weights.",
-        panel=DATA,
-        shown=f"{RECIPES}, else the schedule's",
-        metavar="X",
-    ),
-    flag("precision", str, "no (float32) or bf16.", panel=RUN, shown=f"{RECIPES}, else no", metavar="NAME"),
-    flag("compile", bool, "Run the steps in which no method prunes through torch.compile.", panel=RUN),
-]
+OF_COMPARISON = ["schedule", "tune_lr", "precision", "compile"]
 
 
 @command(
@@ -51,7 +34,15 @@ TRAINED = [
             "test_images": f"{RECIPES}, else all",
         },
     ),
-    *TRAINED,
+    Flags(
+        Comparison,
+        only=OF_COMPARISON,
+        shown={
+            "schedule": f"{RECIPES}, else short",
+            "tune_lr": f"{RECIPES}, else the schedule's",
+            "precision": f"{RECIPES}, else no",
+        },
+    ),
     flag(
         "method",
         list[str],
@@ -77,7 +68,7 @@ TRAINED = [
             shown="the recipe's budgets",
             metavar="X",
         )
-        for measure, label in (("macs", "MACs"), ("params", "parameters"))
+        for measure, label in MEASURES.items()
     ),
     flag("seeds", int, "Run seeds 0 to N - 1.", panel=RUN, shown=f"{RECIPES}, else 1", metavar="N"),
     flag("jobs", int, "Runs side by side.", panel=RUN, shown="1", metavar="N"),
@@ -109,15 +100,16 @@ def compare(given: Given) -> None:
     Run it again to go on after an interruption: finished runs are not repeated.
     """
     from secateur.cli.show import say, typed_command
-    from secateur.compare import Comparison, list_cells, run_only
-    from secateur.compare import compare as run
+    from secateur.compare.cells import list_cells
+    from secateur.compare.run import compare as run
+    from secateur.compare.run import run_only
 
     if sum(name in given for name in ("list", "gather", "only")) > 1:
         raise SecateurError("--list, --only and --gather do different things; give one of them")
     if "out" not in given:
         raise SecateurError("no out: give --out, the folder for the table, the page and a folder per run")
-    out, changes = given["out"], {name: given.get(name) for name in [*OF_TASK, "schedule", "tune_lr"]}
-    budgets = [{m: x} for m in ("macs", "params") for x in given.get(f"keep_{m}", ())]
+    out, changes = given["out"], {name: given.get(name) for name in [*OF_TASK, *OF_COMPARISON]}
+    budgets = [{m: x} for m in MEASURES for x in given.get(f"keep_{m}", ())]
     if "method" in given:
         changes["arms"] = {name: {} if name == "dense" else {"method": name} for name in given["method"]}
     comparison = Comparison.read(
@@ -125,8 +117,6 @@ def compare(given: Given) -> None:
         **changes,
         budgets=budgets or None,
         seeds=list(range(given["seeds"])) if "seeds" in given else None,
-        precision=given.get("precision"),
-        compile=given.get("compile"),
     )
     if "arm" in given:
         comparison = comparison.with_arms(given["arm"])

@@ -70,10 +70,19 @@ def _list_cells_of(comparison: Comparison, name: str, arm: Arm, task: Task) -> l
         how = plan.make_config(tune=task.weights is not None, **_computing(comparison))
         return [Cell(name, {}, seed, TrainRunConfig(task=task, train=how), arm.against)]
     task, train, finetune = _share_epochs(comparison, arm, arm.method, task)
-    return [
-        Cell(name, dict(budget), seed, _pruning(arm, arm.method, budget, task, train, finetune), arm.against)
-        for budget in (comparison.budgets if arm.budgets is None else arm.budgets)
-    ]
+    cells = []
+    for budget in comparison.budgets if arm.budgets is None else arm.budgets:
+        config = PruneConfig(
+            task=task,
+            method=arm.method,
+            options=arm.options,
+            budget=budget,
+            train=train,
+            finetune=finetune,
+            exports=False,
+        )
+        cells.append(Cell(name, budget, seed, config, arm.against))
+    return cells
 
 
 def _computing(comparison: Comparison) -> dict[str, Any]:
@@ -198,26 +207,6 @@ def time_cell(cell: Cell, folder: Path, batch: int) -> LatencyPair | None:
     if is_steady(pair):
         run.once(name, lambda: [pair.before.to_json(), pair.after.to_json()])
     return pair
-
-
-def _pruning(
-    arm: Arm,
-    method: str,
-    budget: Mapping[str, float],
-    task: Task,
-    train: TrainConfig | None,
-    finetune: TrainConfig | None,
-) -> PruneConfig:
-    """The run of an arm at a budget."""
-    return PruneConfig(
-        task=task,
-        method=method,
-        options=arm.options,
-        budget=budget,
-        train=train,
-        finetune=finetune,
-        exports=False,
-    )
 
 
 def _kept(report: Report) -> dict[str, float]:

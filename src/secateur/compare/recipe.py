@@ -1,15 +1,18 @@
-"""A comparison as data: arms, budgets and seeds on one model and one data set; and reading it from a TOML file."""
+"""A comparison as data: arms, budgets and seeds on one model and one data set; and reading it from a TOML file.
+
+Nothing here imports PyTorch before a comparison is made: command-line flags come from these classes.
+"""
 
 import tomllib
 from collections.abc import Mapping, Sequence
-from dataclasses import fields, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
 from secateur.compare.schedule import SCHEDULES, Schedule
 from secateur.compare.words import DENSE, MEASURES, plain_name
 from secateur.errors import FileError, SecateurError, unknown
-from secateur.runs.config import Task
+from secateur.runs.config import DATA, RUN, Task
 from secateur.settings import option, options_of, settings
 
 
@@ -58,14 +61,28 @@ class Comparison:
         "budgets, each a table of shares of the dense model that may stay, such as { macs = 0.5 }"
     )
     seeds: tuple[int, ...] = option("random seeds of weights, order and augmentation", default=(0,), least=0)
-    schedule: str = option("how long and how all arms train", default="short", choices=SCHEDULES)
+    schedule: str = option(
+        f"training schedule, the same for every arm: {', '.join(SCHEDULES)}",
+        default="short",
+        choices=SCHEDULES,
+        panel=DATA,
+    )
     tune_lr: float | None = option(
-        "peak learning rate of training on from weights, in place of the schedule's", default=None, above=0
+        "peak learning rate of training on from weights",
+        default=None,
+        above=0,
+        panel=DATA,
+        shown="the schedule's",
     )
     precision: Literal["no", "bf16"] = option(
-        "no computes in float32, bf16 in bfloat16 where that is safe", default="no"
+        "precision of the training, float32 or bfloat16 where that is safe",
+        default="no",
+        panel=RUN,
+        metavar="NAME",
     )
-    compile: bool = option("run the steps in which no method prunes through torch.compile", default=False)
+    compile: bool = option(
+        "run the steps in which no method prunes through torch.compile", default=False, panel=RUN
+    )
     latency_batch: int = option("images per pass where latency is measured", default=1, least=1)
 
     def check(self) -> None:
@@ -118,13 +135,10 @@ class Comparison:
             if name not in given:
                 raise SecateurError(f"{where}: no {name}; give {flag}, or `{name}` in a recipe")
         own = options_of(cls).keys() - {"task"}
-        of_task = {f.name for f in fields(Task)} - {"normalisation", "seed"}
+        of_task = options_of(Task).keys() - {"normalisation", "seed"}
         for name in given:
             if name not in own | of_task:
                 raise SecateurError(f"{where}: {unknown('setting', name, own | of_task)}")
-        for name in ("weights", "data_dir"):
-            if isinstance(given.get(name), str):
-                given[name] = Path(given[name])
         arms = given.get("arms", {})
         if not (isinstance(arms, Mapping) and all(isinstance(arm, Mapping) for arm in arms.values())):
             raise SecateurError(f"{where}: arms: expected a table per arm")

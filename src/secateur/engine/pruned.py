@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from secateur.allocate.density import costs_of, list_layers
 from secateur.cost import Cost
-from secateur.engine.describe import describe, proof_notes
+from secateur.engine.describe import describe, layer_facts, proof_notes
 from secateur.errors import CutError
 from secateur.graph import Graph
 from secateur.graph.duplicate import duplicate
@@ -100,9 +100,8 @@ def cut_and_prove(
     proof = verify(model, small, graph, plan, seed=seed)
     require_equal(model, proof)
     cost = Cost(graph)
-    return Pruned(
-        small, plan, graph, scores, proof, cost.all(), cost.all(plan.kept(graph)), facts=facts or {}
-    )
+    told = {**layer_facts(graph, model, small), **(facts or {})}
+    return Pruned(small, plan, graph, scores, proof, cost.all(), cost.all(plan.kept(graph)), facts=told)
 
 
 def mask_copy(
