@@ -1,6 +1,6 @@
 """Does the distortion of several layers pruned together equal the sum of each one's alone?
 
-python -m benchmarks.additivity --model resnet20 --weights resnet20.safetensors --data cifar10 --data-dir cifar10
+python benchmarks/additivity.py --model resnet20 --weights resnet20.safetensors --data cifar10 --data-dir cifar10
 """
 
 import argparse

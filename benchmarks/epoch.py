@@ -10,6 +10,7 @@ import argparse
 import platform
 import tempfile
 from pathlib import Path
+from typing import Literal
 
 import torch
 
@@ -19,6 +20,8 @@ from secateur.recipes.models import build_model
 from secateur.recipes.train import TrainConfig, fit
 
 CLASSES = tuple("0123456789")
+Precision = Literal["no", "bf16"]
+PRECISIONS: tuple[Precision, ...] = ("no", "bf16")
 
 
 def main() -> None:
@@ -41,7 +44,7 @@ def main() -> None:
     rows = [
         row(model, data, precision, channels_last, compiled)
         for model in options.models
-        for precision in ("no", "bf16")
+        for precision in PRECISIONS
         for channels_last, compiled in ((False, False), (True, False), (True, True))
     ]
     text = page(rows, options)
@@ -56,7 +59,7 @@ def images(count: int) -> Split:
     )
 
 
-def row(model: str, data: Dataset, precision: str, channels_last: bool, compiled: bool) -> str:
+def row(model: str, data: Dataset, precision: Precision, channels_last: bool, compiled: bool) -> str:
     config = TrainConfig(
         epochs=3, lr=0.01, precision=precision, channels_last=channels_last, compile=compiled, test_every=3
     )

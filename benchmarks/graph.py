@@ -16,11 +16,12 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 MODELS = ("resnet50", "densenet121", "efficientnet_b0", "shufflenet_v2_x1_0")
 
 
-def secateur_times(model, x) -> dict[str, float]:
+def secateur_times(model: Any, x: Any) -> dict[str, float]:
     import torch
 
     import secateur as sc
@@ -38,7 +39,7 @@ def secateur_times(model, x) -> dict[str, float]:
     return {"groups": groups - start, "cut": time.perf_counter() - start}
 
 
-def torch_pruning_times(model, x) -> dict[str, float]:
+def torch_pruning_times(model: Any, x: Any) -> dict[str, float]:
     import torch
     import torch_pruning as tp
 
@@ -90,7 +91,7 @@ def main() -> None:
     if options.one:
         print(json.dumps(measure(*options.one)))
         return
-    runs: dict[tuple[str, str], list[dict]] = {}
+    runs: dict[tuple[str, str], list[dict[str, Any]]] = {}
     for _ in range(options.repeats):
         for name in MODELS:
             for tool in TIMES:
@@ -105,7 +106,7 @@ def main() -> None:
         options.out.write_text(table)
 
 
-def render(runs: dict[tuple[str, str], list[dict]], repeats: int) -> str:
+def render(runs: dict[tuple[str, str], list[dict[str, Any]]], repeats: int) -> str:
     import platform
     from importlib.metadata import version
 
@@ -132,7 +133,7 @@ def render(runs: dict[tuple[str, str], list[dict]], repeats: int) -> str:
             lines.append(f"| {name} | {tool} | {failed[0]['error']} | | | |")
             continue
 
-        def spread(key: str, digits: int, rows: list[dict] = rows) -> str:
+        def spread(key: str, digits: int, rows: list[dict[str, Any]] = rows) -> str:
             values = [row[key] for row in rows]
             return f"{statistics.median(values):.{digits}f} ({min(values):.{digits}f} – {max(values):.{digits}f})"
 

@@ -113,7 +113,7 @@ def measure(batches: Batches, model: nn.Module, steps: int) -> tuple[float, floa
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
 
     def train(x: Tensor, y: Tensor) -> None:
-        cross_entropy(model(x), y).backward()
+        cross_entropy(model(x), y).backward()  # type: ignore[no-untyped-call]
         optimizer.step()
         optimizer.zero_grad()
 

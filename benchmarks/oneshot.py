@@ -12,6 +12,7 @@ import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 SCORES = ("l1", "l2", "taylor")
 BUDGETS = (0.7, 0.5, 0.3)
@@ -39,28 +40,28 @@ def main() -> None:
 
 
 def folder_of(options: argparse.Namespace, budget: float, score: str) -> Path:
-    return options.runs / f"{score}-{budget}"
+    return Path(options.runs, f"{score}-{budget}")
 
 
-def run(options: argparse.Namespace, budget: float, score: str) -> dict:
+def run(options: argparse.Namespace, budget: float, score: str) -> dict[str, Any]:
     folder = folder_of(options, budget, score)
     if not (folder / "report.json").exists():
         command = [sys.executable, "-m", "secateur.cli", *arguments(options, budget, score), "--resume"]
         environment = os.environ | {"OMP_NUM_THREADS": "1"}
         with (options.runs / f"{folder.name}.log").open("w") as log:
             subprocess.run(command, check=True, env=environment, stdout=log, stderr=subprocess.STDOUT)
-    return json.loads((folder / "report.json").read_text())
+    return dict(json.loads((folder / "report.json").read_text()))
 
 
 def arguments(options: argparse.Namespace, budget: float, score: str) -> list[str]:
     return (
         f"prune --model resnet20 --weights {options.weights} --data cifar10 --data-dir {options.data_dir} "
-        f"--score {score} --allocation global --keep-macs {budget} --epochs {options.epochs} "
-        f"--out {folder_of(options, budget, score)}"
+        f"--method oneshot --option score={score} --option allocation=global --keep-macs {budget} "
+        f"--epochs {options.epochs} --out {folder_of(options, budget, score)}"
     ).split()
 
 
-def render(options: argparse.Namespace, reports: dict[tuple[float, str], dict]) -> str:
+def render(options: argparse.Namespace, reports: dict[tuple[float, str], dict[str, Any]]) -> str:
     first = next(iter(reports.values()))
     versions = first["versions"]
     lines = [
@@ -70,7 +71,8 @@ def render(options: argparse.Namespace, reports: dict[tuple[float, str], dict]) 
         f"--jobs {options.jobs} --out docs/results/oneshot.md`",
         "",
         f"Published ResNet-20 (shortcut A), dense accuracy {first['accuracy_before']:.2%}. Each row is",
-        f"`secateur prune --model resnet20 … --score S --allocation global --keep-macs X --epochs {options.epochs}`:",
+        "`secateur prune --model resnet20 … --method oneshot --option score=S --option allocation=global --keep-macs X",
+        f"--epochs {options.epochs}`:",
         f"{options.epochs} epochs over all 50,000 training images (SGD, learning rate 0.01, cosine), accuracy on all",
         f"10,000 test images, seed {first['seed']}. One seed per cell: the standard error of an accuracy of 90 % on",
         "10,000 images is 0.3 points, so smaller differences between scores mean nothing. A short schedule ranks",

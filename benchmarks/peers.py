@@ -60,7 +60,7 @@ def torch_pruning(
             if importance == "taylor" and pruner.current_step % every == 0:
                 model.zero_grad()
                 for x, y in data or ():
-                    nn.functional.cross_entropy(model(x), y).backward()
+                    nn.functional.cross_entropy(model(x), y).backward()  # type: ignore[no-untyped-call]
             before = COUNTS["params"](model, inputs)
             pruner.step()
             if pruner.current_step >= STEPS and COUNTS["params"](model, inputs) == before:
@@ -80,8 +80,10 @@ def torch_global_magnitude(model: nn.Module, inputs: Tensor, budget: Budget) -> 
     share = min(budget.bounds.values())
     torch_prune.global_unstructured(layers, torch_prune.L1Unstructured, amount=1 - share)
     for layer, name in layers:
-        torch_prune.remove(layer, name)
-        layer.weight.register_hook(_holding(layer.weight.detach() != 0))
+        torch_prune.remove(layer, name)  # type: ignore[no-untyped-call]
+        layer.weight.register_hook(  # type: ignore[no-untyped-call]
+            _holding(layer.weight.detach() != 0)
+        )
     return model
 
 
@@ -93,7 +95,7 @@ def macs(model: nn.Module, inputs: Tensor) -> int:
     """Multiply-adds for one image, by torch's own counter."""
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter, torch.no_grad():
         model(inputs)  # fused attention on a CPU would not be counted
-    return counter.get_total_flops() // 2 // len(inputs)
+    return int(counter.get_total_flops()) // 2 // len(inputs)
 
 
 COUNTS: dict[str, Callable[[nn.Module, Any], int]] = {

@@ -8,7 +8,6 @@ stopped and goes on where it was. `--only weights20,channels` measures some tabl
 
 import argparse
 import copy
-import hashlib
 import itertools
 import json
 import platform
@@ -25,18 +24,20 @@ from typing import Any
 import numpy as np
 import peers
 import torch
-from secateur.methods.additivity import check_additivity
+from additivity import check_additivity
 from torch import Tensor, nn
 
-from secateur import Budget
+from secateur import Budget, Plan
 from secateur.allocate.knapsack import Problem, dp, hull, milp
 from secateur.cost.latency import device_name
+from secateur.graph.duplicate import duplicate
 from secateur.graph.replay import Replay
-from secateur.methods import oneshot, rd
+from secateur.methods import RD, Context, MaskWeights, OneShot, Pruned, RDWeights
+from secateur.methods.rd import FAITHFUL
 from secateur.methods.rd.channels import compensated
 from secateur.methods.rd.curves import measure
-from secateur.methods.rd.single_weights import FAITHFUL, RDSettings, prune_weights, task_of
-from secateur.recipes.data import Batches, Dataset, load_data
+from secateur.plan import WeightPlan
+from secateur.recipes.data import Batches, Dataset, Split, load_data
 from secateur.recipes.models import build_model
 from secateur.recipes.models.weights import load_weights, normalisation_for
 from secateur.surgery.cut import cut_copy
@@ -99,95 +100,112 @@ class Bench:
     def calibration(self, name: str, images: int = IMAGES) -> list[Tensor]:
         """A fixed part of the training images, balanced over the classes, without augmentation."""
         _, data = self.network(name)
-        some = data.subset(train_images=images).train.images
+        some = pixels(data.subset(train_images=images).train)
         order = torch.randperm(len(some), generator=torch.Generator().manual_seed(0))
-        return list(data.normalisation(some[order], torch.channels_last).split(BATCH))
+        return list(torch.split(data.normalisation(some[order], torch.channels_last), BATCH))
 
     def noise(self, images: int = IMAGES) -> list[Tensor]:
         x = torch.randn(images, 3, 32, 32, generator=torch.Generator().manual_seed(0))
-        return list(x.contiguous(memory_format=torch.channels_last).split(BATCH))
+        return list(torch.split(x.contiguous(memory_format=torch.channels_last), BATCH))
+
+
+def pixels(split: Split) -> Tensor:
+    """The images of a split in memory, (n, 3, 32, 32), bytes."""
+    assert isinstance(split.images, Tensor)
+    return split.images
 
 
 @torch.no_grad()
 def accuracy(model: nn.Module, data: Dataset, precision: torch.dtype = torch.bfloat16) -> float:
     """On all test images."""
-    right = 0
+    right, images = 0, pixels(data.test)
     with torch.autocast("cpu", precision, enabled=precision != torch.float32):
         for start in range(0, len(data.test), TEST_BATCH):
-            x = data.normalisation(data.test.images[start : start + TEST_BATCH], torch.channels_last)
+            x = data.normalisation(images[start : start + TEST_BATCH], torch.channels_last)
             right += int((model(x).argmax(1) == data.test.labels[start : start + TEST_BATCH]).sum())
     return 100 * right / len(data.test)
 
 
-def _relevant(settings: RDSettings) -> str:
-    """What the curves depend on."""
-    return repr(
-        replace(settings, exponent=1.0, solver="hull", reduction="mean", steps=1, corrections=0, rivals=())
-    )
+def prune_weights(
+    bench: Bench, model: nn.Module, batches: list[Tensor], sparsity: float, method: RDWeights | MaskWeights
+) -> tuple[Pruned, WeightPlan]:
+    """Prune single weights; curves are kept for other budgets and allocations."""
+    budget, context = Budget(units=round(1 - sparsity, 9)), Context(batches, cache=bench.options.runs)
+    pruned = method.prune(model, batches[0][:2], budget, context)
+    assert isinstance(pruned.plan, WeightPlan)
+    return pruned, pruned.plan
 
 
 def weight_cell(
-    bench: Bench, network: str, sparsity: float, allocation: str, settings: RDSettings, noise: bool = False
+    bench: Bench,
+    network: str,
+    sparsity: float,
+    method: RDWeights | MaskWeights,
+    *,
+    images: int = IMAGES,
+    noise: bool = False,
 ) -> dict[str, Any]:
     model, data = bench.network(network)
     batches = bench.noise() if noise else bench.calibration(network)
-    curves = None
-    if allocation == "faithful":
-        allocation, batches = "rd", batches[: FAITHFUL_IMAGES[network] // BATCH]
-    if allocation == "curves":
-        allocation, settings = "rd", replace(settings, rivals=())
-    if allocation == "rd":
-        digest = hashlib.sha256(f"{network} {noise} {_relevant(settings)}".encode()).hexdigest()[:12]
-        curves = bench.options.runs / f"curves-{network}-{digest}.safetensors"
     started = time.perf_counter()
-    pruned = prune_weights(
-        model, batches, sparsity=sparsity, allocation=allocation, settings=settings, curves=curves
-    )
+    pruned, plan = prune_weights(bench, model, batches[: images // BATCH], sparsity, method)
     seconds = time.perf_counter() - started
     return {
         "accuracy": accuracy(pruned.model, data),
-        "distortion": pruned.measured,
-        "kept": pruned.plan.kept / pruned.plan.weights,
+        "distortion": pruned.facts["measured"],
+        "kept": plan.kept / plan.weights,
         "seconds": seconds,
     }
 
 
-COLUMNS = {
-    "none": RDSettings(selection="magnitude", compensation="none"),
-    "batch-norm": RDSettings(selection="magnitude", compensation="batch-norm"),
-    "least-squares": RDSettings(selection="magnitude"),
-    "chosen": RDSettings(),
+COLUMNS: dict[str, dict[str, str]] = {
+    "none": {"selection": "magnitude", "compensation": "none"},
+    "batch-norm": {"selection": "magnitude", "compensation": "batch-norm"},
+    "least-squares": {"selection": "magnitude"},
+    "chosen": {},
 }
-"""What each allocation is given: plain magnitude masks; batch norms measured again; the remaining weights solved
-again; and these, with weights chosen by least squares."""
+"""What each allocation is given, as options: plain magnitude masks; batch norms measured again; the remaining weights
+solved again; and these, with weights chosen by least squares."""
+
+
+def method_of(allocation: str, options: dict[str, str]) -> RDWeights | MaskWeights:
+    """The row of a table: "rd"; "curves", which tries no rivals; or a baseline."""
+    if allocation == "rd":
+        return RDWeights.of(options)
+    if allocation == "curves":
+        return RDWeights.of({**options, "rivals": ()})
+    return MaskWeights.of({**options, "allocation": allocation})
 
 
 def weights_table(bench: Bench, network: str) -> dict[tuple[str, str, float], dict[str, Any] | None]:
     """(allocation, column, sparsity) -> cell; the cells that matter most first."""
     cells: dict[tuple[str, str, float], dict[str, Any] | None] = {}
 
-    def add(allocation: str, column: str, sparsity: float, settings: RDSettings) -> None:
+    def add(allocation: str, column: str, sparsity: float) -> None:
         name = f"weights-{network}.{allocation}.{column}.{sparsity}"
+        faithful = allocation == "faithful"
+        method = FAITHFUL if faithful else method_of(allocation, COLUMNS[column])
+        images = FAITHFUL_IMAGES[network] if faithful else IMAGES
         cells[allocation, column, sparsity] = bench.cell(
-            name, lambda: weight_cell(bench, network, sparsity, allocation, settings)
+            name, lambda: weight_cell(bench, network, sparsity, method, images=images)
         )
 
     for sparsity in SPARSITIES:
-        add("rd", "chosen", sparsity, COLUMNS["chosen"])
+        add("rd", "chosen", sparsity)
     hardest_first = sorted(SPARSITIES, key=lambda s: abs(s - 0.9))
     for sparsity, column in itertools.product(hardest_first, ("least-squares", "none")):
         for allocation in BASELINES:
-            add(allocation, column, sparsity, COLUMNS[column])
+            add(allocation, column, sparsity)
     for sparsity in SPARSITIES:
-        add("faithful", "none", sparsity, FAITHFUL)
+        add("faithful", "none", sparsity)
     if network != "resnet20":  # one network is enough for the ablations
         return cells
     for sparsity, allocation in itertools.product(hardest_first, BASELINES):
-        add(allocation, "chosen", sparsity, COLUMNS["chosen"])
+        add(allocation, "chosen", sparsity)
     for sparsity, allocation in itertools.product(hardest_first, BASELINES):
-        add(allocation, "batch-norm", sparsity, COLUMNS["batch-norm"])
+        add(allocation, "batch-norm", sparsity)
     for column, sparsity in itertools.product(COLUMNS, SPARSITIES):
-        add("curves", column, sparsity, COLUMNS[column])
+        add("curves", column, sparsity)
     return cells
 
 
@@ -201,27 +219,31 @@ def channel_cell(bench: Bench, budget: float, how: str, compensation: str) -> di
     batches = bench.calibration("resnet20_b")
     inputs, started = batches[0][:2], time.perf_counter()
     if how == "rd":
-        curves = bench.options.runs / "curves-channels.safetensors"
-        pruned = rd(
-            model, inputs, Budget(macs=budget), data=batches, compensation=compensation, curves=curves,
-            stream_gain=1.0,  # no training follows
-        )  # fmt: skip
-        small, macs = pruned.model, pruned.macs
+        method = RD(compensation=compensation, stream_gain=1.0)  # no training follows
+        pruned = method.prune(model, inputs, Budget(macs=budget), Context(batches, cache=bench.options.runs))
+        small = pruned.model
     else:
         score, allocation = how.split("-")
         labels = data.subset(train_images=IMAGES)
         labelled = Batches(labels.train, batch_size=BATCH, normalisation=data.normalisation)
-        plain = oneshot(model, inputs, Budget(macs=budget), score=score, allocation=allocation, data=labelled)
-        masked = copy.deepcopy(model)
+        pruned = OneShot(score=score, allocation=allocation).prune(
+            model, inputs, Budget(macs=budget), Context(labelled)
+        )
+        assert isinstance(pruned.plan, Plan)
+        masked = duplicate(model)
         program = Replay(masked, batches[0])
-        tensors = compensated(program, plain.graph, plain.plan, batches, compensation)
+        tensors = compensated(program, pruned.graph, pruned.plan, batches, compensation)
         with torch.no_grad():
             for name, tensor in tensors.items():
                 program.tensor(name).copy_(tensor)
-        small, macs = cut_copy(masked, plain.graph, plain.plan), plain.macs
+        small = cut_copy(masked, pruned.graph, pruned.plan)
     seconds = time.perf_counter() - started
-    small = small.to(memory_format=torch.channels_last)
-    return {"accuracy": accuracy(small, data), "macs": macs[1] / macs[0], "seconds": seconds}
+    small = nn.Module.to(small, memory_format=torch.channels_last)
+    return {
+        "accuracy": accuracy(small, data),
+        "macs": pruned.after["macs"] / pruned.before["macs"],
+        "seconds": seconds,
+    }
 
 
 def torch_pruning_cell(bench: Bench, budget: float, score: str) -> dict[str, Any]:
@@ -358,14 +380,13 @@ def curves_table(bench: Bench) -> dict[str, dict[str, Any] | None]:
 
     def whole() -> dict[str, Any]:
         model, _ = bench.network("resnet32")
-        batches = bench.calibration("resnet32", 1024)
-        program = Replay(model, batches[0])
-        started = time.perf_counter()
+        batches, method = bench.calibration("resnet32", 1024), RDWeights()
         with torch.no_grad():
-            task = task_of(program, batches, 0.5, RDSettings())
-            _, candidates = task.levels()
+            task = method.task(model, batches[0][:2], Budget(units=0.5), Context(batches))
+            started = time.perf_counter()
+            _, candidates = task.levels(method)
             prepared = time.perf_counter()
-            measure(program, batches, candidates)
+            measure(task.program, batches, candidates)
         done = time.perf_counter()
         return {
             "seconds": done - started, "prepare": prepared - started, "passes": done - prepared,
@@ -375,13 +396,11 @@ def curves_table(bench: Bench) -> dict[str, dict[str, Any] | None]:
     def saved() -> dict[str, Any]:
         model, _ = bench.network("resnet32")
         batches = bench.calibration("resnet32", 1024)[:1]
-        program = Replay(model, batches[0])
-        found = {}
+        method, found = RDWeights(selection="magnitude", compensation="none"), {}
         with torch.no_grad():
-            task = task_of(
-                program, batches, 0.5, replace(RDSettings(), selection="magnitude", compensation="none")
-            )
-            _, candidates = task.levels()
+            task = method.task(model, batches[0][:2], Budget(units=0.5), Context(batches))
+            program = task.program
+            _, candidates = task.levels(method)
             for name, batched in (("suffix", 1), ("suffix, 4 levels in a batch", 4)):
                 started = time.perf_counter()
                 measure(program, batches, candidates, batched=batched)
@@ -399,18 +418,16 @@ def curves_table(bench: Bench) -> dict[str, dict[str, Any] | None]:
 
 def additivity_table(bench: Bench) -> dict[tuple[str, float], dict[str, Any] | None]:
     cells = {}
-    for name, settings in (
+    for name, method in (
         ("published", replace(FAITHFUL, levels=11, reduction="mean")),
-        ("default", RDSettings()),
+        ("default", RDWeights()),
     ):
         for sparsity in (0.5, 0.8):
 
-            def check(settings: RDSettings = settings, sparsity: float = sparsity) -> dict[str, Any]:
+            def check(method: RDWeights = method, sparsity: float = sparsity) -> dict[str, Any]:
                 model, _ = bench.network("resnet20")
                 batches = bench.calibration("resnet20", 128)
-                return check_additivity(
-                    model, batches, sparsity=sparsity, draws=20, settings=settings
-                ).to_json()
+                return check_additivity(model, batches, sparsity=sparsity, draws=20, method=method).to_json()
 
             cells[name, sparsity] = bench.cell(f"additivity.{name}.{sparsity}", check)
     return cells
@@ -422,33 +439,24 @@ RETRAIN = {"images": 2000, "steps": 125, "batch": 64, "lr": 0.01}
 def retrained_cell(bench: Bench, network: str, allocation: str, sparsity: float, seed: int) -> dict[str, Any]:
     """An equal short training after pruning, while the masks hold: RD by its default, others with least squares."""
     model, data = bench.network(network)
-    selection = "least-squares" if allocation == "rd" else "magnitude"
-    settings = replace(RDSettings(), selection=selection)
-    digest = hashlib.sha256(f"{network} False {_relevant(RDSettings())}".encode()).hexdigest()[:12]
-    curves = bench.options.runs / f"curves-{network}-{digest}.safetensors" if allocation == "rd" else None
-    pruned = prune_weights(
-        model,
-        bench.calibration(network),
-        sparsity=sparsity,
-        allocation=allocation,
-        settings=settings,
-        curves=curves,
-    )
+    method = method_of(allocation, COLUMNS["chosen" if allocation == "rd" else "least-squares"])
+    pruned, plan = prune_weights(bench, model, bench.calibration(network), sparsity, method)
     some = data.subset(train_images=int(RETRAIN["images"]))
     batches = Batches(
         some.train, batch_size=int(RETRAIN["batch"]), normalisation=data.normalisation, augment=data.augment,
         shuffle=True, drop_last=True, seed=seed, channels_last=True,
     )  # fmt: skip
-    trained, steps = pruned.model.to(memory_format=torch.channels_last).train(), int(RETRAIN["steps"])
+    trained = nn.Module.to(pruned.model, memory_format=torch.channels_last).train()
+    steps = int(RETRAIN["steps"])
     optimizer = torch.optim.SGD(trained.parameters(), lr=RETRAIN["lr"], momentum=0.9, weight_decay=5e-4)
     step = 0
-    with pruned.plan.holding(trained):
+    with plan.holding(trained):
         for epoch in itertools.count():
             for x, y in batches.epoch(epoch):
                 for group in optimizer.param_groups:
                     group["lr"] = RETRAIN["lr"] * 0.5 * (1 + np.cos(np.pi * step / steps))
                 optimizer.zero_grad()
-                torch.nn.functional.cross_entropy(trained(x), y).backward()
+                torch.nn.functional.cross_entropy(trained(x), y).backward()  # type: ignore[no-untyped-call]
                 optimizer.step()
                 step += 1
                 if step == steps:
@@ -469,12 +477,12 @@ def retrained_table(bench: Bench, network: str) -> dict[tuple[str, float, int], 
 def zero_data_table(bench: Bench) -> dict[tuple[str, float], dict[str, Any] | None]:
     """The published recipe's allocation and ours without compensation, measured on noise."""
     cells = {}
-    settings = replace(COLUMNS["none"], distortion="logits", rivals=())
+    method = method_of("curves", {**COLUMNS["none"], "distortion": "logits"})
     for sparsity in SPARSITIES:
         for name, noise in (("noise", True), ("images", False)):
             cells[name, sparsity] = bench.cell(
                 f"zerodata.{name}.{sparsity}",
-                lambda s=sparsity, n=noise: weight_cell(bench, "resnet20", s, "rd", settings, n),  # type: ignore[misc]
+                lambda s=sparsity, n=noise: weight_cell(bench, "resnet20", s, method, noise=n),  # type: ignore[misc]
             )
     return cells
 
@@ -532,7 +540,7 @@ def render(bench: Bench, tables: dict[str, Any]) -> str:
             "again. *+ least squares*: the",
             "remaining weights of each layer solved again. *chosen*: weights chosen by least "
             "squares as well, RD's default, which",
-            "also carries out global and LAMP and takes what measures best on the calibration images; "
+            "also tries global and LAMP and takes what measures best on the calibration images; "
             "*curves alone* does not.",
             "",
         ]

@@ -75,12 +75,11 @@ def main() -> None:
 def measure(name: str, network: str, side: int, budget: dict[str, float], steps: int) -> dict[str, Any]:
     """One method on one network."""
     import torch
-    from torch import nn
 
     from secateur import Budget
     from secateur.cost.latency import compare_latency
     from secateur.export import export_onnx
-    from secateur.methods import METHODS
+    from secateur.methods import PAAM, TrainingMethod, method_named
     from secateur.recipes.models import build_model
 
     warnings.simplefilter("ignore")
@@ -88,12 +87,15 @@ def measure(name: str, network: str, side: int, budget: dict[str, float], steps:
     model, batch = build_model(network), 128 if side == 32 else 8
     dense = build_model(network)
     x, y = torch.randn(batch, 3, side, side), torch.randint(0, 10, (batch,))
-    plain, _ = step_seconds(dense, x, y, 3)
+    plain = statistics.median(step_seconds(dense, x, y, 3)[0])
     started = time.perf_counter()
-    method = METHODS[name].run(model, x[:1], budget=Budget(**budget), steps=steps, **OPTIONS.get(name, {}))
+    method = method_named(name, OPTIONS.get(name, {}))
+    assert isinstance(method, TrainingMethod)
+    session = method.start(model, x[:1], budget=Budget(**budget), steps=steps)
     made = time.perf_counter() - started
-    seconds, loss = step_seconds(model, x, y, steps, method)
-    pruned = method.finish()
+    seconds, loss = step_seconds(model, x, y, steps, session)
+    pruned = session.finish()
+    assert pruned.proof is not None
     with tempfile.TemporaryDirectory() as folder:
         check = export_onnx(model, x[:1], Path(folder) / "model.onnx")
     times = compare_latency({"dense": dense, "pruned": model}, x[:1], repeats=20)
@@ -108,36 +110,33 @@ def measure(name: str, network: str, side: int, budget: dict[str, float], steps:
         "finite": loss == loss, "dense_ms": times["dense"].median_ms, "pruned_ms": times["pruned"].median_ms,
         "peak_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
     }  # fmt: skip
-    if name == "paam":
-        fresh = METHODS[name].run(build_model(network), x[:1], budget=Budget(**budget), steps=steps)
-        row["scorers"] = fresh.overhead()
-    assert isinstance(model, nn.Module)
+    if isinstance(method, PAAM):
+        fresh = method.start(build_model(network), x[:1], budget=Budget(**budget), steps=steps)
+        row["scorers"] = method.measure_overhead(fresh)
     return row
 
 
-def step_seconds(
-    model: Any, x: Any, y: Any, steps: int, method: Any = None
-) -> tuple[list[float] | float, float]:
-    """Seconds of every step, and the last loss; without a method the median."""
+def step_seconds(model: Any, x: Any, y: Any, steps: int, session: Any = None) -> tuple[list[float], float]:
+    """Seconds of every step, and the last loss."""
     import contextlib
 
     import torch
 
     optimizer = torch.optim.SGD(model.train().parameters(), lr=0.01, momentum=0.9)
     seconds = []
-    with contextlib.nullcontext() if method is None else method.attach(optimizer):
+    with contextlib.nullcontext() if session is None else session.attach(optimizer):
         for _ in range(steps):
             started = time.perf_counter()
             loss = torch.nn.functional.cross_entropy(model(x), y)
-            (loss if method is None else loss + method.penalty()).backward()
-            if method is not None:
-                method.before_step()
+            (loss if session is None else loss + session.penalty()).backward()
+            if session is not None:
+                session.before_step()
             optimizer.step()
-            if method is not None:
-                method.after_step()
+            if session is not None:
+                session.after_step()
             optimizer.zero_grad()
             seconds.append(time.perf_counter() - started)
-    return (seconds if method is not None else statistics.median(seconds)), loss.item()
+    return seconds, loss.item()
 
 
 def render(found: list[dict[str, Any]], steps: int) -> str:

@@ -9,11 +9,12 @@ import argparse
 import platform
 import statistics
 from pathlib import Path
+from typing import Any
 
 EPOCH = 50_000
 """Images of an epoch."""
 
-Measured = dict[str, list]
+Measured = dict[str, list[Any]]
 """Network -> its `TrainingCost`s, one per repetition."""
 
 
@@ -52,20 +53,22 @@ def measure(name: str, options: argparse.Namespace) -> Measured:
 
     from secateur import Budget
     from secateur.cost.training import compare_training
-    from secateur.methods import crop_masks, precrop
+    from secateur.methods import Context, PreCrop, RandomWeights
+    from secateur.plan import WeightPlan
     from secateur.recipes.models import build_model
 
     torch.manual_seed(options.seed)
     dense, x = build_model(name, classes=10), torch.zeros(1, 3, 32, 32)
     models, holding = {"dense": dense}, {}
     for share in options.macs:
-        budget = Budget(macs=share)
-        models[f"cropped to {share:.0%}"] = precrop(dense, x, budget, seed=options.seed).model
-        sparse = crop_masks(dense, x, budget, seed=options.seed)
+        budget, seed = Budget(macs=share), options.seed
+        models[f"cropped to {share:.0%}"] = PreCrop(seed=seed).prune(dense, x, budget, Context()).model
+        sparse = RandomWeights(seed=seed).prune(dense, x, budget, Context())
+        assert isinstance(sparse.plan, WeightPlan)
         models[f"masked to {share:.0%}"] = sparse.model
         holding[f"masked to {share:.0%}"] = sparse.plan.holding
     for model in models.values():
-        model.to(device=options.device, memory_format=torch.channels_last)
+        model.to(options.device).to(memory_format=torch.channels_last)
     images = torch.randn(options.batch, 3, 32, 32).to(options.device, memory_format=torch.channels_last)
     labels = (torch.arange(options.batch) % 10).to(options.device)
     measured: Measured = {network: [] for network in models}
@@ -104,8 +107,9 @@ def render(found: dict[str, Measured], options: argparse.Namespace) -> str:
         f"Python {platform.python_version()}, torch {torch.__version__}, seed {options.seed}.",
         "",
         "Cropped and masked networks have the same densities: widths by `precrop`, or as many single weights at random",
-        "by `crop_masks`. MACs are those of the forward and backward pass. Peak memory is that of weights, gradients,",
-        f"momentum, activations and the batch{', without masks and work space inside operators' if cpu else ''}.",
+        "by `random-weights`. MACs are those of the forward and backward pass. Peak memory is that of weights,",
+        "gradients, momentum, activations and the batch"
+        f"{', without masks and work space inside operators' if cpu else ''}.",
         f"Time is the median over {options.repetitions} repetitions of the median of {options.steps} steps, all",
         "networks of one model in turn; in brackets the fastest and the slowest repetition. An epoch is the steps over",
         f"{EPOCH:,} images, as CIFAR-10 has, without reading them.",

@@ -9,9 +9,12 @@ Only graphs are read; nothing is trained.
 import argparse
 import warnings
 from pathlib import Path
+from typing import Any
 
 BUILT_IN = ("resnet20", "resnet32", "resnet56", "mobilenet_v2_cifar", "shufflenet_v2_x1_0_cifar")
 TORCHVISION = ("resnet50", "mobilenet_v2", "shufflenet_v2_x1_0", "efficientnet_b0")
+Row = dict[str, Any]
+
 BUDGETS = (("macs", 0.5), ("macs", 0.25), ("params", 0.5), ("params", 0.25))
 
 
@@ -35,13 +38,14 @@ def main() -> None:
         options.out.write_text(text)
 
 
-def rows(name: str, round_to: int) -> list[dict]:
+def rows(name: str, round_to: int) -> list[Row]:
     """One design per budget and treatment of residual streams."""
     import torch
 
     from secateur import Cost, analyze
     from secateur.errors import BudgetError
-    from secateur.methods.precrop.crop import STREAMS, design
+    from secateur.methods import PreCrop
+    from secateur.methods.precrop.design import STREAMS, design
     from secateur.recipes.models import build_model
 
     torch.manual_seed(0)
@@ -52,23 +56,23 @@ def rows(name: str, round_to: int) -> list[dict]:
     found = []
     for measure, share in BUDGETS:
         for streams in STREAMS:
-            row = {
+            row: Row = {
                 "budget": f"{share:.0%} {measure}",
                 "streams": streams,
                 "dense": (cost.macs(), cost.params()),
             }
             try:
                 limits = {measure: int(share * cost.of(measure))}
-                plan = design(model, x, limits, graph=graph, streams=streams, round_to=round_to)
-                names = [group.name for group in graph.groups]
-                row |= {"macs": plan.macs, "params": plan.params, "widths": summary(names, plan.widths)}
+                plan = design(model, x, graph, limits, PreCrop(streams=streams, round_to=round_to))
+                row |= {m: (plan.before[m], plan.after[m]) for m in ("macs", "params")}
+                row["widths"] = summary(plan.widths)
             except BudgetError as error:
                 row["error"] = str(error).split(")")[0] + ")"
             found.append(row)
     return found
 
 
-def summary(names: list[str], widths: tuple[int, ...]) -> str:
+def summary(widths: tuple[int, ...]) -> str:
     """Widths in the order of the forward pass; runs of equal ones are counted."""
     runs: list[list[int]] = []
     for width in widths:
@@ -79,7 +83,7 @@ def summary(names: list[str], widths: tuple[int, ...]) -> str:
     return " ".join(f"{width}×{count}" if count > 1 else str(width) for width, count in runs)
 
 
-def render(found: dict[str, list[dict]], options: argparse.Namespace) -> str:
+def render(found: dict[str, list[Row]], options: argparse.Namespace) -> str:
     from importlib.metadata import PackageNotFoundError, version
 
     import torch

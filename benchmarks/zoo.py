@@ -20,6 +20,7 @@ from pathlib import Path
 
 import zoo_models
 import zoo_table
+from zoo_table import Row
 
 TOOLS = ("secateur", "torch-pruning")
 
@@ -60,7 +61,7 @@ def main() -> None:
         and ((name, tool) not in rows or (options.again and not zoo_table.passed(rows[name, tool])))
     ][: options.limit]
     with ThreadPoolExecutor(options.jobs) as pool, results.open("a") as file:
-        runs = pool.map(lambda job: run(*job, options.seconds, options.memory), todo)
+        runs = pool.map(lambda job: run(job[0], job[1], options.seconds, options.memory), todo)
         for number, row in enumerate(runs, 1):
             file.write(json.dumps(row) + "\n")
             file.flush()
@@ -81,14 +82,14 @@ def all_names(cache: Path) -> list[str]:
     return list(json.loads(cache.read_text()))
 
 
-def read(path: Path) -> dict[tuple[str, str], dict]:
+def read(path: Path) -> dict[tuple[str, str], Row]:
     """The last result of every network and tool."""
     lines = path.read_text().splitlines() if path.exists() else []
     rows = [json.loads(line) for line in lines]
     return {(row["model"], row["tool"]): row for row in rows}
 
 
-def run(tool: str, name: str, seconds: float, memory: float) -> dict:
+def run(tool: str, name: str, seconds: float, memory: float) -> Row:
     """One process; its last line counts, with the reason where it did not end by itself."""
     script = Path(__file__).with_name("zoo_one.py")
     command = [sys.executable, "-W", "ignore", str(script), tool, name, str(seconds), str(memory)]
@@ -102,7 +103,7 @@ def run(tool: str, name: str, seconds: float, memory: float) -> dict:
         printed, _ = process.communicate()
         ended = f"not finished after {WAIT} s on the clock"
     lines = [text for text in printed.splitlines() if text.startswith("{") and text.endswith("}")]
-    row = json.loads(lines[-1]) if lines else {"model": name, "tool": tool, "stage": "build"}
+    row: Row = json.loads(lines[-1]) if lines else {"model": name, "tool": tool, "stage": "build"}
     if process.returncode == -signal.SIGXCPU:
         ended = f"not finished in {row.get('limit_s', seconds):g} s of processor time"
     if ended:

@@ -6,6 +6,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -42,7 +43,7 @@ class Built:
 class DenseDetector(nn.Module):
     """The part of a torchvision detector that runs on tensors: backbone, pyramid and dense head."""
 
-    def __init__(self, detector: nn.Module) -> None:
+    def __init__(self, detector: Any) -> None:
         super().__init__()
         self.backbone = detector.backbone
         self.head = detector.head if hasattr(detector, "head") else detector.rpn.head
@@ -94,7 +95,7 @@ def build(name: str) -> Built:
 def build_timm(name: str) -> Built:
     import timm
 
-    model = timm.create_model(name).eval()
+    model: Any = timm.create_model(name).eval()
     channels, *native = model.pretrained_cfg["input_size"]
     fixed = model.pretrained_cfg.get("fixed_input_size", False)
     sizes = [tuple(native)] if fixed else [(SMALL, SMALL), (LARGEST, LARGEST), tuple(native)]
@@ -104,7 +105,7 @@ def build_timm(name: str) -> Built:
 def build_torchvision(name: str) -> Built:
     from torchvision import models
 
-    options = {"init_weights": False} if name in ("googlenet", "inception_v3") else {}
+    options: dict[str, Any] = {"init_weights": False} if name in ("googlenet", "inception_v3") else {}
     if name in models.list_models(module=models.segmentation):
         options = {"weights_backbone": None, "aux_loss": None}
         if name.startswith("lraspp"):

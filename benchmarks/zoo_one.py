@@ -196,7 +196,7 @@ class SurvivorNorms(torch.overrides.TorchFunctionMode):
         name = getattr(func, "__name__", "")
         bound = dict(zip(("input", names.get(name), "weight", "bias", "eps"), args, strict=False))
         bound |= kwargs or {}
-        weight = bound.get("weight")
+        weight: Any = bound.get("weight")
         alive = self.alive.get(id(weight))
         if name not in names or alive is None or alive.all():
             return func(*args, **(kwargs or {}))
@@ -241,7 +241,7 @@ def count(model: nn.Module, x: Tensor) -> int:
     model.eval().requires_grad_(False)  # the counter looks for the gradient function of what modules return
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         model(x)
-    return counter.get_total_flops() // 2 // len(x)
+    return int(counter.get_total_flops()) // 2 // len(x)
 
 
 def where(error: BaseException) -> str:
@@ -254,7 +254,9 @@ def where(error: BaseException) -> str:
 def memory_mib(field: str) -> float:
     """What the kernel says of this process: VmRSS, memory in use, or VmHWM, the most there was since the reset."""
     status = Path("/proc/self/status").read_text()
-    return int(re.search(rf"{field}:\s+(\d+)", status)[1]) / 1024
+    found = re.search(rf"{field}:\s+(\d+)", status)
+    assert found is not None
+    return int(found[1]) / 1024
 
 
 def reset_peak() -> float:

@@ -7,12 +7,13 @@ from collections import Counter, defaultdict
 from importlib.metadata import version
 from pathlib import Path
 from statistics import median
+from typing import Any
 
 import torch
 
 from secateur.cost.latency import device_name
 
-Row = dict
+Row = dict[str, Any]
 
 COLUMNS = (
     "model tool stage verified error message where note input params macs groups units prunable_macs "

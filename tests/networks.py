@@ -33,9 +33,8 @@ VARIANTS = [
 
 STRUCTURES = sorted({*list_models()} - {*VARIANTS}) + [f"torchvision/{name}" for name in TORCHVISION]
 ALL = STRUCTURES + VARIANTS
-SLOW = {"densenet121_cifar", "densenet_bc_100", "resnet110", "resnet110_b"} | {
-    f"torchvision/{name}" for name in ("densenet121", "googlenet", "resnet50")
-}
+QUICK = {"resnet8", "resnet20", "vgg16_bn_cifar", "torchvision/resnet18", "torchvision/squeezenet1_1"}
+"""Those that take a moment; tests of the others are slow."""
 
 
 @dataclass(frozen=True)

@@ -82,9 +82,12 @@ class Case:
     graph: Graph
 
 
-@pytest.fixture(
-    scope="module", params=[pytest.param(name, marks=pytest.mark.xdist_group(name)) for name in MODELS]
-)
+def marked(name: str) -> object:
+    """One process tests a model."""
+    return pytest.param(name, marks=[pytest.mark.xdist_group(name), *[pytest.mark.slow] * (name != "vit")])
+
+
+@pytest.fixture(scope="module", params=[marked(name) for name in MODELS])
 def case(request: pytest.FixtureRequest) -> Case:
     model = built(request.param)
     size = getattr(model.config, "image_size", SIZE)

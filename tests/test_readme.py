@@ -26,7 +26,7 @@ def test_the_snippets_run(
     assert re.search(r"MACs: [\d,]+ -> [\d,]+ \((49\.9|50\.0)% kept\)", printed)
     assert "equal to the masked original" in printed
     x = torch.randn(2, 3, 224, 224)
-    assert scope["method"].finish().proof.ok
+    assert scope["session"].finish().proof.ok
     pruned = scope["pruned"].model.eval()
     torch.testing.assert_close(scope["small"].eval()(x), pruned(x), rtol=0, atol=0)
     assert sum(p.numel() for p in scope["model"].parameters()) < 11_689_512  # cut in place

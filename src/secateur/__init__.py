@@ -1,6 +1,8 @@
 """Secateur: prune any PyTorch vision network to a budget, and prove the result.
 
 model + inputs -> Graph -> groups -> scores -> allocation -> Plan -> cut model
+
+`secateur.methods` holds all methods with their options.
 """
 
 from importlib import import_module
@@ -9,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
+    from secateur import methods as methods
     from secateur.cost import Budget, Cost
     from secateur.errors import SecateurError
     from secateur.graph import analyze, register_pad
@@ -50,6 +53,8 @@ __all__ = [
 
 def __getattr__(name: str) -> Any:
     """Import a public name when it is first used, so that `secateur --help` need not wait for PyTorch."""
+    if name == "methods":
+        return import_module(f"{__name__}.methods")
     if name not in _HOME:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(import_module(f"{__name__}.{_HOME[name]}"), name)

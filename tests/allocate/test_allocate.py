@@ -1,12 +1,17 @@
 """Budgets are met from below, within one unit, whatever the network, measure or allocation."""
 
+from collections.abc import Sequence
+
+import numpy as np
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 import secateur as sc
-from secateur.allocate import ALLOCATIONS, allocate
+from secateur.allocate import ALLOCATIONS, allocate, allocation_named
+from secateur.allocate.table import Order
 from secateur.errors import BudgetError
+from secateur.measures import closed
 from secateur.scores import score_groups
 from tests.networks import network
 from tests.oracles import best_masks
@@ -27,7 +32,7 @@ def scored(request: pytest.FixtureRequest):
 
 
 @pytest.mark.parametrize("allocation", ALLOCATIONS)
-@pytest.mark.parametrize("measure", ["macs", "params", "units"])
+@pytest.mark.parametrize("measure", closed())
 @pytest.mark.parametrize("share", [0.9, 0.7, 0.55])
 def test_lands_within_one_unit_below_the_budget(scored, allocation: str, measure: str, share: float) -> None:
     scores, cost = scored
@@ -115,10 +120,36 @@ def test_an_unreachable_budget_names_the_range(scored) -> None:
     assert cost.macs(kept) == least
 
 
-def test_unknown_allocation_lists_the_choices(scored) -> None:
+def deepest_first(scores: Sequence[Tensor], least: Sequence[int]) -> Order:
+    """Empty the last group, then the one before it, and so on."""
+    steps = [[group] * (len(s) - low) for group, (s, low) in enumerate(zip(scores, least, strict=True))]
+    return np.concatenate(steps[::-1])
+
+
+@pytest.mark.parametrize("way", [deepest_first, f"{__name__}:deepest_first"])
+def test_an_allocation_of_your_own(scored, way) -> None:
+    """The groups that come first stay whole, and the budget is met as by any other."""
     scores, cost = scored
+    kept = [int(mask.sum()) for mask in allocate(scores, cost, sc.Budget(units=0.5), way)]
+    limit = cost.of("units") // 2
+    assert sum(kept) == limit
+    cut = next(number for number, (k, full) in enumerate(zip(kept, cost.full, strict=True)) if k < full)
+    assert kept[:cut] == cost.full[:cut]
+    assert all(k == 1 for k in kept[cut + 1 :])
+
+
+@pytest.mark.parametrize("order", [lambda scores, least: [0], lambda scores, least: [len(scores)] * 5])
+def test_an_order_that_is_none_is_refused(scored, order) -> None:
+    scores, cost = scored
+    with pytest.raises(BudgetError, match="expected the number of each group once for every unit"):
+        allocate(scores, cost, sc.Budget(macs=0.5), order)
+
+
+def test_a_wrong_name_of_an_allocation_says_what_is_missing() -> None:
     with pytest.raises(BudgetError, match="unknown allocation 'best'; choose one of: global, uniform"):
-        allocate(scores, cost, sc.Budget(macs=0.5), "best")
+        allocation_named("best")
+    with pytest.raises(BudgetError, match="allocation 'math:best': 'math' has no function 'best'"):
+        allocation_named("math:best")
 
 
 def test_a_model_without_groups_says_so() -> None:

@@ -7,7 +7,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from secateur import analyze
-from secateur.allocate.density import allocate_densities, costs_of, list_layers, rank_weights, solve_densities
+from secateur.allocate.density import (
+    Layer,
+    allocate_densities,
+    costs_of,
+    list_layers,
+    rank_weights,
+    solve_densities,
+)
 from secateur.errors import BudgetError
 from secateur.recipes.models import build_model
 
@@ -164,3 +171,11 @@ def test_the_list_of_best_weights_is_as_long_as_each_budget_allows() -> None:
     assert kept.min() >= gone.max()
     following = "a" if scores["a"][~masks["a"]].max() == gone.max() else "b"
     assert any(cost(m) + costs[m][following] > limit for m, limit in limits.items())
+
+
+@pytest.mark.parametrize("measure", ["units", "activations", "latency_ms"])
+def test_a_measure_that_does_not_follow_from_weights_is_refused(measure: str) -> None:
+    layer = Layer("a", "a.weight", 40, {"params": 40, "macs": 160})
+    assert costs_of([layer], "macs").tolist() == [160]
+    with pytest.raises(BudgetError, match=f"{measure}: .* does not follow .* bound one of: macs, params"):
+        costs_of([layer], measure)

@@ -75,3 +75,12 @@ def test_out_of_reach_names_the_range() -> None:
     levels, curves = curves_of(cost, 0)
     with pytest.raises(BudgetError, match=f"to {cost.macs():,}"):
         choose_widths(cost, ["a", "b", "c"], levels, curves, "macs", 10)
+
+
+def test_a_measure_that_is_no_sum_is_refused() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.Conv2d(4, 2, 1))
+    cost = Cost(analyze(model, torch.zeros(1, 3, 4, 4)))
+    with pytest.raises(
+        BudgetError, match=r"peak activation memory is no sum .* choose one of: macs, params, units"
+    ):
+        choose_widths(cost, ["0"], [np.arange(1, 5)], [np.arange(4.0)[::-1]], "activations", 100)

@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from secateur.allocate.sparsity import WEIGHT_ALLOCATIONS, allocate_weights
+from secateur.allocate.sparsity import WEIGHT_ALLOCATIONS, allocate_weights, lamp, weight_allocation_named
 from secateur.errors import BudgetError
 
 
@@ -72,3 +72,11 @@ def test_uniform_plus_keeps_the_ends() -> None:
     assert counts["first"] == 432
     assert counts["fc"] == 64
     assert abs(counts["a"] / 2304 - counts["b"] / 512) < 2e-3
+
+
+def test_an_allocation_of_your_own() -> None:
+    weights = {"a": torch.randn(4, 8), "b": torch.randn(2, 8)}
+    named, given = (allocate_weights(weights, 20, way) for way in (f"{lamp.__module__}:lamp", lamp))
+    assert named == given == allocate_weights(weights, 20, "lamp") != allocate_weights(weights, 20, "uniform")
+    with pytest.raises(BudgetError, match="unknown allocation 'best'; choose one of: erk, global"):
+        weight_allocation_named("best")

@@ -106,7 +106,7 @@ class Frees(fx.Interpreter):
         result = super().run_node(n)
         if n.op == "call_function":  # what an operator used inside is gone again
             self.peak = max(self.peak, self.mode.now - self.before)
-        return result
+        return result if n.users else None  # the interpreter would hold it until the end
 
 
 def measured_peak(model: nn.Module, x: Tensor) -> int:
@@ -123,13 +123,7 @@ def measured_peak(model: nn.Module, x: Tensor) -> int:
     return run.peak
 
 
-NETWORKS = [
-    "resnet8",
-    "densenet_bc_100",
-    "mobilenet_v2_cifar",
-    "shufflenet_v2_x0_5_cifar",
-    "torchvision/googlenet",
-]
+NETWORKS = ["resnet8", "mobilenet_v2_x0_5_cifar", "shufflenet_v2_x0_5_cifar", "torchvision/squeezenet1_1"]
 
 
 @pytest.mark.parametrize("name", NETWORKS)
@@ -142,11 +136,10 @@ def test_the_peak_equals_the_storages_alive_in_a_run(name: str) -> None:
     kept = [int(mask.sum()) for mask in masks]
     peak = cost.of("activations", kept)
     assert peak == measured_peak(net.model, net.inputs)
-    small = sc.Cost(shrink(graph, net.model, masks))
-    assert small.of("activations") == peak == sc.Cost(sc.analyze(net.model, net.inputs)).of("activations")
+    assert peak == sc.Cost(shrink(graph, net.model, masks)).of("activations")
 
 
-@pytest.mark.parametrize("name", ["resnet8", "mobilenet_v2_cifar"])
+@pytest.mark.parametrize("name", ["resnet8", "torchvision/squeezenet1_1"])
 def test_python_holds_no_less_when_it_runs_the_model_itself(name: str) -> None:
     """Frames hold their arguments until a module returns, so a plain run needs as much or more."""
     net = network(name, dtype=torch.float32)
@@ -197,10 +190,10 @@ def test_the_soft_peak_meets_the_exact_one_and_its_gradient_is_the_slope(name: s
 
 
 @pytest.mark.parametrize("allocation", ["global", "uniform"])
-@pytest.mark.parametrize("name", ["resnet8", "mobilenet_v2_cifar"])
+@pytest.mark.parametrize("name", ["resnet8", "torchvision/squeezenet1_1"])
 def test_a_budget_is_met_within_one_unit(name: str, allocation: str) -> None:
     model = build_model(name, classes=10)
-    x = torch.randn(1, 3, 16, 16)
+    x = torch.randn(1, 3, 32, 32)
     pruned = sc.prune(model, x, budget=sc.Budget(activations=0.5), allocation=allocation)
     cost, limit = sc.Cost(pruned.graph), pruned.before["activations"] // 2
     assert pruned.after["activations"] <= limit

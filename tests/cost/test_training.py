@@ -5,12 +5,21 @@ import torch
 from torch import nn
 
 from secateur import Budget, prune
-from secateur.cost.training import compare_training, layer_times, training_cost
+from secateur.cost.training import TrainingCost, compare_training, time_layers
 from secateur.errors import SecateurError
 
 
 def batch(n: int = 4) -> tuple[torch.Tensor, torch.Tensor]:
     return torch.randn(n, 50), torch.zeros(n, dtype=torch.int64)
+
+
+def training_cost(
+    model: nn.Module, batch: tuple[torch.Tensor, torch.Tensor], *, holding=None, **options
+) -> TrainingCost:
+    """Of one model, compared with no other."""
+    return compare_training({"it": model}, batch, holding={"it": holding} if holding else None, **options)[
+        "it"
+    ]
 
 
 def test_a_linear_layer_costs_two_passes_and_a_chain_three() -> None:
@@ -91,7 +100,7 @@ def test_masks_cost_as_much_as_the_dense_network() -> None:
         training_cost(model, batch(), steps=0)
 
 
-def test_layer_times_add_up_all_calls_of_a_pass() -> None:
+def test_times_of_layers_add_up_all_calls_of_a_pass() -> None:
     class Again(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -103,14 +112,14 @@ def test_layer_times_add_up_all_calls_of_a_pass() -> None:
             return x
 
     x = torch.randn(256, 500)
-    many = layer_times(Again(), x, ["layer"])["layer"]
-    once = layer_times(nn.Sequential(nn.Linear(500, 500)), x, ["0"])["0"]
+    many = time_layers(Again(), x, ["layer"])["layer"]
+    once = time_layers(nn.Sequential(nn.Linear(500, 500)), x, ["0"])["0"]
     assert many > 5 * once
 
 
-def test_layer_times_name_every_layer_and_leave_no_hook() -> None:
+def test_times_of_layers_name_every_layer_and_leave_no_hook() -> None:
     model = nn.Sequential(nn.Linear(50, 300), nn.ReLU(), nn.Linear(300, 20))
-    times = layer_times(model, batch(256)[0], ["0", "2"], repeats=3)
+    times = time_layers(model, batch(256)[0], ["0", "2"], repeats=3)
     assert list(times) == ["0", "2"]
     assert all(t > 0 for t in times.values())
     assert not model[0]._forward_hooks

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 import secateur as sc
-from secateur.cost.training import layer_times, training_cost
+from secateur.cost.training import compare_training, time_layers
 from secateur.export import export_program
 from secateur.graph.duplicate import duplicate
 from secateur.recipes.data import Dataset, Normalisation, Split
@@ -70,8 +70,8 @@ USERS: dict[str, Callable[[nn.Module, Path], object]] = {
     "score by paths": lambda model, path: Synflow(model, X, WEIGHTS)(),
     "score by gradients": lambda model, path: snip(model, WEIGHTS, [(X, Y)]),
     "score by curvature": lambda model, path: grasp(model, WEIGHTS, [(X, Y)]),
-    "training cost": lambda model, path: training_cost(model, (X, Y), steps=1, warmup=1),
-    "layer times": lambda model, path: layer_times(model, X, ["conv"], repeats=1),
+    "training cost": lambda model, path: compare_training({"model": model}, (X, Y), steps=1, warmup=1),
+    "layer times": lambda model, path: time_layers(model, X, ["conv"], repeats=1),
     "moving average": average,
     "cut, proof and embedding": there_and_back,
 }

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from secateur.graph.operators import OPERATORS, Constants, Operator, norm
-from secateur.graph.operators.table import NO_WIDTHS, operator
+from secateur.graph.operators.table import PLAIN, Decisions, operator
 from secateur.rewriting.program import operator_named
 
 SIZES = {
@@ -42,7 +42,7 @@ def test_an_entry_is_decided(name: str) -> None:
     written = {a.name for a in arguments if a.alias_info is not None and a.alias_info.is_write}
     assert written <= {"self", "input"}, "a program may write nothing but the first operand"
     if any(argument.name in SIZES for argument in arguments) and name != "unfold":  # the size of its windows
-        assert entry.constants != NO_WIDTHS, "it has numbers that may follow a width"
+        assert entry.constants != PLAIN.constants, "it has numbers that may follow a width"
     if entry.trains:
         assert entry.trains in {argument.name for argument in arguments}
 
@@ -56,14 +56,14 @@ def test_a_statistic_says_what_it_is_over_survivors(rule: object) -> None:
 
 @pytest.mark.parametrize("missing", ["constants", "survivors", "program"])
 def test_an_entry_with_an_open_decision_is_refused(missing: str) -> None:
-    decisions = {"constants": NO_WIDTHS, "survivors": None, "program": True}
-    del decisions[missing]
+    decided = {"constants": Constants(), "survivors": None, "program": True}
+    del decided[missing]
     with pytest.raises(TypeError, match=missing):
-        operator("asinh", **decisions)
+        Decisions(**decided)
 
 
 def test_no_operator_has_two_entries() -> None:
-    decide = operator("relu", constants=Constants(), survivors=None, program=False)
+    decide = operator("relu", PLAIN)
     with pytest.raises(AssertionError, match="relu is in the table twice"):
         decide(norm.softmax)
     assert isinstance(OPERATORS["relu"], Operator)

@@ -10,8 +10,11 @@ from torch import nn
 
 from secateur import Budget, analyze
 from secateur.engine.decay import Decay, Pool, Restore
+from secateur.engine.session import Session
+from secateur.engine.training_method import TrainingMethod
 from secateur.errors import SecateurError
 from secateur.methods.gradual import Gradual
+from secateur.settings import settings
 from tests.methods.examples import INPUTS, STEPS, Residual
 from tests.methods.test_training_methods import loop
 
@@ -214,6 +217,37 @@ def test_the_budget_is_met_with_units_that_return() -> None:
     pruned = session.finish()
     assert pruned.proof.ok
     assert 0.4 < pruned.after["macs"] / pruned.before["macs"] <= 0.5
+
+
+@settings
+class Fading(TrainingMethod):
+    """Of a user's own: it says what leaves, and nothing else."""
+
+    name, summary = "fading", "let the smallest filters fade"
+
+    def prepare(self, session: Session[None]) -> None:
+        session.aim(least=2, removal=Decay(steps=4))
+
+    def advance(self, session: Session[None]) -> None:
+        if session.step == 3:
+            norms = [session.pool.vectors(number).norm(dim=1) for number in session.targets]
+            session.remove(session.pick(norms, slack=0.0))
+
+
+def test_what_has_left_is_cut_at_the_end_where_a_method_does_not() -> None:
+    session = Fading().start(Residual(), INPUTS, budget=Budget(macs=0.6), steps=8)
+    optimizer = torch.optim.SGD(session.model.parameters(), lr=0.05)
+    with session.attach(optimizer):
+        loop(session, optimizer, 5)
+        assert session.pool.busy()
+        loop(session, optimizer, 3)
+        assert session.count("macs") == session.dense.macs()  # zeros, not cut
+    pruned = session.finish()
+    assert pruned.proof.ok
+    assert pruned.after["macs"] <= 0.6 * pruned.before["macs"]
+    assert all(len(kept) >= 2 for kept in session.kept)
+    assert [row["end"] for row in pruned.facts["endings"]] == [6] * len(session.endings)
+    assert len(session.endings) == pruned.before["units"] - pruned.after["units"]
 
 
 def test_rounds_must_fit() -> None:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 import secateur as sc
 from secateur.graph import Graph, Group, named_tensors
 from secateur.proof.verify import trains
-from tests.networks import ALL, SLOW, STRUCTURES, Network, network
+from tests.networks import ALL, QUICK, STRUCTURES, Network, network
 from tests.oracles import counted_macs, counted_params, culprits, random_masks, separating_sets, twin
 
 Cut = Callable[[nn.Module, Graph, sc.Plan], nn.Module]
@@ -39,7 +39,9 @@ class Case:
 
 def networks(names: list[str]) -> pytest.MarkDecorator:
     """One process tests all laws of a network."""
-    marks = {name: [pytest.mark.xdist_group(name), *[pytest.mark.slow] * (name in SLOW)] for name in names}
+    marks = {
+        name: [pytest.mark.xdist_group(name), *[pytest.mark.slow] * (name not in QUICK)] for name in names
+    }
     params = [pytest.param(name, marks=marks[name]) for name in names]
     return pytest.mark.parametrize("case", params, indirect=True)
 

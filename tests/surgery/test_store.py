@@ -21,32 +21,42 @@ REBUILD = """
 import sys, torch, secateur as sc
 from secateur.recipes.models import build_model
 torch.set_num_threads(1)
-model = sc.load(build_model(sys.argv[1]), sys.argv[2]).eval()
-torch.manual_seed(0)
-torch.save(model(torch.randn(2, 3, 64, 64)), sys.argv[3])
+for file in sys.argv[1::2]:
+    model = sc.load(build_model(sys.argv[sys.argv.index(file) + 1]), file).eval()
+    torch.manual_seed(0)
+    torch.save(model(torch.randn(2, 3, 64, 64)), file + ".pt")
 """
 
 
+@pytest.fixture(scope="module")
+def small() -> nn.Module:
+    """A cut network that tests only read."""
+    return sc.prune(build_model("resnet20"), torch.randn(1, 3, 32, 32), budget=sc.Budget(macs=0.5)).model
+
+
 @pytest.fixture
-def saved(tmp_path):
-    model = build_model("resnet20")
-    pruned = sc.prune(model, torch.randn(1, 3, 32, 32), budget=sc.Budget(macs=0.5))
-    pruned.save(tmp_path / "small.safetensors")
-    return pruned.model, tmp_path / "small.safetensors"
+def saved(small, tmp_path):
+    sc.save(small, tmp_path / "small.safetensors")
+    return small, tmp_path / "small.safetensors"
 
 
-@pytest.mark.parametrize("name", ["torchvision/regnet_y_400mf", "torchvision/shufflenet_v2_x1_0", "resnet20"])
-def test_a_new_process_rebuilds_it_bit_for_bit(name: str, tmp_path) -> None:
-    model = build_model(name)
-    pruned = sc.prune(model, torch.randn(1, 3, 64, 64), budget=sc.Budget(macs=0.6)).model.eval()
-    sc.save(pruned, tmp_path / "m.safetensors")
-    command = [sys.executable, "-c", REBUILD, name, str(tmp_path / "m.safetensors"), str(tmp_path / "y.pt")]
+def test_a_new_process_rebuilds_it_bit_for_bit(tmp_path) -> None:
+    command, outputs = [sys.executable, "-c", REBUILD], {}
+    for number, name in enumerate(
+        ("torchvision/regnet_y_400mf", "torchvision/shufflenet_v2_x1_0", "resnet20")
+    ):
+        pruned = sc.prune(
+            build_model(name), torch.randn(1, 3, 64, 64), budget=sc.Budget(macs=0.6)
+        ).model.eval()
+        file = tmp_path / f"{number}.safetensors"
+        sc.save(pruned, file)
+        torch.manual_seed(0)
+        with torch.no_grad():
+            outputs[f"{file}.pt"] = pruned(torch.randn(2, 3, 64, 64))
+        command += [str(file), name]
     subprocess.run(command, check=True)
-    torch.manual_seed(0)
-    with torch.no_grad():
-        assert torch.equal(
-            pruned(torch.randn(2, 3, 64, 64)), torch.load(tmp_path / "y.pt", weights_only=True)
-        )
+    for file, output in outputs.items():
+        assert torch.equal(output, torch.load(file, weights_only=True)), file
 
 
 def test_an_uncut_model_is_a_cut_one_too(tmp_path) -> None:

@@ -212,8 +212,8 @@ def dp(problem: Problem, limits: Mapping[str, float], *, buckets: int = 10_000) 
         raise BudgetError(f"solver 'dp' takes one limit, got {', '.join(limits)}; use solver 'milp'")
     ((measure, limit),) = limits.items()
     least = [float(cost.min()) for cost in problem.costs[measure]]
-    spare = limit - sum(least)  # only what exceeds the cheapest level of each item competes
-    unit = spare / buckets
+    beyond = limit - sum(least)  # only what exceeds the cheapest level of each item competes
+    unit = beyond / buckets
     best = np.zeros(buckets + 1)
     taken = np.zeros((len(problem.names), buckets + 1), dtype=np.int32)
     for n, (curve, cost) in enumerate(zip(problem.distortion, problem.costs[measure], strict=True)):

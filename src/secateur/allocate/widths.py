@@ -18,7 +18,7 @@ from secateur.graph import Axis, Graph
 
 RULES = {
     "fit": "least squares over all layers that a group touches",
-    "sqrt": "the layers that make a group, the square root of their density where both sides shrink",
+    "sqrt": "the layers that produce a group, the square root of their density where both sides shrink",
 }
 """How densities become shares of groups -> one line for lists of choices."""
 
@@ -82,10 +82,10 @@ class Widths:
         return np.asarray(self.touched[:, free].any(1))
 
     def streams(self, grouped: Collection[str] = ()) -> list[int]:
-        """Groups of residual streams: those that several layers make, and what the first layer makes.
+        """Groups of residual streams: those that several layers produce, and that of the first layer.
 
         In a network without such streams the first layer's width is as free as any. The gates of
-        squeeze-excitation make nothing, nor do grouped convolutions where another layer makes what they read.
+        squeeze-excitation produce nothing, nor do grouped convolutions where another layer produces what they read.
 
         Args:
             grouped: names of convolutions with several groups.
@@ -192,7 +192,7 @@ def fit_shares(
     ask = np.clip(target ** (1 / degree), FLOOR, cap)
     voice = a[:, None] * slopes
     if rule == "sqrt":
-        made = np.array([[_makes(widths, i, g) for g in free] for i in range(len(layers))]).reshape(
+        made = np.array([[_produces(widths, i, g) for g in free] for i in range(len(layers))]).reshape(
             slopes.shape
         )
         voice = voice * (made if made.any() else 1.0)
@@ -206,7 +206,7 @@ def fit_shares(
     return np.clip(all_shares(x), FLOOR, cap)
 
 
-def _makes(widths: Widths, layer: int, group: int) -> bool:
+def _produces(widths: Widths, layer: int, group: int) -> bool:
     weight = widths.layers[layer].weight
     return any(m.tensor == weight and m.role == "out" for m in widths.graph.groups[group].members)
 

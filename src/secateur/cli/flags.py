@@ -159,7 +159,7 @@ def command(*groups: Flags | inspect.Parameter) -> Callable[[Body], Callable[...
     for group in groups:
         for parameter in group.parameters() if isinstance(group, Flags) else [group]:
             found.setdefault(parameter.name, parameter)
-    order = sorted(found.values(), key=lambda p: p.kind)  # arguments before flags
+    order = sorted(found.values(), key=lambda p: (p.kind, _place(p)))  # arguments before flags
 
     def decorate(body: Body) -> Callable[..., None]:
         def run(**typed: Any) -> None:
@@ -229,6 +229,16 @@ def parse_options(given: Collection[str]) -> dict[str, Any]:
         except ValueError:
             options[name] = value
     return options
+
+
+PANELS = ("Model", "Data", "Budget", "Method", "Training", "Fine-tuning", "Run")
+"""Headings in the order in which help shows them."""
+
+
+def _place(parameter: inspect.Parameter) -> int:
+    """Where in help a parameter stands."""
+    panel = get_args(parameter.annotation)[1].rich_help_panel
+    return PANELS.index(panel) if panel in PANELS else len(PANELS)
 
 
 def _read(name: str, value: Any) -> Any:

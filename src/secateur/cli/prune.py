@@ -1,15 +1,20 @@
 """`secateur prune`."""
 
+from inspect import Parameter
 from pathlib import Path
 
 from secateur.cli.flags import RUN, Flags, Given, RunSettings, argument, command, flag, parse_options
 from secateur.errors import SecateurError
+from secateur.measures import MEASURES, Measure
 from secateur.recipes.train_config import TrainConfig
 from secateur.runs.config import BUDGET, METHOD, PruneConfig, Task
 from secateur.settings import options_of
 
 FINE_TUNING = "Fine-tuning"
-BUDGETS = {"keep_macs": "macs", "keep_params": "params", "sparsity": "units", "latency_ms": "latency_ms"}
+BUDGETS = {
+    "sparsity" if name == "units" else name if measure.timed else f"keep_{name}": name
+    for name, measure in MEASURES.items()
+}
 """Flag -> measure that it bounds; sparsity is the share that goes, all others are what may stay."""
 
 TUNED = (
@@ -18,21 +23,23 @@ TUNED = (
 ).split()
 
 
+def _bound(name: str, measure: Measure) -> Parameter:
+    """The flag that bounds a measure."""
+    if measure.timed:
+        said = f"Bound of the {measure.label}: {measure.help}."
+        return flag(name, float, said, panel=BUDGET, metavar="MS")
+    said = f"Share of the {measure.label} that stays, such as 0.5: {measure.help}."
+    if name == "sparsity":
+        said = "Share of the channels, or of the weights, that go."
+    return flag(name, float, said, panel=BUDGET, metavar="X")
+
+
 @command(
     argument(
         "recipe", Path, "RECIPE", "TOML file with the names of flags; flags take the place of what it says."
     ),
     Flags(Task),
-    flag("keep_macs", float, "Share of the multiply-adds that stay, such as 0.5.", panel=BUDGET, metavar="X"),
-    flag("keep_params", float, "Share of the parameters that stay.", panel=BUDGET, metavar="X"),
-    flag("sparsity", float, "Share of the channels, or of the weights, that go.", panel=BUDGET, metavar="X"),
-    flag(
-        "latency_ms",
-        float,
-        "Milliseconds that a pass over --latency-batch images may take, measured in PyTorch on this machine.",
-        panel=BUDGET,
-        metavar="MS",
-    ),
+    *(_bound(name, MEASURES[measure]) for name, measure in BUDGETS.items()),
     Flags(PruneConfig, only=["method", "calibration_images"]),
     flag(
         "option",

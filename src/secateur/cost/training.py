@@ -45,19 +45,6 @@ class TrainingCost:
     device: str
 
 
-def training_cost(
-    model: nn.Module, batch: tuple[Tensor, Tensor], *, holding: Holding | None = None, **options: Any
-) -> TrainingCost:
-    """Train a copy of a model for a few steps and measure.
-
-    Args:
-        model, batch, options: as for `compare_training`.
-        holding: for masked models, what holds their masks, such as `plan.holding`.
-    """
-    held = {"model": holding} if holding else {}
-    return compare_training({"model": model}, batch, holding=held, **options)["model"]
-
-
 def compare_training(
     models: Mapping[str, nn.Module],
     batch: tuple[Tensor, Tensor],
@@ -85,11 +72,11 @@ def compare_training(
         raise SecateurError(f"training cost: steps {steps}, warmup {warmup}; expected at least 1 each")
     device, seconds = batch[0].device, {name: list[float]() for name in models}
     counted: dict[str, tuple[int, int]] = {}
-    runs: dict[str, Step] = {}
+    runs: dict[str, _Step] = {}
     held = {name: (holding or {}).get(name, nullcontext) for name in models}
     for name, model in models.items():
         present = torch.cuda.memory_allocated(device) if device.type == "cuda" else 0
-        step = Step(duplicate(model).train(), batch, loss)
+        step = _Step(duplicate(model).train(), batch, loss)
         with held[name](step.model):
             for _ in range(warmup):
                 step()
@@ -156,7 +143,7 @@ RULES = {
 some versions miss fused attention on a CPU."""
 
 
-class Step:
+class _Step:
     """A step of training, to be called again and again."""
 
     def __init__(
@@ -182,7 +169,7 @@ def _wait(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def _peak_bytes(step: Step, present: int) -> int:
+def _peak_bytes(step: _Step, present: int) -> int:
     """The most that is alive during a step; on a GPU without the bytes that other models hold."""
     device = step.batch[0].device
     if device.type == "cuda":
@@ -236,7 +223,7 @@ class Alive(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return result
 
 
-def layer_times(model: nn.Module, x: Tensor, names: Iterable[str], *, repeats: int = 5) -> dict[str, float]:
+def time_layers(model: nn.Module, x: Tensor, names: Iterable[str], *, repeats: int = 5) -> dict[str, float]:
     """Milliseconds that each layer takes in a forward pass, all its calls together; the median over the repeats.
 
     Args:

@@ -257,8 +257,8 @@ def build(
         for axis, index in unit_set.items():
             units, each = index.shape
             axes[axis] = Axis(axes[axis].base - units * each, (*axes[axis].parts, (len(groups), each)))
-        makers = [member.module for member in members if member.role == "out"]
-        name = makers[0] if makers else members[0].module
+        producers = [member.module for member in members if member.role == "out"]
+        name = producers[0] if producers else members[0].module
         copies = sum(group.name.partition("#")[0] == name for group in groups)
         groups.append(Group(f"{name}#{copies + 1}" if copies else name, units, members))
 

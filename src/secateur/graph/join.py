@@ -12,7 +12,7 @@ from itertools import combinations
 
 import numpy as np
 
-from secateur.graph.labels import Atoms, Choice, Labels, Value, along, first, support
+from secateur.graph.labels import Alternatives, Atoms, Labels, Value, along, first, support
 
 FIXED = "meets a tensor whose channels are fixed"
 OTHER = "its channels are cut along another dim"
@@ -189,7 +189,7 @@ def _choose(
         labels.option(name, tie, pin, INSTEAD[name] if heads else OTHER)
         for name, tie, pin in zip(names, ties, pinned, strict=True)
     )
-    labels.choices.append(Choice(tuple(options), attention=bool(heads)))
+    labels.alternatives.append(Alternatives(tuple(options), attention=bool(heads)))
     joint.axes.extend(row.ravel() for row in rows.values())
     # A factor whose dims another one has too adds nothing: every option ties the two.
     joint.factors.extend(f for dims, f in results.items() if not any(dims < other for other in results))

@@ -50,7 +50,7 @@ class Option:
     """One way to keep an operation valid.
 
     Attributes:
-        name: what is cut then; options of a choice may share a name.
+        name: what is cut then; several options may share a name.
         ties: atoms that die together, as two lists.
         pin: atoms that stay, and why.
     """
@@ -61,8 +61,8 @@ class Option:
 
 
 @dataclass(frozen=True)
-class Choice:
-    """Alternative ways to keep an operation valid: one of them must hold.
+class Alternatives:
+    """Ways to keep an operation valid: one of them must hold.
 
     Attributes:
         attention: the options are "heads" and "dims" of an attention product; these are decided first.
@@ -126,7 +126,7 @@ class Labels:
     roles: dict[tuple[str, int], str] = field(default_factory=dict)
     ties: list[tuple[Atoms, Atoms]] = field(default_factory=list)
     pins: list[Pin] = field(default_factory=list)
-    choices: list[Choice] = field(default_factory=list)
+    alternatives: list[Alternatives] = field(default_factory=list)
     contractions: list[Contraction] = field(default_factory=list)
     pads: list[Pad] = field(default_factory=list)
     statistics: list[Statistic] = field(default_factory=list)
@@ -158,7 +158,9 @@ class Labels:
         options: Mapping[str, Sequence[tuple[Atoms, Atoms]]],
     ) -> None:
         """One of the options must hold; the solver takes the one that leaves most units."""
-        self.choices.append(Choice(tuple(self.option(name, ties) for name, ties in options.items())))
+        self.alternatives.append(
+            Alternatives(tuple(self.option(name, ties) for name, ties in options.items()))
+        )
 
     def option(
         self,
@@ -167,7 +169,7 @@ class Labels:
         pinned: Sequence[Atoms] = (),
         reason: str = "",
     ) -> Option:
-        """One option of a choice, from ties of arrays that broadcast and arrays of atoms that stay."""
+        """One option, from ties of arrays that broadcast and arrays of atoms that stay."""
         pairs = [np.broadcast_arrays(a, b) for a, b in ties]
         return Option(
             name,

@@ -128,12 +128,12 @@ class Replay:
 
     def compute(self, call: Call, values: Values, tensors: Tensors | None = None) -> Any:
         """The result of one call."""
-        look = self.reader(values, tensors or {})
+        look = self.lookup(values, tensors or {})
         args = fx.map_arg(call.node.args, look)
         kwargs = fx.map_arg(call.node.kwargs, look)
         return call.node.target(*args, **kwargs)  # type: ignore[operator]
 
-    def reader(self, values: Values, tensors: Tensors) -> Callable[[fx.Node], Any]:
+    def lookup(self, values: Values, tensors: Tensors) -> Callable[[fx.Node], Any]:
         """How a call finds what it reads."""
 
         def look(node: fx.Node) -> Any:

@@ -47,10 +47,10 @@ def solve(labels: Labels, attention: str = "heads") -> Solution:
     pins = list(labels.pins)
     for pin in pins:
         pinned[index[pin.atoms]] = True
-    for choice in sorted(labels.choices, key=lambda choice: not choice.attention):
+    for found in sorted(labels.alternatives, key=lambda found: not found.attention):
         now = classes[index]
         merges = []
-        for option in choice.options:
+        for option in found.options:
             a, b, stay = now[option.ties[0]], now[option.ties[1]], now[option.pin.atoms]
             merges.append((option, _merge(a, b, stay, unit, pinned)))
         liked = [merge for merge in merges if merge[0].name == attention and merge[1].left > 1]

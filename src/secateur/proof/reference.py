@@ -16,7 +16,7 @@ from torch.utils import _pytree as pytree
 from secateur.graph.labels import Value
 from secateur.graph.operators import OPERATORS, LiveSite, Step
 from secateur.graph.trace import Survivors, Trace
-from secateur.rewriting.listing import listing
+from secateur.rewriting.listing import list_operators
 from secateur.rewriting.program import Ref
 from secateur.rewriting.rewrite import fixed_program, tensors_of
 
@@ -29,7 +29,7 @@ class Reference:
     """
 
     def __init__(self, trace: Trace, survivors: Survivors) -> None:
-        self._lines = listing(trace.captured)
+        self._lines = list_operators(trace.captured)
         self._program = fixed_program(self._lines)
         self._trace = trace
         self._survivors = survivors

@@ -128,7 +128,7 @@ def verify(model: nn.Module, cut: nn.Module, graph: Graph, plan: Plan, *, seed: 
         randomised = True
         whole = randomise_(duplicate(model), seed)
         fit_norms_(whole, *random_inputs(graph, precision(whole), seed))
-        pair = whole, like(whole, cut, graph, plan)
+        pair = whole, with_values_of(whole, cut, graph, plan)
         errors = compare(*pair, graph, plan, torch.float64, seed)
         worst = errors if not errors.relative <= worst.relative else worst
     single = compare(*pair, graph, plan, torch.float32, seed)
@@ -172,10 +172,10 @@ def compare(
     if reference.needed:
         replay = floats(reference.run(given, dict(named_tensors(masked))))
     if not reference.sites:
-        expected = own(masked, given)
+        expected = run_own(masked, given)
     else:
         expected = replay
-    found, replayed = own(small, given), False
+    found, replayed = run_own(small, given), False
     if dtype is torch.float64 and not agree(expected, found):
         # a forward that names a precision rounds to it, whatever the tensors are
         lines, _ = cut_listing(graph.trace, survivors)
@@ -207,7 +207,7 @@ def agree(expected: list[Tensor] | None, found: list[Tensor] | None) -> bool:
     return difference(expected, found)[1] <= TOLERANCE[torch.float64]
 
 
-def own(model: nn.Module, given: tuple[tuple[Any, ...], dict[str, Any]]) -> list[Tensor] | None:
+def run_own(model: nn.Module, given: tuple[tuple[Any, ...], dict[str, Any]]) -> list[Tensor] | None:
     """The outputs of a model's own forward; None if it does not run in this precision."""
     args, kwargs = given
     model = duplicate(model, share=True)  # a forward may write to its buffers
@@ -219,7 +219,7 @@ def own(model: nn.Module, given: tuple[tuple[Any, ...], dict[str, Any]]) -> list
         return None
 
 
-def like(whole: nn.Module, cut: nn.Module, graph: Graph, plan: Plan) -> nn.Module:
+def with_values_of(whole: nn.Module, cut: nn.Module, graph: Graph, plan: Plan) -> nn.Module:
     """A copy of a cut model with the values of another original."""
     small = duplicate(cut)
     tensors = dict(named_tensors(small))

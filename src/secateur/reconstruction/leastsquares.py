@@ -14,6 +14,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from secateur.plan.weight_plan import top
+
 DAMPING = 1e-3
 """d as a share of the mean of A's diagonal."""
 
@@ -93,9 +95,7 @@ def choose(moments: Sequence[Moments], count: int, *, steps: int = 8, mask: Tens
             price = torch.cat(
                 [prices(m, part) for m, part in zip(moments, mask.chunk(len(moments)), strict=True)]
             )
-            mask = torch.zeros(mask.numel(), dtype=torch.bool)
-            mask[price.flatten().sort(descending=True, stable=True).indices[:goal]] = True
-            mask = mask.view(shape)
+            mask = top(price, goal)
     return mask
 
 

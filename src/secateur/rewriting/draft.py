@@ -24,9 +24,8 @@ from secateur.graph.duplicate import duplicate
 from secateur.graph.labels import Value
 from secateur.graph.operators import OPERATORS, Step
 from secateur.graph.trace import Survivors, Trace
-from secateur.rewriting.listing import Listing, as_op, listing
-from secateur.rewriting.listing import calls as calls_of
-from secateur.rewriting.program import ANYTHING, Named, Program, Ref, Size, Training, operator_named
+from secateur.rewriting.listing import Listing, as_op, find_calls, list_operators
+from secateur.rewriting.program import ANYTHING, Named, Program, Ref, Size, Training, operator_named, refs
 from secateur.rewriting.rewrite import CONSTANT, arguments_of, cut_steps
 
 Calls = list[tuple[tuple[Any, ...], dict[str, Any]]]
@@ -61,8 +60,8 @@ class Writer:
         self._trace = trace
         self._survivors = survivors
         self._inputs = inputs
-        self._whole = listing(trace.captured)
-        self._regions = calls_of(self._whole, self._model)
+        self._whole = list_operators(trace.captured)
+        self._regions = find_calls(self._whole, self._model)
         self._runs: dict[str, list[Calls]] = {}
         self._captures: dict[Any, Captures] = {}
 
@@ -163,8 +162,8 @@ class Writer:
         values: dict[fx.Node, Any] = {}
         for theirs, own in zip(found, lines.steps, strict=True):
             values[own.node] = self._trace.values.get(theirs.node)
-            for a, b in zip(references(own.args), references(theirs.args), strict=True):
-                node, value = lines.nodes[a.index], self._trace.values.get(self._whole.nodes[b.index])
+            for a, b in zip(refs(own.args), refs(theirs.args), strict=True):
+                node, value = lines.nodes[a], self._trace.values.get(self._whole.nodes[b])
                 known = values.setdefault(node, value)
                 if isinstance(value, Value) and isinstance(known, Value) and known.shape != value.shape:
                     raise CutError(f"{name}: its forward does other things by itself than within the model")
@@ -238,7 +237,7 @@ class Returned:
     tree: Any = None
 
 
-class Call(nn.Module):
+class FixedCall(nn.Module):
     """A module called with all but its tensors fixed."""
 
     def __init__(self, module: nn.Module, args: Any, kwargs: Any) -> None:
@@ -273,7 +272,7 @@ class Captured:
     @classmethod
     def of(cls, module: nn.Module, args: Any, kwargs: Any, *, training: bool = False) -> "Captured":
         """Capture one call."""
-        call = Call(module, args, kwargs)
+        call = FixedCall(module, args, kwargs)
         captured = capture(call, tuple(call.tensors), training=training, exact=True)
         if ANYTHING in pytree.tree_leaves(call.returned.tree):
             raise CutError(
@@ -300,7 +299,7 @@ class Captured:
 
     def listing(self) -> Listing:
         """Its operators."""
-        return listing(self.captured)
+        return list_operators(self.captured)
 
 
 @dataclass
@@ -448,18 +447,6 @@ def size_of(node: fx.Node) -> tuple[int, ...]:
     """The shape of a placeholder."""
     value = node.meta.get("val")
     return tuple(value.shape) if isinstance(value, Tensor) else ()
-
-
-def references(arg: Any) -> Iterator[Ref]:
-    """The registers that an argument reads."""
-    if isinstance(arg, Ref):
-        yield arg
-    elif isinstance(arg, list | tuple):
-        for part in arg:
-            yield from references(part)
-    elif isinstance(arg, dict):
-        for name in sorted(arg):
-            yield from references(arg[name])
 
 
 @contextmanager

@@ -12,7 +12,7 @@ from torch import nn
 
 from secateur.graph import mirrored
 from secateur.graph.trace import Survivors, Trace
-from secateur.rewriting.listing import regions
+from secateur.rewriting.listing import find_regions
 from secateur.rewriting.rewrite import Rewritten, cut_listing
 
 KNOWN = frozenset(
@@ -54,7 +54,7 @@ def is_size(x: Any) -> bool:
 def following(model: nn.Module, trace: Trace, survivors: Survivors) -> dict[str, dict[str, Number]]:
     """Module name -> attributes that change with a cut."""
     (before, _), (after, _) = cut_listing(trace, trace.so_far()), cut_listing(trace, survivors)
-    places = regions(before)
+    places = find_regions(before)
     edits: dict[str, dict[str, Number]] = {}
     for name, module in model.named_modules():
         attributes = known_attributes(module)

@@ -69,7 +69,7 @@ class Listing:
         return self.steps[number].function(*args, **kwargs)
 
 
-def listing(captured: Capture) -> Listing:
+def list_operators(captured: Capture) -> Listing:
     """List the operators of a graph.
 
     Raises:
@@ -154,7 +154,7 @@ def _resolve(arg: Any, environment: Mapping[fx.Node, Any]) -> Any:
     return arg
 
 
-def regions(lines: Listing) -> dict[tuple[str, int], list[int]]:
+def find_regions(lines: Listing) -> dict[tuple[str, int], list[int]]:
     """(module name, number of the call) -> the steps that run in it."""
     result: dict[tuple[str, int], list[int]] = {}
     for i, step in enumerate(lines.steps):
@@ -164,13 +164,13 @@ def regions(lines: Listing) -> dict[tuple[str, int], list[int]]:
     return result
 
 
-def calls(lines: Listing, model: nn.Module) -> dict[tuple[str, int], list[int]]:
+def find_calls(lines: Listing, model: nn.Module) -> dict[tuple[str, int], list[int]]:
     """The same by the first name of each module, also where it is called under several names."""
     first = {module: name for name, module in model.named_modules()}
     names = {name: first[module] for name, module in model.named_modules(remove_duplicate=False)}
     several = {name for other, name in names.items() if other != name}
     result: dict[tuple[str, int], list[int]] = {}
-    found = regions(lines)
+    found = find_regions(lines)
     for name, number in sorted(found, key=found.__getitem__):
         own = names.get(name, name)
         if own in several:

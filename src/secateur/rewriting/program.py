@@ -224,5 +224,5 @@ def refs(arg: Any) -> list[int]:
     if isinstance(arg, list | tuple):
         return [index for part in arg for index in refs(part)]
     if isinstance(arg, dict):
-        return refs(list(arg.values()))
+        return refs([arg[name] for name in sorted(arg)])
     return []

@@ -21,6 +21,7 @@ from secateur.rewriting.program import (
     Size,
     Training,
     operator_named,
+    refs,
 )
 
 DEEPEST = 16
@@ -59,7 +60,7 @@ def encode(arg: Any) -> Any:
     return arg
 
 
-class Reader:
+class ProgramReader:
     """Reads a program for one module.
 
     Args:
@@ -114,6 +115,13 @@ class Reader:
         known = {argument.name for argument in schema.arguments} if schema else set()
         if kwargs.keys() - known or (len(args) > len(known) if schema else len(args) != 2):
             raise ValueError(f"{target}: takes other arguments")
+        if not refs(
+            [args, kwargs]
+        ):  # a tensor made of numbers alone, such as arange(n), or eye(n) of n² elements
+            numbers = [part for part in [*args, *kwargs.values()] if type(part) is int]
+            self._check_sizes(
+                [max(map(abs, numbers), default=0)] * (2 if target.startswith("aten.eye") else 1)
+            )
         return Op(target, tuple(args), tuple(kwargs.items()))
 
     def _arg(self, data: Any, inputs: int, registers: int, depth: int = 0) -> Any:
@@ -129,9 +137,8 @@ class Reader:
             return data
         if isinstance(data, list):
             parts = [self._arg(part, inputs, registers, depth + 1) for part in data]
-            sizes = [abs(part) for part in parts if type(part) is int]
-            if len(sizes) > 1 and math.prod(max(1, size) for size in sizes) > LARGEST_TENSOR:
-                raise ValueError(f"sizes {sizes} are larger than any a vision network needs")
+            if depth:  # not the arguments themselves
+                self._check_sizes([part for part in parts if type(part) is int])
             return parts
         if not isinstance(data, dict) or len(data) != 1:
             raise ValueError(f"an argument cannot be {str(data)[:60]!r}")
@@ -152,6 +159,11 @@ class Reader:
         if kind == "size" and isinstance(value, list) and len(value) == 3 and isinstance(value[2], list):
             return self._size(*value, inputs=inputs)
         raise ValueError(f"an argument cannot be {str(data)[:60]!r}")
+
+    @staticmethod
+    def _check_sizes(sizes: list[int]) -> None:
+        if math.prod(max(1, abs(size)) for size in sizes) > LARGEST_TENSOR:
+            raise ValueError(f"sizes {sizes} are larger than any a vision network needs")
 
     @staticmethod
     def _number(value: Any) -> int:

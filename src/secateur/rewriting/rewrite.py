@@ -15,7 +15,7 @@ from secateur.errors import CutError
 from secateur.graph.labels import Value
 from secateur.graph.operators import Shape
 from secateur.graph.trace import Survivors, Trace
-from secateur.rewriting.listing import Listing, as_op, cut_step, listing
+from secateur.rewriting.listing import Listing, as_op, cut_step, list_operators
 from secateur.rewriting.program import ANYTHING, NAMES, Named, Program, Ref
 
 CONSTANT = "rewritten_constant_"
@@ -160,7 +160,7 @@ def _words(x: Any) -> str:
 
 def cut_listing(trace: Trace, survivors: Survivors) -> tuple[Listing, list[tuple[Shape, ...]]]:
     """The captured graph as a cut leaves it, and the shapes of every step's results."""
-    lines = listing(trace.captured)
+    lines = list_operators(trace.captured)
     return lines, cut_steps(lines, trace.values, survivors)
 
 

@@ -22,7 +22,7 @@ from secateur.graph.modes import evaluating
 from secateur.graph.probe import aliases, difference, floats, random_inputs, random_values
 from secateur.graph.trace import Survivors
 from secateur.rewriting.draft import Draft, Writer
-from secateur.rewriting.listing import Listing, calls
+from secateur.rewriting.listing import Listing, find_calls
 from secateur.rewriting.program import NAMES, Around, Named, Ref, refs
 from secateur.rewriting.rewrite import cut_listing, fixed_program, run_program, tensors_of
 
@@ -56,7 +56,7 @@ def settle(
             f"cannot be rewritten. Remove everything in one cut. The model is unchanged."
         )
     writer = Writer(whole(), graph.trace, survivors, graph.inputs)
-    return Trial(judge, writer).run()
+    return CheckedPass(judge, writer).run()
 
 
 def fixes_precision(lines: Listing) -> bool:
@@ -173,7 +173,7 @@ class Judge:
             return floats(functional_call(model, values, args, kwargs))
 
 
-class Trial:
+class CheckedPass:
     """One pass of the cut model in which every call of a submodule is checked, and made good if need be.
 
     The captured graph runs beside the model, so that inputs and outputs of every call are known. A module
@@ -187,7 +187,7 @@ class Trial:
         self._drafts: dict[str, Draft] = {}
         self._reasons: dict[str, str] = {}
         self._calls: dict[str, int] = {}
-        self._regions = calls(judge.lines, judge.model)
+        self._regions = find_calls(judge.lines, judge.model)
         self._graph = Lockstep(judge)
 
     def run(self) -> dict[str, Draft]:

@@ -38,7 +38,7 @@ class Task:
         metavar="NAME",
     )
     data: str = option(
-        "digits, cifar10, fashion-mnist or imagefolder, or module:function of your own",
+        "data set: digits, cifar10, fashion-mnist or imagefolder, or module:function of your own",
         panel=DATA,
         metavar="NAME",
     )

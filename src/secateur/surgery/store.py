@@ -19,7 +19,7 @@ from secateur.graph.modules import pad_attributes
 from secateur.plan.bits import pack, unpack
 from secateur.rewriting.known import known_attributes
 from secateur.rewriting.program import Program
-from secateur.rewriting.program_json import Reader, to_json
+from secateur.rewriting.program_json import ProgramReader, to_json
 from secateur.rewriting.rewrite import CONSTANT, rewrite_, rewritten_modules
 from secateur.surgery.bypass import SIDES, Bypass, add_bypass_, remove_bypass_
 from secateur.surgery.edit import Edit
@@ -184,7 +184,7 @@ def _programs(
             for key, tensor in tensors.items()
             if key.startswith(start) and key.removeprefix(start).isdecimal()
         }
-        reader = Reader([*dict(named_tensors(module)), *found], [n for n, _ in module.named_modules()])
+        reader = ProgramReader([*dict(named_tensors(module)), *found], [n for n, _ in module.named_modules()])
         try:
             programs[name] = reader.read(entry.get("program")), found
         except ValueError as error:

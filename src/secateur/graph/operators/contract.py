@@ -11,7 +11,7 @@ from secateur.graph.join import Joint, broadcast, join
 from secateur.graph.labels import Atoms, Value, along
 from secateur.graph.operators.site import Result, Site, pin_all, resized, without_rule
 from secateur.graph.operators.step import CutSite, LiveSite, Step, cut_groups, varies
-from secateur.graph.operators.table import NO_WIDTHS, Constants, operator
+from secateur.graph.operators.table import PLAIN, Constants, operator
 
 OVER_IMAGE = "a convolution over a labelled image or batch dim"
 
@@ -63,7 +63,7 @@ def channel_dim(site: CutSite) -> int:
 CONVOLUTION = Constants(cut=cut_groups("input", "groups", channel_dim))
 
 
-@operator("conv1d conv2d conv3d", constants=CONVOLUTION, survivors=product_of_survivors, program=True)
+@operator("conv1d conv2d conv3d", PLAIN.but(constants=CONVOLUTION, survivors=product_of_survivors))
 def convolution(site: Site) -> Result:
     x, weight = site.labels.exposed(site["input"]), site["weight"]
     labels, groups, rank = site.labels, site["groups"], len(site.shape)
@@ -98,9 +98,7 @@ def _pointwise(site: Site, number: int) -> bool:
 
 @operator(
     "conv_transpose1d conv_transpose2d conv_transpose3d",
-    constants=CONVOLUTION,
-    survivors=product_of_survivors,
-    program=True,
+    PLAIN.but(constants=CONVOLUTION, survivors=product_of_survivors),
 )
 def transposed_convolution(site: Site) -> Result:
     x, weight = site.labels.exposed(site["input"]), site["weight"]
@@ -145,7 +143,7 @@ def add_bias(site: Site, out: Atoms) -> None:
         site.labels.tie(site.labels.axis(site["bias"], 0, "bias"), out)
 
 
-@operator("linear", constants=NO_WIDTHS, survivors=product_of_survivors, program=True)
+@operator("linear", PLAIN.but(survivors=product_of_survivors))
 def linear(site: Site) -> Result:
     lead = [("x", dim) for dim in range(len(site["input"].shape) - 1)]
     result = contract(site, [(site["input"], [*lead, "in"]), (site["weight"], ["out", "in"])], [*lead, "out"])
@@ -153,18 +151,18 @@ def linear(site: Site) -> Result:
     return result
 
 
-@operator("matmul mm bmm mv dot", constants=NO_WIDTHS, survivors=product_of_survivors, program=True)
+@operator("matmul mm bmm mv dot", PLAIN.but(survivors=product_of_survivors))
 def matmul(site: Site) -> Result:
     return product(site, *site.operands)
 
 
-@operator("outer", constants=NO_WIDTHS, survivors=None, program=True)
+@operator("outer", PLAIN)
 def outer(site: Site) -> Result:
     a, b = site.operands
     return contract(site, [(a, ["row"]), (b, ["column"])], ["row", "column"])
 
 
-@operator("addmm baddbmm", constants=NO_WIDTHS, survivors=product_of_survivors, program=True)
+@operator("addmm baddbmm", PLAIN.but(survivors=product_of_survivors))
 def add_matmul(site: Site) -> Result:
     bias, *factors = site.operands
     result = product(site, *factors)
@@ -188,7 +186,7 @@ def product(site: Site, a: Value, b: Value) -> Value:
     )
 
 
-@operator("einsum", constants=NO_WIDTHS, survivors=product_of_survivors, program=True)
+@operator("einsum", PLAIN.but(survivors=product_of_survivors))
 def einsum(site: Site) -> Result:
     """Summed pair by pair from the left, as torch does it."""
     inputs, _, out = site["equation"].replace(" ", "").partition("->")
@@ -216,7 +214,7 @@ def einsum(site: Site) -> Result:
     return value
 
 
-@operator("lstm gru rnn_tanh rnn_relu", constants=NO_WIDTHS, survivors=None, program=True, trains="train")
+@operator("lstm gru rnn_tanh rnn_relu", PLAIN.but(trains="train"))
 def recurrent(site: Site) -> Result:
     """A recurrent layer stays whole; for every step of every sequence it multiplies by each weight once."""
     rows = math.prod(site.operands[0].shape[:-1])
@@ -236,9 +234,7 @@ def write_scale(step: Step) -> Step:
 
 @operator(
     "scaled_dot_product_attention",
-    constants=Constants(write_scale),
-    survivors=product_of_survivors,
-    program=True,
+    PLAIN.but(constants=Constants(write_scale), survivors=product_of_survivors),
 )
 def attention(site: Site) -> Result:
     """Heads are the last batch dim; rows × columns of the map in between are counted but never stored."""

@@ -3,33 +3,15 @@
 from secateur.graph.join import broadcast
 from secateur.graph.operators.site import Result, Site
 from secateur.graph.operators.step import as_target, with_shape
-from secateur.graph.operators.table import NO_WIDTHS, Constants, operator
+from secateur.graph.operators.table import FORBIDDEN, PLAIN, Constants, operator
 
 
-@operator(
-    "dropout dropout_ native_dropout", constants=NO_WIDTHS, survivors=None, program=True, trains="train"
-)
-@operator(
-    "feature_dropout alpha_dropout feature_alpha_dropout",
-    constants=NO_WIDTHS,
-    survivors=None,
-    program=True,
-    trains="train",
-)
-@operator(
-    "lift_fresh_copy",
-    constants=Constants(as_target("aten.clone.default")),
-    survivors=None,
-    program=True,
-)
-@operator("detach_", constants=Constants(as_target("aten.detach.default")), survivors=None, program=True)
+@operator("dropout dropout_ native_dropout", PLAIN.but(trains="train"))
+@operator("feature_dropout alpha_dropout feature_alpha_dropout", PLAIN.but(trains="train"))
+@operator("lift_fresh_copy", PLAIN.but(constants=Constants(as_target("aten.clone.default"))))
+@operator("detach_", PLAIN.but(constants=Constants(as_target("aten.detach.default"))))
 # Random in evaluation mode, which the capture refuses; requires_grad_ computes nothing.
-@operator(
-    "bernoulli bernoulli_ rand_like randn_like requires_grad_",
-    constants=NO_WIDTHS,
-    survivors=None,
-    program=False,
-)
+@operator("bernoulli bernoulli_ rand_like randn_like requires_grad_", FORBIDDEN)
 @operator(
     """abs alias celu clone contiguous cos detach elu elu_ erf erf_ exp exp_ gelu gelu_ hardsigmoid hardsigmoid_
     hardswish hardswish_ hardtanh hardtanh_ leaky_relu leaky_relu_ log log_ mish mish_ neg neg_ reciprocal relu relu_
@@ -37,9 +19,7 @@ from secateur.graph.operators.table import NO_WIDTHS, Constants, operator
     _to_copy threshold threshold_ floor ceil log1p logit sign log_sigmoid bitwise_not logical_not fill fill_ zero_
     zeros_like ones_like full_like empty_like hardshrink softshrink isnan isinf nan_to_num expm1 log2 frac trunc
     positive real imag""",
-    constants=NO_WIDTHS,
-    survivors=None,
-    program=True,
+    PLAIN,
 )
 def unary(site: Site) -> Result:
     return site.values(site.first.factors)
@@ -50,17 +30,15 @@ def unary(site: Site) -> Result:
     fmod remainder eq ne lt le gt ge logical_and logical_or logical_xor masked_fill masked_fill_ copy_ copy clamp clamp_
     clamp_min clamp_min_ clamp_max clamp_max_ true_divide floor_divide bitwise_and bitwise_or bitwise_xor
     multiply subtract divide hypot complex""",
-    constants=NO_WIDTHS,
-    survivors=None,
-    program=True,
+    PLAIN,
 )
-@operator("expand_as", constants=NO_WIDTHS, survivors=None, program=True, repeats=True)
+@operator("expand_as", PLAIN.but(repeats=True))
 def elementwise(site: Site) -> Result:
     """In-place operators included: the tensor written to and what is written lose the same positions."""
     return broadcast(site.labels, site.operands, site.shape)
 
 
-@operator("prelu", constants=NO_WIDTHS, survivors=None, program=True)
+@operator("prelu", PLAIN)
 def prelu(site: Site) -> Result:
     x, weight = site.first, site["weight"]
     if weight.shape != (1,):
@@ -69,34 +47,30 @@ def prelu(site: Site) -> Result:
 
 
 # Checks compute nothing; they are left out of programs.
-@operator(
-    "_assert_tensor_metadata _assert_async _assert_scalar", constants=NO_WIDTHS, survivors=None, program=False
-)
+@operator("_assert_tensor_metadata _assert_async _assert_scalar", FORBIDDEN)
 def nothing(site: Site) -> Result:
     return ()
 
 
 @operator(
     "zeros ones full empty new_zeros new_ones new_full new_empty",
-    constants=Constants(with_shape("size")),
-    survivors=None,
-    program=True,
+    PLAIN.but(constants=Constants(with_shape("size"))),
 )
-@operator("linspace arange eye", constants=NO_WIDTHS, survivors=None, program=True)
+@operator("linspace arange eye", PLAIN)
 # Strides may ask for any amount of memory.
-@operator("new_empty_strided", constants=NO_WIDTHS, survivors=None, program=False)
+@operator("new_empty_strided", FORBIDDEN)
 def constant(site: Site) -> Result:
     """A new tensor of given sizes, none of which is cut; what it is made from gives its type only."""
     return site.value([])
 
 
-@operator("view_as_real", constants=NO_WIDTHS, survivors=None, program=True)
+@operator("view_as_real", PLAIN)
 def parts_of_complex(site: Site) -> Result:
     """Real and imaginary part become a new last dim."""
     return site.value([factor[..., None] for factor in site.first.factors])
 
 
-@operator("view_as_complex", constants=NO_WIDTHS, survivors=None, program=True)
+@operator("view_as_complex", PLAIN)
 def complex_of_parts(site: Site) -> Result:
     x = site.first
     rank = len(x.shape)

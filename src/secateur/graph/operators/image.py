@@ -7,7 +7,7 @@ import numpy as np
 from secateur.graph.labels import Atoms, Value, along
 from secateur.graph.operators.site import Result, Site, resized
 from secateur.graph.operators.step import cut_groups
-from secateur.graph.operators.table import NO_WIDTHS, Constants, operator
+from secateur.graph.operators.table import FORBIDDEN, PLAIN, Constants, operator
 
 
 @operator(
@@ -17,9 +17,7 @@ from secateur.graph.operators.table import NO_WIDTHS, Constants, operator
     upsample_bilinear2d upsample_linear1d upsample_bicubic2d upsample_trilinear3d _upsample_bicubic2d_aa
     _upsample_bilinear2d_aa _upsample_nearest_exact1d _upsample_nearest_exact2d _upsample_nearest_exact3d
     reflection_pad1d reflection_pad2d replication_pad1d replication_pad2d""",
-    constants=NO_WIDTHS,
-    survivors=None,
-    program=True,
+    PLAIN,
 )
 def image_op(site: Site) -> Result:
     """An operator over the last one, two or three dims: its name says how many."""
@@ -30,7 +28,7 @@ def image_op(site: Site) -> Result:
     return site.values(site.restrict(x, lead, f"{site.op} over a labelled image dim"))
 
 
-@operator("grid_sampler grid_sampler_2d grid_sampler_3d", constants=NO_WIDTHS, survivors=None, program=True)
+@operator("grid_sampler grid_sampler_2d grid_sampler_3d", PLAIN)
 def grid_sampler(site: Site) -> Result:
     x, grid = site.first, site.labels.exposed(site["grid"])
     site.restrict(grid, [], "sampling positions")
@@ -38,7 +36,7 @@ def grid_sampler(site: Site) -> Result:
 
 
 # A file is to load wherever torch alone is installed.
-@operator("torchvision.roi_align torchvision.roi_pool", constants=NO_WIDTHS, survivors=None, program=False)
+@operator("torchvision.roi_align torchvision.roi_pool", FORBIDDEN)
 def roi_pool(site: Site) -> Result:
     """Boxes of every image become the batch; channels pass."""
     x, *boxes = (site.labels.exposed(value) for value in site.operands)
@@ -48,7 +46,7 @@ def roi_pool(site: Site) -> Result:
     return tuple(site.labels.value(shape, factors if len(shape) == 4 else []) for shape in site.shapes)
 
 
-@operator("im2col", constants=NO_WIDTHS, survivors=None, program=True)
+@operator("im2col", PLAIN)
 def im2col(site: Site) -> Result:
     """Every channel becomes as many as the kernel has positions."""
     x = site.first
@@ -59,7 +57,7 @@ def im2col(site: Site) -> Result:
     return site.value([repeated(resized(factor, keep), rank - 3, each) for factor in factors])
 
 
-@operator("col2im", constants=NO_WIDTHS, survivors=None, program=True)
+@operator("col2im", PLAIN)
 def col2im(site: Site) -> Result:
     x = site.first
     rank = len(x.shape)
@@ -68,7 +66,7 @@ def col2im(site: Site) -> Result:
     return site.value([gathered(site, factor, rank - 2, channels)[..., None] for factor in factors])
 
 
-@operator("pixel_shuffle", constants=NO_WIDTHS, survivors=None, program=True)
+@operator("pixel_shuffle", PLAIN)
 def pixel_shuffle(site: Site) -> Result:
     x = site.first
     rank = len(x.shape)
@@ -76,7 +74,7 @@ def pixel_shuffle(site: Site) -> Result:
     return site.value([gathered(site, factor, rank - 3, site.shape[-3]) for factor in factors])
 
 
-@operator("pixel_unshuffle", constants=NO_WIDTHS, survivors=None, program=True)
+@operator("pixel_unshuffle", PLAIN)
 def pixel_unshuffle(site: Site) -> Result:
     x = site.first
     rank = len(x.shape)
@@ -84,12 +82,7 @@ def pixel_unshuffle(site: Site) -> Result:
     return site.value([repeated(factor, rank - 3, site["downscale_factor"] ** 2) for factor in factors])
 
 
-@operator(
-    "channel_shuffle",
-    constants=Constants(cut=cut_groups("self", "groups", lambda site: 1)),
-    survivors=None,
-    program=True,
-)
+@operator("channel_shuffle", PLAIN.but(constants=Constants(cut=cut_groups("self", "groups", lambda site: 1))))
 def channel_shuffle(site: Site) -> Result:
     x, labels, groups = site.first, site.labels, site["groups"]
     factors = site.restrict(x, [0, 1], "a shuffle of a labelled image dim")

@@ -18,7 +18,7 @@ from secateur.graph.operators.step import (
     varies,
     without_removed,
 )
-from secateur.graph.operators.table import NO_WIDTHS, Constants, operator
+from secateur.graph.operators.table import PLAIN, Constants, operator
 
 ROLES = {"weight": "scale", "bias": "shift", "running_mean": "statistic", "running_var": "statistic"}
 
@@ -56,8 +56,8 @@ def per_channel_affine(site: LiveSite, x: Tensor) -> list[Tensor | None]:
     ]
 
 
-@operator("batch_norm", constants=NO_WIDTHS, survivors=norm_over_images, program=True, trains="training")
-@operator("instance_norm", constants=NO_WIDTHS, survivors=norm_over_images, program=True)
+@operator("batch_norm", PLAIN.but(survivors=norm_over_images, trains="training"))
+@operator("instance_norm", PLAIN.but(survivors=norm_over_images))
 def channelwise_norm(site: Site) -> Result:
     x = site.labels.exposed(site["input"])
     if site.args.get("training", site.args.get("use_input_stats")):
@@ -90,9 +90,7 @@ def norm_over_last_dims(site: LiveSite) -> Any:
 
 @operator(
     "layer_norm rms_norm _fused_rms_norm",
-    constants=Constants(cut=cut_normalized_shape),
-    survivors=norm_over_last_dims,
-    program=True,
+    PLAIN.but(constants=Constants(cut=cut_normalized_shape), survivors=norm_over_last_dims),
 )
 def layer_norm(site: Site) -> Result:
     x, labels = site.labels.exposed(site["input"]), site.labels
@@ -123,9 +121,9 @@ def norm_over_groups(site: LiveSite) -> Any:
 
 @operator(
     "group_norm",
-    constants=Constants(cut=cut_groups("input", "num_groups", lambda site: 1)),
-    survivors=norm_over_groups,
-    program=True,
+    PLAIN.but(
+        constants=Constants(cut=cut_groups("input", "num_groups", lambda site: 1)), survivors=norm_over_groups
+    ),
 )
 def group_norm(site: Site) -> Result:
     """A norm over several groups loses whole groups, or the same positions in every group."""
@@ -140,7 +138,7 @@ def group_norm(site: Site) -> Result:
     return labels.value(site.shape, [factor.reshape(along(factor, 1, rank).shape) for factor in factors])
 
 
-@operator("_weight_norm _weight_norm_interface", constants=NO_WIDTHS, survivors=None, program=True)
+@operator("_weight_norm _weight_norm_interface", PLAIN)
 def weight_norm(site: Site) -> Result:
     """Every slice along `dim` of a kernel is divided by its norm and multiplied by its gain."""
     kernel, gain = site.labels.exposed(site["v"]), site.labels.exposed(site["g"])
@@ -190,16 +188,14 @@ def total(site: LiveSite) -> Any:
     return site.call(self=zeroed)
 
 
-@operator("mean var std var_mean std_mean", constants=NO_WIDTHS, survivors=average, program=True)
-@operator(
-    "sum nansum linalg_vector_norm linalg_norm norm", constants=NO_WIDTHS, survivors=total, program=True
-)
-@operator("amax max logsumexp", constants=NO_WIDTHS, survivors=without_removed(float("-inf")), program=True)
-@operator("amin min", constants=NO_WIDTHS, survivors=without_removed(float("inf")), program=True)
-@operator("prod", constants=NO_WIDTHS, survivors=without_removed(1), program=True)
-@operator("all", constants=NO_WIDTHS, survivors=without_removed(True), program=True)
-@operator("any", constants=NO_WIDTHS, survivors=without_removed(False), program=True)
-@operator("median", constants=NO_WIDTHS, survivors=middle, program=True)
+@operator("mean var std var_mean std_mean", PLAIN.but(survivors=average))
+@operator("sum nansum linalg_vector_norm linalg_norm norm", PLAIN.but(survivors=total))
+@operator("amax max logsumexp", PLAIN.but(survivors=without_removed(float("-inf"))))
+@operator("amin min", PLAIN.but(survivors=without_removed(float("inf"))))
+@operator("prod", PLAIN.but(survivors=without_removed(1)))
+@operator("all", PLAIN.but(survivors=without_removed(True)))
+@operator("any", PLAIN.but(survivors=without_removed(False)))
+@operator("median", PLAIN.but(survivors=middle))
 def reduction(site: Site) -> Result:
     if isinstance(site.args.get("other"), Value):  # the larger of two tensors
         return broadcast(site.labels, site.operands, site.shape)
@@ -221,19 +217,14 @@ def softmax_of_survivors(site: LiveSite) -> Any:
     return torch.where(mask, site.call(self=torch.where(mask, x, float("-inf"))), 0)
 
 
-@operator(
-    "softmax log_softmax _softmax _log_softmax",
-    constants=NO_WIDTHS,
-    survivors=softmax_of_survivors,
-    program=True,
-)
+@operator("softmax log_softmax _softmax _log_softmax", PLAIN.but(survivors=softmax_of_survivors))
 def softmax(site: Site) -> Result:
     x = site.first
     site.statistic(x, site.dims())
     return site.value(x.factors)
 
 
-@operator("argmax argmin", constants=NO_WIDTHS, survivors=None, program=True)
+@operator("argmax argmin", PLAIN)
 def position(site: Site) -> Result:
     """Positions along a cut dim would be counted anew, so it stays."""
     x = site.first
@@ -246,9 +237,7 @@ def position(site: Site) -> Result:
 @operator(
     """cumsum cumprod topk sort argsort cummax cummin kthvalue roll flip rot90 fft_fft2 fft_ifft2 fft_rfft2
     fft_irfft2""",
-    constants=NO_WIDTHS,
-    survivors=None,
-    program=True,
+    PLAIN,
 )
 def along_dims(site: Site) -> Result:
     """Operators that mix positions of some dims: those stay, all others pass."""
@@ -258,7 +247,7 @@ def along_dims(site: Site) -> Result:
     return site.values(site.restrict(x, keep, f"{site.op} over channels"))
 
 
-@operator("glu", constants=NO_WIDTHS, survivors=None, program=True)
+@operator("glu", PLAIN)
 def glu(site: Site) -> Result:
     """The halves of a dim are multiplied, so they lose the same positions."""
     x = site.first
@@ -272,13 +261,13 @@ def glu(site: Site) -> Result:
     return site.value(halves)
 
 
-@operator("tril triu", constants=NO_WIDTHS, survivors=None, program=True)
+@operator("tril triu", PLAIN)
 def triangle(site: Site) -> Result:
     """Zeros above or below a diagonal of the last two dims, which stay."""
     x = site.first
     return site.value(site.restrict(x, range(len(x.shape) - 2), f"{site.op} over channels"))
 
 
-@operator("cdist", constants=NO_WIDTHS, survivors=None, program=True)
+@operator("cdist", PLAIN)
 def distances(site: Site) -> Result:
     return without_rule(site)

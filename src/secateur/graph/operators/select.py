@@ -7,13 +7,13 @@ from secateur.graph.labels import Atoms, Pad, Value, along, support
 from secateur.graph.operators.shape import without
 from secateur.graph.operators.site import Result, Site, resized, without_rule
 from secateur.graph.operators.step import CutSite, Step
-from secateur.graph.operators.table import NO_WIDTHS, Constants, operator
+from secateur.graph.operators.table import PLAIN, Constants, operator
 
 PICKED = "channels are picked by an index"
 CROPPED = "channels are cropped by numbers written into forward"
 
 
-@operator("cat concat concatenate", constants=NO_WIDTHS, survivors=None, program=True)
+@operator("cat concat concatenate", PLAIN)
 def cat(site: Site) -> Result:
     labels = site.labels
     dim = site["dim"] % len(site.shape)
@@ -23,7 +23,7 @@ def cat(site: Site) -> Result:
     return site.value([*rest, along(joined, dim, len(site.shape))])
 
 
-@operator("stack", constants=NO_WIDTHS, survivors=None, program=True)
+@operator("stack", PLAIN)
 def stack(site: Site) -> Result:
     dim = site["dim"] % len(site.shape)
     operands = [site.labels.exposed(value) for value in site["tensors"]]
@@ -50,9 +50,7 @@ def cut_split(site: CutSite) -> None:
 
 @operator(
     "chunk split split_with_sizes unsafe_chunk unsafe_split tensor_split",
-    constants=Constants(write_split, cut_split),
-    survivors=None,
-    program=True,
+    PLAIN.but(constants=Constants(write_split, cut_split)),
 )
 def split(site: Site) -> Result:
     """The equal parts that `chunk` makes lose the same positions, so that it finds them again after a cut."""
@@ -71,7 +69,7 @@ def split(site: Site) -> Result:
     return tuple(site.labels.value(shape, part) for shape, part in zip(site.shapes, parts, strict=True))
 
 
-@operator("unbind", constants=NO_WIDTHS, survivors=None, program=True)
+@operator("unbind", PLAIN)
 def unbind(site: Site) -> Result:
     x = site.first
     dim = site.dims()[0]
@@ -106,8 +104,8 @@ def cut_slice(site: CutSite) -> None:
         args["start"], args["end"] = int(keep[: args["start"]].sum()), int(keep[: args["end"]].sum())
 
 
-@operator("slice", constants=Constants(write_slice, cut_slice), survivors=None, program=True)
-@operator("narrow", constants=Constants(write_narrow), survivors=None, program=True)
+@operator("slice", PLAIN.but(constants=Constants(write_slice, cut_slice)))
+@operator("narrow", PLAIN.but(constants=Constants(write_narrow)))
 def slice_(site: Site) -> Result:
     x = site.first
     dim = site.dims()[0]
@@ -131,7 +129,7 @@ def write_select(step: Step) -> Step:
     return step
 
 
-@operator("select", constants=Constants(write_select), survivors=None, program=True)
+@operator("select", PLAIN.but(constants=Constants(write_select)))
 def select(site: Site) -> Result:
     x = site.first
     dim = site.dims()[0]
@@ -140,9 +138,7 @@ def select(site: Site) -> Result:
     return site.value([resized(factor, keep) for factor in factors])
 
 
-@operator(
-    "index index_select embedding take_along_dim gather", constants=NO_WIDTHS, survivors=None, program=True
-)
+@operator("index index_select embedding take_along_dim gather", PLAIN)
 def index(site: Site) -> Result:
     """Dims that are indexed stay; the others pass."""
     labels = site.labels
@@ -182,7 +178,7 @@ def gather(site: Site, keep: list[int]) -> Result:
     return site.value(join(site.labels, operands).factors)
 
 
-@operator("index_add index_add_ index_copy index_copy_", constants=NO_WIDTHS, survivors=None, program=True)
+@operator("index_add index_add_ index_copy index_copy_", PLAIN)
 def index_add(site: Site) -> Result:
     """A source channel and the entry of the index that says where it goes leave together."""
     labels, x, source = site.labels, site.first, site.labels.exposed(site["source"])
@@ -206,7 +202,7 @@ def cut_pad(site: CutSite) -> None:
     site.step.args["pad"] = widths
 
 
-@operator("pad constant_pad_nd", constants=Constants(cut=cut_pad), survivors=None, program=True)
+@operator("pad constant_pad_nd", PLAIN.but(constants=Constants(cut=cut_pad)))
 def pad(site: Site) -> Result:
     """Zeros around an image leave channels alone; zeros around channels are units of their own.
 
@@ -236,6 +232,6 @@ def pad(site: Site) -> Result:
     return site.value(factors)
 
 
-@operator("index_put scatter", constants=NO_WIDTHS, survivors=None, program=True)
+@operator("index_put scatter", PLAIN)
 def written_by_index(site: Site) -> Result:
     return without_rule(site)

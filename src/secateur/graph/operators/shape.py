@@ -5,10 +5,10 @@ from collections.abc import Sequence
 import numpy as np
 
 from secateur.graph.join import INSTEAD
-from secateur.graph.labels import Atoms, Choice, Value, first, reshape, support
+from secateur.graph.labels import Alternatives, Atoms, Value, first, reshape, support
 from secateur.graph.operators.site import Result, Site, missing, resized, without_rule
 from secateur.graph.operators.step import CutSite, Step, cut_shape, with_shape
-from secateur.graph.operators.table import NO_WIDTHS, Constants, operator
+from secateur.graph.operators.table import PLAIN, Constants, operator
 
 
 def as_reshape(step: Step) -> Step:
@@ -30,12 +30,10 @@ def cut_unflatten(site: CutSite) -> None:
 
 @operator(
     "view reshape _unsafe_view reshape_as view_as view_copy",
-    constants=Constants(as_reshape, cut_shape("shape")),
-    survivors=None,
-    program=True,
+    PLAIN.but(constants=Constants(as_reshape, cut_shape("shape"))),
 )
-@operator("unflatten", constants=Constants(write_unflatten, cut_unflatten), survivors=None, program=True)
-@operator("flatten ravel", constants=NO_WIDTHS, survivors=None, program=True)
+@operator("unflatten", PLAIN.but(constants=Constants(write_unflatten, cut_unflatten)))
+@operator("flatten ravel", PLAIN)
 def view(site: Site) -> Result:
     x = site.first
     factors: list[Atoms] = []
@@ -67,18 +65,16 @@ def merged(site: Site, outer: Atoms, inner: Atoms) -> Atoms:
         labels.option("heads", [(both, outer)], [inner], INSTEAD["heads"]),
         labels.option("dims", [(both, inner)], [outer], INSTEAD["dims"]),
     )
-    labels.choices.append(Choice(options, attention=True))
+    labels.alternatives.append(Alternatives(options, attention=True))
     return both
 
 
-@operator("permute", constants=NO_WIDTHS, survivors=None, program=True)
+@operator("permute", PLAIN)
 def permute(site: Site) -> Result:
     return move(site, [dim % len(site.shape) for dim in site["dims"]])
 
 
-@operator(
-    "transpose swapaxes swapdims transpose_ mT mH adjoint", constants=NO_WIDTHS, survivors=None, program=True
-)
+@operator("transpose swapaxes swapdims transpose_ mT mH adjoint", PLAIN)
 def transpose(site: Site) -> Result:
     order = list(range(len(site.shape)))
     a, b = [value for value in site.args.values() if isinstance(value, int)] or [-1, -2]
@@ -86,12 +82,12 @@ def transpose(site: Site) -> Result:
     return move(site, order)
 
 
-@operator("t numpy_T", constants=NO_WIDTHS, survivors=None, program=True)
+@operator("t numpy_T", PLAIN)
 def reverse(site: Site) -> Result:
     return move(site, list(range(len(site.shape)))[::-1])
 
 
-@operator("movedim moveaxis", constants=NO_WIDTHS, survivors=None, program=True)
+@operator("movedim moveaxis", PLAIN)
 def movedim(site: Site) -> Result:
     rank = len(site.shape)
     source, sink = site.dims("source"), site.dims("destination")
@@ -103,24 +99,20 @@ def move(site: Site, order: Sequence[int]) -> Result:
     return site.value([factor.transpose(order) for factor in site.first.factors])
 
 
-@operator("unsqueeze unsqueeze_", constants=NO_WIDTHS, survivors=None, program=True)
+@operator("unsqueeze unsqueeze_", PLAIN)
 def unsqueeze(site: Site) -> Result:
     dim = site["dim"] % len(site.shape)
     return site.value([np.expand_dims(factor, dim) for factor in site.first.factors])
 
 
-@operator("squeeze squeeze_", constants=NO_WIDTHS, survivors=None, program=True)
+@operator("squeeze squeeze_", PLAIN)
 def squeeze(site: Site) -> Result:
     x = site.first
     return site.value([reshape(factor, x.shape, site.shape) for factor in x.factors])
 
 
 @operator(
-    "expand broadcast_to",
-    constants=Constants(with_shape("size"), cut_shape("size")),
-    survivors=None,
-    program=True,
-    repeats=True,
+    "expand broadcast_to", PLAIN.but(constants=Constants(with_shape("size"), cut_shape("size")), repeats=True)
 )
 def expand(site: Site) -> Result:
     x = site.first
@@ -128,7 +120,7 @@ def expand(site: Site) -> Result:
     return site.value([factor.reshape(lead + factor.shape) for factor in x.factors])
 
 
-@operator("repeat tile", constants=NO_WIDTHS, survivors=None, program=True, repeats=True)
+@operator("repeat tile", PLAIN.but(repeats=True))
 def repeat(site: Site) -> Result:
     x = site.first
     rank = len(site.shape)
@@ -143,7 +135,7 @@ def repeat(site: Site) -> Result:
     return site.value([tiled(factor) for factor in x.factors])
 
 
-@operator("repeat_interleave", constants=NO_WIDTHS, survivors=None, program=True)
+@operator("repeat_interleave", PLAIN)
 def repeat_interleave(site: Site) -> Result:
     x, times = site.first, site.args.get("repeats")
     if not isinstance(times, int) or site["dim"] is None:
@@ -152,7 +144,7 @@ def repeat_interleave(site: Site) -> Result:
     return site.value([np.repeat(f, times, axis=dim) if f.shape[dim] > 1 else f for f in x.factors])
 
 
-@operator("unfold", constants=NO_WIDTHS, survivors=None, program=True)
+@operator("unfold", PLAIN)
 def unfold(site: Site) -> Result:
     """Windows along one dim; their positions become a new last dim."""
     x = site.first
@@ -162,7 +154,7 @@ def unfold(site: Site) -> Result:
     return site.value([resized(factor, [*range(len(x.shape)), None]) for factor in factors])
 
 
-@operator("diagonal", constants=NO_WIDTHS, survivors=None, program=True)
+@operator("diagonal", PLAIN)
 def diagonal(site: Site) -> Result:
     """Positions that two dims share become a new last dim."""
     x = site.first
@@ -172,7 +164,7 @@ def diagonal(site: Site) -> Result:
     return site.value([resized(factor, [*keep, None]) for factor in factors])
 
 
-@operator("meshgrid", constants=NO_WIDTHS, survivors=None, program=True)
+@operator("meshgrid", PLAIN)
 def grids(site: Site) -> Result:
     return without_rule(site)
 

@@ -2,7 +2,7 @@
 
 An entry says what the operator does to labels, how its numbers follow a cut, what its result is when only the
 positions that stay may count, and whether the program of a saved file may call it. Nothing is left open: an entry
-without one of these decisions is a `TypeError` at import. An operator that is not in the table freezes what it
+without one of these decisions cannot be made. An operator that is not in the table freezes what it
 reads, and no program may call it.
 """
 
@@ -32,16 +32,11 @@ class Constants:
     cut: Callable[[CutSite], None] | None = None
 
 
-NO_WIDTHS = Constants()
-"""No number of the operator names a width that may be cut."""
-
-
-@dataclass(frozen=True)
-class Operator:
-    """What is decided about one operator.
+@dataclass(frozen=True, kw_only=True)
+class Decisions:
+    """What is decided about an operator besides its rule.
 
     Attributes:
-        rule: what it does to labels; `without_rule`: it freezes what it reads.
         constants: what becomes of its numbers.
         survivors: its result where only positions that stay count; None: zeros for the others do.
         program: whether the program of a saved file may call it. Files are untrusted: True only for operators that
@@ -51,38 +46,46 @@ class Operator:
         repeats: it may make one tensor as many as there are images.
     """
 
-    rule: Rule
     constants: Constants
     survivors: Callable[[LiveSite], Any] | None
     program: bool
     trains: str | None = None
     repeats: bool = False
 
+    def but(self, **changed: Any) -> "Decisions":
+        """The same with some decisions changed."""
+        return replace(self, **changed)
+
+
+PLAIN = Decisions(constants=Constants(), survivors=None, program=True)
+"""No number names a width that may be cut, zeros do for positions that go, and a saved program may call it."""
+
+FORBIDDEN = PLAIN.but(program=False)
+"""The same, but no saved program may call it."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Operator(Decisions):
+    """One operator: its decisions and its rule.
+
+    Attributes:
+        rule: what it does to labels; `without_rule`: it freezes what it reads.
+    """
+
+    rule: Rule
+
 
 OPERATORS: dict[str, Operator] = {}
 """Name without overload -> entry. ATen's operators go without their namespace, such as "conv2d"."""
 
 
-def operator(
-    names: str,
-    *,
-    constants: Constants,
-    survivors: Callable[[LiveSite], Any] | None,
-    program: bool,
-    trains: str | None = None,
-    repeats: bool = False,
-) -> Callable[[Rule], Rule]:
-    """Enter a rule in the table under each name, with all else that is decided about these operators.
-
-    Args:
-        names: separated by spaces.
-        constants: see `Operator`, as for the others.
-    """
+def operator(names: str, decided: Decisions) -> Callable[[Rule], Rule]:
+    """Enter a rule in the table under each name, separated by spaces, with all else that is decided about them."""
 
     def enter(rule: Rule) -> Rule:
         for name in names.split():
             assert name not in OPERATORS, f"{name} is in the table twice"
-            OPERATORS[name] = Operator(rule, constants, survivors, program, trains, repeats)
+            OPERATORS[name] = Operator(rule=rule, **vars(decided))
         return rule
 
     return enter

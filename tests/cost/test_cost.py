@@ -1,4 +1,4 @@
-"""One formula for dense, masked and cut models, equal to what torch counts, with a gradient."""
+"""One formula per measure for dense, masked and cut models: equal to what torch counts, with a gradient."""
 
 import pytest
 import torch
