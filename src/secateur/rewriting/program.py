@@ -213,7 +213,7 @@ def operator_named(target: str) -> Callable[..., Any]:
     if any(str(result.type) not in TENSORS for result in schema.returns):
         raise ValueError(f"operator {target!r} computes no tensors")  # but repeats a list 2³¹ times, for one
     if any(a.kwarg_only and a.alias_info and a.alias_info.is_write for a in schema.arguments):
-        raise ValueError(f"operator {target!r} writes its result into a given tensor")
+        raise ValueError(f"operator {target!r} does not exist for programs: it writes into a given tensor")
     return function
 
 

@@ -2,8 +2,8 @@
 
 An entry says what the operator does to labels, how its numbers follow a cut, what its result is when only the
 positions that stay may count, and whether the program of a saved file may call it. Nothing is left open: an entry
-without one of these decisions cannot be made. An operator that is not in the table freezes what it
-reads, and no program may call it.
+without one of these decisions cannot be made. An operator that is not in the table freezes what it reads, and no
+program may call it.
 """
 
 from collections.abc import Callable
@@ -40,7 +40,7 @@ class Decisions:
         constants: what becomes of its numbers.
         survivors: its result where only positions that stay count; None: zeros for the others do.
         program: whether the program of a saved file may call it. Files are untrusted: True only for operators that
-            compute tensors from tensors and numbers, write nothing but these, and whose results are no larger than
+            compute tensors from tensors and numbers, write nothing but their first one, and make none larger than
             their inputs and numbers say.
         trains: the argument that says whether its module trains.
         repeats: it may make one tensor as many as there are images.
