@@ -33,6 +33,9 @@ ROWS = (
 )
 """Method, network, side of the images, budget: what the papers' own tables keep."""
 
+BATCHES = {32: 128, 224: 8}
+"""Side of the images -> images per step."""
+
 OPTIONS: dict[str, dict[str, Any]] = {
     "lapp": {"prune_share": 0.5},
     "gate-decorator": {"ticks": 2, "ticks_per_tock": 2},
@@ -84,7 +87,7 @@ def measure(name: str, network: str, side: int, budget: dict[str, float], steps:
 
     warnings.simplefilter("ignore")
     torch.manual_seed(0)
-    model, batch = build_model(network), 128 if side == 32 else 8
+    model, batch = build_model(network), BATCHES[side]
     dense = build_model(network)
     x, y = torch.randn(batch, 3, side, side), torch.randint(0, 10, (batch,))
     plain = statistics.median(step_seconds(dense, x, y, 3)[0])

@@ -107,9 +107,8 @@ def render(found: dict[str, Measured], options: argparse.Namespace) -> str:
         f"Python {platform.python_version()}, torch {torch.__version__}, seed {options.seed}.",
         "",
         "Cropped and masked networks have the same densities: widths by `precrop`, or as many single weights at random",
-        "by `random-weights`. MACs are those of the forward and backward pass. Peak memory is that of weights,",
-        "gradients, momentum, activations and the batch"
-        f"{', without masks and work space inside operators' if cpu else ''}.",
+        "by `random-weights`. MACs are of the forward and backward pass. Peak memory is that of weights, gradients,",
+        f"momentum, activations and the batch{', without masks and work space inside operators' if cpu else ''}.",
         f"Time is the median over {options.repetitions} repetitions of the median of {options.steps} steps, all",
         "networks of one model in turn; in brackets the fastest and the slowest repetition. An epoch is the steps over",
         f"{EPOCH:,} images, as CIFAR-10 has, without reading them.",

@@ -1,6 +1,13 @@
-"""Studies in benchmarks/ that state something exact."""
+"""The scripts of benchmarks/: all can be imported, the cheap ones run, and exact statements hold."""
 
+import importlib.util
+import re
+import shlex
+import warnings
+from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
+from types import ModuleType
 
 import numpy as np
 import pytest
@@ -10,6 +17,10 @@ from benchmarks.additivity import Additivity, check_additivity, draw_levels
 from secateur.methods.rd.curves import geometric
 from secateur.methods.rd.single_weights import FAITHFUL, RDWeights
 from tests.small import residual_net
+
+FOLDER = Path(__file__).parents[1] / "benchmarks"
+EXTRAS = ("matplotlib", "timm", "torchvision", "torch_pruning")
+"""What the extra `benchmark` installs."""
 
 SMALL = RDWeights(levels=4, steps=2, points=20)
 
@@ -52,3 +63,83 @@ def test_draws_are_within_the_budget_and_close_to_it(seed: int) -> None:
     levels = draw_levels(kept, total, rng)
     found = sum(int(k[level]) for k, level in zip(kept, levels, strict=True))
     assert 0.4 * total < found <= total
+
+
+SCRIPTS = sorted(path.stem for path in FOLDER.glob("*.py"))
+
+
+def load_script(name: str) -> ModuleType:
+    """A script of benchmarks/ as a module; it is not run."""
+    spec = importlib.util.spec_from_file_location(f"benchmark_{name}", FOLDER / f"{name}.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture
+def run_script(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> Callable[[str, str], str]:
+    """Run a script with a command line; what it printed."""
+    monkeypatch.syspath_prepend(FOLDER)
+
+    def run(name: str, command: str) -> str:
+        monkeypatch.setattr("sys.argv", [f"{name}.py", *shlex.split(command)])
+        with warnings.catch_warnings():  # scripts silence them for their process
+            load_script(name).main()
+        return capsys.readouterr().out
+
+    return run
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_every_script_can_be_imported(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(FOLDER)  # scripts import one another
+    try:
+        load_script(name)
+    except ModuleNotFoundError as error:
+        if error.name not in EXTRAS:
+            raise
+        pytest.skip(f"{error.name} is not there; install secateur[benchmark]")
+
+
+def test_widths_fit_the_budget(run_script: Callable[[str, str], str]) -> None:
+    page = run_script("widths", "--models resnet20 --round-to 4")
+    rows = [line for line in page.splitlines() if line.startswith(("| 50% macs", "| 25% params"))]
+    assert len(rows) == 4
+    shares = [float(re.findall(r"\((\d+\.\d+)%\)", row)["params" in row[:12]]) for row in rows]
+    assert all(0.9 * bound < share <= bound for share, bound in zip(shares, (50, 50, 25, 25), strict=True))
+
+
+def test_a_training_method_is_run_through(monkeypatch: pytest.MonkeyPatch) -> None:
+    script = load_script("run_through")
+    monkeypatch.setitem(script.BATCHES, 32, 2)
+    with warnings.catch_warnings():  # the script silences them for its process
+        row = script.measure("depgraph", "resnet20", 32, {"macs": 0.5}, steps=4)
+    assert row["ok"]
+    assert row["macs"] <= 0.5
+    assert row["onnx"] < 1e-3
+    assert script.render([row], 4).splitlines()[-1].startswith("| depgraph | resnet20, 32 | macs 0.5 | 0.4")
+
+
+def test_arms_are_compared_in_pairs(run_script: Callable[[str, str], str], tmp_path: Path) -> None:
+    table = tmp_path / "table.csv"
+    rows = [
+        "arm,budget,seed,accuracy",
+        "a,macs 0.5,0,0.9",
+        "a,macs 0.5,1,0.8",
+        "b,macs 0.5,0,0.88",
+        "b,macs 0.5,1,0.79",
+    ]
+    table.write_text("\n".join(rows))
+    said = run_script("paired", f"{table} a b")
+    assert said.startswith("macs 0.5: +1.50 ± 0.71 points over seeds 0, 1; margin ")
+
+
+def test_the_picture_shows_the_arms(run_script: Callable[[str, str], str], tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib", reason="install secateur[benchmark]")
+    out = tmp_path / "front.svg"
+    run_script("front", f"{FOLDER.parent}/docs/results/compare.csv --out {out} --arms l2 rd")
+    assert {"l2", "rd", "dense"} <= set(re.findall(r">([^<>]+)</text>", out.read_text()))
