@@ -205,7 +205,7 @@ def _prune_at_once(
             return _choose(run, config, method, curves)
 
     if config.train is not None:
-        if not (method.needs_data or isinstance(method, Own)):  # a rehearsal: what fails, fails before anything is written
+        if not (method.needs_data or isinstance(method, Own)):  # what fails, fails before anything is written
             choose_now()
         run.begin()
         run.fit(dense, config.train, "train", "Training")
