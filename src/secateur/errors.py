@@ -4,7 +4,7 @@
     ├── CaptureError              the model's graph cannot be read
     ├── BudgetError               the budget is malformed or out of reach
     ├── PlanError                 the plan does not fit the model, or is not a valid plan
-    ├── CutError                  the cut could not be carried out; the model is unchanged
+    ├── CutError                  the cut could not be applied; the model is unchanged
     ├── ScoreError                a score got tensors it cannot rank
     ├── TrainingError             the training settings are wrong, or the loss stopped being a finite number
     ├── DataError                 a data set is missing, unreadable or of the wrong shape
@@ -36,7 +36,7 @@ class PlanError(SecateurError):
 
 
 class CutError(SecateurError):
-    """The cut could not be carried out; the model is unchanged."""
+    """The cut could not be applied; the model is unchanged."""
 
 
 class ScoreError(SecateurError):

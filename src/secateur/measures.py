@@ -146,6 +146,11 @@ def measure_named(name: str) -> Measure:
     return MEASURES[name]
 
 
+def per_weight() -> list[str]:
+    """Names of the measures that are sums over the weights of layers."""
+    return [name for name, measure in MEASURES.items() if measure.per_weight]
+
+
 def closed() -> list[str]:
     """Names of the measures that follow from widths."""
     return [name for name, measure in MEASURES.items() if not measure.timed]

@@ -249,6 +249,6 @@ def test_mistakes_are_named(options: dict[str, object], message: str) -> None:
 
 
 def test_a_budget_out_of_reach_leaves_no_folder(tmp_path: Path) -> None:
-    with pytest.raises(BudgetError, match="Ask for more"):
+    with pytest.raises(BudgetError, match="Raise the budget"):
         prune_run(replace(RUN, budget={"params": 0.001}), tmp_path / "run")
     assert not (tmp_path / "run").exists()

@@ -178,10 +178,10 @@ def test_how_units_faded():
     assert {(line.get("x0"), line.get("y0")) for line in drawn["layout"]["shapes"]} == {(0.6, 0), (0, 2.5)}
     assert "40 units faded: 35 to zero, 5 were restored." in Page(render(report)).text
     assert json.loads(json.dumps(report.to_json()["decays"]))[7]["restored"] is True
-    unrectified = dataclasses.replace(
+    never_restored = dataclasses.replace(
         report, restore_above={}, decays=[d for d in report.decays if not d.restored]
     )
-    assert "since this run used no rectifying test" in Page(render(unrectified)).text
+    assert "since this run used no test for restoring" in Page(render(never_restored)).text
 
 
 @EXAMPLES

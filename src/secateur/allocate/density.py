@@ -16,7 +16,7 @@ from secateur.allocate.sparsity import Rule, allocate_weights
 from secateur.cost import Cost
 from secateur.errors import BudgetError
 from secateur.graph import Graph
-from secateur.measures import MEASURES, measure_named
+from secateur.measures import MEASURES, measure_named, per_weight
 
 Densities = dict[str, float]
 """Layer -> share of its weights that stays; above 1 where a layer grows."""
@@ -54,7 +54,7 @@ def list_layers(graph: Graph, *, classifier: bool = False) -> tuple[Layer, ...]:
         classifier: also the linear layers that make the model's outputs, which papers leave whole.
     """
     cost = Cost(graph)
-    sums = {name: cost.layers(measure=name) for name, measure in MEASURES.items() if measure.per_weight}
+    sums = {name: cost.layers(measure=name) for name in per_weight()}
     outputs = {frozen.name for frozen in graph.frozen if frozen.reason.startswith("model output")}
     layers = []
     for name in sums["macs"]:
@@ -74,10 +74,9 @@ def costs_of(layers: Sequence[Layer], measure: str) -> Vector:
         BudgetError: the measure does not follow from how many weights each layer keeps.
     """
     if not measure_named(measure).per_weight:
-        able = [name for name, entry in MEASURES.items() if entry.per_weight]
         raise BudgetError(
             f"{measure}: {MEASURES[measure].label} does not follow from how many weights each layer keeps; bound one "
-            f"of: {', '.join(able)}"
+            f"of: {', '.join(per_weight())}"
         )
     return np.array([layer.costs[measure] for layer in layers], dtype=float)
 
@@ -162,7 +161,7 @@ def allocate_densities(
     low, high = len(layers), sum(layer.weights for layer in layers)
     if not fits(low):
         raise BudgetError(
-            f"{allocation}: the budget {dict(limits)} is below one weight per layer; ask for more"
+            f"{allocation}: the budget {dict(limits)} is below one weight per layer; raise the budget"
         )
     while high - low > 0:
         middle = (low + high + 1) // 2

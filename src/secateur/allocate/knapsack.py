@@ -311,7 +311,7 @@ def solve(problem: Problem, limits: Mapping[str, float], solver: str = "hull") -
         if limit < least - _SLACK * abs(least):
             raise BudgetError(
                 f"{measure} {limit:,.6g}: out of reach; within reach are {least:,.6g} to {most:,.6g}. "
-                f"Ask for more, or lower the least that every layer keeps."
+                f"Raise the budget, or lower the least that every layer keeps."
             )
     return SOLVERS[solver](problem, limits)
 

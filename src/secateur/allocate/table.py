@@ -142,7 +142,7 @@ def allocate(
         )
         raise BudgetError(
             f"budget out of reach with min_keep={min_keep}, round_to={round_to}: {ranges}. "
-            f"Ask for more, or lower min_keep or round_to."
+            f"Raise the budget, or lower min_keep or round_to."
         )
     order = np.asarray(chosen.order(scores, least))
     expected = [len(score) - low for score, low in zip(scores, least, strict=True)]

@@ -315,7 +315,7 @@ def meet_budget(
         )
         raise BudgetError(
             f"budget out of reach ({reach}) with {len(keep)} of {len(units)} groups kept whole, min_keep={min_keep}, "
-            f'round_to={round_to}. Ask for more, or let residual streams shrink too (streams="shared").'
+            f'round_to={round_to}. Raise the budget, or let residual streams shrink too (streams="shared").'
         )
     wish = np.asarray(shares, dtype=float) * units
     low, high = 0.0, float((most / np.maximum(wish, 1e-9)).max()) * 1.01

@@ -112,14 +112,14 @@ def _show(found: dict[str, Any]) -> None:
     say(f"{found['model']} on {shape}: {si(found['macs'])} MACs, {si(found['params'])} parameters")
     if found["groups"]:
         columns = ("group", "units", "layers", "MACs", "params")
-        rows = table("What can go", columns, right=columns[1:])
+        rows = table("Prunable", columns, right=columns[1:])
         for group in found["groups"]:
             counts = str(group["units"]), str(len(group["layers"]))
             rows.add_row(group["name"], *counts, share(group, "macs"), share(group, "params"))
         rows.caption = "MACs and params: saved if one unit stays"
         print_table(rows)
     if found["frozen"]:
-        rows = table("What stays", ("layer", "channels", "because"), right=("channels",))
+        rows = table("Frozen", ("layer", "channels", "because"), right=("channels",))
         for item in found["frozen"]:
             rows.add_row(item["name"], str(item["units"]), item["reason"])
         print_table(rows)

@@ -95,7 +95,7 @@ def summary(report: "Report", out: Path) -> None:
     """The end of a pruning run."""
     from secateur.report.html import percent, points, si, speed
 
-    rows = table(report.subject, ("", "before", "after", "change"), right=("before", "after"))
+    rows = table(report.title, ("", "before", "after", "change"), right=("before", "after"))
     before, cut, after = report.accuracy_before, report.accuracy_cut, report.accuracy_after
     if before is not None and cut is not None and after is not None:
         rows.add_row(

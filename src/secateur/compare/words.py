@@ -4,8 +4,9 @@ import math
 from collections.abc import Mapping
 
 from secateur.measures import MEASURES as TABLE
+from secateur.measures import per_weight
 
-MEASURES = {name: measure.label for name, measure in TABLE.items() if measure.per_weight}
+MEASURES = {name: TABLE[name].label for name in per_weight()}
 """What a budget of a comparison may bound, so that masks of weights can be held to it too -> as people say it."""
 
 DENSE = "dense"

@@ -14,6 +14,7 @@ from secateur.engine.describe import describe, layer_facts, proof_notes
 from secateur.errors import CutError
 from secateur.graph import Graph
 from secateur.graph.duplicate import duplicate
+from secateur.measures import MEASURES, per_weight
 from secateur.plan import Plan, WeightPlan
 from secateur.proof import Verification, verify
 from secateur.report.data import Report, current_versions
@@ -65,13 +66,12 @@ class Pruned:
 
     def __str__(self) -> str:
         zeros = ", as zeros" if isinstance(self.plan, WeightPlan) else ""
-        lines = [
-            f"{name}: {before:,} -> {after:,} ({after / before:.1%} kept{zeros})"
-            for key, name in (("macs", "MACs"), ("params", "parameters"))
-            for before, after in ([(self.before[key], self.after[key])] if key in self.before else [])
-        ]
-        if "latency_ms" in self.before:
-            lines.append(f"latency: {self.before['latency_ms']:.3g} ms -> {self.after['latency_ms']:.3g} ms")
+        lines = []
+        for name in ("macs", "params", "latency_ms"):
+            if name in self.before:
+                before, after, measure = self.before[name], self.after[name], MEASURES[name]
+                kept = "" if measure.timed else f" ({after / before:.1%} kept{zeros})"
+                lines.append(f"{measure.label}: {measure.show(before)} -> {measure.show(after)}{kept}")
         return "\n".join([*lines, *([str(self.proof)] if self.proof else [])])
 
 
@@ -130,7 +130,7 @@ def costs_left(graph: Graph, masks: Mapping[str, Tensor]) -> tuple[dict[str, int
     cost = Cost(graph)
     layers = [layer for layer in list_layers(graph, classifier=True) if layer.weight in masks]
     gone = np.array([1 - float(masks[layer.weight].double().mean()) for layer in layers])
-    before = {"macs": cost.macs(), "params": cost.params()}
+    before = {m: cost.of(m) for m in per_weight()}
     after = {m: dense - round(float(costs_of(layers, m) @ gone)) for m, dense in before.items()}
     before["units"] = sum(mask.numel() for mask in masks.values())
     after["units"] = sum(int(mask.sum()) for mask in masks.values())

@@ -115,15 +115,13 @@ def layer_bounds(
     """
     bounds = {}
     for measure, limit in limits.items():
-        if measure not in ("macs", "params"):
-            raise BudgetError(f"budget {measure}: densities follow from macs and params; give one of these")
         own = float(costs_of(layers, measure).sum())
         bounds[measure] = limit - (dense[measure] - own)
         if bounds[measure] <= 0:
             raise BudgetError(
                 f"budget {measure}: {limit:,} asked for, but what no layer of weights costs is already "
                 f"{dense[measure] - own:,.0f} (biases, norms, the classifier, what is frozen, "
-                f"layers without a parameter `weight` of their own, such as weight-normed ones). Ask for more."
+                f"layers without a parameter `weight`, such as weight-normed ones). Raise the budget."
             )
     return bounds
 
@@ -159,10 +157,7 @@ def choose_weights(
     if entry.needs_data and context.data is None:
         raise ScoreError(f"score {score!r} needs data: pass data=, an iterable of (inputs, targets)")
     names = [layer.weight for layer in layers]
-    each = {
-        "params": dict.fromkeys(names, 1.0),
-        "macs": {layer.weight: layer.costs["macs"] / layer.weights for layer in layers},
-    }
+    each = {m: {layer.weight: layer.costs[m] / layer.weights for layer in layers} for m in bounds}
     data = [] if context.data is None else list(pairs_of(context.data))
     scores = entry.function(Weights(model, inputs, names, data, context.loss, seed))
     if not callable(scores):
@@ -279,7 +274,8 @@ def counts_within(
 
     if not fits(down(0.0)):
         raise BudgetError(
-            f"budget {dict(bounds)} for the weights of {len(layers)} layers: less than one place in each; ask for more"
+            f"budget {dict(bounds)} for the weights of {len(layers)} layers: less than one place in each; "
+            f"raise the budget"
         )
     factor, high = (1.0, 1.0) if fits(down(1.0)) else (0.0, 1.0)
     while high - factor > 1e-9:

@@ -72,7 +72,7 @@ def prune_to_latency(
     dense = clock(model)
     if dense <= limit:
         raise BudgetError(
-            f"budget latency_ms={limit:g}: the dense model takes {dense:.3g} ms and fits already; ask for less"
+            f"budget latency_ms={limit:g}: the dense model takes {dense:.3g} ms and fits already; lower the budget"
         )
     seen, least, refused = [Trial(1.0, dense)], 0.0, ""
     others = {name: bound for name, bound in budget.given.items() if name != "latency_ms"}

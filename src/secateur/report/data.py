@@ -242,7 +242,7 @@ class Report:
         return sum(line.get("phase") == "finetune" for line in self.history)
 
     @property
-    def subject(self) -> str:
+    def title(self) -> str:
         """What was pruned."""
         return f"{self.model} on {self.dataset}" if self.dataset else self.model
 
@@ -270,7 +270,7 @@ class Report:
     @property
     def headline(self) -> str:
         """Both, as one sentence."""
-        return f"{self.subject}: {self.outcome}"
+        return f"{self.title}: {self.outcome}"
 
     def to_json(self) -> dict[str, Any]:
         """The fields by name, with `headline` and the medians `latency_ms_before`, `latency_ms_after`.

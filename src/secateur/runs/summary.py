@@ -7,6 +7,7 @@ from secateur.engine.decay import Restore
 from secateur.engine.describe import describe, proof_notes, settings_in_words
 from secateur.engine.method import Method
 from secateur.engine.pruned import Pruned
+from secateur.measures import MEASURES
 from secateur.plan import WeightPlan
 from secateur.report import Report, current_versions
 from secateur.report.data import LayerCurve, WeightFacts
@@ -15,8 +16,6 @@ from secateur.runs.folder import RunFolder
 from secateur.runs.measure import pair_of, training_pair
 from secateur.runs.task import LoadedTask, device
 from secateur.settings import defaults_of, plain
-
-LABELS = {"macs": "MACs", "params": "parameters", "units": "channels"}
 
 NO_FASTER = (
     "Scattered zeros make the file smaller, not the model faster: dense kernels multiply by them all the same. "
@@ -102,9 +101,10 @@ def _excess(config: PruneConfig, pruned: Pruned, exported: dict[str, Any]) -> li
     """What is kept beyond the budget: by a method of the user's own, or by the clock."""
     notes = []
     for name, bound in config.budget.items():
-        if name in LABELS and (share := pruned.after[name] / pruned.before[name]) > bound:
+        measure = MEASURES[name]
+        if not measure.timed and (share := pruned.after[name] / pruned.before[name]) > bound:
             notes.append(
-                f"The budget is not met: {share:.4f} of the {LABELS[name]} stay, {bound:g} were asked for."
+                f"The budget is not met: {share:.4f} of the {measure.label} stay, {bound:g} were asked for."
             )
     timed, limit = exported.get("latency_pytorch"), config.budget.get("latency_ms")
     if limit is not None and timed and (last := timed[1]["median_ms"]) > limit:

@@ -50,13 +50,13 @@ class Score:
 
 def made_by(slices: Sequence[Slice]) -> list[Slice]:
     """The slices of the layers that make the units, whose filters the classic scores rank."""
-    makers = [s for s in slices if s.role == "out"]
-    if not makers:
+    producers = [s for s in slices if s.role == "out"]
+    if not producers:
         raise ScoreError(
             "the weights that make its units are computed from other tensors. Make them parameters again "
             "(torch.nn.utils.prune.remove, parametrize.remove_parametrizations), or freeze= their module"
         )
-    return makers
+    return producers
 
 
 def l1(slices: Sequence[Slice], generator: torch.Generator) -> Tensor:
