@@ -84,9 +84,9 @@ def render(options: argparse.Namespace, reports: dict[tuple[float, str], dict[st
         "|---|---|---|---|---|---|---|---|",
     ]
     for (budget, score), r in reports.items():
+        kept = [f"{r['after'][measure] / r['before'][measure]:.4f}" for measure in ("macs", "params")]
         lines.append(
-            f"| {budget} | {score} | {r['macs_after'] / r['macs_before']:.4f} "
-            f"| {r['params_after'] / r['params_before']:.4f} | {r['accuracy_cut']:.2%} | {r['accuracy_after']:.2%} "
+            f"| {budget} | {score} | {kept[0]} | {kept[1]} | {r['accuracy_cut']:.2%} | {r['accuracy_after']:.2%} "
             f"| {100 * (r['accuracy_after'] - r['accuracy_before']):+.2f} | {r['verify_max_abs_error']:.0e} |"
         )
     lines += [

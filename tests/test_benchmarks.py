@@ -106,7 +106,7 @@ def test_every_script_can_be_imported(name: str, monkeypatch: pytest.MonkeyPatch
 
 
 def test_widths_fit_the_budget(run_script: Callable[[str, str], str]) -> None:
-    page = run_script("widths", "--models resnet20 --round-to 4")
+    page = run_script("widths", "--models resnet8 --round-to 4")
     rows = [line for line in page.splitlines() if line.startswith(("| 50% macs", "| 25% params"))]
     assert len(rows) == 4
     shares = [float(re.findall(r"\((\d+\.\d+)%\)", row)["params" in row[:12]]) for row in rows]
@@ -117,11 +117,11 @@ def test_a_training_method_is_run_through(monkeypatch: pytest.MonkeyPatch) -> No
     script = load_script("run_through")
     monkeypatch.setitem(script.BATCHES, 32, 2)
     with warnings.catch_warnings():  # the script silences them for its process
-        row = script.measure("depgraph", "resnet20", 32, {"macs": 0.5}, steps=4)
+        row = script.measure("depgraph", "resnet8", 32, {"macs": 0.5}, steps=4)
     assert row["ok"]
     assert row["macs"] <= 0.5
     assert row["onnx"] < 1e-3
-    assert script.render([row], 4).splitlines()[-1].startswith("| depgraph | resnet20, 32 | macs 0.5 | 0.4")
+    assert script.render([row], 4).splitlines()[-1].startswith("| depgraph | resnet8, 32 | macs 0.5 | 0.4")
 
 
 def test_arms_are_compared_in_pairs(run_script: Callable[[str, str], str], tmp_path: Path) -> None:

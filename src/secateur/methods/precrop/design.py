@@ -50,10 +50,6 @@ REPEATS = 12
 """Times that a formula is asked again for other amounts; after a few the cost hardly moves."""
 
 
-REPEATS = 12
-"""Times that a formula is asked again for other amounts; after a few the cost hardly moves."""
-
-
 @settings
 class WidthMethod(Method):
     """Base class for methods that choose how dense layers are before training."""
