@@ -88,5 +88,5 @@ def test_the_recipe_in_the_guide_is_sound(recipe: Write) -> None:
     guide = (Path(__file__).parents[2] / "docs" / "compare.md").read_text()
     text = guide.partition("```toml\n")[2].partition("```")[0]
     assert {cell.arm for cell in list_cells(Comparison.read(recipe(text)))} == {
-        "dense", "l2, fine-tuned", "gradual, fading"
+        "dense", "l1, fine-tuned", "DepGraph + decay", "l2 of fresh weights"
     }  # fmt: skip

@@ -262,7 +262,8 @@ def _prune_during(run: Run, config: PruneConfig, method: TrainingMethod, graph: 
 def _choose(run: Run, config: PruneConfig, method: Method, curves: Path | None) -> Pruned:
     """Let the method choose; or, if the run is resumed, read what it chose."""
     model, folder = run.task.model, run.folder
-    resumed = folder and folder.resumed and method.when == "after" and "cut" in folder.known
+    drawn = method.when == "before" and method.removes == "channels"  # cheap, and follows from the seed
+    resumed = folder and folder.resumed and not drawn and "cut" in folder.known
     if resumed and folder and (kept := _kept_choice(run, method, folder)) is not None:
         return kept
     data = run.task.batches(
