@@ -65,4 +65,4 @@ def test_auto_has_no_options_of_its_own():
     with pytest.raises(SecateurError, match="method auto takes no rounds; name the method"):
         PruneConfig(task=TASK, budget={"macs": 0.5}, method="auto", options={"rounds": 2})
     with pytest.raises(SecateurError, match="score is 'l7'; expected one of"):
-        PruneConfig(task=TASK, budget={"macs": 0.5}, options={"score": "l7"})
+        PruneConfig(task=TASK, budget={"macs": 0.5}, method="auto", options={"score": "l7"})

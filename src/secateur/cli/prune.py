@@ -40,7 +40,7 @@ def _bound(name: str, measure: Measure) -> Parameter:
     ),
     Flags(Task),
     *(_bound(name, MEASURES[measure]) for name, measure in BUDGETS.items()),
-    Flags(PruneConfig, only=["method", "calibration_images"]),
+    Flags(PruneConfig, only=["method", "calibration_images"], shown={"method": "auto"}),
     flag(
         "option",
         list[str],
@@ -104,9 +104,10 @@ def config_of(given: Given) -> tuple[PruneConfig, RunSettings]:
         if name in given:
             value = given[name]
             budget[measure] = round(1 - value, 9) if name == "sparsity" else value
-    from secateur.methods import method_named
+    from secateur.methods import Auto, method_named
 
-    when = method_named(given.get("method", "auto"), options).when
+    given.setdefault("method", Auto.name)
+    when = method_named(given["method"], options).when
     training = _training(given, scratch=when != "after" and task.weights is None, seed=task.seed)
     config: PruneConfig = given.make(
         PruneConfig,

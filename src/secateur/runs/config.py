@@ -123,7 +123,7 @@ class PruneConfig:
     )
     method: str = option(
         "how and when units go: a name, or module:name of your own; auto takes what does best with what there is",
-        default="auto",
+        default="oneshot",
         panel=METHOD,
         metavar="NAME",
     )
