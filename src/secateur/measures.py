@@ -56,6 +56,7 @@ class Measure:
             tensor (groups,) -> scalar tensor), or its `module:function`. It must not fall when more is kept; its value
             at whole numbers is rounded. None: a clock measures it.
         per_weight: it is a sum over the weights of layers, so that it also follows from how many weights a layer keeps.
+        peak: it is the largest of several sums, not a sum over layers.
         show: a value in text, with the unit if the label does not say it.
     """
 
@@ -65,6 +66,7 @@ class Measure:
     help: str
     formula: Callable[[Any], Callable[[Any], Any]] | str | None = None
     per_weight: bool = False
+    peak: bool = False
     show: Callable[[float], str] = show_count
 
     @property
@@ -121,6 +123,7 @@ MEASURES: dict[str, Measure] = {
             unit="bytes",
             help="bytes of all tensors that are alive at once, for one image in float32",
             formula="secateur.cost.formulas:activations",
+            peak=True,
             show=show_bytes,
         ),
         Measure(

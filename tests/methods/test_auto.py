@@ -30,6 +30,7 @@ def test_trained_weights_and_data_are_measured_on():
         ({"data": False}, "no data"),
         ({"bounds": ["macs", "params"]}, "2 bounds"),
         ({"side": 224}, "224 pixels"),
+        ({"bounds": ["activations"]}, "a peak"),
         ({"auto": Auto(options={"attention": "dims"})}, "rd takes no attention"),
     ],
 )

@@ -67,7 +67,8 @@ class Pruned:
     def __str__(self) -> str:
         zeros = ", as zeros" if isinstance(self.plan, WeightPlan) else ""
         lines = []
-        for name in ("macs", "params", "latency_ms"):
+        bounded = self.plan.origin.get("budget", {}) if self.plan else {}
+        for name in dict.fromkeys(("macs", "params", *bounded, "latency_ms")):
             if name in self.before:
                 before, after, measure = self.before[name], self.after[name], MEASURES[name]
                 kept = "" if measure.timed else f" ({after / before:.1%} kept{zeros})"

@@ -18,7 +18,7 @@ from secateur.engine.method import Batch, Context, Method, Progress
 from secateur.engine.pruned import Pruned
 from secateur.engine.session import Session
 from secateur.engine.training_method import TrainingMethod
-from secateur.errors import SecateurError, unknown
+from secateur.errors import BudgetError, SecateurError, unknown
 from secateur.graph import Inputs
 from secateur.imports import imported
 from secateur.methods.at_init import SNIP, AtInit, GraSP, SynFlow
@@ -164,6 +164,8 @@ def prune(
     Raises:
         SecateurError: unknown method or option; else what the method raises.
     """
+    if not isinstance(budget, Budget):
+        raise BudgetError(f"budget is {budget!r}; expected a Budget, such as Budget(macs=0.5)")
     chosen = method_named(method, options)
     context = Context(data, loss, None if cache is None else Path(cache), progress)
     if isinstance(chosen, Auto):

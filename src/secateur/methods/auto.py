@@ -6,6 +6,7 @@ from typing import Any, ClassVar
 
 from secateur.engine.method import Method
 from secateur.errors import SecateurError
+from secateur.measures import MEASURES
 from secateur.methods.oneshot import OneShot
 from secateur.methods.rd import RD
 from secateur.settings import option, options_of, settings
@@ -27,7 +28,9 @@ class Auto(Method):
         able = [method for method in (OneShot, RD) if set(self.options) <= set(options_of(method))]
         if not able:
             strange = next(name for name in self.options if name not in options_of(OneShot))
-            raise SecateurError(f"method auto takes no {strange}; name the method")
+            raise SecateurError(
+                f"method auto takes no {strange}; name the method, or choose one of: {', '.join(options_of(OneShot))}"
+            )
         for method in able:
             method.of(self.options)
 
@@ -65,6 +68,7 @@ def choose(
         ("the weights are not trained", not trained),
         ("there is no data to measure on", not data),
         (f"the budget has {len(bounds)} bounds, and rd takes one", len(bounds) != 1),
+        ("the budget bounds a peak, and rd needs a sum over layers", any(MEASURES[b].peak for b in bounds)),
         (f"images of {side} pixels take rd more memory than may be there", side > LARGEST_SIDE),
         (f"rd takes no {', '.join(strange)}", bool(strange)),
     )

@@ -97,6 +97,7 @@ class RD(Method):
             )
         cost = Cost(graph)
         ((bound, _),) = budget.bounds.items()
+        cost.sum(bound)  # or it is refused here, before anything is measured
         limit = budget.limits({bound: cost.of(bound)})[bound]
         program = Replay(model, batches[0])
         orders, widths = rank_units(program, graph, batches, self)
