@@ -136,12 +136,6 @@ def read_tensors(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         ) from error
 
 
-def _umask() -> int:
-    mask = os.umask(0o077)  # the only way to read it is to set it
-    os.umask(mask)
-    return mask
-
-
 def _sync(path: Path, flags: int) -> None:
     descriptor = os.open(path, flags)
     try:

@@ -248,23 +248,6 @@ def curves(facts: WeightFacts) -> Figure:
     return {"data": data, "layout": layout}
 
 
-def additivity(predicted: list[float], measured: list[float]) -> Figure:
-    """Measured over predicted distortion, one point per allocation, and the line where they are equal."""
-    low, high = min([*predicted, *measured]), max([*predicted, *measured])
-    layout = plain_layout(420)
-    layout["xaxis"] |= {"type": "log", "title": {"text": "predicted: sum of the layers' own distortions"}}
-    layout["yaxis"] |= {"type": "log", "title": {"text": "measured with all layers pruned"}}
-    equal = {
-        "type": "scatter", "mode": "lines", "x": [low, high], "y": [low, high],
-        "line": {"color": BEFORE, "dash": "dot"}, "hoverinfo": "skip",
-    }  # fmt: skip
-    points = {
-        "type": "scatter", "mode": "markers", "x": predicted, "y": measured, "marker": {"color": AFTER, "size": 8},
-        "hovertemplate": "predicted %{x:.3~g}, measured %{y:.3~g}<extra></extra>",
-    }  # fmt: skip
-    return {"data": [equal, points], "layout": layout}
-
-
 def scores(groups: list[Group]) -> Figure:
     """Two strips per group: where its kept units' scores lie, and below it the removed ones'.
 

@@ -1,6 +1,5 @@
 """The report as one HTML page: style, pictures and the library that draws them are all inside it."""
 
-import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -68,21 +67,6 @@ def fill_template(
     environment.filters |= {"si": si, "percent": percent, "duration": duration, **(filters or {})}
     plotly_js = markupsafe.Markup(plotly.offline.get_plotlyjs())
     return environment.get_template(template).render(figures=pictures, plotly=plotly_js, **values)
-
-
-def one_figure(title: str, figure: Figure) -> str:
-    """A page of one picture, which needs no network and no other file."""
-    import markupsafe
-    import plotly.offline
-
-    script = json.dumps(figure).replace("</", "<\\/")
-    return (
-        f"<!doctype html><html lang='en'><meta charset='utf-8'><title>{markupsafe.escape(title)}</title>"
-        f"<body style='font-family: system-ui, sans-serif; max-width: 48rem; margin: 2rem auto'>"
-        f"<h1 style='font-size: 1.2rem'>{markupsafe.escape(title)}</h1><div id='plot'></div>"
-        f"<script>{plotly.offline.get_plotlyjs()}</script>"
-        f"<script>const f = {script}; Plotly.newPlot('plot', f.data, f.layout);</script></body></html>"
-    )
 
 
 def si(value: float, unit: str = "") -> str:
