@@ -202,6 +202,15 @@ def flag(
     )
 
 
+FREEZE = flag(
+    "freeze",
+    list[str],
+    "Module, or pattern such as 'layer4.*', that no cut may touch; may be repeated.",
+    panel="Method",
+    metavar="MODULE",
+)
+
+
 def argument(name: str, kind: Any, metavar: str, help: str) -> inspect.Parameter:
     """A word without a flag, which may be left out."""
     told = typer.Argument(metavar=metavar, help=help, show_default=False)

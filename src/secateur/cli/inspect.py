@@ -5,7 +5,7 @@ from typing import Any
 
 import typer
 
-from secateur.cli.flags import Flags, Given, command, flag
+from secateur.cli.flags import FREEZE, Flags, Given, command, flag
 from secateur.runs.config import METHOD, MODEL, Task
 
 CLASSES = flag("classes", int, "Size of the output.", panel=MODEL, shown="the model's own", metavar="N")
@@ -25,13 +25,7 @@ INPUT_SIZE = flag(
     INPUT_SIZE,
     CHANNELS,
     CLASSES,
-    flag(
-        "freeze",
-        list[str],
-        "Module, or pattern such as 'layer4.*', that no cut may touch; may be repeated.",
-        panel=METHOD,
-        metavar="MODULE",
-    ),
+    FREEZE,
     flag(
         "attention",
         str,

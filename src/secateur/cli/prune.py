@@ -3,7 +3,7 @@
 from inspect import Parameter
 from pathlib import Path
 
-from secateur.cli.flags import RUN, Flags, Given, RunSettings, argument, command, flag, parse_options
+from secateur.cli.flags import FREEZE, RUN, Flags, Given, RunSettings, argument, command, flag, parse_options
 from secateur.errors import SecateurError
 from secateur.measures import MEASURES, Measure
 from secateur.recipes.train_config import TrainConfig
@@ -48,13 +48,7 @@ def _bound(name: str, measure: Measure) -> Parameter:
         panel=METHOD,
         metavar="NAME=VALUE",
     ),
-    flag(
-        "freeze",
-        list[str],
-        "Module, or pattern such as 'layer4.*', that no cut may touch; may be repeated.",
-        panel=METHOD,
-        metavar="MODULE",
-    ),
+    FREEZE,
     Flags(
         TrainConfig,
         only=TUNED,
