@@ -109,8 +109,7 @@ def summary(report: "Report", out: Path) -> None:
     facts = report.weights
     for name, old, new, unit in (
         ("weights that are not zero", facts and facts.total, facts and facts.kept, ""),
-        ("MACs", report.before["macs"], report.after["macs"], ""),
-        ("parameters", report.before["params"], report.after["params"], ""),
+        *report.costs,
         ("weights file", report.weights_bytes_before, report.weights_bytes_after, "B"),
         ("ONNX file", report.onnx_bytes_before, report.onnx_bytes_after, "B"),
     ):

@@ -12,6 +12,7 @@ import secateur
 from secateur.cost.latency import Latency, device_name
 from secateur.cost.training import TrainingCost
 from secateur.errors import SecateurError
+from secateur.measures import MEASURES
 
 PROVEN = 1e-9
 """In float64, rounding alone stays far below this relative error, and a wrong cut far above."""
@@ -230,6 +231,15 @@ class Report:
     def share(self, measure: str) -> float:
         """Of a cost, what is kept."""
         return self.after[measure] / self.before[measure]
+
+    @property
+    def costs(self) -> list[tuple[str, float, float, str]]:
+        """Label, before, after and unit of each measure that follows from widths, of one image; without channels."""
+        return [
+            (m.label, self.before[name], self.after[name], "B" if m.unit == "bytes" else "")
+            for name, m in MEASURES.items()
+            if name in self.after and name != "units" and not m.timed
+        ]
 
     @property
     def is_proven(self) -> bool:

@@ -154,8 +154,7 @@ def _rows(report: Report) -> list[Row]:
     for name, old, new, unit in (
         ("MACs per image, if zeros cost nothing", report.before["macs"], facts.macs if facts else None, ""),
         ("Parameters, if zeros cost nothing", report.before["params"], facts.params if facts else None, ""),
-        ("MACs per image", report.before["macs"], report.after["macs"], ""),
-        ("Parameters", report.before["params"], report.after["params"], ""),
+        *((label[0].upper() + label[1:], old, new, unit) for label, old, new, unit in report.costs),
         ("Weights file", report.weights_bytes_before, report.weights_bytes_after, "B"),
         ("ONNX file", report.onnx_bytes_before, report.onnx_bytes_after, "B"),
         ("MACs per training step", cost and cost.before.macs, cost and cost.after.macs, ""),
