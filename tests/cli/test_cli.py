@@ -772,3 +772,23 @@ def test_published_weights_on_real_images(shared_data: Path, tmp_path: Path, run
     assert any("2,000 of the 10,000 test images" in note for note in report["notes"])
     ended = run("eval", "--run", tmp_path / "run", "--json")
     assert json.loads(ended.out)["accuracy"] == report["accuracy_after"]
+
+
+def test_a_recipe_says_what_flags_say(tmp_path: Path, run: Run) -> None:
+    recipe = tmp_path / "recipe.toml"
+    recipe.write_text(
+        'model = "resnet8"\ndata = "digits"\nimage_size = 8\ntest_images = 50\nbudget = { macs = 0.6 }\n'
+        'method = "oneshot"\noptions = { score = "l1", round_to = 2 }\nfreeze = ["conv1"]\nexports = false\n'
+        'normalisation = "0.5/0.25"\n'
+    )
+    ended = run("prune", recipe, "--option", "round_to=4", "--no-progress", "--out", tmp_path / "run")
+    assert ended.code == 0, ended.err
+    report, plan = report_of(tmp_path / "run"), json.loads((tmp_path / "run" / "plan.json").read_text())
+    assert report["budget"] == {"macs": 0.6}
+    assert not (tmp_path / "run" / "model.onnx").exists()
+    assert json.loads((tmp_path / "run" / "config.json").read_text())["normalisation"]["std"] == [0.25]
+    assert {name: plan["origin"][name] for name in ("score", "round_to", "freeze")} == {
+        "score": "l1", "round_to": 4, "freeze": ["conv1"]
+    }  # fmt: skip
+    recipe.write_text('modl = "resnet8"\n')
+    assert "unknown setting 'modl'; choose one of: " in run("prune", recipe, "--out", tmp_path / "x").err

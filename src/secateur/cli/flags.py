@@ -143,7 +143,7 @@ class Given(dict[str, Any]):
         for name in recipe:
             if name not in able:
                 raise SecateurError(f"{path}: {unknown('setting', name, able)}")
-        return Given({**recipe, **self})
+        return Given({**{name: _read(name, value) for name, value in recipe.items()}, **self})
 
 
 Body = Callable[[Given], None]

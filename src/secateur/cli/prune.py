@@ -108,7 +108,7 @@ def config_of(given: Given) -> tuple[PruneConfig, RunSettings]:
         task=task,
         options=options,
         budget=budget,
-        exports=not given.get("no_exports", False),
+        exports=False if "no_exports" in given else None,
         **{"train" if when == "during" else "finetune": training},
     )
     return config, run
