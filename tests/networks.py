@@ -1,13 +1,18 @@
 """The networks that the laws are tested on."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import nn
+from torchvision.models import DenseNet, EfficientNet, ResNet
+from torchvision.models.efficientnet import MBConvConfig
+from torchvision.models.resnet import Bottleneck
 from torchvision.models.vgg import make_layers as vgg_layers
 
 from secateur.proof.verify import randomise_
 from secateur.recipes.models import build_model, list_models
+from secateur.recipes.models.densenet import CifarDenseNet
 
 TORCHVISION = [
     "densenet121",
@@ -36,6 +41,22 @@ ALL = STRUCTURES + VARIANTS
 QUICK = {"resnet8", "resnet20", "vgg16_bn_cifar", "torchvision/resnet18", "torchvision/squeezenet1_1"}
 """Those that take a moment; tests of the others are slow."""
 
+EFFICIENT = [
+    MBConvConfig(1, 3, 1, 32, 16, 1, 1, 1),
+    MBConvConfig(6, 3, 2, 16, 24, 2, 1, 1),
+    MBConvConfig(6, 5, 2, 24, 40, 2, 1, 1),
+]
+SMALLER: dict[str, Callable[[int], nn.Module]] = {
+    "densenet_bc_100": lambda classes: CifarDenseNet(12, (4, 4, 4), classes),
+    "densenet121_cifar": lambda classes: CifarDenseNet(32, (2, 3, 3, 2), classes),
+    "torchvision/densenet121": lambda classes: DenseNet(32, (2, 3, 3, 2), 64, num_classes=classes),
+    "torchvision/efficientnet_b0": lambda classes: EfficientNet(EFFICIENT, 0.2, num_classes=classes),
+    "torchvision/resnet50": lambda classes: ResNet(
+        Bottleneck, [2, 2, 2, 2], num_classes=classes, width_per_group=16
+    ),
+}
+"""Networks built of fewer of their blocks: another block of the same kind obeys the same laws."""
+
 
 @dataclass(frozen=True)
 class Network:
@@ -49,7 +70,8 @@ class Network:
 def network(name: str, *, dtype: torch.dtype = torch.float64, classes: int = 10) -> Network:
     torch.manual_seed(0)
     options = {"widths": NARROW_VGG} if name == "vgg16_bn_cifar" else {}
-    model = build_model(name, classes=classes, **options)
+    smaller = SMALLER.get(name)
+    model = smaller(classes) if smaller else build_model(name, classes=classes, **options)
     if name == "torchvision/vgg16_bn":
         narrow_(model)
     size = 32 if "/" in name or "vgg" in name else 16

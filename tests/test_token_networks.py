@@ -19,7 +19,7 @@ from secateur.proof.verify import trains
 NETWORKS = {
     "vit": lambda: timm.create_model("vit_small_patch16_224", img_size=64, depth=3),
     "swin": lambda: torchvision.models.SwinTransformer(
-        patch_size=[4, 4], embed_dim=96, depths=[1, 1, 2], num_heads=[3, 6, 12], window_size=[7, 7]
+        patch_size=[4, 4], embed_dim=96, depths=[1, 2], num_heads=[3, 6], window_size=[7, 7]
     ),
 }
 X = torch.randn(1, 3, 64, 64, generator=torch.Generator().manual_seed(0))
@@ -32,7 +32,7 @@ def shapes(name: str, model: nn.Module) -> dict[str, int]:
         block, embedding = "blocks.2", sizes["pos_embed"].shape[-1]
         attention, mlp = sizes[f"{block}.attn.qkv.weight"], sizes[f"{block}.mlp.fc1.weight"]
     else:
-        block, embedding = "features.5.1", sizes["features.4.reduction.weight"].shape[0]
+        block, embedding = "features.3.1", sizes["features.2.reduction.weight"].shape[0]
         attention, mlp = sizes[f"{block}.attn.qkv.weight"], sizes[f"{block}.mlp.0.weight"]
     assert attention.shape[1] == mlp.shape[1] == embedding
     return {"attention": attention.shape[0], "mlp": mlp.shape[0], "embedding": embedding}

@@ -1,5 +1,8 @@
 """One formula per measure for dense, masked and cut models: equal to what torch counts, with a gradient."""
 
+import copy
+import functools
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -7,19 +10,29 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import secateur as sc
 from secateur.errors import BudgetError
+from secateur.graph import Graph
 from secateur.recipes.models import build_model
 from tests.networks import TORCHVISION, network
 from tests.oracles import random_masks
 
 
-@pytest.mark.parametrize("name", TORCHVISION)
+@functools.cache
+def full_size(name: str) -> tuple[nn.Module, Graph]:
+    """A network of torchvision and its analysis at 224×224; tests only read them."""
+    model = build_model(f"torchvision/{name}").eval()
+    return model, sc.analyze(model, torch.empty(1, 3, 224, 224))
+
+
+one_process_each = [pytest.param(name, marks=pytest.mark.xdist_group(f"full {name}")) for name in TORCHVISION]
+
+
+@pytest.mark.parametrize("name", one_process_each)
 def test_macs_at_full_size_equal_the_flop_counter(name: str) -> None:
     """At 224×224, on the meta device: counting needs shapes only."""
-    model = build_model(f"torchvision/{name}").eval()
-    x = torch.empty(1, 3, 224, 224)
-    macs = sc.Cost(sc.analyze(model, x)).macs()
+    model, graph = full_size(name)
+    macs = sc.Cost(graph).macs()
     with FlopCounterMode(display=False) as counter, torch.no_grad():
-        model.to("meta")(x.to("meta"))
+        copy.deepcopy(model).to("meta")(torch.empty(1, 3, 224, 224, device="meta"))
     assert 2 * macs == counter.get_total_flops()
 
 
@@ -99,9 +112,10 @@ def test_the_soft_cost_meets_the_exact_one_and_its_gradient_is_the_slope(name: s
             assert gradient[group].item() == pytest.approx(central, rel=1e-9)
 
 
+@pytest.mark.xdist_group("full googlenet")
 def test_layers_add_up() -> None:
-    net = network("torchvision/googlenet", dtype=torch.float32)
-    cost = sc.Cost(sc.analyze(net.model, net.inputs))
+    _, graph = full_size("googlenet")
+    cost = sc.Cost(graph)
     layers = cost.layers()
     assert sum(layers.values()) == cost.macs()
     assert not any(name.startswith("aux") for name in layers)

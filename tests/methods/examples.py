@@ -1,16 +1,18 @@
 """A task small enough to train in tests, and every training method with settings for it."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor, nn
 
-from secateur import Budget
+from secateur import Budget, analyze
 from secateur.engine.decay import Decay, Restore
 from secateur.engine.session import Session
 from secateur.engine.training_method import TrainingMethod
+from secateur.graph import Graph, Inputs
 from secateur.methods.depgraph import DepGraph
 from secateur.methods.gate_decorator import GateDecorator
 from secateur.methods.gradual import Gradual
@@ -63,7 +65,25 @@ def start(kind: type[TrainingMethod], options: dict[str, Any]) -> Make:
     """What starts a method of a kind; budget and steps are among the options here."""
     given = {"budget": Budget(macs=0.6), "steps": STEPS, **options}
     begin = {name: given.pop(name) for name in ("budget", "steps")}
-    return lambda model: kind(**given).start(model, INPUTS, **begin)
+
+    def make(model: nn.Module) -> Session[Any]:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr("secateur.engine.session.analyze", analyze_once)
+            return kind(**given).start(model, INPUTS, **begin)
+
+    return make
+
+
+GRAPHS: dict[tuple[str, ...], Graph] = {}
+
+
+def analyze_once(model: nn.Module, inputs: Inputs, *, freeze: Sequence[str] = ()) -> Graph:
+    """The analysis of a model; those built alike share it, since a graph is read only and knows no weights."""
+    shapes = (f"{name} {tuple(tensor.shape)}" for name, tensor in model.state_dict().items())
+    key = (repr(model), *shapes, *freeze)
+    if key not in GRAPHS:
+        GRAPHS[key] = analyze(model, inputs, freeze=freeze)
+    return GRAPHS[key]
 
 
 def lapp(**options: Any) -> Make:

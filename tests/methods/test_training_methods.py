@@ -1,12 +1,13 @@
 """The contract of methods that prune while the model trains, for each of them."""
 
 import copy
+import functools
 import json
 import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,9 @@ from secateur.recipes.train import fit
 from secateur.settings import options_of
 from tests.methods.examples import CONFIG, INPUTS, KINDS, METHODS, STEPS, Make, Residual, lapp, train
 from tests.recipes.test_train import toy_data
+
+in_one_process = pytest.mark.xdist_group("whole runs")
+"""Tests that compare with whole runs, so that these are made once."""
 
 every_method = pytest.mark.parametrize("make", METHODS.values(), ids=METHODS)
 
@@ -73,6 +77,7 @@ class Whole:
     """An uninterrupted run, with copies of its checkpoint on the way."""
 
     make: Make
+    folder: Path
     copies: Path
     losses: list[float]
     weights: dict[str, torch.Tensor]
@@ -80,9 +85,19 @@ class Whole:
     plan: Plan
 
 
-@pytest.fixture(scope="module", params=METHODS.values(), ids=METHODS)
-def whole(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Whole:
-    folder, copies = tmp_path_factory.mktemp("whole"), tmp_path_factory.mktemp("copies")
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Whole]:
+    """The whole run of a method, made when a test first asks for it."""
+    return functools.cache(lambda name: train_whole(METHODS[name], tmp_path_factory))
+
+
+@pytest.fixture(params=METHODS)
+def whole(request: pytest.FixtureRequest, run: Callable[[str], Whole]) -> Whole:
+    return run(request.param)
+
+
+def train_whole(make: Make, folders: pytest.TempPathFactory) -> Whole:
+    folder, copies = folders.mktemp("whole"), folders.mktemp("copies")
     with pytest.MonkeyPatch.context() as patch:
         save = State.save
 
@@ -91,12 +106,13 @@ def whole(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
             shutil.copy(path, copies / f"{self.epoch * self.tally.shape[1] + self.batch}.safetensors")
 
         patch.setattr(State, "save", save_and_copy)
-        session, result = train(request.param, folder)
+        session, result = train(make, folder)
     weights = {name: tensor.clone() for name, tensor in session.model.state_dict().items()}
     losses = [epoch.loss for epoch in result.history]
-    return Whole(request.param, copies, losses, weights, session, session.plan())
+    return Whole(make, folder, copies, losses, weights, session, session.plan())
 
 
+@in_one_process
 @pytest.mark.parametrize("step", [4, 8, 12])  # while thresholds move, at the end of pruning, after it
 def test_a_resumed_run_equals_an_uninterrupted_one(whole: Whole, step: int, tmp_path: Path) -> None:
     shutil.copy(whole.copies / f"{step}.safetensors", tmp_path / "train.checkpoint.safetensors")
@@ -110,6 +126,7 @@ def test_a_resumed_run_equals_an_uninterrupted_one(whole: Whole, step: int, tmp_
     assert all(torch.equal(a, b) for a, b in zip(session.scores, whole.session.scores, strict=True))
 
 
+@in_one_process
 def test_the_budget_is_met_within_one_unit(whole: Whole) -> None:
     session = whole.session
     pruned = session.finish()
@@ -309,20 +326,24 @@ def test_shrink_equals_a_second_analysis() -> None:
 TWO = """
 import sys
 sys.path.insert(0, {root!r})
+import torch
+torch.set_num_threads(1)
+from dataclasses import replace
 from pathlib import Path
-from tests.methods.examples import METHODS, train
+from tests.methods.examples import CONFIG, METHODS, STEPS, train
 
 for number, (name, make) in enumerate(METHODS.items()):
     if name not in {ties!r}:
-        train(make, Path({folder!r}) / str(number), seed=number)
+        train(make, Path({folder!r}) / str(number), replace(CONFIG, checkpoint_every=STEPS))
 """
 
 TIES = {"paam, free, streams"}
 """Adam's first step moves all free scores by ±lr, so that rounding decides which of them are selected."""
 
 
+@in_one_process
 @pytest.mark.slow
-def test_two_processes_take_the_same_decisions_as_one(tmp_path: Path) -> None:
+def test_two_processes_take_the_same_decisions_as_one(run: Callable[[str], Whole], tmp_path: Path) -> None:
     """For every method: the same units go, and the weights agree as far as sums in another order allow."""
     script = tmp_path / "two.py"
     script.write_text(
@@ -337,15 +358,14 @@ def test_two_processes_take_the_same_decisions_as_one(tmp_path: Path) -> None:
         str(script),
     ]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    run = subprocess.run(launch, capture_output=True, text=True, timeout=600, env=environment)
-    assert run.returncode == 0, run.stderr
-    for number, (name, make) in enumerate(METHODS.items()):
+    two = subprocess.run(launch, capture_output=True, text=True, timeout=600, env=environment)
+    assert two.returncode == 0, two.stderr
+    for number, name in enumerate(METHODS):
         if name in TIES:
             continue
-        train(make, tmp_path / "one" / str(number), seed=number)
         ours, theirs = (
-            read_tensors(tmp_path / processes / str(number) / "train.checkpoint.safetensors")[0]
-            for processes in ("two", "one")
+            read_tensors(folder / "train.checkpoint.safetensors")[0]
+            for folder in (tmp_path / "two" / str(number), run(name).folder)
         )
         assert {n: t.shape for n, t in ours.items()} == {n: t.shape for n, t in theirs.items()}, name
         for key, tensor in ours.items():
