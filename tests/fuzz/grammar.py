@@ -56,9 +56,9 @@ class Fuzzed(nn.Module):
 
 
 def draw(seed: int) -> Recipe:
-    """The recipe of a seed: a width, one to three blocks, a tail."""
+    """The recipe of a seed: a width, one to five blocks, a tail."""
     rng = random.Random(seed)
-    kinds = [rng.choice(list(BLOCKS)) for _ in range(rng.randint(1, 3))]
+    kinds = [rng.choice(list(BLOCKS)) for _ in range(rng.randint(1, 5))]
     blocks = tuple(Block(kind, rng.randrange(10**6)) for kind in kinds)
     return Recipe(rng.choice((8, 12, 16)), blocks, Block(rng.choice(list(TAILS)), rng.randrange(10**6)))
 
