@@ -193,7 +193,10 @@ def test_the_seed_is_also_that_of_the_fine_tuning(tmp_path: Path) -> None:
     task = replace(TASK, weights=tmp_path / "train" / "model.safetensors")
     for seed in (0, 1):
         config = without_exports(
-            task=replace(task, seed=seed), budget={"macs": 0.5}, finetune=TrainConfig.finetune(1)
+            task=replace(task, seed=seed),
+            budget={"macs": 0.5},
+            method="oneshot",
+            finetune=TrainConfig.finetune(1),
         )
         prune_run(config, tmp_path / str(seed))
     plans = [Plan.load(tmp_path / str(seed) / "plan.json").removed for seed in (0, 1)]
@@ -250,7 +253,7 @@ def test_a_run_tells_what_it_does(tmp_path: Path) -> None:
     assert told.lines == ["Training: 1 × 100 images"]
     weights = tmp_path / "train" / "model.safetensors"
     prune_run(
-        without_exports(task=replace(TASK, weights=weights), budget={"macs": 0.5}),
+        without_exports(task=replace(TASK, weights=weights), budget={"macs": 0.5}, method="oneshot"),
         tmp_path / "prune",
         watch=told,
     )
@@ -432,14 +435,14 @@ def test_milliseconds_need_channels_and_one_process(monkeypatch: pytest.MonkeyPa
 def test_what_the_method_made_of_the_weights_is_what_is_measured(tmp_path: Path) -> None:
     """Method rd solves the remaining weights again; the run must not cut the original a second time."""
     trained = TrainRunConfig(
-        task=replace(TASK, train_images=400), train=TrainConfig(epochs=4, batch_size=25, lr=0.05)
+        task=replace(TASK, train_images=200), train=TrainConfig(epochs=2, batch_size=20, lr=0.05)
     )
     train_run(trained, tmp_path / "dense")
     task = replace(TASK, weights=tmp_path / "dense" / "model.safetensors")
     options = {"levels": 3}
     found = {}
     for compensation in ("none", "least-squares"):
-        config = PruneConfig(
+        config = without_exports(
             task=task,
             budget={"macs": 0.5},
             method="rd",

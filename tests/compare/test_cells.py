@@ -15,6 +15,8 @@ from secateur.runs.config import PruneConfig, TrainRunConfig
 
 from .conftest import RECIPE, Finished
 
+pytestmark = pytest.mark.xdist_group("comparison")
+
 Write = Callable[..., Path]
 
 

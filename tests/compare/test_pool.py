@@ -14,6 +14,8 @@ from secateur.errors import SecateurError
 
 from .conftest import HEAD, Finished
 
+pytestmark = pytest.mark.xdist_group("comparison")
+
 Write = Callable[..., Path]
 
 

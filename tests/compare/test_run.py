@@ -16,6 +16,8 @@ from secateur.errors import FileError, SecateurError
 
 from .conftest import ABLE, Finished
 
+pytestmark = pytest.mark.xdist_group("comparison")  # one process makes the comparison that tests read
+
 Write = Callable[..., Path]
 
 

@@ -50,12 +50,16 @@ def test_the_report_says_which_and_why(tmp_path: Path, monkeypatch: pytest.Monke
     weights = tmp_path / "weights.safetensors"
     save(fresh_model("resnet8", 10, 1, 0), weights)
     config = PruneConfig(
-        task=replace(TASK, weights=weights), budget={"macs": 0.5}, method="auto", exports=False
+        task=replace(TASK, weights=weights),
+        budget={"macs": 0.5},
+        method="auto",
+        options={"levels": 3},
+        calibration_images=16,
+        exports=False,
     )
-    config = replace(config, calibration_images=64)
     report = prune_run(config, tmp_path / "out")
     assert report is not None
-    assert report.method == "rd, stream_gain 1.0"
+    assert report.method == "rd, stream_gain 1.0, levels 3"
     assert any("Method auto chose rd" in note for note in report.notes)
     again = prune_run(config, tmp_path / "out", mode="resume")
     assert again is not None

@@ -1,7 +1,7 @@
 """Masks before training: what they keep, what they cost, and runs that train under them."""
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,6 +14,7 @@ from secateur import Budget
 from secateur.cli import app
 from secateur.errors import BudgetError, ScoreError, SecateurError
 from secateur.files import read_tensors
+from secateur.graph import Graph, analyze
 from secateur.methods import AtInit, Pruned, prune
 from secateur.plan.weight_plan import WeightPlan
 from secateur.recipes.models import build_model
@@ -43,9 +44,19 @@ MASKS: dict[str, Callable[[nn.Module, Budget], Pruned]] = {
 
 
 @pytest.fixture(scope="module", params=NETS)
-def net(request: pytest.FixtureRequest) -> nn.Module:
+def net(request: pytest.FixtureRequest) -> Iterator[nn.Module]:
+    """A network that is analysed once, whatever masks it gets."""
     torch.manual_seed(0)
-    return NETS[request.param]()
+    model = NETS[request.param]()
+    graph = analyze(model, X)
+
+    def analyze_once(given: nn.Module, inputs: torch.Tensor, freeze: tuple[str, ...]) -> Graph:
+        return graph if given is model and not freeze else analyze(given, inputs, freeze=freeze)
+
+    with pytest.MonkeyPatch.context() as patch:
+        for masks in ("at_init", "precrop.random_masks"):
+            patch.setattr(f"secateur.methods.{masks}.analyze", analyze_once)
+        yield model
 
 
 def counted_by_hand(model: nn.Module, masks: WeightPlan | None = None) -> int:
