@@ -6,6 +6,7 @@ beside your own training loop, `LAPP(bypass="none").start(model, inputs, budget=
 
 import tempfile
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -192,7 +193,7 @@ def prune_within_latency(
     data = None if context.data is None else list(context.data)  # it is gone through once per trial
     with tempfile.TemporaryDirectory() as folder:
         cache = context.cache or Path(folder) / "curves.safetensors"  # the same for all trials
-        again = Context(data, context.loss, cache, context.progress)
+        again = replace(context, data=data, cache=cache)
         return prune_to_latency(
             lambda within: method.prune(model, inputs, within, again), model, budget, clock
         )

@@ -103,7 +103,7 @@ def prune_run(
     )
     config.check_reach(graph)
     if isinstance(method, TrainingMethod):
-        pruned, last = _prune_during(run, config, method, graph)
+        pruned, last = _prune_during(run, config, method)
     else:
         pruned, last = _prune_at_once(run, config, method, graph, curves)
     if not run.folder:
@@ -202,7 +202,7 @@ def _prune_at_once(
 
     def choose_now() -> Pruned:
         with watch.doing("Choosing what to mask" if masks else "Choosing what to remove"):
-            return _choose(run, config, method, curves)
+            return _choose(run, config, method, graph, curves)
 
     if config.train is not None:
         if not (method.needs_data or isinstance(method, Own)):  # what fails, fails before anything is written
@@ -237,7 +237,7 @@ def _prune_at_once(
     return pruned, "pruned model" if before else "fine-tuned model" if config.finetune else "cut model"
 
 
-def _prune_during(run: Run, config: PruneConfig, method: TrainingMethod, graph: Graph) -> tuple[Pruned, str]:
+def _prune_during(run: Run, config: PruneConfig, method: TrainingMethod) -> tuple[Pruned, str]:
     """Train under the method."""
     model, how = run.task.model, config.train
     assert how is not None
@@ -259,12 +259,12 @@ def _prune_during(run: Run, config: PruneConfig, method: TrainingMethod, graph: 
     return pruned, "pruned model"
 
 
-def _choose(run: Run, config: PruneConfig, method: Method, curves: Path | None) -> Pruned:
+def _choose(run: Run, config: PruneConfig, method: Method, graph: Graph, curves: Path | None) -> Pruned:
     """Let the method choose; or, if the run is resumed, read what it chose."""
     model, folder = run.task.model, run.folder
     drawn = method.when == "before" and method.removes == "channels"  # cheap, and follows from the seed
     resumed = folder and folder.resumed and not drawn and "cut" in folder.known
-    if resumed and folder and (kept := _kept_choice(run, method, folder)) is not None:
+    if resumed and folder and (kept := _kept_choice(run, method, graph, folder)) is not None:
         return kept
     data = run.task.batches(
         config.calibration_images, shuffle=method.removes != "channels" and method.when == "after"
@@ -316,16 +316,13 @@ def _keep_choice(folder: RunFolder, pruned: Pruned, *, cut: bool = True) -> None
     folder.once("cut", lambda: facts)
 
 
-def _kept_choice(run: Run, method: Method, folder: RunFolder) -> Pruned | None:
+def _kept_choice(run: Run, method: Method, graph: Graph, folder: RunFolder) -> Pruned | None:
     """What the run chose before it was interrupted; None if a file of it is missing."""
     weights = method.removes != "channels"
     path = folder / PLANS[WeightPlan if weights else Plan]
     if not path.exists() or not (folder / "cut.safetensors").exists():
         return None
     known, model = folder.known["cut"], run.task.model
-    graph = analyze(
-        model, run.task.inputs, freeze=method.freeze, attention=getattr(method, "attention", "heads")
-    )
     plan: Plan | WeightPlan
     if weights:
         plan = WeightPlan.load(path)
