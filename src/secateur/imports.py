@@ -2,11 +2,13 @@
 
 import importlib
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeVar
 
-from secateur.errors import SecateurError
+from secateur.errors import SecateurError, unknown
+
+T = TypeVar("T")
 
 
 def imported(kind: str, name: str, error: type[SecateurError] = SecateurError) -> Callable[..., Any]:
@@ -30,6 +32,34 @@ def imported(kind: str, name: str, error: type[SecateurError] = SecateurError) -
     if not callable(found):
         raise error(f"{kind} {name!r}: {module_name!r} has no function {function_name!r}")
     return found  # type: ignore[no-any-return]
+
+
+def look_up(
+    kind: str,
+    value: str | Callable[..., Any],
+    table: Mapping[str, T],
+    enter: Callable[[Callable[..., Any], str], T],
+    error: type[SecateurError] = SecateurError,
+) -> T:
+    """An entry of a table by its name; or one for a function, given as such or as `module:function`.
+
+    Args:
+        kind: what it is to be, for messages.
+        value: the name or the function.
+        table: the entries by name.
+        enter: makes an entry of a function and what it is called.
+        error: raised if there is no such thing.
+
+    >>> look_up("score", len, {}, lambda function, name: (function, name))
+    (<built-in function len>, 'len')
+    """
+    if callable(value):
+        return enter(value, getattr(value, "__name__", "your own"))
+    if ":" in value:
+        return enter(imported(kind, value, error), value)
+    if value not in table:
+        raise error(unknown(kind, value, table))
+    return table[value]
 
 
 @contextmanager

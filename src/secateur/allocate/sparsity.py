@@ -10,8 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from secateur.errors import BudgetError, unknown
-from secateur.imports import imported
+from secateur.errors import BudgetError
+from secateur.imports import look_up
 
 Counts = dict[str, int]
 """Layer -> weights it keeps."""
@@ -161,13 +161,7 @@ def weight_allocation_named(value: str | Rule) -> WeightAllocation:
     Raises:
         BudgetError: there is none of this name.
     """
-    if callable(value):
-        return WeightAllocation(value, getattr(value, "__name__", "your own"))
-    if ":" in value:
-        return WeightAllocation(imported("allocation", value, BudgetError), value)
-    if value not in WEIGHT_ALLOCATIONS:
-        raise BudgetError(unknown("allocation", value, WEIGHT_ALLOCATIONS))
-    return WEIGHT_ALLOCATIONS[value]
+    return look_up("allocation", value, WEIGHT_ALLOCATIONS, WeightAllocation, BudgetError)
 
 
 def allocate_weights(weights: Mapping[str, Tensor], total: int, allocation: str | Rule) -> Counts:

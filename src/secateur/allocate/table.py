@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from secateur.cost import Budget, Cost
-from secateur.errors import BudgetError, unknown
-from secateur.imports import imported
+from secateur.errors import BudgetError
+from secateur.imports import look_up
 
 Order = npt.NDArray[np.int64]
 """The group that gives up a unit, step by step; a group gives its lowest units first."""
@@ -83,13 +83,7 @@ def allocation_named(value: str | Rule) -> Allocation:
     Raises:
         BudgetError: there is none of this name.
     """
-    if callable(value):
-        return Allocation(value, getattr(value, "__name__", "your own"))
-    if ":" in value:
-        return Allocation(imported("allocation", value, BudgetError), value)
-    if value not in ALLOCATIONS:
-        raise BudgetError(unknown("allocation", value, ALLOCATIONS))
-    return ALLOCATIONS[value]
+    return look_up("allocation", value, ALLOCATIONS, Allocation, BudgetError)
 
 
 def allocate(

@@ -8,11 +8,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from secateur.errors import ScoreError, unknown
+from secateur.errors import ScoreError
 from secateur.graph import Inputs
 from secateur.graph.capture import as_call, with_batch
 from secateur.graph.duplicate import duplicate
-from secateur.imports import imported
+from secateur.imports import look_up
 
 Batches = Sequence[tuple[Tensor, Tensor]]
 Loss = Callable[[Tensor, Tensor], Tensor]
@@ -290,9 +290,8 @@ def weight_score_named(score: str | WeightScorer) -> WeightScore:
     Raises:
         ScoreError: there is no such score.
     """
-    if isinstance(score, str) and ":" not in score:
-        if score not in WEIGHT_SCORES:
-            raise ScoreError(unknown("score", score, WEIGHT_SCORES))
-        return WEIGHT_SCORES[score]
-    function = imported("score", score, ScoreError) if isinstance(score, str) else score
-    return WeightScore(function, "your own", needs_data=bool(getattr(function, "needs_data", False)))
+
+    def enter(function: WeightScorer, _: str) -> WeightScore:
+        return WeightScore(function, "your own", needs_data=bool(getattr(function, "needs_data", False)))
+
+    return look_up("score", score, WEIGHT_SCORES, enter, ScoreError)

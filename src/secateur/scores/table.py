@@ -6,10 +6,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from secateur.errors import ScoreError, unknown
+from secateur.errors import ScoreError
 from secateur.graph import Graph, Group
 from secateur.graph.modes import evaluating
-from secateur.imports import imported
+from secateur.imports import look_up
 
 
 @dataclass(frozen=True)
@@ -181,12 +181,11 @@ def score_named(score: str | ScoreFunction) -> Score:
     >>> score_named(lambda slices, generator: slices[0].weight.amax(1)).needs_data
     False
     """
-    if isinstance(score, str) and ":" not in score:
-        if score not in SCORES:
-            raise ScoreError(unknown("score", score, SCORES))
-        return SCORES[score]
-    function = imported("score", score, ScoreError) if isinstance(score, str) else score
-    return Score(function, "your own", needs_data=bool(getattr(function, "needs_data", False)))
+
+    def enter(function: ScoreFunction, _: str) -> Score:
+        return Score(function, "your own", needs_data=bool(getattr(function, "needs_data", False)))
+
+    return look_up("score", score, SCORES, enter, ScoreError)
 
 
 def score_groups(
