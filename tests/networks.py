@@ -28,16 +28,7 @@ TORCHVISION = [
     "vgg16_bn",
 ]
 NARROW_VGG = (8, 8, 12, 12, 16, 16, 16, 24, 24, 24, 32, 32, 32)
-VARIANTS = [
-    "densenet121_cifar",
-    "mobilenet_v2_x0_5_cifar",
-    *(f"resnet{depth}{shortcut}" for depth in (32, 44, 56, 110) for shortcut in ("", "_b")),
-    *(f"shufflenet_v2_x{width}_cifar" for width in ("1_0", "1_5", "2_0")),
-]
-"""Built-in models that are another of them with more of the same blocks, or with other widths."""
-
-STRUCTURES = sorted({*list_models()} - {*VARIANTS}) + [f"torchvision/{name}" for name in TORCHVISION]
-ALL = STRUCTURES + VARIANTS
+ALL = [*list_models(), *(f"torchvision/{name}" for name in TORCHVISION)]
 QUICK = {"resnet8", "resnet20", "vgg16_bn_cifar", "torchvision/resnet18", "torchvision/squeezenet1_1"}
 """Those that take a moment; tests of the others are slow."""
 

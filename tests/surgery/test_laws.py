@@ -11,7 +11,7 @@ from torch import Tensor, nn
 import secateur as sc
 from secateur.graph import Graph, Group, named_tensors
 from secateur.proof.verify import trains
-from tests.networks import ALL, QUICK, STRUCTURES, Network, network
+from tests.networks import ALL, QUICK, Network, network
 from tests.oracles import counted_macs, counted_params, culprits, random_masks, separating_sets, twin
 
 Cut = Callable[[nn.Module, Graph, sc.Plan], nn.Module]
@@ -37,12 +37,12 @@ class Case:
         return sc.analyze(self.cut, self.net.inputs)
 
 
-def networks(names: list[str]) -> pytest.MarkDecorator:
+def networks() -> pytest.MarkDecorator:
     """One process tests all laws of a network."""
-    marks = {
-        name: [pytest.mark.xdist_group(name), *[pytest.mark.slow] * (name not in QUICK)] for name in names
-    }
-    params = [pytest.param(name, marks=marks[name]) for name in names]
+    params = [
+        pytest.param(name, marks=[pytest.mark.xdist_group(name), *[pytest.mark.slow] * (name not in QUICK)])
+        for name in ALL
+    ]
     return pytest.mark.parametrize("case", params, indirect=True)
 
 
@@ -60,7 +60,7 @@ def relative_error(a: Tensor, b: Tensor) -> float:
     return ((a - b).abs().max() / a.abs().max()).item()
 
 
-@networks(STRUCTURES)
+@networks()
 def test_cut_equals_mask_for_every_group(case: Case) -> None:
     assert case.graph.groups
     check_groups(case.net, case.graph)
@@ -124,7 +124,7 @@ def test_two_groups_that_fail_together_only_are_both_named() -> None:
     assert culprits([2, 3, 6, 7], lambda part: 6 not in part) == [6]
 
 
-@networks(STRUCTURES)
+@networks()
 def test_removing_units_shows_in_the_output(case: Case) -> None:
     """To first order, by one backward pass. Otherwise a cut and a mask would be equal whatever was cut."""
     net, graph = case.net, case.graph
@@ -146,7 +146,7 @@ def test_removing_units_shows_in_the_output(case: Case) -> None:
     assert silent <= len(graph.groups) / 10
 
 
-@networks(ALL)
+@networks()
 def test_everything_at_once(case: Case, tmp_path) -> None:
     net, graph, cut = case.net, case.graph, case.cut
     plan = sc.Plan.of(graph, case.masks)
@@ -169,7 +169,7 @@ def test_everything_at_once(case: Case, tmp_path) -> None:
     assert trains(twin(cut), graph, seed=0)
 
 
-@networks(STRUCTURES)
+@networks()
 def test_empty_plan_is_a_bitwise_no_op(case: Case) -> None:
     net, graph = case.net, case.graph
     plan = sc.Plan.of(graph, [torch.ones(g.units, dtype=torch.bool) for g in graph.groups])
@@ -179,14 +179,14 @@ def test_empty_plan_is_a_bitwise_no_op(case: Case) -> None:
     assert repr(cut) == repr(net.model)
 
 
-@networks(STRUCTURES)
+@networks()
 def test_the_cut_network_costs_what_the_formula_said(case: Case) -> None:
     cost, kept = sc.Cost(case.graph), sc.Plan.of(case.graph, case.masks).kept(case.graph)
     again = sc.Cost(case.again)
     assert (again.macs(), again.params()) == (cost.macs(kept), cost.params(kept))
 
 
-@networks(STRUCTURES)
+@networks()
 def test_two_cuts_compose(case: Case) -> None:
     """Cutting some units, then others, gives the tensors that one cut of both gives."""
     net, graph, middle = case.net, case.graph, case.again
@@ -212,7 +212,7 @@ def signature(group: Group) -> tuple[tuple[str, int, int], ...]:
     return tuple((member.tensor, member.dim, member.index.shape[1]) for member in group.members)
 
 
-@networks(STRUCTURES)
+@networks()
 def test_plan_survives_json(case: Case) -> None:
     plan = sc.Plan.of(case.graph, random_masks(case.graph, seed=3), {"score": "l2"})
     assert sc.Plan.from_json(plan.to_json()) == plan
