@@ -82,6 +82,13 @@ def test_what_a_killed_write_left_is_no_obstacle(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["config.json"]
 
 
+def test_a_resumed_run_removes_what_a_killed_write_left(tmp_path: Path) -> None:
+    begun(tmp_path)
+    (tmp_path / ".model.0123abcd.tmp.safetensors").write_text("")
+    RunFolder(tmp_path, "prune", SETTINGS, "resume").begin(SAVED)
+    assert [path.name for path in tmp_path.iterdir()] == ["config.json"]
+
+
 def test_resume_of_nothing_starts(tmp_path: Path) -> None:
     assert RunFolder(tmp_path / "new", "prune", SETTINGS, "resume").resumed is None
 
@@ -455,3 +462,31 @@ def test_what_the_method_made_of_the_weights_is_what_is_measured(tmp_path: Path)
         assert all(torch.equal(t, final[name]) for name, t in found[compensation].items())
     assert found["none"].keys() == found["least-squares"].keys()
     assert not torch.equal(found["none"]["fc.weight"], found["least-squares"]["fc.weight"])
+
+
+def test_fine_tuning_that_harms_is_undone(tmp_path: Path) -> None:
+    config = without_exports(
+        task=replace(TASK, train_images=400),
+        budget={"macs": 0.9},
+        train=TrainConfig(epochs=4, batch_size=32, lr=0.1, schedule="one-cycle"),
+        finetune=TrainConfig.finetune(1, batch_size=32, lr=20.0, warmup_epochs=0.0),
+    )
+    out = tmp_path / "better"
+    report = prune_run(config, out)
+    assert report is not None
+    assert report.undone
+    assert report.accuracy_after == report.accuracy_cut > 0.5
+    assert "the cut model was kept" in report.outcome
+    assert any("the fine-tuned one is in finetuned.safetensors" in note for note in report.notes)
+    kept, cut, tuned = (read_tensors(out / f"{n}.safetensors")[0] for n in ("model", "cut", "finetuned"))
+    assert all(torch.equal(kept[name], cut[name]) for name in cut)
+    assert any(not torch.equal(kept[name], tuned[name]) for name in cut)
+    again = prune_run(config, out, mode="resume")
+    assert again is not None
+    assert again.accuracy_after == report.accuracy_after
+
+    last = prune_run(replace(config, keep="last"), tmp_path / "last")
+    assert last is not None
+    assert not last.undone
+    assert last.accuracy_after < report.accuracy_after
+    assert any("is in cut.safetensors" in note for note in last.notes)

@@ -20,7 +20,7 @@ Mode = Literal["new", "resume", "overwrite"]
 
 _LARGEST = 64 * 2**20  # bytes of a JSON file that are read at most
 _OWN = re.compile(
-    r"(config|plan|progress|report)\.json|report\.html|metrics\.jsonl|(dense|model|cut|masks)\.safetensors|model\.(onnx|pt2)"
+    r"(config|plan|progress|report)\.json|report\.html|metrics\.jsonl|(dense|model|cut|finetuned|masks)\.safetensors|model\.(onnx|pt2)"
     r"|(train|finetune)\.checkpoint\.safetensors|\.[\w.]+\.[0-9a-f]{8}\.tmp\.\w+"
     r"|tensorboard(/(train|finetune)(/events\.out\.tfevents\.[^/]+)?)?"
 )
@@ -166,6 +166,8 @@ class RunFolder:
             self.path.mkdir(parents=True, exist_ok=True)
             if self.resumed:
                 self.command = self.resumed.command
+                for path in self.path.glob(".*.tmp.*"):  # what a killed write left
+                    path.unlink()
                 return
             # config.json goes last: until then the folder is known to hold a run
             paths = sorted(_walk(self.path), key=lambda path: (path.name == "config.json", -len(path.parts)))
