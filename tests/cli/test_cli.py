@@ -356,7 +356,7 @@ def test_the_report_as_json(tmp_path: Path, run: Run) -> None:
 
 
 def test_the_summary_says_how_to_load_the_model(pruned: Path) -> None:
-    from secateur.cli.show import loading
+    from secateur.runs.summary import loading
 
     space: dict[str, Any] = {}
     exec("\n".join(loading(pruned)), space)
