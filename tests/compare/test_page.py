@@ -77,7 +77,7 @@ def test_marks_stand_where_the_numbers_are():
     picture = draw_fronts(runs)["plot-macs"].svg
     places = [
         tuple(map(float, pair))
-        for pair in re.findall(r'<svg x="([\d.]+)%" y="([\d.]+)" class="mark', picture)
+        for pair in re.findall(r'<\w+ c?x="([\d.]+)%" c?y="([\d.]+)"[^>]*class="mark', picture)
     ]
     (a, b, dense) = places
     assert (dense[0] - a[0]) / (a[0] - b[0]) == pytest.approx(2, abs=0.01)  # 100, 50 and 25 % kept

@@ -5,6 +5,7 @@ import html.parser
 import itertools
 import json
 import math
+import random
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -169,8 +170,7 @@ def test_the_pictures_hold_the_data(example):
     assert [row[0] for row in rows] == [group.name for group in scored]
     assert [row[2] for row in rows] == [f"{group.kept} of {group.units}" for group in scored]
     for group, row in zip(scored, rows, strict=True):
-        assert f"{group.kept} kept: {min_max(group, True)}" in row[1]
-        assert f"{group.units - group.kept} removed: {min_max(group, False)}" in row[1]
+        assert row[3:] == (min_max(group, True), min_max(group, False))
     assert ("plot-accuracy" in drawn) == bool(report.history)
     if report.history:
         assert len(drawn["plot-accuracy"].rows) == len(drawn["plot-loss"].rows) == 25
@@ -184,7 +184,8 @@ def min_max(group: Group, kept: bool) -> str:
 
 def test_places_on_a_chart():
     chart = Chart(Axis(0, 10), Axis(0, 100), 164)  # 100 pixels between the titles
-    assert 'x="25.00%" y="74.0"' in chart.mark(2.5, 50, "half")
+    assert 'cx="25.00%" cy="74.0"' in chart.mark(2.5, 50, "half")
+    assert 'x="25.00%" y="74.0"' in chart.mark(2.5, 50, "half", "square")
     assert 'x="10.00%" width="20.00%" y="24.0" height="100.0"' in chart.bar(1, 3, 0, 100, "all")
     assert 'points="0.00,124.0 100.00,24.0"' in chart.line([(0, 0), (10, 100)])
     assert Axis(1, 100, log=True).at(10) == pytest.approx(0.5)
@@ -195,12 +196,9 @@ def test_histograms_count_every_unit():
         resnet20(), groups=[Group("g", [False, True, True, True], [0.0, 1.0, 1.0, 0.99])]
     )
     picture = figures(report)["plot-scores"].rows[0][1]
-    kept, removed = re.findall(r'd="(M0 10[^"]*)V10z"', picture)
-    heights = [[float(step) for step in re.findall(r"V([\d.]+)h1", path)] for path in (kept, removed)]
-    assert [n for n, y in enumerate(heights[0]) if y != 10] == [47]
-    assert [n for n, y in enumerate(heights[1]) if y != 10] == [0]
-    assert heights[0][47] == 0.5  # three units, the most of all
-    assert heights[1][0] == pytest.approx(10 + 9.5 / 3**0.5, abs=0.05)
+    kept, removed = re.findall(r'd="M0 10([^"]*)V10z"', picture)
+    assert kept == "V10h47V0.5h1"  # three units, the most of all
+    assert removed == "V15.5h1V10h47"  # one of them: 9.5 / √3 below the line
 
 
 def test_how_units_faded():
@@ -229,8 +227,12 @@ def test_how_pruning_went():
         assert row[2] == f"{report.pruning_history[0]['units'][row[0]]} → {last['units'][row[0]]}"
     assert drawn["plot-cost"].rows[-1] == ("200", "50.0 %", "52.0 %")
     layer = drawn["plot-layers"].rows[0][1]
-    assert re.findall(r'x="(\d)" y="0" width="1" [^>]*?(?:opacity="([\d.]+)")?>', layer) == [
-        ("0", ""), ("1", "0.88"), ("2", "0.75"), ("3", "0.62"), ("4", "0.50")
+    assert (
+        "<title>step 0: 10,000, step 50: 8,750, step 100: 7,500, step 150: 6,250, step 200: 5,000</title>"
+        in layer
+    )
+    assert re.findall(r'<path opacity="([\d.]+)" d="M([^"]*)"/>', layer) == [
+        ("1", "0 5h1"), ("0.9", "1 5h1"), ("0.8", "2 5h1"), ("0.6", "3 5h1"), ("0.5", "4 5h1")
     ]  # fmt: skip
 
 
@@ -400,6 +402,27 @@ def test_pages_are_light_and_load_nothing(example):
     assert not re.findall(r'(?:src|href)="(?!data:|#)', page)
 
 
+def test_even_a_long_training_of_a_deep_network_is_a_light_page():
+    report, rng = deep(), random.Random(0)
+    names = [group.name for group in report.groups]
+    rates = {name: rng.random() for name in names}
+    history = [
+        {
+            "step": n, "macs": 0.5, "params": 0.5,
+            "units": dict.fromkeys(names, 1000 - n),
+            "layers": dict.fromkeys(names, 1000 - n),
+            "threshold": {name: [n * rate] for name, rate in rates.items()},
+        }
+        for n in range(400)
+    ]  # fmt: skip
+    decays = [Ending(names[n % 120], n % 32, n, n + 50, n % 9 == 0, rng.random(), 1.0) for n in range(5_000)]
+    lines = [{"phase": "train", "loss": 1 / n, "accuracy": 1 - 1 / n} for n in range(1, 301)]
+    heavy = dataclasses.replace(report, pruning_history=history, decays=decays, history=lines)
+    assert len(render(heavy).encode()) < LIMIT
+    assert "Drawn is one decay in 21 of each group." in Page(render(heavy)).text
+    assert sum(int(row[2]) + int(row[3]) for row in figures(heavy)["plot-decays"].rows) == 5_000
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 @pytest.mark.parametrize("width", [1400, 420])
@@ -417,7 +440,7 @@ def test_a_browser_shows_it_offline(window: Browser, example, width: int, scheme
     plots = window.run("return [...document.querySelectorAll('.figure')].map(plot => plot.id)")
     assert sorted(plots) == sorted(figures(report))
     for plot in plots:
-        drawn = f"return [...document.querySelectorAll('#{plot} :is(.bar, polyline, .mark path)')]"
+        drawn = f"return [...document.querySelectorAll('#{plot} :is(.bar, polyline, .mark, .strip rect, .strip path)')]"
         assert window.run(f"{drawn}.filter(shape => shape.getBoundingClientRect().width > 0).length"), plot
     if report.widths:
         bars = window.run("return document.querySelectorAll('#plot-widths .bar').length")
@@ -446,7 +469,7 @@ def test_one_can_read_it(window: Browser, scheme: str, tmp_path: Path):
     for selector, css, least in (
         ("body", "color", 4.5), (".muted", "color", 4.5), (".verdict strong", "color", 4.5), ("td.after", "color", 4.5),
         (".chart text", "fill", 4.5), (".tiles dt", "color", 4.5), ("#plot-widths .bar", "fill", 3),
-        ("#plot-widths g:last-of-type .bar", "fill", 3), ("#plot-accuracy g:last-of-type .mark path", "fill", 3),
+        ("#plot-widths g:last-of-type .bar", "fill", 3), ("#plot-accuracy g:last-of-type .mark", "fill", 3),
     ):  # fmt: skip
         found = window.color(f'getComputedStyle(document.querySelector("{selector}")).{css}')
         assert contrast(paper, found) >= least, (selector, found)

@@ -1,6 +1,6 @@
 """The report's pictures, each with the numbers it shows as a table."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -8,12 +8,12 @@ import numpy as np
 from markupsafe import Markup
 
 from secateur.report.data import Ending, Group, LayerCurve, Report
-from secateur.report.svg import AFTER, BEFORE, REMOVED, Axis, Chart, box, number, outline, strip
+from secateur.report.svg import AFTER, BEFORE, REMOVED, Axis, Chart, box, cells, number, steps, strip
 
 _BINS = 48
 _MARKS = 40  # a line of more points shows them only when pointed at
 FEW = 10  # answers of about equal confidence that say little
-_COLUMNS = 40  # points of a history that are shown
+_COLUMNS = 24  # points of a history that are shown
 
 
 @dataclass(frozen=True)
@@ -39,10 +39,12 @@ class Strips:
     Attributes:
         heads: of the columns.
         rows: name, then pictures and texts.
+        about: what must be said of the pictures.
     """
 
     heads: Sequence[str]
     rows: Sequence[Sequence[str | Markup]]
+    about: str = ""
 
 
 Picture = Figure | Strips
@@ -84,22 +86,12 @@ def figures(report: Report) -> dict[str, Picture]:
 
 def widths(report: Report) -> Figure:
     """The network from input to output: each layer as thick as it is wide, before and after."""
-    found, most = report.widths, max(width.before for width in report.widths)
-    chart = Chart(Axis(0, len(found)), Axis(-most / 2, most / 2), 220)
-    for color, units in ((BEFORE, [w.before for w in found]), (AFTER, [w.after for w in found])):
-        chart.add(
-            color,
-            *(
-                chart.bar(
-                    i + 0.14,
-                    i + 0.86,
-                    -n / 2,
-                    n / 2,
-                    f"{w.layer}: {w.before} → {w.after} units ({_share(w.after, w.before)} kept)",
-                )
-                for i, (w, n) in enumerate(zip(found, units, strict=True))
-            ),
-        )
+    most = max(width.before for width in report.widths)
+    chart = Chart(Axis(0, len(report.widths)), Axis(-most / 2, most / 2), 220)
+    for place, width in enumerate(report.widths):
+        title = f"{width.layer}: {width.before} → {width.after} units ({100 * width.after / width.before:.1f} % kept)"
+        for color, units in ((BEFORE, width.before), (AFTER, width.after)):
+            chart.add(color, chart.bar(place + 0.14, place + 0.86, -units / 2, units / 2, title))
     return Figure(
         chart.draw("Width of each layer before and after, from input to output", axes=False), (), ()
     )
@@ -246,37 +238,35 @@ def scores(groups: Sequence[Group]) -> Strips:
         most = max(count.max() for count in counts) or 1
         shapes = [box(BEFORE, 0, 9.8, _BINS, 0.4)]
         for color, count, sign in zip((AFTER, REMOVED), counts, (-1, 1), strict=True):
-            steps = "".join(f"V{10 + sign * 9.5 * (n / most) ** 0.5:.3g}h1" for n in count)
-            shapes.append(outline(color, f"M0 10{steps}V10z"))
+            shapes.append(steps(color, 10, [10 + sign * 9.5 * (n / most) ** 0.5 for n in count.tolist()]))
         words = [
             f"{part.min():.3g} … {part.max():.3g}" if len(part) else "–" for part in parts
         ]  # fmt: skip
-        title = f"{group.name}\n{len(parts[0])} kept: {words[0]}\n{len(parts[1])} removed: {words[1]}"
-        rows.append((group.name, strip(_BINS, 20, shapes, title), f"{group.kept} of {group.units}", *words))
+        rows.append((group.name, strip(_BINS, 20, shapes), f"{group.kept} of {group.units}", *words))
     return Strips(("group", "lowest to highest score", "kept", "scores kept", "scores removed"), rows)
 
 
 def cost(report: Report) -> Figure:
     """MACs and parameters over the steps of the training, as shares of the dense model."""
     history = _thinned(report.pruning_history)
-    steps = [point["step"] for point in history]
+    at = [point["step"] for point in history]
     lines = {key: [100 * point[key] for point in history] for key in ("params", "macs")}
     chart = Chart(
-        Axis(steps[0], max(steps[-1], steps[0] + 1), "optimizer step", whole=True),
+        Axis(at[0], max(at[-1], at[0] + 1), "optimizer step", whole=True),
         Axis.over([y for values in lines.values() for y in values], zero=True, unit=" %"),
     )
     for (key, values), color in zip(lines.items(), (BEFORE, AFTER), strict=True):
         said = "MACs" if key == "macs" else "parameters"
-        points = list(zip(steps, values, strict=True))
+        points = list(zip(at, values, strict=True))
         marks = (chart.mark(x, y, f"step {x}: {y:.1f} % of the {said}", kind="faint") for x, y in points)
         chart.add(color, chart.line(points), *marks)
-    rows = [(f"{x:,}", f"{m:.1f} %", f"{p:.1f} %") for x, p, m in zip(steps, *lines.values(), strict=True)]
+    rows = [(f"{x:,}", f"{m:.1f} %", f"{p:.1f} %") for x, p, m in zip(at, *lines.values(), strict=True)]
     label = "MACs and parameters over the steps of the training"
     return Figure(chart.draw(label), ("step", "MACs", "parameters"), rows)
 
 
 def over_time(report: Report, key: str) -> Strips:
-    """One row per group or layer, one cell per point of the history; stronger colour is more.
+    """One row per group or layer, one cell per point of the history; a stronger colour is more.
 
     Units and the MACs of layers are shares of their first; of several scores of one group the mean is shown.
     """
@@ -293,57 +283,54 @@ def over_time(report: Report, key: str) -> Strips:
     first, last = history[0]["step"], history[-1]["step"]
     rows = []
     for name, row, share in zip(names, values, shares, strict=True):
-        cells = [
-            box(AFTER, start, 0, end - start, 10, max(0.04, float(share[start])))
-            for start, end in _runs(np.round(share, 2))
-        ]
-        picture = strip(len(history), 10, cells, f"{name}: {number(row[0])} → {number(row[-1])}")
+        said = ", ".join(f"step {history[n]['step']:,}: {number(row[n])}" for n in _spread(len(history), 5))
+        picture = strip(len(history), 10, [cells(AFTER, share.tolist())], said)
         rows.append((name, picture, f"{number(row[0])} → {number(row[-1])}"))
     return Strips(("", f"step {first:,} to {last:,}", "first → last"), rows)
 
 
-def _runs(values: Sequence[float]) -> Iterator[tuple[int, int]]:
-    """Beginnings and ends of runs of equal values.
-
-    >>> list(_runs([1, 1, 2]))
-    [(0, 2), (2, 3)]
-    """
-    start = 0
-    for i in range(1, len(values) + 1):
-        if i == len(values) or values[i] != values[start]:
-            yield start, i
-            start = i
-
-
 def _thinned(history: Sequence[Mapping[str, Any]]) -> Sequence[Mapping[str, Any]]:
     """So many points of a history as a picture can show, the first and the last among them."""
-    places = np.unique(np.linspace(0, len(history) - 1, min(_COLUMNS, len(history))).round().astype(int))
-    return [history[place] for place in places]
+    return [history[place] for place in _spread(len(history), _COLUMNS)]
+
+
+def _spread(count: int, most: int) -> list[int]:
+    """Some of so many places, evenly spread, the first and the last among them.
+
+    >>> _spread(10, 4), _spread(2, 4)
+    ([0, 3, 6, 9], [0, 1])
+    """
+    return [round(place) for place in np.linspace(0, count - 1, min(most, count)).tolist()]
 
 
 def decays(report: Report) -> Strips:
     """One row per group; in it one line per decay, from its start to its end, units from top to bottom."""
     units = {group.name: group.units for group in report.groups}
     first, last = min(d.start for d in report.decays), max(d.end for d in report.decays)
-    span = max(last - first, 1)
-    said = len(report.decays) <= 1500  # else the words would outweigh the page
+    span, every = max(last - first, 1), _one_in(report)
     rows = []
     for name, count in units.items():
         ended = [decay for decay in report.decays if decay.group == name]
         if not ended:
             continue
-        thick = min(30 / count, 3)
+        thick = min(max(24 / count, 1), 3)
         lines = [
             box(
                 REMOVED if d.restored else BEFORE, d.start - first, 30 * (d.unit + 0.5) / count - thick / 2,
-                max(d.end - d.start, span / 200), 0.8 * thick,
-                title=f"unit {d.unit}: steps {d.start} to {d.end}, {_ended(d)}" if said else "",
+                max(d.end - d.start, span / 200), thick,
+                title=f"unit {d.unit}: steps {d.start} to {d.end}, {_ended(d)}",
             )
-            for d in ended
+            for d in ended[::every]
         ]  # fmt: skip
         restored = sum(d.restored for d in ended)
-        rows.append((name, strip(span, 30, lines), f"{len(ended) - restored}", f"{restored}"))
-    return Strips(("group", f"step {first:,} to {last:,}", "zero", "restored"), rows)
+        rows.append((name, strip(span, 30, lines), f"{len(ended) - restored:,}", f"{restored:,}"))
+    about = f"Drawn is one decay in {every} of each group." if every > 1 else ""
+    return Strips(("group", f"step {first:,} to {last:,}", "zero", "restored"), rows, about)
+
+
+def _one_in(report: Report) -> int:
+    """Of so many decays one is drawn: where the page has rows for many groups, it has less room for them."""
+    return 1 + len(report.decays) // max(250, 1500 - 12 * len(report.groups))
 
 
 def _ended(decay: Ending) -> str:
@@ -353,6 +340,7 @@ def _ended(decay: Ending) -> str:
 def resistance(report: Report) -> Figure:
     """What the test for restoring last measured of each unit that faded, and its thresholds."""
     found = [(d.rate, d.length, d) for d in report.decays if d.rate is not None and d.length is not None]
+    every = _one_in(report)
     edges = report.restore_above
     chart = Chart(
         Axis.over([rate for rate, *_ in found] + [edges.get("rate", 0.0)], "rate"),
@@ -369,16 +357,18 @@ def resistance(report: Report) -> Figure:
             color,
             *(
                 chart.mark(a, b, f"{d.group}, unit {d.unit}: rate {number(a)}, length {number(b)}")
-                for a, b, d in found
+                for a, b, d in found[::every]
                 if d.restored == restored
             ),
         )
-    rows = [(d.group, f"{d.unit}", number(a), number(b), _ended(d)) for a, b, d in found[:200]]
+    rows = [(d.group, f"{d.unit}", number(a), number(b), _ended(d)) for a, b, d in found[:100]]
     return Figure(
         chart.draw("Rate and length of the resistance of each unit that faded"),
         ("group", "unit", "rate", "length", "ended"),
         rows,
-        f"The first 200 of {len(found):,}." if len(found) > 200 else "",
+        f"Of {len(found):,} decays, one in {every} is drawn, and the first 100 are listed."
+        if len(found) > 100
+        else "",
     )
 
 
@@ -431,7 +421,8 @@ def _over_epochs(report: Report, y: Axis) -> Chart:
 
 def _curve(chart: Chart, points: Sequence[tuple[float, float]], color: str, words: str) -> None:
     kind = "faint" if len(points) > _MARKS else ""
-    marks = (chart.mark(x, y, f"epoch {x:g}, {words.format(y)}", kind=kind) for x, y in points)
+    few = points[:: 1 + len(points) // 100]
+    marks = (chart.mark(x, y, f"epoch {x:g}, {words.format(y)}", kind=kind) for x, y in few)
     chart.add(color, chart.line(points), *marks)
 
 
@@ -439,7 +430,3 @@ def _by_epoch(report: Report, *lines: Sequence[tuple[float, float]]) -> list[lis
     found = [dict(points) for points in lines]
     epochs = range(1, len(report.history) + 1)
     return [[f"{n}", *(number(one[n]) if n in one else "–" for one in found)] for n in epochs]
-
-
-def _share(part: float, whole: float) -> str:
-    return f"{100 * part / whole:.1f} %"

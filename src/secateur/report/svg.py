@@ -4,6 +4,7 @@ Across, places are percentages, so that text keeps its size on any screen; down,
 mostly a variable of the page's style sheet. Every name is escaped.
 """
 
+import itertools
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -16,7 +17,7 @@ BEFORE, AFTER, REMOVED = "var(--before)", "var(--after)", "var(--removed)"
 
 _TOP, _BOTTOM = 24, 40  # pixels above and below the plot, for titles and ticks
 _SHAPES = {
-    "circle": "M-4 0a4 4 0 1 1 8 0a4 4 0 1 1-8 0z",
+    "circle": "",  # SVG has its own
     "square": "M-3.5-3.5h7v7h-7z",
     "diamond": "M0-5L5 0L0 5L-5 0z",
     "triangle": "M0-5L5 4H-5z",
@@ -146,10 +147,10 @@ class Chart:
 
     def mark(self, x: float, y: float, title: str, shape: str = "circle", kind: str = "") -> str:
         """A mark at a point; of kind "hollow", or "faint" until it is pointed at."""
-        return (
-            f'<svg x="{self._across(x)}" y="{self._down(y):.1f}" class="mark {kind}">'
-            f'<path d="{_SHAPES[shape]}"/>{_title(title)}</svg>'
-        )
+        across, down, said = self._across(x), f"{self._down(y):.1f}", _title(title)
+        if shape == "circle":
+            return f'<circle cx="{across}" cy="{down}" r="4" class="mark {kind}">{said}</circle>'
+        return f'<svg x="{across}" y="{down}" class="mark {kind}"><path d="{_SHAPES[shape]}"/>{said}</svg>'
 
     def bar(self, left: float, right: float, low: float, high: float, title: str) -> str:
         """A filled rectangle between two values of each axis."""
@@ -217,7 +218,7 @@ def strip(width: float, height: float, shapes: Iterable[str], title: str = "") -
 
     Args:
         width, height: in units of the shapes; both are stretched to the cell.
-        shapes: from `box` and `outline`.
+        shapes: from `box`, `cells` and `steps`.
         title: said when it is pointed at.
     """
     return Markup(
@@ -232,13 +233,28 @@ def box(
     """A filled rectangle; `share` of 1 is the full colour."""
     faint = f' opacity="{share:.2f}"' if share < 1 else ""
     place = f'x="{x:.5g}" y="{y:.5g}" width="{width:.5g}" height="{height:.5g}"'
-    return f'<rect style="--c:{color}" class="bar" {place}{faint}>{_title(title)}</rect>'
+    return f'<rect style="--c:{color}" {place}{faint}>{_title(title)}</rect>'
 
 
-def outline(color: str, path: str, share: float = 1) -> str:
-    """A filled outline, as SVG writes paths."""
-    faint = f' opacity="{share:.2f}"' if share < 1 else ""
-    return f'<path style="--c:{color}" class="bar" d="{path}"{faint}/>'
+def cells(color: str, shares: Sequence[float]) -> str:
+    """A row of cells of width 1 and height 10, in ten shades; `shares` of 1 have the full colour."""
+    shades: dict[int, str] = {}
+    place = 0
+    for shade, run in itertools.groupby(max(1, round(10 * share)) for share in shares):
+        length = len(list(run))
+        shades[shade] = shades.get(shade, "") + f"M{place} 5h{length}"
+        place += length
+    drawn = (f'<path opacity="{shade / 10:g}" d="{path}"/>' for shade, path in shades.items())
+    return f'<g class="cells" style="--c:{color}">{"".join(drawn)}</g>'
+
+
+def steps(color: str, base: float, heights: Sequence[float]) -> str:
+    """A filled outline of columns of width 1 between a base and each height, both counted downwards."""
+    runs = (
+        (f"{height:.1f}".removesuffix(".0"), len(list(run))) for height, run in itertools.groupby(heights)
+    )
+    path = "".join(f"V{height}h{length}" for height, length in runs)
+    return f'<path style="--c:{color}" d="M0 {base:g}{path}V{base:g}z"/>'
 
 
 def _title(text: str) -> str:
