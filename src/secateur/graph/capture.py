@@ -11,7 +11,15 @@ from torch.utils import _pytree as pytree
 
 from secateur.errors import CaptureError
 from secateur.graph.duplicate import duplicate
-from secateur.graph.guard import check_deterministic, check_readable, culprit, plain_outputs, quiet, untouched
+from secateur.graph.guard import (
+    check_deterministic,
+    check_readable,
+    culprit,
+    plain_outputs,
+    quiet,
+    untouched,
+    written_out,
+)
 
 Inputs: TypeAlias = Tensor | tuple[Any, ...] | list[Any] | Mapping[str, Any]
 """Example inputs: one tensor, a tuple of positional arguments, or a mapping of keyword arguments."""
@@ -96,7 +104,7 @@ def capture(
         CaptureError: the inputs do not fit the model, or `forward` depends on the data or on chance.
     """
     check_readable(model)
-    with untouched(model):
+    with untouched(model), written_out():
         model.train(training)
         captured = _export(model, (inputs,) if exact else (with_batch(inputs, BATCH), inputs), any_batch)
     if not training:
