@@ -16,6 +16,7 @@ A message says where, what was found, what was expected, and what to do. The com
 message alone and exits with code 2.
 """
 
+import re
 from collections.abc import Iterable
 
 
@@ -70,3 +71,13 @@ def unknown(kind: str, name: str, choices: Iterable[str]) -> str:
     "unknown score 'l3'; choose one of: l1, l2"
     """
     return f"unknown {kind} {name!r}; choose one of: {', '.join(sorted(choices))}"
+
+
+def first_line(error: BaseException) -> str:
+    """What another library's error says, without its details, hints, full stop and terminal codes.
+
+    >>> first_line(ValueError("\\x1b[31mtoo short\\x1b[0m.\\nSee the docs."))
+    'too short'
+    """
+    text = re.sub(r"\x1b\[[0-9;]*[A-Za-z]", "", str(error)).strip() or type(error).__name__
+    return text.splitlines()[0].partition(" Hint: ")[0].rstrip(".")[:300]
