@@ -28,7 +28,8 @@ class Member:
     Attributes:
         tensor: name of a parameter or buffer.
         dim: the dim that shrinks.
-        role: "out" (makes the unit), "in" (reads it), "depthwise", "bias", "scale", "shift", "statistic", "other".
+        role: "out" (makes the unit), "in" (reads it), "recurrent" (reads it at the next step),
+            "depthwise", "bias", "scale", "shift", "statistic", "other".
         index: (units, positions), the positions along `dim` of each unit.
     """
 

@@ -89,6 +89,17 @@ def mirrored(module: nn.Module, keep: Mapping[tuple[str, int], Keep]) -> dict[st
         return {"num_embeddings": width("weight", 0), "embedding_dim": width("weight", 1)}
     if isinstance(module, nn.MultiheadAttention):
         return _attention(module, keep)
+    if isinstance(module, nn.RNNBase):
+        rows = module.weight_ih_l0.shape[0] // module.hidden_size
+        projected = width("weight_hr_l0", 0) if module.proj_size else 0
+        return {
+            "input_size": width("weight_ih_l0", 1),
+            "hidden_size": width("weight_ih_l0", 0) // rows,
+            "proj_size": projected,
+        }
+    if isinstance(module, nn.RNNCellBase):
+        rows = module.weight_ih.shape[0] // module.hidden_size
+        return {"input_size": width("weight_ih", 1), "hidden_size": width("weight_ih", 0) // rows}
     if isinstance(module, nn.PReLU):
         return {"num_parameters": width("weight", 0)}
     return {}

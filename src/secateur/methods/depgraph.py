@@ -64,7 +64,11 @@ class DepGraph(TrainingMethod):
             gamma = self.strength * self.gammas(session, number)
             for member in session.graph.groups[number].members:
                 p = session.tensors.get(member.tensor)
-                if p is None or p.grad is None or member.role not in ("out", "depthwise", "scale", "in"):
+                if (
+                    p is None
+                    or p.grad is None
+                    or member.role not in ("out", "depthwise", "scale", "in", "recurrent")
+                ):
                     continue
                 along = member.spread(gamma.to(p), p.shape[member.dim], 0.0)
                 shape = [1] * p.ndim

@@ -217,18 +217,6 @@ def einsum(site: Site) -> Result:
     return value
 
 
-@operator("lstm gru rnn_tanh rnn_relu", PLAIN.but(trains="train"))
-def recurrent(site: Site) -> Result:
-    """A recurrent layer stays whole; for every step of every sequence it multiplies by each weight once."""
-    rows = math.prod(site.operands[0].shape[:-1])
-    parameters = (value for value in site.operands if value.tensor in site.labels.parameters)
-    weights = [value for value in parameters if len(value.shape) == 2]
-    site.count(rows * sum(math.prod(weight.shape) for weight in weights))
-    if weights:  # so that the layer is on the list of what stays
-        site.labels.pin(site.labels.axis(weights[0], 0, "out", unit=True), f"no rule for {site.op}")
-    return without_rule(site)
-
-
 def write_scale(step: Step) -> Step:
     if step.args.get("scale") is None:
         step.args["scale"] = step.shape_of("query")[-1] ** -0.5
