@@ -48,6 +48,7 @@ FAMILIES: dict[str, dict[str, Function]] = {
     "fourier": {"fft_irfft2": lambda m, y: torch.fft.irfft2(torch.fft.rfft2(y), s=(4, 4))},
     "image": {
         "max_pool2d": lambda m, y: F.max_pool2d(y, 3, 1, 1),
+        "max_unpool2d": lambda m, y: F.max_unpool2d(*F.max_pool2d(y, 2, return_indices=True), 2),
         "grid_sampler": lambda m, y: F.grid_sample(y, m.places.expand(len(y), 4, 4, 2), align_corners=False),
         "im2col": lambda m, y: F.unfold(y, 1).unflatten(2, (4, 4)),
         "col2im": lambda m, y: F.fold(F.unfold(y, 2, stride=2), (4, 4), 2, stride=2),
