@@ -115,6 +115,7 @@ class DepGraph(TrainingMethod):
         """Without the optimizer's weight decay in the sparse phase."""
         assert session.optimizer is not None
         groups = session.optimizer.param_groups if session.step < session.own.sparse_steps else []
+        groups = [group for group in groups if "weight_decay" in group]
         decays = [group["weight_decay"] for group in groups]
         for group in groups:
             group["weight_decay"] = 0.0
