@@ -24,7 +24,9 @@ def learning_rates(session: Session[Any], number: int) -> Tensor:
     lr = {p: float(group["lr"]) for group in groups for p in group["params"] if p.requires_grad}
     parts = session.pool.parts(number)
     sizes = [m.take(p.detach()).shape[1] for m, p in parts]
-    rates = torch.tensor([lr.get(p, 0.0) for (_, p), size in zip(parts, sizes, strict=True) for _ in range(size)])
+    rates = torch.tensor(
+        [lr.get(p, 0.0) for (_, p), size in zip(parts, sizes, strict=True) for _ in range(size)]
+    )
     return rates.to(device=session.device, dtype=torch.float64)
 
 
