@@ -59,6 +59,13 @@ def test_it_tests_as_seldom_as_told_and_learns_the_same(tmp_path: Path) -> None:
     assert [event.step for event in scalars(tmp_path / "seldom", "accuracy")] == [10, 20, 25]
 
 
+def test_training_needs_no_tensorboard(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("secateur.recipes.train_log.find_spec", lambda name: None)
+    fit(toy_model(), toy_data(), replace(CONFIG, epochs=1), tmp_path)
+    assert (tmp_path / "metrics.jsonl").exists()
+    assert not (tmp_path / "tensorboard").exists()
+
+
 def test_tensorboard_holds_the_metrics(tmp_path: Path) -> None:
     result = fit(toy_model(), toy_data(), CONFIG, tmp_path)
     assert [event.step for event in scalars(tmp_path, "accuracy")] == [5, 10, 15]

@@ -122,8 +122,8 @@ def fit(
     weights may be left in the channels-last layout, which changes no value.
 
     In `folder` the phase leaves `metrics.jsonl`, one line per epoch beside those of other phases;
-    `<phase>.checkpoint.safetensors`; and TensorBoard scalars under `tensorboard/<phase>`. On the CPU a run
-    that was killed and resumed equals an uninterrupted one bit for bit, but for the times.
+    `<phase>.checkpoint.safetensors`; and scalars under `tensorboard/<phase>` if TensorBoard is installed. On the
+    CPU a run that was killed and resumed equals an uninterrupted one bit for bit, but for the times.
 
     Args:
         model: images (n, c, h, w) to logits (n, classes).
