@@ -10,6 +10,7 @@ from torch import nn
 from secateur import Plan, analyze
 from secateur.errors import BudgetError, FileError, SecateurError
 from secateur.files import read_tensors
+from secateur.methods import method_named
 from secateur.recipes.data import Normalisation
 from secateur.recipes.models import build_model
 from secateur.recipes.train_config import TrainConfig
@@ -183,6 +184,59 @@ def test_equal_configurations_give_equal_models(tmp_path: Path) -> None:
         "train",
         "finetune",
     ]
+
+
+REPEATED = [
+    ("lapp", {"bypass": bypass, "side": side})
+    for bypass, side in (
+        ("full", "depthwise"),
+        ("full", "pointwise"),
+        ("shared", "depthwise"),
+        ("none", "depthwise"),
+    )
+] + [
+    ("lapp", {"bypass": "none", "removal": {"steps": 2}}),
+    ("paam", {}),
+    ("gradual", {"score": "random", "rounds": 2}),
+    ("gradual", {"rounds": 1, "removal": {"steps": 2, "restore": True}}),
+    ("depgraph", {}),
+    ("oto", {}),
+    ("hesso", {"periods": 2}),
+    ("gate-decorator", {"ticks": 1, "ticks_per_tock": 1}),
+    ("precrop", {}),
+    ("preconfig", {}),
+    ("snip", {}),
+    ("random-weights", {}),
+]
+
+
+@pytest.mark.parametrize(("method", "options"), REPEATED, ids=str)
+def test_one_seed_is_one_model_whatever_was_drawn_before(
+    method: str, options: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "nets.py").write_text(NETS)
+    monkeypatch.chdir(tmp_path)
+    during = method_named(method).when == "during"
+    config = without_exports(
+        task=replace(TASK, model="nets.py:net", train_images=30, test_images=10),
+        budget={"macs": 0.6},
+        method=method,
+        options=options,
+        **{"train" if during else "finetune": TrainConfig(epochs=2, batch_size=10)},
+    )
+    for number in range(2):
+        torch.manual_seed(number)
+        prune_run(config, tmp_path / str(number))
+    assert same_tensors(*(tmp_path / str(number) / "model.safetensors" for number in range(2)))
+
+
+NETS = """
+from torch import nn
+def net(classes, in_channels):
+    return nn.Sequential(
+        nn.Conv2d(in_channels, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 8, 3, padding=1),
+        nn.BatchNorm2d(8), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, classes))
+"""
 
 
 def test_a_seed_stands_for_the_weights_whatever_was_drawn_before() -> None:

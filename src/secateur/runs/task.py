@@ -1,5 +1,7 @@
 """The model and the data of a run, loaded."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -84,9 +86,16 @@ def load_task(task: Task) -> LoadedTask:
 
 def fresh_model(name: str, classes: int | None, in_channels: int, seed: int) -> nn.Module:
     """Build a model; the same seed gives the same weights."""
+    with seeded(seed):
+        return build_model(name, classes=classes, in_channels=in_channels)
+
+
+@contextmanager
+def seeded(seed: int) -> Iterator[None]:
+    """Inside the block, what is drawn without a generator follows from the seed; outside, nothing changes."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return build_model(name, classes=classes, in_channels=in_channels)
+        yield
 
 
 def load_into(model: nn.Module, weights: Path) -> str:
