@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from secateur import Plan, analyze
-from secateur.errors import BudgetError, FileError, SecateurError
+from secateur.errors import BudgetError, FileError, ModelError, SecateurError
 from secateur.files import read_tensors
 from secateur.methods import method_named
 from secateur.recipes.data import Normalisation
@@ -184,6 +184,21 @@ def test_equal_configurations_give_equal_models(tmp_path: Path) -> None:
         "train",
         "finetune",
     ]
+
+
+def test_weights_of_another_built_in_model_name_it(tmp_path: Path) -> None:
+    from safetensors.torch import save_file
+
+    other = build_model("resnet20_b", classes=3).state_dict()
+    save_file(
+        {f"module.{n.replace('shortcut', 'downsample')}": t for n, t in other.items()},
+        tmp_path / "b.safetensors",
+    )
+    with pytest.raises(ModelError, match=r"12 in the file only.*Its convolutions are those of resnet20_b\.$"):
+        load_into(build_model("resnet20", classes=3), tmp_path / "b.safetensors")
+    save_file({"conv.weight": torch.zeros(3, 3, 5, 5)}, tmp_path / "c.safetensors")
+    with pytest.raises(ModelError, match=r"saved from\.$"):
+        load_into(build_model("resnet20", classes=3), tmp_path / "c.safetensors")
 
 
 REPEATED = [

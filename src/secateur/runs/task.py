@@ -1,6 +1,6 @@
 """The model and the data of a run, loaded."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,11 +8,11 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from secateur.errors import FileError
+from secateur.errors import FileError, ModelError
 from secateur.files import read_tensors
 from secateur.recipes.data import Batches, Dataset, Normalisation, load_data
 from secateur.recipes.models import build_model, list_models
-from secateur.recipes.models.weights import load_weights, normalisation_for
+from secateur.recipes.models.weights import load_weights, name_in, normalisation_for
 from secateur.recipes.train import Evaluation, evaluate
 from secateur.runs.config import Task
 from secateur.runs.folder import SavedRun
@@ -109,8 +109,23 @@ def load_into(model: nn.Module, weights: Path) -> str:
     if weights.suffix == ".safetensors" and "recipe" in read_tensors(weights)[1]:
         load(model, weights)
         return ""
-    info = load_weights(model, weights)
+    try:
+        info = load_weights(model, weights)
+    except ModelError as error:
+        fitting = [name for name in list_models() if _has_convolutions_of(name, read_tensors(weights)[0])]
+        if not fitting:
+            raise
+        raise ModelError(f"{error} Its convolutions are those of {' and '.join(fitting)}.") from None
     return info.note if info else ""
+
+
+def _has_convolutions_of(name: str, tensors: Mapping[str, Tensor]) -> bool:
+    """Whether a built-in model has the convolution kernels of a weights file, name by name."""
+    with torch.device("meta"):
+        own = build_model(name).state_dict()
+    named = {name_in(own, key): tensor for key, tensor in tensors.items()}
+    kernels = [{(key, *t.shape) for key, t in one.items() if t.ndim == 4} for one in (own, named)]
+    return kernels[0] == kernels[1]
 
 
 def evaluate_once(model: nn.Module, data: Dataset) -> Evaluation:
