@@ -90,6 +90,28 @@ def test_a_resumed_run_removes_what_a_killed_write_left(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["config.json"]
 
 
+def test_a_folder_that_may_not_be_written_is_refused_before_any_work(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("os.access", lambda path, mode: Path(path) != tmp_path)
+    with pytest.raises(FileError, match=r"could not be written: Permission denied\. Choose"):
+        RunFolder(tmp_path / "new" / "run", "prune", SETTINGS)
+
+
+def test_a_model_for_other_classes_is_refused_before_any_work(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "nets.py").write_text(
+        NETS.replace("def net(classes, in_channels)", "def net(in_channels, classes=5)")
+    )
+    (tmp_path / "fixed.py").write_text("from nets import net as make\ndef net(): return make(1, 5)\n")
+    monkeypatch.chdir(tmp_path)
+    config = without_exports(task=replace(TASK, model="fixed.py:net"), budget={"macs": 0.5}, method="oneshot")
+    with pytest.raises(ModelError, match=r"returned \(2, 5\) .*Build the model for 10 classes"):
+        prune_run(config, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
 def test_resume_of_nothing_starts(tmp_path: Path) -> None:
     assert RunFolder(tmp_path / "new", "prune", SETTINGS, "resume").resumed is None
 

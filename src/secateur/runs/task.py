@@ -77,11 +77,26 @@ def load_task(task: Task) -> LoadedTask:
     notes = []
     if task.weights is not None and (note := load_into(model, task.weights)):
         notes.append(f"The weights: {note}.")
+    _check_fit(model, data.subset(test_images=min(2, len(data.test))))
     if len(data.test) < len(whole.test):
         notes.append(f"Accuracies are of {len(data.test):,} of the {len(whole.test):,} test images.")
     if len(data.train) < len(whole.train):
         notes.append(f"Trained on {len(data.train):,} of the {len(whole.train):,} training images.")
     return LoadedTask(model, data, tuple(notes))
+
+
+def _check_fit(model: nn.Module, few: Dataset) -> None:
+    """Raise ModelError unless the model turns images into one logit per class: before anything else is done."""
+    try:
+        evaluate(model, few)
+    except ModelError:
+        raise
+    except Exception as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise ModelError(
+            f"{type(model).__name__}: does not run on images {tuple(few.test.images.shape)}: {reason}. Build it for "
+            f"such images, or give another image_size."
+        ) from error
 
 
 def fresh_model(name: str, classes: int | None, in_channels: int, seed: int) -> nn.Module:
