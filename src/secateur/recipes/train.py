@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from secateur.engine.session import Session
-from secateur.errors import ModelError, TrainingError
+from secateur.errors import ModelError, TrainingError, first_line
 from secateur.graph.duplicate import duplicate
 from secateur.graph.modes import device_of, evaluating, modes_kept
 from secateur.recipes.checkpoint import Epoch, State
@@ -365,7 +365,7 @@ def _compiled(model: nn.Module) -> Callable[[Tensor], Tensor]:
         except TorchDynamoException as error:
             raise TrainingError(
                 f"fit: torch.compile cannot compile {type(model).__name__} here. Train without compile, or do what "
-                f"it says (on CPUs it needs a C++ compiler): {str(error).strip().splitlines()[0]}"
+                f"it says (on CPUs it needs a C++ compiler): {first_line(error)}"
             ) from error
         return y
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from secateur.errors import FileError, ModelError
+from secateur.errors import FileError, ModelError, first_line
 from secateur.files import read_tensors
 from secateur.recipes.data import Batches, Dataset, Normalisation, load_data
 from secateur.recipes.models import build_model, list_models
@@ -92,9 +92,8 @@ def _check_fit(model: nn.Module, few: Dataset) -> None:
     except ModelError:
         raise
     except Exception as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise ModelError(
-            f"{type(model).__name__}: does not run on images {tuple(few.test.images.shape)}: {reason}. Build it for "
+            f"{type(model).__name__}: does not run on images {tuple(few.test.images.shape)}: {first_line(error)}. Build it for "
             f"such images, or give another image_size."
         ) from error
 
