@@ -93,8 +93,8 @@ def _check_fit(model: nn.Module, few: Dataset) -> None:
         raise
     except Exception as error:
         raise ModelError(
-            f"{type(model).__name__}: does not run on images {tuple(few.test.images.shape)}: {first_line(error)}. Build it for "
-            f"such images, or give another image_size."
+            f"{type(model).__name__}: does not run on images {tuple(few.test.images.shape)}: {first_line(error)}. "
+            f"Build it for such images, or give another image_size."
         ) from error
 
 
