@@ -28,6 +28,7 @@ import secateur as sc
 from secateur.cost.latency import device_name
 from secateur.graph import named_tensors
 from secateur.graph.capture import as_call
+from secateur.graph.duplicate import duplicate
 from secateur.proof.verify import randomise_
 
 
@@ -98,6 +99,7 @@ def measured(measure: str, model: nn.Module, inputs: Inputs) -> int:
     if measure == "params":
         return sum(p.numel() for p in model.parameters())
     args, kwargs = as_call(inputs)
+    model = duplicate(model).requires_grad_(False)  # the counter would hang its hooks on gradients
     fast = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
     try:
