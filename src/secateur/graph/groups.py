@@ -14,6 +14,7 @@ from secateur.errors import CaptureError
 from secateur.graph.activations import Buffer, find_buffers
 from secateur.graph.axes import Axis, Product
 from secateur.graph.capture import Capture, Inputs, capture
+from secateur.graph.guard import uncompiled
 from secateur.graph.labels import Atoms, Labels, first
 from secateur.graph.modules import pad_attributes
 from secateur.graph.propagate import propagate
@@ -143,6 +144,7 @@ class Graph:
         return "\n".join(lines)
 
 
+@uncompiled
 def analyze(
     model: nn.Module, inputs: Inputs, *, freeze: Sequence[str] = (), attention: str = "heads"
 ) -> Graph:
