@@ -51,11 +51,16 @@ def methods() -> str:
 
 
 def _about(method: type[Any]) -> str:
-    block = f"::: {method.__module__}.{method.__name__}"
-    options = "\n".join(
-        f"      {line}" for line in ("heading_level: 4", "members: false", "show_bases: false", "merge_init_into_class: false")
+    block = f"::: secateur.methods.{method.__name__}"
+    options = (
+        "members: false",
+        "show_bases: false",
+        "show_root_heading: false",
+        "show_root_toc_entry: false",
     )
-    return f"`--method {method.name}` removes {method.removes}.\n\n{block}\n    options:\n{options}\n"
+    shown = "\n".join(f"      {line}" for line in options)
+    head = f"`secateur.methods.{method.__name__}`, `--method {method.name}`; removes {method.removes}."
+    return f"{head}\n\n{block}\n    options:\n{shown}\n"
 
 
 def _options(method: type[Any]) -> str:
@@ -83,7 +88,10 @@ def commands() -> str:
         if example:
             parts.append(f"```bash\n{inspect.cleandoc(example)}\n```\n")
         rows = [
-            (f"`{', '.join(p.opts) if p.param_type_name == 'option' else (p.metavar or p.name.upper())}`", _help(p))
+            (
+                f"`{', '.join(p.opts) if p.param_type_name == 'option' else (p.metavar or p.name.upper())}`",
+                _help(p),
+            )
             for p in one.params
             if p.name != "help"
         ]
