@@ -6,6 +6,7 @@
 import inspect
 import json
 import re
+import sys
 from pathlib import Path, PurePosixPath
 from typing import Any, get_type_hints
 
@@ -60,6 +61,11 @@ def _about(method: type[Any]) -> str:
     )
     shown = "\n".join(f"      {line}" for line in options)
     head = f"`secateur.methods.{method.__name__}`, `--method {method.name}`; removes {method.removes}."
+    if "Source:" not in (method.__doc__ or ""):  # then the module names it
+        source = re.search(
+            r"^Source: (.*?)$(?=\n\n|\s*\Z)", sys.modules[method.__module__].__doc__ or "", re.M | re.S
+        )
+        shown += f"\n\n**Source.** {' '.join(source[1].split())}" if source else ""
     return f"{head}\n\n{block}\n    options:\n{shown}\n"
 
 
