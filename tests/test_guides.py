@@ -1,6 +1,8 @@
 """The guides' Python runs as it stands, their commands exist, and every page of the site can be reached."""
 
+import json
 import re
+import runpy
 import shlex
 import time
 from collections.abc import Callable
@@ -79,6 +81,18 @@ def test_its_commands_exist(page: str) -> None:
         able = {name for parameter in commands[words[0]].params for name in parameter.opts}
         for word in words[1 : words.index("|") if "|" in words else None]:
             assert not word.startswith("--") or word.partition("=")[0] in able, f"{line}: {word}"
+
+
+@pytest.mark.parametrize("name", ["first-pruning", "comparing-methods"])
+def test_a_notebook_holds_its_page(name: str) -> None:
+    make = runpy.run_path(str(DOCS / "notebooks" / "make.py"))
+    file = DOCS / "notebooks" / f"{name}.ipynb"
+    found = json.loads(file.read_text())
+    code = [cell for cell in found["cells"] if cell["cell_type"] == "code"]
+    printed = ["".join(line for out in cell["outputs"] for line in out["text"]) for cell in code]
+    assert found == make["notebook"](name, printed), f"python docs/notebooks/make.py writes {file.name} again"
+    assert all(text for cell, text in zip(code, printed, strict=True) if "print(" in "".join(cell["source"]))
+    assert file.stat().st_size < 20_000
 
 
 def test_every_page_is_in_the_navigation() -> None:
