@@ -1,6 +1,7 @@
 """What the site takes from the code: options of methods, help of commands, and the pages that lie in the root.
 
-`<!-- methods -->` in a page becomes a section for each method, `<!-- commands -->` one for each command.
+`<!-- methods -->` in a page becomes a section for each method, `<!-- commands -->` one for each command, and
+`<!-- options module:Class -->` the table of what is set in a class.
 """
 
 import inspect
@@ -11,6 +12,8 @@ from pathlib import Path, PurePosixPath
 from typing import Any, get_type_hints
 
 from mkdocs.structure.files import File, Files
+
+from secateur.imports import imported
 
 ROOT = Path(__file__).parents[1]
 OUTSIDE = {"CONTRIBUTING.md": "contributing.md", "CHANGELOG.md": "changelog.md"}
@@ -31,7 +34,7 @@ def on_page_markdown(markdown: str, page: Any, config: Any, files: Files) -> str
     for marker, made in (("<!-- methods -->", methods), ("<!-- commands -->", commands)):
         if marker in markdown:
             markdown = markdown.replace(marker, made())
-    return markdown
+    return re.sub(r"<!-- options (\S+) -->", lambda found: _options(imported("class", found[1])), markdown)
 
 
 def methods() -> str:
@@ -69,12 +72,12 @@ def _about(method: type[Any]) -> str:
     return f"{head}\n\n{block}\n    options:\n{shown}\n"
 
 
-def _options(method: type[Any]) -> str:
+def _options(cls: type[Any]) -> str:
     from secateur.settings import defaults_of, expected, options_of, plain
 
-    hints, defaults = get_type_hints(method), defaults_of(method)
+    hints, defaults = get_type_hints(cls), defaults_of(cls)
     rows = []
-    for name, about in options_of(method).items():
+    for name, about in options_of(cls).items():
         default = json.dumps(plain(defaults[name]), default=str) if name in defaults else "must be given"
         rows.append((f"`{name}`", f"`{default}`", about.help, expected(hints[name], about)))
     return _table(("option", "default", "what it is", "may be"), rows)
