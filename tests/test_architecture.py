@@ -61,7 +61,6 @@ def test_the_core_loads_nothing_it_does_not_use() -> None:
         "jinja2",
         "accelerate",
         "tensorboard",
-        "sklearn",
         "PIL",
     ]
     extras = ["torchvision", "timm", "typer", "rich"]

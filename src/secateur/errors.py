@@ -17,6 +17,7 @@ message alone and exits with code 2.
 """
 
 import difflib
+import re
 from collections.abc import Iterable
 
 
@@ -76,3 +77,13 @@ def unknown(kind: str, name: str, choices: Iterable[str]) -> str:
     near = difflib.get_close_matches(name.lower(), choices, n=1, cutoff=0.5)
     hint = f". Did you mean {near[0]!r}?" if near else ""
     return f"unknown {kind} {name!r}; choose one of: {', '.join(choices)}{hint}"
+
+
+def first_line(error: BaseException) -> str:
+    """What another library's error says, without its details, hints, full stop and terminal codes.
+
+    >>> first_line(ValueError("\\x1b[31mtoo short\\x1b[0m.\\nSee the docs."))
+    'too short'
+    """
+    text = re.sub(r"\x1b\[[0-9;]*[A-Za-z]", "", str(error)).strip() or type(error).__name__
+    return text.splitlines()[0].partition(" Hint: ")[0].rstrip(".")[:300]

@@ -519,7 +519,7 @@ MISTAKES: list[tuple[str, list[str], Callable[[Path], list[object]], str]] = [
     ("distill", ["--epochs", "1", "--distill", "2"], nothing, "distill_weight is 2.0"),
     ("normalise", ["--normalize", "0.5"], nothing, "normalisation '0.5': expected one mean and one std"),
     ("channels", ["--normalize", "imagenet"], nothing, "normalisation of .3. channels, images of .1."),
-    ("image size", ["--image-size", "1"], nothing, "does not run on the example inputs"),
+    ("image size", ["--image-size", "1"], nothing, "does not run on images .2, 1, 1, 1.: "),
     ("too many images", ["--train-images", "9999"], nothing, "cannot take 9999 of 1438"),
     ("both", ["--resume", "--overwrite"], nothing, "exclude each other"),
     ("control flow", [], uncapturable, "graph cannot be captured"),

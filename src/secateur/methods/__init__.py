@@ -21,6 +21,7 @@ from secateur.engine.session import Session
 from secateur.engine.training_method import TrainingMethod
 from secateur.errors import BudgetError, SecateurError, unknown
 from secateur.graph import Inputs
+from secateur.graph.guard import uncompiled
 from secateur.imports import imported
 from secateur.methods.at_init import SNIP, AtInit, GraSP, SynFlow
 from secateur.methods.auto import Auto, Selection, choose
@@ -133,6 +134,7 @@ def method_named(method: MethodLike, options: Mapping[str, Any] | None = None) -
     return Own(function=found, freeze=given.pop("freeze", ()), options=given)
 
 
+@uncompiled
 def prune(
     model: nn.Module,
     inputs: Inputs,

@@ -1,6 +1,7 @@
 """The folder of one run: who may write it, what is in it, and what a resumed run need not do again."""
 
 import contextlib
+import errno
 import json
 import os
 import re
@@ -137,6 +138,9 @@ class RunFolder:
         with explained(self.path):
             foreign = self._foreign()
             exists = (self.path / "config.json").is_file()
+            parent = next(p for p in (self.path, *self.path.absolute().parents) if p.exists())
+            if not os.access(parent, os.W_OK | os.X_OK):
+                raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(parent))
         if foreign:
             shown = ", ".join(foreign[:3]) + (", …" if len(foreign) > 3 else "")
             raise FileError(

@@ -31,7 +31,7 @@ from secateur.runs.config import PruneConfig, TrainRunConfig
 from secateur.runs.folder import Mode, RunFolder, Watch, is_main_process
 from secateur.runs.measure import clock_of, export_and_time, measure_accuracy, measure_training
 from secateur.runs.summary import is_worse, summarise
-from secateur.runs.task import load_task
+from secateur.runs.task import load_task, seeded
 from secateur.surgery import load, save
 
 PLANS = {Plan: "plan.json", WeightPlan: "masks.safetensors"}
@@ -201,7 +201,7 @@ def _prune_at_once(
     before, masks = method.when == "before", method.removes != "channels"
 
     def choose_now() -> Pruned:
-        with watch.doing("Choosing what to mask" if masks else "Choosing what to remove"):
+        with watch.doing("Choosing what to mask" if masks else "Choosing what to remove"), seeded(run.seed):
             return _choose(run, config, method, graph, curves)
 
     if config.train is not None:
@@ -259,9 +259,10 @@ def _prune_during(run: Run, config: PruneConfig, method: TrainingMethod) -> tupl
     original = duplicate(model)
     with run.watch.doing("Looking at what may go"):
         budget = _in_closed_form(run, config, method)
-        session = method.start(
-            model, run.task.inputs, budget=budget, steps=training_steps(run.task.data, how)
-        )
+        with seeded(run.seed):
+            session = method.start(
+                model, run.task.inputs, budget=budget, steps=training_steps(run.task.data, how)
+            )
     run.begin()
     if run.folder and config.task.weights is not None:
         measure_accuracy("dense model", original, run.task.data, run.folder, run.watch)
