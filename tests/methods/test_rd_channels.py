@@ -19,13 +19,13 @@ from secateur.methods.rd.channels import (
     Ranking,
     anchors_of,
     columns_of,
-    compensated,
     estimate,
     grid_of,
     is_stream,
 )
 from secateur.proof import verify
 from secateur.reconstruction.leastsquares import Elimination, Moments, solve
+from secateur.reconstruction.plans import compensated
 from secateur.surgery.cut import cut_copy
 from tests.small import residual_net
 

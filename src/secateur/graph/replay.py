@@ -52,6 +52,10 @@ def joined(a: Inputs, b: Inputs) -> Inputs:
     return pytree.tree_map(both, a, b)  # type: ignore[no-any-return]
 
 
+PASS = 2**30
+"""Bytes that all that one pass computes may take; larger batches are gone through in parts."""
+
+
 @dataclass(frozen=True)
 class Call:
     """One operator of the forward pass.
@@ -171,11 +175,11 @@ class Replay:
             for number, node in enumerate(nodes)
         ]
 
-    def begin(self, inputs: Inputs) -> Values:
-        """The values before the first call.
+    def leaves(self, inputs: Inputs) -> list[Any]:
+        """The inputs in the order of the graph's.
 
         Raises:
-            CaptureError: the inputs are not of the kind that was captured.
+            CaptureError: they are not of the kind that was captured.
         """
         args, kwargs = as_call(inputs)
         named = self._example[1]
@@ -189,25 +193,28 @@ class Replay:
             raise CaptureError(
                 f"a batch of {len(leaves)} inputs; expected {len(examples)}, as in the first batch"
             )
-        images = batch_of(inputs)
         for x, example in zip(leaves, examples, strict=True):
             if isinstance(x, Tensor) and isinstance(example, Tensor) and x.shape[1:] != example.shape[1:]:
                 raise CaptureError(
                     f"a batch of shape {tuple(x.shape)}; expected (n, {', '.join(map(str, example.shape[1:]))}), as "
                     f"in the first batch: pass batches of one image size"
                 )
-        if self.batch not in (None, images):
+        if self.batch not in (None, batch_of(inputs)):
             raise CaptureError(
-                f"a batch of {images} images; {type(self.model).__name__} takes {self.batch} only, as in the first "
-                f"batch: pass batches of one size (drop_last=True)"
+                f"a batch of {batch_of(inputs)} images; {type(self.model).__name__} takes {self.batch} only, as in the "
+                f"first batch: pass batches of one size (drop_last=True)"
             )
+        return leaves
+
+    def begin(self, inputs: Inputs) -> Values:
+        """The values before the first call; see `leaves` for what the inputs must be."""
 
         def laid_out(x: Any) -> Any:
             if isinstance(x, Tensor) and x.ndim == 4:
                 return x.contiguous(memory_format=self._layout)
             return x
 
-        return dict(zip(self._inputs, map(laid_out, leaves), strict=True))
+        return dict(zip(self._inputs, map(laid_out, self.leaves(inputs)), strict=True))
 
     def run(self, call: Call, values: Values, tensors: Tensors | None = None) -> Any:
         """Run one call, with some tensors replaced; `values` gets its result."""
@@ -358,3 +365,17 @@ def _repeated(value: Any, count: int, images: int) -> Any:
     if isinstance(value, Tensor) and value.ndim and len(value) == images:
         return value.repeat(count, *[1] * (value.ndim - 1))
     return value * count if isinstance(value, int) and value == images else value
+
+
+def chunks(program: Replay, batches: Sequence[Inputs]) -> list[Inputs]:
+    """The same images in batches of which one pass takes at most `PASS` bytes.
+
+    Raises:
+        CaptureError: a batch is not of the kind that was captured.
+    """
+    for x in batches:
+        program.leaves(x)
+    most = max(1, int(PASS / max(1.0, program.bytes_per_image)))
+    if program.batch is not None:
+        return list(batches)
+    return [some_of(x, slice(start, start + most)) for x in batches for start in range(0, batch_of(x), most)]

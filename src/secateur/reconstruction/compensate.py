@@ -344,7 +344,7 @@ class Seen:
         weight = w.view(self.shape).to(self.device, self.weight.dtype)
         found = {self.layer.weight: weight.contiguous(memory_format=layout)}
         if self.layer.offset and self.offset is not None:
-            missing = (self.weight.double() - w) @ self.inputs[0][1]
+            missing = (self.weight.double() - w.double()) @ self.inputs[0][1]
             found[self.layer.offset] = (self.offset.double() + self.layer.sign * missing).to(
                 self.device, self.offset.dtype
             )

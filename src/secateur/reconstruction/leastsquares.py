@@ -20,6 +20,10 @@ from secateur.plan.weight_plan import top
 DAMPING = 1e-3
 """d as a share of the mean of A's diagonal, where there are at least as many rows as inputs."""
 
+_WIDE = (
+    1024  # inputs above which units are ranked in float32, which is twice as fast and enough to compare them
+)
+
 _ROWS = 16  # outputs solved at a time: k * k numbers each
 
 
@@ -131,19 +135,20 @@ class Elimination:
         outputs together.
 
     Attributes:
-        weights: (o, inputs that are left), float64.
+        weights: (o, inputs that are left), float64, or float32 in wide layers.
         columns: (inputs that are left,), their places in the layer.
     """
 
     def __init__(
         self, a: Tensor, damping: float, weights: Tensor, blocks: Tensor, importance: Tensor | None = None
     ) -> None:
-        self.weights, self.columns = weights.double(), torch.arange(len(a))
+        dtype = torch.float32 if len(a) > _WIDE else torch.float64
+        self.weights, self.columns = weights.to(dtype), torch.arange(len(a))
         self._blocks, self._size = blocks, len(a)
         self._importance = torch.ones(len(weights)) if importance is None else importance
-        self._importance = self._importance.double()
+        self._importance = self._importance.to(dtype)
         self._gone = torch.zeros(len(blocks), dtype=torch.bool)
-        system = a.clone()
+        system = a.to(dtype, copy=True)
         system.diagonal().add_(damping)
         self._inverse = torch.cholesky_inverse(_factor(system))
 
@@ -151,7 +156,7 @@ class Elimination:
         """What removing each block alone costs, (units,); infinite for blocks that are gone."""
         at = self._places()[self._blocks[~self._gone]]  # live units, positions
         price = torch.full((len(self._blocks),), float("inf"), dtype=torch.float64)
-        price[~self._gone] = self._costs(at)
+        price[~self._gone] = self._costs(at).double()
         return price
 
     def remove(self, units: Tensor) -> float:
@@ -172,7 +177,7 @@ class Elimination:
 
     def full(self) -> Tensor:
         """The weights with zeros where inputs are gone, (o, k)."""
-        return torch.zeros(len(self.weights), self._size, dtype=torch.float64).index_copy_(
+        return self.weights.new_zeros(len(self.weights), self._size).index_copy_(
             1, self.columns, self.weights
         )
 

@@ -1,6 +1,6 @@
 """Rate–distortion pruning of channels: curves per group, widths as one problem, consumers solved again."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal, Self
 
@@ -19,22 +19,22 @@ from secateur.errors import BudgetError, ScoreError, SecateurError
 from secateur.graph import Graph, Group, Inputs, Member, analyze
 from secateur.graph.capture import batch_of
 from secateur.graph.duplicate import duplicate
-from secateur.graph.replay import Outputs, Replay, joined, some_of
+from secateur.graph.replay import Outputs, Replay, chunks, joined, some_of
 from secateur.methods.rd.curves import (
     DISTANCES,
     Curves,
     at_levels,
-    chunks,
     joint,
     key_of,
     measure,
     references,
 )
 from secateur.methods.rd.importance import by_power, importances
-from secateur.methods.rd.single_weights import COMPENSATIONS, passes
+from secateur.methods.rd.single_weights import passes
 from secateur.plan import Plan
-from secateur.reconstruction.compensate import Seen, compensate, layers, reestimate, see
+from secateur.reconstruction.compensate import Seen, layers, see
 from secateur.reconstruction.leastsquares import Elimination
+from secateur.reconstruction.plans import COMPENSATIONS, compensated, positions
 from secateur.settings import option, settings
 
 GRID = 36
@@ -220,6 +220,7 @@ class Task:
         others: those that what is tried is measured on.
         dense: the dense model's outputs on these; None: too much to keep.
         how: the method.
+        macs: of one image.
         meter: is told how much is done; a unit is one image's way through the network.
     """
 
@@ -230,6 +231,7 @@ class Task:
     others: list[Inputs]
     dense: list[Outputs] | None
     how: RD
+    macs: int
     meter: Meter
 
     @classmethod
@@ -239,12 +241,14 @@ class Task:
         few = others = batches
         if how.estimates:
             few, others = (part_of(program, batches, how.part, first) for first in (0, 1))
-        task = cls(program, graph, batches, few, others, references(program, others), how, Meter(None, 1.0))
+        dense, macs = references(program, others), max(1, Cost(graph).macs())
+        task = cls(program, graph, batches, few, others, dense, how, macs, Meter(None, 1.0))
         levels = len(how.shares) if how.estimates else how.levels - 1
         tries = len(how.exponents) * (2 if any(map(is_stream, graph.groups)) else 1)
         total = (
             2 * count(batches) + 4 * count(few) + 0.5 * levels * len(graph.groups) * count(few)
             + tries * task.solving(few) + how.estimates * task.solving(batches)
+            + sum(map(task.ranking, graph.groups))
         )  # fmt: skip
         return replace(task, meter=Meter(progress, total))
 
@@ -265,7 +269,16 @@ class Task:
             importance = by_power(seen)
         self.meter.add(4 * count(self.few))
         shares = how.shares if how.estimates else ()
-        return [rank_units(program, group, seen, importance, shares) for group in self.graph.groups]
+        found = []
+        for group in self.graph.groups:
+            found.append(rank_units(program, group, seen, importance, shares))
+            self.meter.add(self.ranking(group))
+        return found
+
+    def ranking(self, group: Group) -> float:
+        """About what ranking the units of a group takes, in images' ways through the network."""
+        wide = {m.tensor: self.program.tensor(m.tensor)[0].numel() for m in group.members if m.role == "in"}
+        return sum(5.0 * k**3 for k in wide.values()) / (2 * self.macs)
 
     def tried(self, plan: Plan, batches: Sequence[Inputs]) -> tuple[float, dict[str, Tensor]]:
         """The mean distortion that a plan leads to when it is made up for on some batches, and the tensors."""
@@ -551,50 +564,3 @@ def summed(curves: Curves, kept: Sequence[int], exponent: float) -> float:
     for width, levels, curve in zip(kept, curves.kept, curves.reduced(), strict=True):
         total += float(np.interp(-width, -levels, curve**exponent))
     return float(total ** (1 / exponent))
-
-
-def positions(program: Replay, groups: Sequence[Group], masks: Sequence[Tensor]) -> dict[str, Tensor]:
-    """Parameter name -> bool of its shape, False where a removed unit lies."""
-    owned = dict(program.model.named_parameters())
-    keep: dict[str, Tensor] = {}
-    for group, mask in zip(groups, masks, strict=True):
-        if mask.all():
-            continue
-        for member in group.members:
-            if member.tensor in owned:
-                if member.tensor not in keep:
-                    keep[member.tensor] = torch.ones_like(owned[member.tensor], dtype=torch.bool)
-                member.fill_(keep[member.tensor], ~mask, 0)
-    return keep
-
-
-@torch.no_grad()
-def compensated(
-    program: Replay,
-    graph: Graph,
-    plan: Plan,
-    batches: Sequence[Inputs],
-    compensation: str,
-    tick: Callable[[], None] | None = None,
-) -> dict[str, Tensor]:
-    """The tensors of the masked network that make up for what a plan removes; removed units stay zero.
-
-    Args:
-        program: of the dense model.
-        graph: of the same model.
-        plan: any plan for it, whatever chose it.
-        batches: calibration images, (n, …) each.
-        compensation: a name in `secateur.methods.rd.single_weights.COMPENSATIONS`.
-        tick: is called after every layer that is solved again.
-    """
-    keep = positions(program, graph.groups, plan.masks(graph))
-    start = {name: program.tensor(name) * k for name, k in keep.items()}
-    if compensation == "none":
-        return start
-    if compensation == "batch-norm":
-        return reestimate(program, batches, start)
-    masks = {
-        layer.weight: keep.get(layer.weight, torch.ones_like(program.tensor(layer.weight), dtype=torch.bool))
-        for layer in layers(program)
-    }
-    return compensate(program, batches, masks, start=start, keep=keep, tick=tick).tensors

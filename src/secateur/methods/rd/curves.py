@@ -18,13 +18,10 @@ from secateur.errors import FileError, ScoreError, SecateurError, unknown
 from secateur.files import read_tensors, write_tensors
 from secateur.graph import Inputs, named_tensors
 from secateur.graph.capture import batch_of
-from secateur.graph.replay import Outputs, Replay, Tensors, floats, some_of
+from secateur.graph.replay import Outputs, Replay, Tensors, floats
 
 KEPT = 2**28
 """Bytes of outputs that are kept; where they are more, they are computed again."""
-
-PASS = 2**30
-"""Bytes that all that one pass computes may take; larger batches are gone through in parts."""
 
 FORMAT = "secateur-curves-1"
 
@@ -212,14 +209,6 @@ class Curves:
         found = compute()
         found.save(path)
         return found
-
-
-def chunks(program: Replay, batches: Sequence[Inputs]) -> list[Inputs]:
-    """The same images in batches of which one pass takes at most `PASS` bytes."""
-    most = max(1, int(PASS / max(1.0, program.bytes_per_image)))
-    if program.batch is not None:
-        return list(batches)
-    return [some_of(x, slice(start, start + most)) for x in batches for start in range(0, batch_of(x), most)]
 
 
 def key_of(model: nn.Module, batches: Sequence[Inputs], settings: Mapping[str, Any]) -> str:

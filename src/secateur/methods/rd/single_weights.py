@@ -18,12 +18,11 @@ from secateur.errors import BudgetError, PlanError, ScoreError, SecateurError
 from secateur.graph import Graph, Inputs, analyze, is_frozen
 from secateur.graph.capture import batch_of
 from secateur.graph.duplicate import duplicate
-from secateur.graph.replay import Replay, Tensors
+from secateur.graph.replay import Replay, Tensors, chunks
 from secateur.methods.rd.curves import (
     DISTANCES,
     REDUCTIONS,
     Curves,
-    chunks,
     even,
     geometric,
     interpolated,
@@ -34,6 +33,7 @@ from secateur.methods.rd.curves import (
 from secateur.plan import WeightPlan
 from secateur.plan.weight_plan import pattern_mask, top
 from secateur.reconstruction.compensate import ChooseMask, Fitted, compensate, layers, reestimate
+from secateur.reconstruction.plans import COMPENSATIONS
 from secateur.settings import option, plain, settings
 
 SELECTIONS = {
@@ -41,13 +41,6 @@ SELECTIONS = {
     "least-squares": "those stay whose removal costs the layer's output most once the others are solved again",
 }
 """Which weights of a layer stay -> one line for lists of choices."""
-
-COMPENSATIONS = {
-    "none": "the remaining weights stay as they are",
-    "batch-norm": "means and variances of batch norms are measured again",
-    "least-squares": "the remaining weights of each layer are solved again, on the pruned network's inputs",
-}
-"""What is done after pruning, without training -> one line for lists of choices."""
 
 
 @settings
