@@ -33,7 +33,7 @@ BETWEEN = "what forward does between them"
 FILES = {
     "model.safetensors": "the pruned model",
     "model.onnx": "the same for ONNX runtimes",
-    "model.pt2": "the same as a torch.export program, which runs without Secateur",
+    "model.pt2": 'the same without Secateur: torch.export.load("model.pt2").module()',
     "plan.json": "which channels went",
     "masks.safetensors": "which weights went",
     "dense.safetensors": "the model before",
