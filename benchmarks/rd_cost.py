@@ -1,10 +1,10 @@
 """What rd costs and what it keeps, of two versions of the library in one run.
 
-    python benchmarks/rd_cost.py --weights WEIGHTS_FOLDER --data-dir cifar10 --before OLD/src --out docs/results/rd-cost.md
+    python benchmarks/rd_cost.py --weights WEIGHTS --data-dir cifar10 --before OLD/src --out docs/results/rd-cost.md
 
-Channels of the published CIFAR-10 ResNets, one shot, no training: CPU seconds of `prune` alone, and accuracy on a part of
-the test images, for several draws of calibration images. Every cell is measured in a process of its own and kept as a
-file in --runs. `--before` is the `src` folder of another version; its rows are left out without it.
+Channels of the published CIFAR-10 ResNets, one shot, no training: CPU seconds of `prune` alone, and accuracy on a part
+of the test images, for several draws of calibration images. Every cell is measured in a process of its own and kept as
+a file in --runs. `--before` is the `src` folder of another version; its rows are left out without it.
 """
 
 import argparse
@@ -125,9 +125,7 @@ def cell(options: argparse.Namespace, network: str, keep: float, seed: int) -> d
     }
 
 
-def render(
-    options: argparse.Namespace, found: dict[tuple[str, str, float], list[dict[str, Any]]]
-) -> str:
+def render(options: argparse.Namespace, found: dict[tuple[str, str, float], list[dict[str, Any]]]) -> str:
     import torch
 
     from secateur.cost.latency import device_name

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
-from secateur.errors import CaptureError
+from secateur.errors import CaptureError, first_line
 from secateur.graph.capture import Capture, Inputs, as_call, batch_of, capture
 from secateur.graph.guard import plain
 from secateur.graph.modes import evaluating
@@ -110,9 +110,9 @@ class Replay:
         else:
             assert failure is not None
             raise CaptureError(
-                f"{type(model).__name__}: its forward pass cannot be captured to be run in steps "
-                f"({str(failure).strip().splitlines()[0] if str(failure).strip() else failure!r}). Methods that "
-                f"measure outputs need this; wrap the model in a module that leaves out what depends on tensor values."
+                f"{type(model).__name__}: its forward pass cannot be captured to run in steps ({first_line(failure)}). "
+                f"Methods that measure outputs need this; wrap the model in a module that leaves out what depends on "
+                f"tensor values."
             ) from failure
         if not floats(expected):
             raise CaptureError(

@@ -144,7 +144,9 @@ def group_l2(slices: Sequence[Slice], generator: torch.Generator) -> Tensor:
     >>> group_l2([Slice("out", torch.tensor([[3., -4.]])), Slice("in", torch.tensor([[1., 2.]]))], torch.Generator())
     tensor([15.])
     """
-    parts = [s.weight.square().sum(1) for s in slices if s.role in ("out", "depthwise", "scale", "in")]
+    parts = [
+        s.weight.square().sum(1) for s in slices if s.role in ("out", "depthwise", "scale", "in", "recurrent")
+    ]
     if not parts:
         raise ScoreError(f"a group of roles {[s.role for s in slices]} has no weights to measure")
     return torch.stack(parts).mean(0)
