@@ -7,7 +7,6 @@ went wrong before, and the target is the dense network's output; where the outpu
 branch, the target is such that the sum is right.
 """
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from tempfile import TemporaryDirectory
@@ -17,15 +16,12 @@ import torch.nn.functional as F
 from torch import Tensor, fx
 
 from secateur.graph import Inputs
-from secateur.graph.capture import batch_of
 from secateur.graph.replay import Call, Replay, Tensors, Values
 from secateur.reconstruction.held import Held
 from secateur.reconstruction.leastsquares import Moments, choose, solve
 
 POSITIONS = 32
 """Positions of each image that a convolution is fitted on: more of one image add little."""
-
-_ENOUGH = 8  # rows per input, beyond which whole inputs leave without more positions of an image
 
 WIDEST = 8192
 """Inputs per output above which a layer is not solved again: its moments alone would take half a gigabyte."""
@@ -185,7 +181,6 @@ def compensate(
     *,
     start: Tensors | None = None,
     keep: Mapping[str, Tensor] | None = None,
-    positions: int = POSITIONS,
     tick: Callable[[], None] | None = None,
 ) -> Compensated:
     """Prune the layers of a network one after the other, and solve what remains of each again.
@@ -199,7 +194,6 @@ def compensate(
         start: tensors that the pruned network already differs in.
         keep: name -> bool of a tensor's shape; where it is False the tensor is zero and stays so. Inputs of a layer
             that are zero for all of its outputs are left out of its problem, and the layer out of `fitted`.
-        positions: of each image, about.
         tick: is called after every layer.
     Source: layerwise reconstruction as in He et al. 2017, arXiv:1707.06168, with the pruned network's inputs and
         the dense network's targets.
@@ -220,7 +214,7 @@ def compensate(
             if keep is not None and isinstance(choice, Tensor) and layer.groups == 1:
                 read = choice.transpose(0, 1).flatten(1).any(1)
                 channels = None if read.all() else read.nonzero().flatten()
-            sums = Sums(replay, layer, channels, positions)
+            sums = Sums(replay, layer, channels)
             for batch, x in enumerate(batches):
                 theirs, ours = held.take(batch) if begun else (replay.begin(x), replay.begin(x))
                 if last is not None:  # the dense network has run it already
@@ -253,14 +247,10 @@ class Sums:
         replay: of the dense model.
         layer: one of its layers.
         channels: of the inputs, those that count; None: all.
-        positions: of each image, about.
     """
 
-    def __init__(
-        self, replay: Replay, layer: Layer, channels: Tensor | None = None, positions: int = POSITIONS
-    ) -> None:
+    def __init__(self, replay: Replay, layer: Layer, channels: Tensor | None = None) -> None:
         self.replay, self.layer, self.channels = replay, layer, channels
-        self.positions = positions
         self.weight = replay.tensor(layer.weight).detach()
         self.columns: Tensor | None = None
         if channels is not None:
@@ -275,7 +265,7 @@ class Sums:
             x = x.index_select(
                 -1 if self.layer.call.node.target in _LINEAR else 1, self.channels.to(x.device)
             )
-        rows, targets = rows_of(self.layer, x, target, self.weight, number, self.positions)
+        rows, targets = rows_of(self.layer, x, target, self.weight, number)
         self.rows += rows.shape[1]
         parts = [None] * len(rows) if targets is None else targets.chunk(self.layer.groups, 1)
         for total, xg, tg in zip(self._sums, rows, parts, strict=True):
@@ -372,20 +362,10 @@ class Seen:
         return Moments(a, a[:0], mean[:0], mean, mean[:0], self.weight[:0], self.rows).damping
 
 
-def enough(replay: Replay, layer: Layer, images: int) -> int:
-    """Positions of each image that are enough for a layer's moments: some rows per input, and at most `POSITIONS`."""
-    inputs = replay.tensor(layer.weight)[0].numel()
-    return min(POSITIONS, max(8, math.ceil(_ENOUGH * inputs / images)))
-
-
 @torch.no_grad()
 def see(replay: Replay, batches: Sequence[Inputs], tick: Callable[[], None] | None = None) -> dict[str, Seen]:
     """What goes into every layer of the dense network, batch by batch: weight name -> its moments."""
-    images = sum(map(batch_of, batches))
-    sums = {
-        layer.call.node: Sums(replay, layer, positions=enough(replay, layer, images))
-        for layer in layers(replay)
-    }
+    sums = {layer.call.node: Sums(replay, layer) for layer in layers(replay)}
     for number, x in enumerate(batches):
         values = replay.begin(x)
         for call in replay.calls:
@@ -427,7 +407,7 @@ def correction(replay: Replay, layer: Layer, dense: Values, pruned: Values) -> T
 
 
 def rows_of(
-    layer: Layer, x: Tensor, t: Tensor | None, weight: Tensor, phase: int, positions: int = POSITIONS
+    layer: Layer, x: Tensor, t: Tensor | None, weight: Tensor, phase: int
 ) -> tuple[Tensor, Tensor | None]:
     """Inputs and targets of some positions: (groups, rows, k) and (rows, o); no targets if none are given.
 
@@ -448,16 +428,16 @@ def rows_of(
         )
     )
     steps = (
-        max(1, round((h * w / positions) ** 0.5)) if h > 1 else 1,
-        max(1, round((h * w / positions) ** 0.5)),
+        max(1, round((h * w / POSITIONS) ** 0.5)) if h > 1 else 1,
+        max(1, round((h * w / POSITIONS) ** 0.5)),
     )
     begin = [phase % step for step in steps]
     padded = F.pad(x, (padding[1], padding[1], padding[0], padding[0]))
     padded = padded[:, :, begin[0] * stride[0] :, begin[1] * stride[1] :]
     jump = stride[0] * steps[0], stride[1] * steps[1]
     some = F.unfold(padded, weight.shape[2:], dilation=dilation, stride=jump)  # n, i * kh * kw, positions
-    n, size, count = some.shape
-    rows = some.view(n, layer.groups, size // layer.groups, count).permute(1, 0, 3, 2)
+    n, size, positions = some.shape
+    rows = some.view(n, layer.groups, size // layer.groups, positions).permute(1, 0, 3, 2)
     rows = rows.reshape(layer.groups, -1, size // layer.groups)
     if t is None:
         return rows, None
