@@ -32,6 +32,7 @@ from torch.utils import _pytree as pytree
 
 from secateur.allocate import allocate
 from secateur.cost import Budget, Cost
+from secateur.cost.frozen import what_stays
 from secateur.engine.decay import Decay, Pool
 from secateur.engine.describe import layer_facts
 from secateur.engine.gates import Gates
@@ -163,6 +164,7 @@ class Session(Generic[S]):
                 raise BudgetError(
                     f"{self.name}: the budget asks for at most {limit:,} {measure}; whatever goes, {reach:,} "
                     f"stay ({reach / self.dense.of(measure):.4f} of the dense model). Raise the budget."
+                    f"{what_stays(self.cost, measure, counts)}"
                 )
         if removal is not None:
             self.pool = Pool(self.graph, self.targets, self.tensors, removal)
