@@ -17,6 +17,7 @@ from secateur.cost import Budget, Cost
 from secateur.cost.frozen import what_stays
 from secateur.errors import BudgetError
 from secateur.imports import look_up
+from secateur.settings import checked
 
 Order = npt.NDArray[np.int64]
 """The group that gives up a unit, step by step; a group gives its lowest units first."""
@@ -87,6 +88,7 @@ def allocation_named(value: str | Rule) -> Allocation:
     return look_up("allocation", value, ALLOCATIONS, Allocation, BudgetError)
 
 
+@checked(BudgetError)
 def allocate(
     scores: Sequence[Tensor],
     cost: Cost,

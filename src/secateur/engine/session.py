@@ -46,6 +46,7 @@ from secateur.graph.shrink import shrink
 from secateur.plan import Plan
 from secateur.proof import verify
 from secateur.report.data import Ending
+from secateur.settings import checked
 from secateur.surgery import cut_, embed
 
 if TYPE_CHECKING:
@@ -171,6 +172,7 @@ class Session(Generic[S]):
 
     # --- what the training loop calls ----------------------------------------------------------------------
 
+    @checked(TrainingError)
     def attach(
         self,
         optimizer: Optimizer,
