@@ -226,7 +226,7 @@ def channel_cell(bench: Bench, budget: float, how: str, compensation: str) -> di
         score, allocation = how.split("-")
         labels = data.subset(train_images=IMAGES)
         labelled = Batches(labels.train, batch_size=BATCH, normalisation=data.normalisation)
-        pruned = OneShot(score=score, allocation=allocation).prune(
+        pruned = OneShot(score=score, allocation=allocation, round_to=1).prune(
             model, inputs, Budget(macs=budget), Context(labelled)
         )
         assert isinstance(pruned.plan, Plan)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from secateur.allocate.density import costs_of, list_layers
 from secateur.cost import Cost
-from secateur.engine.describe import describe, layer_facts, proof_notes
+from secateur.engine.describe import describe, layer_facts, proof_notes, width_notes
 from secateur.errors import CutError
 from secateur.graph import Graph
 from secateur.graph.duplicate import duplicate
@@ -59,7 +59,7 @@ class Pruned:
             budget=origin.get("budget", {}),
             seed=int(origin.get("seed", 0)),
             command="",
-            notes=proof_notes(self.graph, self.proof),
+            notes=[*width_notes(self.plan), *proof_notes(self.graph, self.proof)],
             versions=current_versions(),
             **describe(self),
         )
@@ -73,7 +73,7 @@ class Pruned:
                 before, after, measure = self.before[name], self.after[name], MEASURES[name]
                 kept = "" if measure.timed else f" ({after / before:.1%} kept{zeros})"
                 lines.append(f"{measure.label}: {measure.show(before)} -> {measure.show(after)}{kept}")
-        return "\n".join([*lines, *([str(self.proof)] if self.proof else [])])
+        return "\n".join([*lines, *width_notes(self.plan), *([str(self.proof)] if self.proof else [])])
 
 
 def cut_and_prove(

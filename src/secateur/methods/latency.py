@@ -158,12 +158,12 @@ def budget_in_macs(
         model: only read.
         inputs: example inputs; their batch is what is timed.
         budget: with `latency_ms`.
-        evenly: how the copy is cut, such as with frozen modules; default: `OneShot(allocation="uniform")`.
+        evenly: how the copy is cut, such as with frozen modules; default: `OneShot(allocation="uniform", round_to=1)`.
         clock: measures; default: `here(model, inputs)`.
     Raises:
         BudgetError: see `prune_to_latency`.
     """
-    method = evenly or OneShot(allocation="uniform")
+    method = evenly or OneShot(allocation="uniform", round_to=1)
     found = prune_to_latency(
         lambda within: method.prune(model, inputs, within, Context()),
         model,

@@ -1,12 +1,14 @@
 """Score, allocate, cut, prove: pruning a trained model in one step."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, ClassVar, Literal
 
 from torch import nn
 
 from secateur.allocate import ALLOCATIONS, allocate
 from secateur.cost import Budget, Cost
+from secateur.cost.multiples import AUTO, ROUND_TO, ROUND_TO_HELP, choose_multiples
 from secateur.engine.method import Context, Method, pairs_of
 from secateur.engine.pruned import Pruned, cut_and_prove
 from secateur.graph import Inputs, analyze
@@ -42,7 +44,7 @@ class OneShot(Method):
         "what attention loses: whole heads, or the same dims of every head", default="heads"
     )
     min_keep: int = option("units that every group keeps at least", default=1, least=1)
-    round_to: int = option("kept units per group are a multiple of this, or all of them", default=1, least=1)
+    round_to: int | str = option(ROUND_TO_HELP, default=AUTO, choices=ROUND_TO, least=1)
     seed: int = option("of random scores and of the images for the proof", default=0, least=0)
 
     @property
@@ -59,14 +61,18 @@ class OneShot(Method):
             data=pairs_of(context.data) if context.data is not None else None,
             loss=context.loss,
         )
+        cost = Cost(graph)
+        multiples = choose_multiples(
+            model, graph, self.round_to, partial(cost.within, cost.limits(budget)), min_keep=self.min_keep
+        )
         masks = allocate(
             scores,
-            Cost(graph),
+            cost,
             budget,
             self.allocation,
             relative=not score_named(self.score).comparable,
             min_keep=self.min_keep,
-            round_to=self.round_to,
+            round_to=multiples.units,
         )
-        plan = Plan.of(graph, masks, self.record() | {"budget": budget.given})
+        plan = Plan.of(graph, masks, self.record() | multiples.record(graph) | {"budget": budget.given})
         return cut_and_prove(model, graph, plan, scores, seed=self.seed)

@@ -234,6 +234,7 @@ class PruneConfig:
         if not graph.groups:
             raise BudgetError("nothing can be pruned: the model has no removable units. `inspect` says why.")
         least_kept, step = getattr(method, "min_keep", 1), getattr(method, "round_to", 1)
+        step = step if isinstance(step, int) else 1  # by hardware, widths are as fine as the budget asks for
         within = reachable(graph, least_kept, step)
         for measure, share in self.budget.items():
             if measure not in within:

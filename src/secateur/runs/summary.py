@@ -4,7 +4,7 @@ import math
 from typing import Any
 
 from secateur.engine.decay import Restore
-from secateur.engine.describe import describe, proof_notes, settings_in_words
+from secateur.engine.describe import describe, proof_notes, settings_in_words, width_notes
 from secateur.engine.method import Method
 from secateur.engine.pruned import Pruned
 from secateur.measures import MEASURES
@@ -152,4 +152,4 @@ def _notes(config: PruneConfig, method: Method, pruned: Pruned) -> list[str]:
         notes.append(
             "The method does not say which units went, so there is nothing to compare the model with."
         )
-    return [*notes, *proof_notes(pruned.graph, pruned.proof)]
+    return [*notes, *width_notes(pruned.plan), *proof_notes(pruned.graph, pruned.proof)]
