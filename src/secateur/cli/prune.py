@@ -58,6 +58,7 @@ def _bound(name: str, measure: Measure) -> Parameter:
     Flags(RunSettings),
     Flags(PruneConfig, only=["latency_batch"]),
     flag("no_exports", bool, "Write no ONNX and torch.export files, and measure no latency.", panel=RUN),
+    flag("no_latency", bool, "Measure no latency.", panel=RUN),
 )
 def prune(given: Given) -> None:
     """Prune a model to a budget, fine-tune it, prove the cut, export it, and write a report.
@@ -109,6 +110,7 @@ def config_of(given: Given) -> tuple[PruneConfig, RunSettings]:
         options=options,
         budget=budget,
         exports=False if "no_exports" in given else None,
+        latency=False if "no_latency" in given else None,
         **{"train" if when == "during" else "finetune": training},
     )
     return config, run

@@ -52,7 +52,7 @@ class OneShot(Method):
         return score_named(self.score).needs_data
 
     def prune(self, model: nn.Module, inputs: Inputs, budget: Budget, context: Context) -> Pruned:
-        graph = analyze(model, inputs, freeze=self.freeze, attention=self.attention)
+        graph = context.graph or analyze(model, inputs, freeze=self.freeze, attention=self.attention)
         scores = score_groups(
             model,
             graph,
@@ -75,4 +75,4 @@ class OneShot(Method):
             round_to=multiples.units,
         )
         plan = Plan.of(graph, masks, self.record() | multiples.record(graph) | {"budget": budget.given})
-        return cut_and_prove(model, graph, plan, scores, seed=self.seed)
+        return cut_and_prove(model, graph, plan, scores, seed=self.seed, prove=context.prove)

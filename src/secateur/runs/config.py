@@ -144,7 +144,8 @@ class PruneConfig:
         "how to train the pruned model; with a method that prunes before training, how to train", default=None
     )
     latency_batch: int = option("images per pass where latency is measured", default=1, least=1, panel=RUN)
-    exports: bool = option("write ONNX and torch.export files, and measure latency", default=True)
+    exports: bool = option("write ONNX and torch.export files", default=True)
+    latency: bool | None = option("measure latency; None: if files are written", default=None)
 
     @property
     def chosen(self) -> "Method":

@@ -377,11 +377,23 @@ def _finish(run: Run, config: PruneConfig, pruned: Pruned, last: str) -> dict[st
     if isinstance(plan, WeightPlan):
         sizes = [(folder / name).stat().st_size for name in ("dense.safetensors", "model.safetensors")]
         return {"weights_bytes": sizes, "notes": []}
-    if not config.exports:
+    timed = config.exports if config.latency is None else config.latency
+    if not (config.exports or timed):
         return {"notes": []}
-    with run.watch.doing("Exporting and timing"):
+    doing = " and ".join(
+        word for word, wanted in (("exporting", config.exports), ("timing", timed)) if wanted
+    )
+    with run.watch.doing(doing.capitalize()):
         found: dict[str, Any] = folder.once(
             "exports",
-            lambda: export_and_time(dense, small, task.inputs, config.latency_batch, folder.path),
+            lambda: export_and_time(
+                dense,
+                small,
+                task.inputs,
+                config.latency_batch,
+                folder.path,
+                exports=config.exports,
+                latency=timed,
+            ),
         )
     return found

@@ -69,6 +69,7 @@ def summarise(
             *_notes(config, method, pruned),
             *_excess(config, pruned, exported),
             *_taken(cut, final, len(task.data.test)),
+            *_became_time(pruned, exported),
             *exported["notes"],
         ],
         history=folder.metrics(),
@@ -107,7 +108,7 @@ def _excess(config: PruneConfig, pruned: Pruned, exported: dict[str, Any]) -> li
                 f"The budget is not met: {share:.4f} of the {measure.label} stay, {bound:g} were asked for."
             )
     timed, limit = exported.get("latency_pytorch"), config.budget.get("latency_ms")
-    if limit is not None and timed and (last := timed[1]["median_ms"]) > limit:
+    if limit is not None and timed and (last := timed[1]["p10_ms"]) > limit:
         notes.append(
             f"When the result was timed again, a pass took {last:.3g} ms; {limit:g} ms were asked for."
         )
@@ -128,6 +129,20 @@ def _taken(cut: float | None, last: float | None, images: int) -> list[str]:
         f"Fine-tuning took {100 * (cut - last):.1f} points from what the cut had left; that model is in "
         f"cut.safetensors. A lower learning rate or more training images may keep them."
     ]
+
+
+def _became_time(pruned: Pruned, exported: dict[str, Any]) -> list[str]:
+    """How much of the MACs that were saved is time that was saved."""
+    saved = 1 - pruned.after["macs"] / pruned.before["macs"]
+    pairs = {
+        label: pair
+        for label, name in (("onnxruntime", "latency_onnxruntime"), ("PyTorch", "latency_pytorch"))
+        if (pair := pair_of(exported.get(name))) is not None and pair.steady
+    }
+    if not pairs or saved <= 0:
+        return []
+    parts = [f"{max(0.0, 1 - 1 / pair.speed_up) / saved:.0%} in {label}" for label, pair in pairs.items()]
+    return [f"Of the MACs that were saved, so much became time: {' and '.join(parts)}.".replace("%", " %")]
 
 
 def _notes(config: PruneConfig, method: Method, pruned: Pruned) -> list[str]:

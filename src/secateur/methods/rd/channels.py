@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, ClassVar
 
 import numpy as np
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 from secateur.allocate.products import ChosenWidths, choose_widths
 from secateur.allocate.table import list_widths
 from secateur.cost import Budget, Cost
+from secateur.cost.multiples import AUTO, ROUND_TO, ROUND_TO_HELP, Multiples, choose_multiples
 from secateur.engine.method import Context, Method, Progress, images_of
 from secateur.engine.pruned import Pruned, cut_and_prove
 from secateur.errors import BudgetError, ScoreError, SecateurError
@@ -69,7 +71,7 @@ class RD(Method):
     )
     levels: int = option("widths measured per group", default=9, least=2)
     min_keep: int = option("units that every group keeps at least", default=1, least=1)
-    round_to: int = option("kept units per group are a multiple of this, or all of them", default=1, least=1)
+    round_to: int | str = option(ROUND_TO_HELP, default=AUTO, choices=ROUND_TO, least=1)
     seed: int = option("of the images for the proof", default=0, least=0)
 
     def check(self) -> None:
@@ -99,15 +101,18 @@ class RD(Method):
         ((bound, _),) = budget.bounds.items()
         cost.sum(bound)  # or it is refused here, before anything is measured
         limit = budget.limits({bound: cost.of(bound)})[bound]
+        multiples = choose_multiples(
+            model, graph, self.round_to, partial(cost.within, {bound: limit}), min_keep=self.min_keep
+        )
         program = Replay(model, batches[0])
-        orders, widths = rank_units(program, graph, batches, self)
-        key = key_of(model, batches, self.measured_with())
+        orders, widths = rank_units(program, graph, batches, self, multiples.units)
+        key = key_of(model, batches, self.measured_with() | {"round_to": list(multiples.units)})
         curves = Curves.once(
             context.cache,
             key,
             lambda: measure_curves(program, graph, batches, orders, widths, self, key, context.progress),
         )
-        best = self._best(program, cost, batches, orders, curves, bound, limit, budget)
+        best = self._best(program, cost, batches, orders, curves, bound, limit, budget, multiples)
         for name, tensor in best.tensors.items():
             program.tensor(name).copy_(tensor)
         facts = {
@@ -124,7 +129,7 @@ class RD(Method):
         """What curves depend on."""
         return {
             "compensation": self.compensation, "distortion": self.distortion, "levels": self.levels,
-            "freeze": list(self.freeze), "min_keep": self.min_keep, "round_to": self.round_to,
+            "freeze": list(self.freeze), "min_keep": self.min_keep,
             "granularity": "channels",
         }  # fmt: skip
 
@@ -138,6 +143,7 @@ class RD(Method):
         bound: str,
         limit: float,
         budget: Budget,
+        multiples: Multiples,
     ) -> "Trial":
         """Of the widths that the sums ask for, those whose measured distortion is lowest."""
         graph = cost.graph
@@ -146,12 +152,12 @@ class RD(Method):
         for weight in weights:
             rival = None
             for exponent in self.exponents:
-                choice = choose_widths_by(cost, curves, exponent, weight, bound, limit, self)
+                choice = choose_widths_by(cost, curves, exponent, weight, bound, limit, self, multiples.units)
                 if choice.kept in seen:
                     continue
                 seen.add(choice.kept)
                 masks = [keep_first(order, kept) for order, kept in zip(orders, choice.kept, strict=True)]
-                origin = self.record() | {
+                origin = self.record() | multiples.record(graph) | {
                     "exponent": exponent, "stream_weight": weight, "budget": dict(budget.bounds)
                 }  # fmt: skip
                 plan = Plan.of(graph, masks, origin)
@@ -179,7 +185,7 @@ class Trial:
 
 
 def rank_units(
-    program: Replay, graph: Graph, batches: Sequence[Tensor], how: RD
+    program: Replay, graph: Graph, batches: Sequence[Tensor], how: RD, steps: Sequence[int]
 ) -> tuple[list[Tensor], list[Any]]:
     """Per group: its units in the order in which they stay, best first; and the widths to measure, descending."""
     whole = {
@@ -188,9 +194,9 @@ def rank_units(
     }
     fitted = compensate(program, batches, whole).fitted
     orders, widths = [], []
-    for group in graph.groups:
+    for group, step in zip(graph.groups, steps, strict=True):
         orders.append(order_units(program, group, fitted))
-        possible = np.array(list_widths(group.units, how.min_keep, how.round_to))
+        possible = np.array(list_widths(group.units, how.min_keep, step))
         wanted = np.geomspace(group.units, possible[0], how.levels)
         nearest = possible[np.abs(possible[None] - wanted[:, None]).argmin(1)]
         widths.append(np.unique(nearest)[::-1].astype(np.int64))
@@ -283,22 +289,32 @@ def measure_curves(
 
 
 def choose_widths_by(
-    cost: Cost, curves: Curves, exponent: float, stream_weight: float, bound: str, limit: float, how: RD
+    cost: Cost,
+    curves: Curves,
+    exponent: float,
+    stream_weight: float,
+    bound: str,
+    limit: float,
+    how: RD,
+    steps: Sequence[int],
 ) -> ChosenWidths:
     """Widths of least summed distortion within the limit, then single units as long as one more fits."""
     graph, levels, values = cost.graph, [], []
-    for group, kept, curve in zip(graph.groups, curves.kept, curves.reduced(), strict=True):
+    able = [
+        list_widths(group.units, how.min_keep, step) for group, step in zip(graph.groups, steps, strict=True)
+    ]
+    for group, kept, curve, widths in zip(graph.groups, curves.kept, curves.reduced(), able, strict=True):
         factor = stream_weight if is_stream(group) else 1.0
         grid, value = interpolated(kept, (factor * curve) ** exponent, 4 * len(kept))
-        possible = np.isin(grid, list_widths(group.units, how.min_keep, how.round_to))
+        possible = np.isin(grid, widths)
         levels.append(grid[possible])
         values.append(value[possible])
     choice = choose_widths(cost, curves.names, levels, values, bound, limit)
     kept_now = list(choice.kept)
     while True:  # widths between the levels
         best: tuple[float, int, int] | None = None
-        for g, group in enumerate(graph.groups):
-            wider = [w for w in list_widths(group.units, how.min_keep, how.round_to) if w > kept_now[g]]
+        for g, widths in enumerate(able):
+            wider = [w for w in widths if w > kept_now[g]]
             if not wider:
                 continue
             trial = [*kept_now[:g], wider[0], *kept_now[g + 1 :]]
