@@ -7,7 +7,7 @@ and how far it can be trusted follows from how much it differs between parts of 
 import contextlib
 import platform
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
@@ -102,7 +102,7 @@ STEADY = 0.1
 """Spread up to which a speed-up is told; of a machine that does nothing else it is 0.01 to 0.03."""
 
 _SURE = 0.02  # spread at which a measurement ends early
-_LEAST, _ENOUGH, _MOST = 12, 24, 120  # passes of each model: at first, that can be sure, in one try
+_LEAST, _ENOUGH, _MOST = 6, 24, 120  # passes of each model: at first, that can be sure, in one try
 _SOON, _LATE = 1.0, 4.0  # seconds after which fewer passes will do as well
 _TRIES = 3
 
@@ -175,46 +175,73 @@ def compare_pair(
     *,
     threads: int | None = None,
 ) -> LatencyPair:
-    """Time a dense and a pruned model in turn, for as long as it takes to be sure of the speed-up.
+    """Time a dense and a pruned model in turn: see `compare_pairs`."""
+    return compare_pairs(before, {"after": after}, inputs, threads=threads)["after"]
 
-    The passes fall into three parts, one after the other; the spread is how far their speed-ups are apart. Parts grow
-    until it is small. A measurement that stays unsure is repeated, and the steadiest of three is returned: see
-    `LatencyPair.steady`.
+
+def compare_pairs(
+    before: nn.Module | Callable[..., object],
+    after: Mapping[str, nn.Module | Callable[..., object]],
+    inputs: Inputs,
+    *,
+    threads: int | None = None,
+) -> dict[str, LatencyPair]:
+    """Time a dense model and what became of it in turn, for as long as it takes to be sure of the speed-ups.
+
+    The passes fall into three parts, one after the other; a spread is how far the speed-ups of these are apart. More
+    passes are added until all are small. A measurement that stays unsure is repeated, and the steadiest of three is
+    returned: see `LatencyPair.steady`.
 
     Args:
-        before, after: what to time.
+        before: the dense model.
+        after: pruned ones, by name.
         inputs, threads: as for `measure_latency`.
+    Returns:
+        a pair per name of `after`.
     """
-    best: LatencyPair | None = None
-    with _clock({"before": before, "after": after}, inputs, threads) as clock:
+    best: dict[str, LatencyPair] = {}
+    with _clock(
+        {"": before} | {f"after {name}": run for name, run in after.items()}, inputs, threads
+    ) as clock:
         clock.take(2)
         for _ in range(_TRIES):
-            pair = _try_pair(clock)
-            if best is None or (pair.spread or 0.0) < (best.spread or 0.0):
-                best = pair
-            if best.steady:
+            pairs = _try(clock, tuple(after))
+            if not best or _worst(pairs) < _worst(best):
+                best = pairs
+            if all(pair.steady for pair in best.values()):
                 break
-    assert best is not None
     return best
 
 
-def _try_pair(clock: "_Clock") -> LatencyPair:
+def _worst(pairs: Mapping[str, LatencyPair]) -> float:
+    return max(pair.spread or 0.0 for pair in pairs.values())
+
+
+def _try(clock: "_Clock", names: Sequence[str]) -> dict[str, LatencyPair]:
     started, times = time.perf_counter(), clock.take(_LEAST)
     while True:
-        before, after = times["before"], times["after"]
-        count = len(before)
-        thirds = zip(np.array_split(before, 3), np.array_split(after, 3), strict=True)
-        quotients = [_low(a) / _low(b) for a, b in thirds]
-        spread = (max(quotients) - min(quotients)) / 2 / (_low(before) / _low(after))
+        dense, count = times[""], len(times[""])
+        spreads = [_spread(dense, times[f"after {name}"]) for name in names]
         seconds = time.perf_counter() - started
-        sure = spread <= _SURE and (count >= _ENOUGH or seconds >= _SOON)
+        sure = max(spreads) <= _SURE and (count >= _ENOUGH or seconds >= _SOON)
         if sure or count >= _MOST or seconds >= _LATE:
-            return LatencyPair(clock.latency("before", before), clock.latency("after", after), spread)
+            return {
+                name: LatencyPair(
+                    clock.latency("", dense), clock.latency(f"after {name}", times[f"after {name}"]), spread
+                )
+                for name, spread in zip(names, spreads, strict=True)
+            }
         for name, more in clock.take(count // 2).items():
             times[name] += more
 
 
-def _low(times: list[float] | npt.NDArray[np.float64]) -> float:
+def _spread(before: Sequence[float], after: Sequence[float]) -> float:
+    thirds = zip(np.array_split(before, 3), np.array_split(after, 3), strict=True)
+    quotients = [_low(a) / _low(b) for a, b in thirds]
+    return (max(quotients) - min(quotients)) / 2 * _low(after) / _low(before)
+
+
+def _low(times: Sequence[float] | npt.NDArray[np.float64]) -> float:
     return float(np.percentile(times, 10))
 
 
