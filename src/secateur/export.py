@@ -7,6 +7,7 @@ has given the same outputs.
 import contextlib
 import io
 import logging
+import re
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -18,7 +19,7 @@ from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 from torch.utils import _pytree as pytree
 
-from secateur.errors import ExportError, FileError
+from secateur.errors import ExportError, FileError, first_line
 from secateur.files import atomic_write
 from secateur.graph.capture import Inputs, as_call, batch_of
 from secateur.graph.duplicate import duplicate
@@ -158,7 +159,7 @@ def onnx_runner(path: str | Path, threads: int | None = None) -> OnnxRunner:
         return OnnxRunner(str(path), threads or torch.get_num_threads())
     except Exception as error:  # onnxruntime has a class of its own for each of its status codes
         raise FileError(
-            f"{path}: not an ONNX model that onnxruntime can run: {_first_line(error)}."
+            f"{path}: not an ONNX model that onnxruntime can run: {first_line(error)}."
         ) from error
 
 
@@ -175,7 +176,7 @@ def _export(
     except Exception as error:  # whatever the model's own code raises
         raise ExportError(
             f"{type(model).__name__} cannot be copied to the CPU and run there on the given inputs: "
-            f"{_first_line(error)}. Give inputs that fit its forward."
+            f"{first_line(error)}. Give inputs that fit its forward."
         ) from error
 
     given = batch_of(inputs)
@@ -188,10 +189,10 @@ def _export(
             max_abs_error, max_rel_error = _compare(twin, run, inputs, batches)
         except Exception as error:  # the exporters let through what each of their parts raises
             if dynamic:
-                static_because = _first_line(error)
+                static_because = _reason(error)
                 continue
             raise ExportError(
-                f"{path.name}: {type(model).__name__} could not be exported: {_first_line(error)}. "
+                f"{path.name}: {type(model).__name__} could not be exported: {_reason(error)}. "
                 f"Nothing was written."
             ) from error
         break
@@ -261,9 +262,16 @@ def _has_batch(x: Any, batch: int) -> bool:
     return isinstance(x, Tensor) and x.ndim > 0 and x.shape[0] == batch
 
 
-def _first_line(error: Exception) -> str:
-    text = str(error).strip() or type(error).__name__
-    return text.splitlines()[0].rstrip(".")[:300]
+def _reason(error: BaseException) -> str:
+    """What stopped an exporter, with the operator that it could not convert, if it says which."""
+    chain = [error]
+    while (cause := chain[-1].__cause__) is not None:
+        chain.append(cause)
+    found = [re.search(r"target=torch\.ops\.([\w.]+)", str(link)) for link in chain]
+    name = next((match[1] for match in found if match), None)
+    if name is not None:
+        return f"operator {name} cannot be converted ({first_line(chain[-1])})"
+    return first_line(chain[-1] if "This is step" in str(error) else error)
 
 
 @contextlib.contextmanager

@@ -23,7 +23,7 @@ from secateur.files import read_tensors
 
 pytestmark = pytest.mark.xdist_group("command line")  # one process makes the runs that tests read
 
-COMMANDS = ("demo", "prune", "compare", "train", "inspect", "eval", "export", "methods")
+COMMANDS = ("demo", "prune", "compare", "train", "inspect", "eval", "export", "methods", "doctor")
 DIGITS = ["--model", "resnet8", "--data", "digits", "--image-size", "8"]
 WHOLE = ["prune", *DIGITS, "--keep-macs", "0.5"]
 PRUNE = [*WHOLE, "--no-progress", "--no-exports"]
@@ -106,7 +106,7 @@ def pruned(trained: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         *("--epochs", 2, "--out", folder),
     )
     assert ended.code == 0, ended.err
-    for word in ("accuracy, fine-tuned", "MACs", "parameters", "latency, PyTorch", "Verified", "Report:"):
+    for word in ("accuracy, in the end", "MACs", "parameters", "latency, PyTorch", "Verified", "Report:"):
         assert word in ended.out
     assert "Traceback" not in ended.err
     assert "Warning" not in ended.err
@@ -341,6 +341,46 @@ def test_help_fits_the_window(command: str, columns: int, run: Run, monkeypatch:
         assert name in ended.out
 
 
+def test_doctor_knows_the_machine(run: Run) -> None:
+    found = json.loads(run("doctor", "--json").out)
+    assert found["packages"]["torch"] == torch.__version__.partition("+")[0]
+    assert f"{os.cpu_count()} cores" in found["CPU"]
+    table = run("doctor").out
+    assert all(name in table for name in found)
+
+
+def test_the_report_as_json(tmp_path: Path, run: Run) -> None:
+    ended = run(*PRUNE[:-2], "--no-exports", "--method", "oneshot", *FEW, "--out", tmp_path / "run", "--json")
+    assert json.loads(ended.out) == report_of(tmp_path / "run")
+    assert "Choosing what to remove" in ended.err
+
+
+def test_the_summary_says_how_to_load_the_model(pruned: Path) -> None:
+    from secateur.cli.show import loading
+
+    space: dict[str, Any] = {}
+    exec("\n".join(loading(pruned)), space)
+    saved, _ = read_tensors(pruned / "model.safetensors")
+    assert {n: t.shape for n, t in space["model"].state_dict().items()} == {
+        n: t.shape for n, t in saved.items()
+    }
+
+
+def test_what_nothing_foresaw_is_called_a_fault(
+    tmp_path: Path, run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "broken.py").write_text("def broken(model, inputs, budget): return 1 / 0\n")
+    words = (*PRUNE, "--method", tmp_path / "broken.py:broken", "--out", tmp_path / "run")
+    ended = run(*words)
+    assert ended.code == 70
+    assert "ZeroDivisionError" in ended.err
+    assert "broken.py, line 1" in ended.err
+    assert "SECATEUR_DEBUG=1" in ended.err
+    monkeypatch.setenv("SECATEUR_DEBUG", "1")
+    with pytest.raises(ZeroDivisionError):
+        run(*words)
+
+
 def test_version(run: Run) -> None:
     assert run("--version").out.startswith("secateur ")
 
@@ -444,7 +484,7 @@ MISTAKES: list[tuple[str, list[str], Callable[[Path], list[object]], str]] = [
     ("distill", ["--epochs", "1", "--distill", "2"], nothing, "distill_weight is 2.0"),
     ("normalise", ["--normalize", "0.5"], nothing, "normalisation '0.5': expected one mean and one std"),
     ("channels", ["--normalize", "imagenet"], nothing, "normalisation of .3. channels, images of .1."),
-    ("image size", ["--image-size", "1"], nothing, "does not run on the example inputs"),
+    ("image size", ["--image-size", "1"], nothing, "does not run on images .2, 1, 1, 1.: "),
     ("too many images", ["--train-images", "9999"], nothing, "cannot take 9999 of 1438"),
     ("both", ["--resume", "--overwrite"], nothing, "exclude each other"),
     ("control flow", [], uncapturable, "graph cannot be captured"),

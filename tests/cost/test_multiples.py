@@ -1,4 +1,4 @@
-"""What widths are multiples of: the channels that hardware takes at once, fewer where groups are narrow or budgets tight."""
+"""What widths are multiples of: what hardware takes at once, less where groups are narrow or budgets tight."""
 
 from itertools import pairwise
 

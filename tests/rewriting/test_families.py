@@ -154,3 +154,33 @@ def test_no_family_is_left_out() -> None:
     callable_rules = {entry.rule for entry in OPERATORS.values() if entry.program}
     tried = {OPERATORS[name].rule for names in FAMILIES.values() for name in names}
     assert {rule.__name__ for rule in callable_rules - tried} == set()
+
+
+CONVERSIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "device": lambda x: x.to(x.device),
+    "device as text": lambda x: x.to("cpu"),
+    "dtype": lambda x: x.to(x.dtype),
+    "device and dtype": lambda x: x.to(x.device, x.dtype, non_blocking=True),
+    "like another": lambda x: x.to(x[:1]),
+    "layout": lambda x: x.to(memory_format=torch.channels_last),
+    "type as": lambda x: x.type_as(x[:1]),
+    "cpu": lambda x: x.cpu(),
+    "copy": lambda x: torch.empty_like(x).copy_(x),
+    "zeros like": lambda x: x + torch.zeros_like(x, device=x.device),
+    "full": lambda x: x * torch.full((1,), 1.0, device=x.device, dtype=x.dtype),
+}
+
+
+@pytest.mark.parametrize("how", CONVERSIONS)
+def test_conversions_of_every_overload_are_rewritten(how: str) -> None:
+    def forward(m: nn.Module, x: Tensor) -> Tensor:
+        y, z = CONVERSIONS[how](m.a(x)).split(8, 1)
+        return m.b(y * z)
+
+    torch.manual_seed(0)
+    inner = Net(forward, a=conv(16, 16), b=conv(8, 16))
+    model = nn.Sequential(conv(3, 16), inner, nn.ReLU(), conv(16, 2)).eval()
+    result = sc.prune(model, torch.randn(1, 3, 4, 4), budget=sc.Budget(macs=0.5))
+    assert result.proof.ok
+    assert result.proof.rewritten == ("1",)
+    assert result.model[1].a.out_channels < 16

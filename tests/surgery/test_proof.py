@@ -117,3 +117,88 @@ def test_a_wrong_rewrite_is_not_proven() -> None:
     with torch.no_grad():
         cut.blocks[0].attn.qkv.weight[0] += 0.1
     assert not sc.verify(model, cut, graph, plan).ok
+
+
+@torch.library.custom_op("secateur_test::halved", mutates_args=())
+def halved(x: Tensor) -> Tensor:
+    """It has no gradient."""
+    return x / 2
+
+
+@halved.register_fake
+def _(x: Tensor) -> Tensor:
+    return torch.empty_like(x)
+
+
+def in_place(y: Tensor, training: bool) -> Tensor:
+    y = y.sigmoid()
+    y *= 2  # sigmoid needs its result for the gradient
+    return y
+
+
+def in_place_view(y: Tensor, training: bool) -> Tensor:
+    y = y.exp()
+    y[:, :2] *= 2
+    return y
+
+
+def without_gradient(y: Tensor, training: bool) -> Tensor:
+    with torch.no_grad():
+        return y * 2
+
+
+def targets_missing(y: Tensor, training: bool) -> Tensor:
+    assert not training, "targets should not be none when in training mode"
+    return y
+
+
+UNTRAINABLE = {
+    "in place": (in_place, "modified by an inplace operation"),
+    "in place, in a view": (in_place_view, "modified by an inplace operation"),
+    "custom operator": (lambda y, training: halved(y), "secateur_test.halved"),
+    "no gradients": (without_gradient, "its outputs have no gradients"),
+    "needs targets": (targets_missing, "targets should not be none"),
+    "not finite": (lambda y, training: (y * 0).sqrt(), "its gradients are not finite"),
+}
+
+
+@pytest.mark.parametrize("how", UNTRAINABLE)
+def test_what_cannot_be_trained_is_proven_without_a_training_step(how: str) -> None:
+    decode, reason = UNTRAINABLE[how]
+
+    class Decoded(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.o = nn.Conv2d(3, 16, 3), nn.Conv2d(16, 8, 1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return decode(self.o(self.a(x).relu()), self.training)
+
+    torch.manual_seed(0)
+    result = sc.prune(Decoded().eval(), torch.randn(1, 3, 8, 8), budget=sc.Budget(macs=0.5))
+    assert result.model.a.out_channels == 8
+    assert result.proof.ok
+    assert reason in result.proof.untrained
+    assert (
+        f"no training step was compared, since the original cannot be trained ({result.proof.untrained})"
+        in str(result)
+    )
+
+
+def test_a_cut_model_that_alone_cannot_be_trained_is_not_proven() -> None:
+    model, _, graph, plan, cut = cut_once("vit")
+    assert sc.verify(model, cut, graph, plan).untrained == ""
+    spoilt = copy.deepcopy(cut)
+    spoilt.register_forward_hook(lambda module, args, y: y.detach())
+    proof = sc.verify(model, spoilt, graph, plan)
+    assert not proof.trains
+    assert not proof.ok
+    assert "cannot be trained" in str(proof)
+
+
+def test_the_training_step_is_taken_without_gradients_too() -> None:
+    model, _, graph, plan, cut = cut_once("vit")
+    with torch.no_grad():
+        proof = sc.verify(model, cut, graph, plan)
+    assert proof.trains
+    assert not proof.untrained

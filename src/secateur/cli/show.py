@@ -91,6 +91,20 @@ def table(title: str, columns: Sequence[str], right: Sequence[str] = ()) -> Tabl
     return made
 
 
+def loading(out: Path) -> list[str]:
+    """Lines of Python that load the model of a run."""
+    from secateur.runs.folder import SavedRun
+
+    run = SavedRun.read(out)
+    channels = "" if run.input_shape[0] == 3 else f", in_channels={run.input_shape[0]}"
+    return [
+        "import secateur as sc",
+        "from secateur.recipes.models import build_model",
+        f"dense = build_model({run.task['model']!r}, classes={run.classes}{channels})",
+        f"model = sc.load(dense, {str(out / 'model.safetensors')!r})",
+    ]
+
+
 def summary(report: "Report", out: Path) -> None:
     """The end of a pruning run."""
     from secateur.report.html import percent, points, si, speed
@@ -102,7 +116,7 @@ def summary(report: "Report", out: Path) -> None:
             "accuracy, right after the cut", percent(before, 2), percent(cut, 2), points(before, cut)
         )
         if report.finetune_epochs:
-            rows.add_row("accuracy, fine-tuned", percent(before, 2), percent(after, 2), points(before, after))
+            rows.add_row("accuracy, in the end", percent(before, 2), percent(after, 2), points(before, after))
     elif after is not None:
         start = "–" if before is None else percent(before, 2)
         rows.add_row("accuracy", start, percent(after, 2), points(before, after))
@@ -129,3 +143,6 @@ def summary(report: "Report", out: Path) -> None:
     for note in report.notes:
         say(f"Note: {note}")
     say(f"Report: {out / 'report.html'}")
+    say("Load the model:")
+    for line in loading(out):
+        say(f"  {line}")

@@ -113,6 +113,8 @@ def proof_notes(graph: Graph, proof: Verification | None) -> list[str]:
             "The model's answers hardly depend on its input, so cut and masked model were also compared with "
             "random weights."
         )
+    if proof.untrained:
+        notes.append(f"No training step was compared: the original cannot be trained ({proof.untrained}).")
     if graph.unused:
         notes.append(f"No forward pass reads these parameters, which were left alone: {_some(graph.unused)}.")
     return notes

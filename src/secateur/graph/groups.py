@@ -97,7 +97,7 @@ class PadSite:
     units: tuple[tuple[int, int], ...]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Graph:
     """What may be cut together in one model, at the shapes it had when it was analysed.
 
@@ -126,7 +126,11 @@ class Graph:
     unused: tuple[str, ...]
     fingerprint: str
     inputs: Inputs
-    trace: Trace | None = field(default=None, repr=False, compare=False)
+    trace: Trace | None = field(default=None, compare=False)
+
+    def __repr__(self) -> str:
+        units = sum(group.units for group in self.groups)
+        return f"<Graph: {len(self.groups)} groups, {units} units, {len(self.frozen)} layers frozen>"
 
     def __str__(self) -> str:
         units = sum(group.units for group in self.groups)

@@ -85,6 +85,17 @@ def quiet() -> Iterator[None]:
 
 
 @contextmanager
+def written_out() -> Iterator[None]:
+    """Inside, torch's transformer layers run as single operators, as in training, and not as one fused kernel."""
+    fused = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fused)
+
+
+@contextmanager
 def plain_outputs(model: nn.Module) -> Iterator[None]:
     """Inside, the model returns dicts in place of dataclasses, which the exporter knows only if registered."""
     handle = model.register_forward_hook(lambda module, args, output: plain(output))

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from secateur.errors import CaptureError
+from secateur.errors import CaptureError, first_line
 from secateur.graph.capture import Capture, capture
 from secateur.graph.modes import evaluating
 
@@ -70,7 +70,7 @@ class Replay:
             assert failure is not None
             raise CaptureError(
                 f"{type(model).__name__}: its forward pass cannot be captured as one tensor in, one tensor out "
-                f"({str(failure).strip().splitlines()[0] if str(failure).strip() else failure!r})."
+                f"({first_line(failure)})."
             ) from failure
         self._prefer_channels_last(x)
 

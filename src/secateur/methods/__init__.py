@@ -137,7 +137,7 @@ def prune(
     model: nn.Module,
     inputs: Inputs,
     *,
-    budget: Budget,
+    budget: Budget | float,
     method: MethodLike = "auto",
     data: Iterable[Batch | Tensor] | None = None,
     loss: Callable[[Tensor, Tensor], Tensor] = nn.functional.cross_entropy,
@@ -151,7 +151,7 @@ def prune(
     Args:
         model: any vision network; it is only read.
         inputs: example inputs, such as torch.randn(1, 3, 224, 224).
-        budget: what the result may cost at most.
+        budget: what the result may cost at most; a number is a bound of the MACs, 0.5 for half of them.
         method: as for `method_named`; "auto" takes rd where there is data to measure on, and else the l2 norms of
             filters. Not one that prunes while the model trains.
         data: batches of (inputs, targets) from training, for methods and scores that look at data; a few hundred
@@ -165,8 +165,12 @@ def prune(
     Raises:
         SecateurError: unknown method or option; else what the method raises.
     """
+    if isinstance(budget, int | float):
+        budget = Budget(macs=budget)
     if not isinstance(budget, Budget):
-        raise BudgetError(f"budget is {budget!r}; expected a Budget, such as Budget(macs=0.5)")
+        raise BudgetError(
+            f"budget is {budget!r}; expected a Budget, such as Budget(macs=0.5), or a share of the MACs"
+        )
     chosen = method_named(method, options)
     context = Context(data, loss, None if cache is None else Path(cache), progress)
     if isinstance(chosen, Auto):

@@ -19,13 +19,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from secateur.engine.session import Session
-from secateur.errors import ModelError, TrainingError
+from secateur.errors import ModelError, TrainingError, first_line
 from secateur.graph.duplicate import duplicate
 from secateur.graph.modes import device_of, evaluating, modes_kept
 from secateur.recipes.checkpoint import Epoch, State
 from secateur.recipes.data import Batches, Dataset, Split
 from secateur.recipes.parallel import WholeBatchNorm, add_gradients, share_weights
-from secateur.recipes.train_config import TrainConfig, learning_rate
+from secateur.recipes.train_config import TrainConfig, image_side, learning_rate
 from secateur.recipes.train_log import TrainLog
 
 __all__ = [
@@ -122,8 +122,8 @@ def fit(
     weights may be left in the channels-last layout, which changes no value.
 
     In `folder` the phase leaves `metrics.jsonl`, one line per epoch beside those of other phases;
-    `<phase>.checkpoint.safetensors`; and TensorBoard scalars under `tensorboard/<phase>`. On the CPU a run
-    that was killed and resumed equals an uninterrupted one bit for bit, but for the times.
+    `<phase>.checkpoint.safetensors`; and scalars under `tensorboard/<phase>` if TensorBoard is installed. On the
+    CPU a run that was killed and resumed equals an uninterrupted one bit for bit, but for the times.
 
     Args:
         model: images (n, c, h, w) to logits (n, classes).
@@ -167,6 +167,7 @@ def fit(
         batch_size=config.batch_size,
         augment=data.augment,
         shuffle=True,
+        alternate_flips=config.alternate_flips,
         seed=config.seed,
         **share,
     )
@@ -217,6 +218,7 @@ def fit(
                 for group in optimizer.param_groups:
                     group["lr"] = learning_rate(config, step, steps)
 
+                x = _resized(x, image_side(config, step, steps, x.shape[-1]))
                 with torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bf16"):
                     logits = _logits(model, x, forward(x), classes)
                     target = None
@@ -365,11 +367,24 @@ def _compiled(model: nn.Module) -> Callable[[Tensor], Tensor]:
         except TorchDynamoException as error:
             raise TrainingError(
                 f"fit: torch.compile cannot compile {type(model).__name__} here. Train without compile, or do what "
-                f"it says (on CPUs it needs a C++ compiler): {str(error).strip().splitlines()[0]}"
+                f"it says (on CPUs it needs a C++ compiler): {first_line(error)}"
             ) from error
         return y
 
     return forward
+
+
+def _resized(images: Tensor, side: int) -> Tensor:
+    """Square images, (n, c, h, h), at another side; as they are, if they have it."""
+    if images.shape[-1] == side:
+        return images
+    shape = (round(images.shape[-2] * side / images.shape[-1]), side)
+    layout = (
+        torch.channels_last
+        if images.is_contiguous(memory_format=torch.channels_last)
+        else torch.contiguous_format
+    )
+    return F.interpolate(images, shape, mode="bilinear", antialias=True).contiguous(memory_format=layout)
 
 
 def _logits(model: nn.Module, x: Tensor, logits: Any, classes: int) -> Tensor:

@@ -152,6 +152,7 @@ class Report:
         budget: what was asked for, such as {"macs": 0.5}.
         before, after: cost by measure, such as {"macs": …, "params": …}; MACs per image.
         accuracy_before, accuracy_cut, accuracy_after: of the original, right after the cut, and in the end.
+        undone: fine-tuning made the cut model worse, so the final model is the one before it.
         verify_max_abs_error: the largest difference between the outputs of the cut and the masked model,
             in float64 if that was run, else in float32.
         verify_rel_error_float32, verify_rel_error_float64: the same, relative to the largest output.
@@ -183,6 +184,7 @@ class Report:
     accuracy_before: float | None = None
     accuracy_cut: float | None = None
     accuracy_after: float | None = None
+    undone: bool = False
     verify_max_abs_error: float | None = None
     verify_rel_error_float32: float | None = None
     verify_rel_error_float64: float | None = None
@@ -246,7 +248,9 @@ class Report:
             parts = [f"{100 * self.weights.kept / self.weights.total:.1f} % of the weights kept"]
         if self.accuracy_before is not None and self.accuracy_after is not None:
             accuracy = f"accuracy {100 * self.accuracy_before:.2f} % → {100 * self.accuracy_after:.2f} %"
-            if n := self.finetune_epochs:
+            if self.undone:
+                accuracy += " (fine-tuning made it worse, so the cut model was kept)"
+            elif n := self.finetune_epochs:
                 accuracy += f" (after {n} {'epoch' if n == 1 else 'epochs'} of fine-tuning)"
             parts.append(accuracy)
         if self.weights is not None:

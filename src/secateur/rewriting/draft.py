@@ -114,7 +114,9 @@ class Writer:
             if [s.target for s in other.steps] != [s.target for s in captured.steps]:
                 raise CutError(f"{name}: its forward does other things for another batch size or precision")
         values = self._match(name, number, captured)
-        switches, lost = training_switches(captures.training, captured)
+        training = in_training(captures.training, captured)
+        complete(*(listing.steps for listing in (captured, *listings)))
+        switches, lost = training_switches(training, captured)
         before = [copy.copy(step.args) for step in captured.steps]
         cut_steps(captured, values, self._survivors)
         sizes = self._sizes(captured, listings, values)
@@ -129,6 +131,7 @@ class Writer:
             step.args |= {
                 key: Training(m, yes, step.args.get(key, no)) for key, (m, yes, no) in switches[i].items()
             }
+        insert_dropouts(captured, training)
         return self._finish(captured, base, variants, lost)
 
     def _capture(self, module: nn.Module, calls: Calls) -> "Captures":
@@ -361,29 +364,77 @@ def likeness(x: Any, known: dict[int, int]) -> Any:
     return ("set", frozenset(x)) if type(x) is set else ("object", id(x))
 
 
+def complete(*steps: Sequence[Step]) -> None:
+    """Give each step the arguments that any of its counterparts has: the default, where it is left out."""
+    for counterparts in zip(*steps, strict=True):
+        for key in {key for step in counterparts for key in step.args}:
+            for step in counterparts:
+                step.args.setdefault(key, step.default(key))
+
+
+DROPOUTS = frozenset("dropout dropout_ feature_dropout alpha_dropout feature_alpha_dropout".split())
+"""Operators that change nothing in evaluation mode, so that a program may call them there too."""
+
+
+@dataclass(frozen=True)
+class InTraining:
+    """What a module does in training mode.
+
+    Attributes:
+        listing: its operators.
+        steps: those that do not only count batches, with the same step in evaluation mode; None: it runs in
+            training mode only.
+        same: whether nothing but dropout comes to what it does in evaluation mode.
+    """
+
+    listing: Listing
+    steps: list[tuple[Step, Step | None]]
+    same: bool
+
+
+def in_training(training: Captured | None, lines: Listing) -> InTraining | None:
+    """The operators in training mode beside those in evaluation mode; None: they are not known."""
+    try:
+        listing = training.listing() if training else None
+    except CutError:
+        listing = None
+    if listing is None:
+        return None
+    rest = list(lines.steps)
+    steps: list[tuple[Step, Step | None]] = []
+    for step in listing.steps:
+        if counts(step):
+            continue
+        steps.append((step, rest.pop(0) if rest and rest[0].target == step.target else None))
+    pairs = [(theirs, ours) for theirs, ours in steps if ours]
+    if not rest:
+        complete(*zip(*pairs, strict=True))
+    same = not rest and all(len(refs(theirs.args)) == len(refs(ours.args)) for theirs, ours in pairs)
+    return InTraining(listing, steps, same and all(ours or theirs.op in DROPOUTS for theirs, ours in steps))
+
+
 def training_switches(
-    training: Captured | None, lines: Listing
+    training: InTraining | None, lines: Listing
 ) -> tuple[list[dict[str, tuple[str, Any, Any]]], str]:
     """What changes in training mode: per step, argument -> (module, value in training, value otherwise).
 
     Returns:
         also what cannot be expressed this way, in words.
     """
-    try:
-        steps = [step for step in training.listing().steps if not counts(step)] if training else []
-    except CutError:
-        steps = []
-    if [s.target for s in steps] == [s.target for s in lines.steps]:
+    if training and training.same:
         result = []
-        for ours, theirs in zip(lines.steps, steps, strict=True):
+        for theirs, ours in training.steps:
+            if ours is None:
+                continue
             changed = {}
-            for key in ours.args.keys() | theirs.args.keys():
-                no, yes = ours.args.get(key), theirs.args.get(key)
+            for key, no in ours.args.items():
+                yes = theirs.args[key]
                 if isinstance(no, bool | float | None) and isinstance(yes, bool | float | None) and no != yes:
                     changed[key] = (owner(ours), yes, no)
             result.append(changed)
         return result, ""
-    only = sorted({s.op for s in steps} - {s.op for s in lines.steps})
+    found = {theirs.op for theirs, _ in training.steps} if training else set()
+    only = sorted(found - {s.op for s in lines.steps})
     lost = (
         f"what it does in training mode only ({', '.join(only)})"
         if only
@@ -394,6 +445,41 @@ def training_switches(
         switch = OPERATORS[step.op].trains if step.op in OPERATORS else None
         switches.append({switch: (owner(step), True, False)} if switch else {})
     return switches, lost
+
+
+def insert_dropouts(lines: Listing, training: InTraining | None) -> None:
+    """Put the dropouts that run in training mode only into the steps; registers are numbered anew."""
+    if training is None or not training.same or all(ours for _, ours in training.steps):
+        return
+    start = len(lines.inputs) + len(lines.tensors)
+    names = training.listing.names
+    known = {i: i for i in range(len(lines.inputs))}
+    known |= {
+        len(known) + i: len(known) + lines.names.index(n) for i, n in enumerate(names) if n in lines.names
+    }
+    place = {id(step): number for number, step in enumerate(training.listing.steps)}
+    first = len(training.listing.inputs) + len(names)
+    steps: list[Step] = []
+    for theirs, ours in training.steps:
+        step = ours or theirs
+        step.args = renumbered(step.args, iter([known[index] for index in refs(theirs.args)]))
+        if ours is None:
+            step.args["train"] = Training(owner(theirs), True, False)
+        known[first + place[id(theirs)]] = start + len(steps)
+        steps.append(step)
+    lines.steps[:] = steps
+    lines.output = renumbered(lines.output, iter([known[i] for i in refs(training.listing.output)]))
+
+
+def renumbered(arg: Any, numbers: Iterator[int]) -> Any:
+    """An argument with the next number in each of its registers, in the order of `refs`."""
+    if isinstance(arg, Ref):
+        return Ref(next(numbers))
+    if isinstance(arg, list | tuple):
+        return type(arg)(renumbered(part, numbers) for part in arg)
+    if isinstance(arg, dict):
+        return arg | {name: renumbered(arg[name], numbers) for name in sorted(arg)}
+    return arg
 
 
 def counts(step: Step) -> bool:

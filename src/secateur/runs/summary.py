@@ -57,6 +57,7 @@ def summarise(
         accuracy_before=folder.known.get("accuracy of the dense model"),
         accuracy_cut=cut,
         accuracy_after=final,
+        undone=config.finetune is not None and last == "cut model",
         latency_pytorch=pair_of(exported.get("latency_pytorch")),
         latency_onnxruntime=pair_of(exported.get("latency_onnxruntime")),
         training_cost=training_pair(folder),
@@ -68,7 +69,7 @@ def summarise(
             *task.notes,
             *_notes(config, method, pruned),
             *_excess(config, pruned, exported),
-            *_taken(cut, final, len(task.data.test)),
+            *_taken(folder, config, len(task.data.test)),
             *_became_time(pruned, exported),
             *exported["notes"],
         ],
@@ -115,19 +116,28 @@ def _excess(config: PruneConfig, pruned: Pruned, exported: dict[str, Any]) -> li
     return notes
 
 
-def _taken(cut: float | None, last: float | None, images: int) -> list[str]:
-    """What to say where training on took more from the cut model than the choice of test images explains.
+def is_worse(cut: float, last: float, images: int) -> bool:
+    """Whether fine-tuning took more from the cut model's accuracy than the choice of test images explains.
 
-    >>> _taken(0.9066, 0.8897, 10_000)[0][:46]
-    'Fine-tuning took 1.7 points from what the cut '
-    >>> _taken(0.9066, 0.9020, 10_000)
-    []
+    >>> is_worse(0.9066, 0.8897, images=10_000), is_worse(0.9066, 0.9020, images=10_000)
+    (True, False)
     """
-    if cut is None or last is None or cut - last <= 2 * math.sqrt(2 * cut * (1 - cut) / images):
+    return cut - last > 2 * math.sqrt(2 * cut * (1 - cut) / images)
+
+
+def _taken(folder: RunFolder, config: PruneConfig, images: int) -> list[str]:
+    """What to say where fine-tuning took more than it gave."""
+    cut, last = (folder.known.get(f"accuracy of the {name} model") for name in ("cut", "fine-tuned"))
+    if cut is None or last is None or not is_worse(cut, last, images):
         return []
     return [
-        f"Fine-tuning took {100 * (cut - last):.1f} points from what the cut had left; that model is in "
-        f"cut.safetensors. A lower learning rate or more training images may keep them."
+        f"Fine-tuning took {100 * (cut - last):.1f} points from what the cut had left. "
+        + (
+            "So the model before it was kept; the fine-tuned one is in finetuned.safetensors."
+            if config.keep == "better"
+            else "The model before it is in cut.safetensors."
+        )
+        + " A lower learning rate or more training images may help."
     ]
 
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from secateur.errors import CutError, PlanError
+from secateur.errors import CutError, PlanError, first_line
 from secateur.graph import Graph, fingerprint, mirrored, named_tensors
 from secateur.graph.duplicate import duplicate
 from secateur.graph.groups import PadSite
@@ -60,9 +60,8 @@ def cut_(model: nn.Module, graph: Graph, plan: Plan, *, optimizer: Optimizer | N
         edit.undo()
         if isinstance(error, CutError):
             raise
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise CutError(
-            f"{type(model).__name__}: the plan cannot be applied ({reason}). The model is unchanged."
+            f"{type(model).__name__}: the plan cannot be applied ({first_line(error)}). The model is unchanged."
         ) from error
     return model
 

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from secateur.graph.join import Joint, broadcast, join
-from secateur.graph.labels import Atoms, Value, along
+from secateur.graph.labels import Alternatives, Atoms, Value, along
 from secateur.graph.operators.site import Result, Site, pin_all, resized, without_rule
 from secateur.graph.operators.step import CutSite, LiveSite, Step, cut_groups, varies
 from secateur.graph.operators.table import PLAIN, Constants, operator
@@ -114,8 +114,9 @@ def transposed_convolution(site: Site) -> Result:
     made = np.tile(out, groups)
     if depthwise:
         made = into
-    elif groups > 1:  # every group shares the positions of dim 1, so whole groups stay
-        labels.pin(into, "grouped transposed convolution")
+    elif groups > 1:  # every group makes the same positions, so all of them stay and lose equally many inputs
+        positions = into.reshape(groups, -1)
+        labels.tie(positions, positions[:1])
     add_bias(site, made)
     return site.value([along(made, channel, len(site.shape))])
 
@@ -130,12 +131,14 @@ def connect(site: Site, x: Atoms, out: Atoms, into: Atoms, groups: int) -> None:
     if source.shape[1] == 1:
         labels.tie(source, sink)
         return
-    labels.choose(
-        {
-            "groups": [(source, source[:, :1]), (sink, source[:, :1])],
-            "positions": [(source, into[None]), (sink, sink[:1])],
-        }
+    whole = labels.option(
+        "groups",
+        [(source, source[:, :1]), (sink, source[:, :1])],
+        [into],  # every group has the same positions
+        "whole groups are removed instead",
     )
+    positions = labels.option("positions", [(source, into[None]), (sink, sink[:1])])
+    labels.alternatives.append(Alternatives((whole, positions)))
 
 
 def add_bias(site: Site, out: Atoms) -> None:
