@@ -144,7 +144,7 @@ def render(rows: list[Row], options: argparse.Namespace, seconds: float) -> str:
         "in turn, in one loop, on one thread; × is the quotient of the fast tenths, ± how far thirds of the",
         "measurement are apart; a dash where other work disturbed the clock. The last column: of the MACs that the",
         "default widths save, the share that became time.",
-        f"{versions['device']}, torch {torch.__version__}, onnxruntime {onnxruntime.__version__}, {seconds:.0f} s in all.",
+        f"{versions['device']}, torch {torch.__version__}, onnxruntime {onnxruntime.__version__}; {seconds:.0f} s.",
         "",
         f"| network | runtime | batch | dense, ms | {' | '.join(kinds)} | became time |",
         f"|---|---|---|---|{'---|' * len(kinds)}---|",

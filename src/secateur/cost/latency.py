@@ -5,10 +5,11 @@ and how far it can be trusted follows from how much it differs between parts of 
 """
 
 import contextlib
+import itertools
 import platform
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
@@ -253,13 +254,14 @@ class _Clock:
     inputs: Inputs
     device: torch.device
     threads: int
+    rounds: Iterator[int] = field(default_factory=itertools.count)
 
     def take(self, rounds: int) -> dict[str, list[float]]:
         """Milliseconds of so many passes of each, in turn: A, B, B, A, …"""
         args, kwargs = as_call(self.inputs)
         found: dict[str, list[float]] = {name: [] for name in self.runs}
         order = list(self.runs.items())
-        for i in range(rounds):
+        for i in itertools.islice(self.rounds, rounds):
             for name, run in order if i % 2 == 0 else reversed(order):
                 _wait_for(self.device)
                 start = time.perf_counter_ns()
