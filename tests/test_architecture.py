@@ -58,7 +58,6 @@ def test_the_core_loads_nothing_it_does_not_use() -> None:
         "onnx",
         "onnxscript",
         "onnxruntime",
-        "plotly",
         "jinja2",
         "accelerate",
         "tensorboard",

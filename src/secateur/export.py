@@ -23,6 +23,7 @@ from secateur.errors import ExportError, FileError, first_line
 from secateur.files import atomic_write
 from secateur.graph.capture import Inputs, as_call, batch_of
 from secateur.graph.duplicate import duplicate
+from secateur.graph.guard import uncompiled
 
 Run = Callable[..., object]
 
@@ -52,6 +53,7 @@ class ExportCheck:
         return {**self.__dict__, "path": self.path.name, "batches": list(self.batches)}
 
 
+@uncompiled
 def export_onnx(model: nn.Module, inputs: Inputs, path: str | Path, *, opset: int = 18) -> ExportCheck:
     """Write `model` in evaluation mode as one ONNX file that takes any batch size.
 
@@ -95,6 +97,7 @@ def export_onnx(model: nn.Module, inputs: Inputs, path: str | Path, *, opset: in
     return _export(model, inputs, Path(path), encode)
 
 
+@uncompiled
 def export_program(model: nn.Module, inputs: Inputs, path: str | Path) -> ExportCheck:
     """Write `model` in evaluation mode as an exported program (`.pt2`), to be read by `torch.export.load`.
 

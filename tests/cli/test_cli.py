@@ -1,4 +1,5 @@
 import contextlib
+import html
 import io
 import json
 import os
@@ -17,9 +18,11 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch import nn
 
 from secateur.cli import main
 from secateur.files import read_tensors
+from secateur.recipes.models import build_model
 
 pytestmark = pytest.mark.xdist_group("command line")  # one process makes the runs that tests read
 
@@ -355,11 +358,43 @@ def test_the_report_as_json(tmp_path: Path, run: Run) -> None:
     assert "Choosing what to remove" in ended.err
 
 
-def test_the_summary_says_how_to_load_the_model(pruned: Path) -> None:
-    from secateur.cli.show import loading
+def test_the_report_says_where_the_time_goes_and_whose_answers_changed(pruned: Path) -> None:
+    report, model = report_of(pruned), build_model("resnet8", classes=10, in_channels=1)
+    named = {row["layer"]: row for row in report["layers"]}
+    assert sum(row["macs_before"] or 0 for row in report["layers"]) == report["before"]["macs"]
+    assert sum(row["macs_after"] or 0 for row in report["layers"]) == report["after"]["macs"]
+    layers = [name for name, one in model.named_modules() if isinstance(one, nn.Conv2d | nn.Linear)]
+    assert set(layers) == {name for name, row in named.items() if row["macs_before"]}
+    assert "BatchNorm2d (7×)" in named
+    assert all(row["ms_before"] > 0 and row["ms_after"] > 0 for row in report["layers"])
+    images = sum(one["images"] for one in report["classes"])
+    assert sum(report["answers"].values()) == images
+    for when in ("before", "after"):
+        right = sum(one["images"] * one[when] for one in report["classes"])
+        assert right / images == pytest.approx(report[f"accuracy_{when}"])
+        bins = report["calibration"][when]["bins"]
+        assert sum(one["images"] * one["accuracy"] for one in bins) == pytest.approx(right)
+    lost, won = report["answers"]["lost"], report["answers"]["won"]
+    assert (won - lost) / images == pytest.approx(report["accuracy_after"] - report["accuracy_before"])
+    assert len(report["changed"]) == min(8, lost + won)
+    assert {file["name"] for file in report["files"]} >= {"model.safetensors", "model.onnx", "plan.json"}
 
+
+def test_the_command_on_the_page_does_the_same_again(tmp_path: Path, run: Run) -> None:
+    first = tmp_path / "a run"
+    words = (*PRUNE[:-2], "--no-exports", "--method", "oneshot", *FEW, "--out", first)
+    assert run(*words).code == 0
+    page = re.search("<pre[^>]*Command[^>]*>(.*?)</pre>", (first / "report.html").read_text())
+    assert page
+    command = html.unescape(re.sub("<[^>]*>", "", page[1]))
+    assert run(*shlex.split(command)[1:]).code == 0
+    again = tmp_path / "a run-again"
+    assert (again / "model.safetensors").read_bytes() == (first / "model.safetensors").read_bytes()
+
+
+def test_the_report_says_how_to_load_the_model(pruned: Path) -> None:
     space: dict[str, Any] = {}
-    exec("\n".join(loading(pruned)), space)
+    exec("\n".join(report_of(pruned)["loading"]), space)
     saved, _ = read_tensors(pruned / "model.safetensors")
     assert {n: t.shape for n, t in space["model"].state_dict().items()} == {
         n: t.shape for n, t in saved.items()

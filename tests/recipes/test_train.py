@@ -282,6 +282,8 @@ def test_evaluate_equals_the_definition() -> None:
     logits = model.eval()(data.normalisation(data.test.images))
     assert result.accuracy == (logits.argmax(1) == data.test.labels).double().mean()
     assert result.loss == pytest.approx(float(F.cross_entropy(logits, data.test.labels).detach()), rel=1e-5)
+    assert result.answers.tolist() == logits.argmax(1).tolist()
+    assert result.confidences.tolist() == pytest.approx(logits.softmax(1).amax(1).tolist(), rel=1e-4)
     assert evaluate(model, data, "train") != result
 
 

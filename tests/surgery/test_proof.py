@@ -202,3 +202,36 @@ def test_the_training_step_is_taken_without_gradients_too() -> None:
         proof = sc.verify(model, cut, graph, plan)
     assert proof.trains
     assert not proof.untrained
+
+
+class Places(nn.Module):
+    """Sines of positions, summed up in float32 whatever the default is, as detectors write them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.o, self.p = nn.Conv2d(3, 16, 1), nn.Conv2d(16, 4, 1), nn.Conv2d(2, 16, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        there = torch.ones(len(x), *x.shape[2:], dtype=torch.bool)
+        rows, columns = there.cumsum(1, dtype=torch.float32), there.cumsum(2, dtype=torch.float32)
+        places = torch.stack([rows / 3, columns / 7], 1).sin().to(self.p.weight.dtype)
+        y, z = (self.a(x) + self.p(places)).view(-1, 16, 8, 8).relu().split(16, 1)[0], 1
+        return self.o(y * z)
+
+
+@pytest.mark.parametrize("default", [torch.float64, torch.float32], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+def test_a_precision_that_forward_names_is_judged_in_its_own(
+    default: torch.dtype, dtype: torch.dtype
+) -> None:
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(default)
+    try:
+        torch.manual_seed(0)
+        model = Places().to(dtype).eval()
+        result = sc.prune(model, torch.randn(1, 3, 8, 8, dtype=dtype), budget=sc.Budget(macs=0.5))
+    finally:
+        torch.set_default_dtype(before)
+    assert result.proof.ok
+    assert result.proof.rewritten == ("",)
+    assert result.model.a.out_channels < 16

@@ -91,20 +91,6 @@ def table(title: str, columns: Sequence[str], right: Sequence[str] = ()) -> Tabl
     return made
 
 
-def loading(out: Path) -> list[str]:
-    """Lines of Python that load the model of a run."""
-    from secateur.runs.folder import SavedRun
-
-    run = SavedRun.read(out)
-    channels = "" if run.input_shape[0] == 3 else f", in_channels={run.input_shape[0]}"
-    return [
-        "import secateur as sc",
-        "from secateur.recipes.models import build_model",
-        f"dense = build_model({run.task['model']!r}, classes={run.classes}{channels})",
-        f"model = sc.load(dense, {str(out / 'model.safetensors')!r})",
-    ]
-
-
 def summary(report: "Report", out: Path) -> None:
     """The end of a pruning run."""
     from secateur.report.html import percent, points, si, speed
@@ -144,5 +130,5 @@ def summary(report: "Report", out: Path) -> None:
         say(f"Note: {note}")
     say(f"Report: {out / 'report.html'}")
     say("Load the model:")
-    for line in loading(out):
+    for line in report.loading:
         say(f"  {line}")

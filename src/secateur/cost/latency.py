@@ -263,10 +263,10 @@ class _Clock:
         order = list(self.runs.items())
         for i in itertools.islice(self.rounds, rounds):
             for name, run in order if i % 2 == 0 else reversed(order):
-                _wait_for(self.device)
+                wait_for(self.device)
                 start = time.perf_counter_ns()
                 run(*args, **kwargs)
-                _wait_for(self.device)
+                wait_for(self.device)
                 found[name].append((time.perf_counter_ns() - start) / 1e6)
         return found
 
@@ -322,6 +322,6 @@ def _torch_threads(threads: int | None) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def _wait_for(device: torch.device) -> None:
+def wait_for(device: torch.device) -> None:
     if device.type != "cpu":
         torch.accelerator.synchronize(device)

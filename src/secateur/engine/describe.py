@@ -10,7 +10,7 @@ from secateur.cost import Cost
 from secateur.graph import Graph
 from secateur.plan import Plan
 from secateur.proof import Verification
-from secateur.report.data import Ending, FrozenGroup, Group, Width
+from secateur.report.data import Ending, FrozenGroup, Group, LayerCurve, Width
 
 
 def layer_facts(graph: Graph, dense: nn.Module, small: nn.Module) -> dict[str, Any]:
@@ -75,6 +75,11 @@ def describe(pruned: Any) -> dict[str, Any]:
         "groups": _groups(pruned.graph, pruned.plan, pruned.scores),
         "frozen": [FrozenGroup(**row) for row in facts.get("frozen", ())],
         "pruning_history": facts.get("history", ()),
+        "curves": [LayerCurve(**row) for row in facts.get("curves", ())]
+        if isinstance(pruned.plan, Plan)
+        else (),
+        "distortion_predicted": facts.get("predicted"),
+        "distortion_measured": facts.get("measured"),
         "decays": [Ending(**row) for row in facts.get("endings", ())],
     }
 

@@ -10,6 +10,7 @@ from torch.utils import _pytree as pytree
 from secateur.errors import CutError, first_line
 from secateur.graph import Graph, named_tensors
 from secateur.graph.duplicate import duplicate
+from secateur.graph.guard import uncompiled
 from secateur.graph.modes import evaluating
 from secateur.graph.positions import kept_positions
 from secateur.graph.probe import (
@@ -105,6 +106,7 @@ class Verification:
         )
 
 
+@uncompiled
 def verify(model: nn.Module, cut: nn.Module, graph: Graph, plan: Plan, *, seed: int = 0) -> Verification:
     """Compare a cut model with the original without the removed units, in float64 and float32.
 

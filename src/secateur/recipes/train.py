@@ -10,7 +10,7 @@ import re
 import time
 import zlib
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -50,10 +50,14 @@ class Evaluation:
     Args:
         accuracy: fraction classified correctly, 0..1.
         loss: mean cross-entropy, in nats.
+        answers: (n,), int64, the class that the model names for each image, on the CPU.
+        confidences: (n,), float32, the probability that it gives it.
     """
 
     accuracy: float
     loss: float
+    answers: Tensor = field(repr=False, compare=False)
+    confidences: Tensor = field(repr=False, compare=False)
 
 
 @dataclass(frozen=True)
@@ -98,9 +102,18 @@ def evaluate(
         device=device_of(model),
         channels_last=channels_last,
     )
+    sums, found = torch.zeros(2, device=batches.device), []
     with evaluating(model):
-        loss, correct = _measure(model, batches, len(data.classes)).tolist()
-    return Evaluation(accuracy=correct / len(part), loss=loss / len(part))
+        for logits, y in _tested(model, batches, len(data.classes)):
+            sums += _loss_and_correct(logits, y)
+            found.append((logits.argmax(1).cpu(), logits.softmax(1).amax(1).cpu()))
+    loss, correct = sums.tolist()
+    return Evaluation(
+        accuracy=correct / len(part),
+        loss=loss / len(part),
+        answers=torch.cat([answers for answers, _ in found]),
+        confidences=torch.cat([confidences for _, confidences in found]),
+    )
 
 
 def fit(
@@ -456,13 +469,22 @@ def _sum_up(state: State, config: TrainConfig, accelerator: Any) -> Tensor:
 
 
 @torch.no_grad()  # not inference_mode: a tensor that the model caches now must serve in training later
+def _tested(model: nn.Module, batches: Batches, classes: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """Logits and labels of this process's part, batch by batch."""
+    for x, y in batches:
+        yield _logits(model, x, model(x), classes), y
+
+
+def _loss_and_correct(logits: Tensor, y: Tensor) -> Tensor:
+    """Sums over a batch: cross-entropy and number correct."""
+    return torch.stack([F.cross_entropy(logits, y, reduction="sum"), (logits.argmax(1) == y).sum()])
+
+
 def _measure(model: nn.Module, batches: Batches, classes: int) -> Tensor:
     """Sums over this process's part: cross-entropy and number correct."""
     sums = torch.zeros(2, device=batches.device)
-    for x, y in batches:
-        logits = _logits(model, x, model(x), classes)
-        loss = F.cross_entropy(logits, y, reduction="sum")
-        sums += torch.stack([loss, (logits.argmax(1) == y).sum()])
+    for logits, y in _tested(model, batches, classes):
+        sums += _loss_and_correct(logits, y)
     return sums
 
 

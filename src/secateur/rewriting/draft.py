@@ -284,19 +284,22 @@ class Captured:
         return cls(captured, call.arguments, call.returned.tree)
 
     @classmethod
-    def of_double(cls, module: nn.Module, args: Any, kwargs: Any) -> "Captured | None":
-        """Capture one call in float64; None for a module that does not run in it."""
+    def in_another_precision(cls, module: nn.Module, args: Any, kwargs: Any) -> "Captured | None":
+        """Capture one call in float64, or float32 if it is in that; None for a module that does not run in it."""
 
         known: dict[int, Tensor] = {}  # a tensor that is passed twice stays one
+        leaves = [*module.parameters(), *module.buffers(), *pytree.tree_leaves((args, kwargs))]
+        given = next((x.dtype for x in leaves if isinstance(x, Tensor) and x.is_floating_point()), None)
+        other = torch.float32 if given is torch.float64 else torch.float64
 
-        def double(x: Any) -> Any:
+        def convert(x: Any) -> Any:
             if not isinstance(x, Tensor) or not x.is_floating_point():
                 return x
-            return known.setdefault(id(x), x.double())
+            return known.setdefault(id(x), x.to(other))
 
         try:
-            twin = duplicate(module).double()
-            return cls.of(twin, *pytree.tree_map(double, (args, kwargs)))
+            twin = duplicate(module).to(other)
+            return cls.of(twin, *pytree.tree_map(convert, (args, kwargs)))
         except (CaptureError, CutError):
             return None
 
@@ -325,8 +328,8 @@ class Captures:
     def of(cls, module: nn.Module, calls: Calls) -> "Captures":
         """Capture one call, noted at several batch sizes."""
         base = Captured.of(module, *calls[0])
-        double = Captured.of_double(module, *calls[-1])
-        variants = [double] if double else [Captured.of(module, *call) for call in calls[1:]]
+        other = Captured.in_another_precision(module, *calls[-1])
+        variants = [other] if other else [Captured.of(module, *call) for call in calls[1:]]
         return cls(module, calls[0], base, variants)
 
     @functools.cached_property

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from secateur.cost.latency import Latency, LatencyPair, compare_pair
+from secateur.cost.layers import time_layers
 from secateur.cost.training import Holding, TrainingCost, compare_training
 from secateur.errors import ExportError
 from secateur.export import export_onnx, export_program, onnx_runner
@@ -62,15 +63,17 @@ def export_and_time(
         exports: whether to write them; without, latency is measured in PyTorch only.
         latency: whether to measure it; without, the dense model is not exported.
     Returns:
-        plain JSON: sizes in bytes as [before, after], latencies as [before, after, spread], and notes.
+        plain JSON: sizes in bytes as [before, after], latencies as [before, after, spread]; times of layers; and notes.
     """
     found: dict[str, Any] = {"notes": []}
     images, home = timed_images(inputs, batch), device()
     if latency:
         try:
             pair = compare_pair(dense.to(home), small.to(home), images.to(home))
+            layers = time_layers({"before": dense, "after": small}, images.to(home))
         finally:
             dense.cpu(), small.cpu()
+        found["layers"] = {name: [asdict(row) for row in rows] for name, rows in layers.items()}
         found["latency_pytorch"] = measured_json(pair)
     if not exports:
         return found
@@ -102,8 +105,18 @@ def measure_accuracy(what: str, model: nn.Module, data: Dataset, folder: RunFold
     name = f"accuracy of the {what}"
     if name not in folder.known:
         with watch.doing(f"Measuring the {what} on {len(data.test):,} images"):
-            folder.once(name, lambda: evaluate_once(model, data).accuracy)
+            folder.once(name, lambda: _accuracy(what, model, data, folder))
         watch.tell(f"Accuracy of the {what}: {100 * folder.known[name]:.2f} %")
+
+
+def _accuracy(what: str, model: nn.Module, data: Dataset, folder: RunFolder) -> float:
+    """Evaluate a model, and keep its answers for `tell_answers`."""
+    found = evaluate_once(model, data)
+    confidences = [round(value, 4) for value in found.confidences.tolist()]
+    folder.once(
+        f"answers of the {what}", lambda: {"answers": found.answers.tolist(), "confidences": confidences}
+    )
+    return found.accuracy
 
 
 def measure_training(

@@ -152,7 +152,6 @@ class Run:
             trained=config.task.weights is not None or config.train is not None,
             data=True,
             training=config.finetune is not None,
-            side=self.task.inputs.shape[-1],
         )
         self.task = replace(self.task, notes=(*self.task.notes, choice.why))
         record = choice.method.record()
