@@ -114,6 +114,42 @@ def test_a_model_for_other_classes_is_refused_before_any_work(
     assert not (tmp_path / "run").exists()
 
 
+def test_a_resumed_run_takes_widths_for_the_hardware_it_began_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kept = {}
+    config = without_exports(task=TASK, budget={"macs": 0.5}, method="oneshot", latency=False)
+    for name, hardware, mode in (("a", "avx512", "new"), ("b", "arm", "new"), ("a", "arm", "resume")):
+        monkeypatch.setattr("secateur.runs.pipeline.hardware_of", lambda model, found=hardware: found)
+        if mode == "resume":
+            for path in tmp_path.glob("a/[pcr]*"):  # all but what the run began with
+                if path.name not in ("config.json", "progress.json"):
+                    path.unlink()
+            (tmp_path / "a" / "progress.json").write_text(json.dumps({"hardware": "avx512"}))
+        prune_run(config, tmp_path / name, mode=mode)  # type: ignore[arg-type]
+        plan = Plan.load(tmp_path / name / "plan.json")
+        kept[name, mode] = plan.removed
+        assert (
+            json.loads((tmp_path / name / "progress.json").read_text())["hardware"] == plan.origin["round_to"]
+        )
+    assert kept["a", "new"] == kept["a", "resume"] != kept["b", "new"]
+
+
+def test_exports_without_a_clock_and_the_other_way_round(tmp_path: Path) -> None:
+    common = {"task": TASK, "budget": {"macs": 0.5}, "method": "oneshot"}
+    report = prune_run(PruneConfig(**common, latency=False), tmp_path / "files")
+    assert (tmp_path / "files" / "model.onnx").exists()
+    assert report.latency_pytorch is report.latency_onnxruntime is None
+    assert report.onnx_bytes_before is None
+    assert report.onnx_bytes_after > 0
+    report = prune_run(PruneConfig(**common, exports=False, latency=True), tmp_path / "clock")
+    assert not (tmp_path / "clock" / "model.onnx").exists()
+    assert report.latency_pytorch is not None
+    assert report.latency_onnxruntime is None
+    told = [note for note in report.notes if "became time" in note]
+    assert len(told) == report.latency_pytorch.steady
+
+
 def test_resume_of_nothing_starts(tmp_path: Path) -> None:
     assert RunFolder(tmp_path / "new", "prune", SETTINGS, "resume").resumed is None
 

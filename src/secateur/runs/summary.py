@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from secateur.engine.decay import Restore
-from secateur.engine.describe import describe, proof_notes, settings_in_words
+from secateur.engine.describe import describe, proof_notes, settings_in_words, width_notes
 from secateur.engine.method import Method
 from secateur.engine.pruned import Pruned
 from secateur.measures import MEASURES
@@ -101,6 +101,7 @@ def summarise(
             *_notes(config, method, pruned),
             *_excess(config, pruned, exported),
             *_taken(folder, config, len(task.data.test)),
+            *_became_time(pruned, exported),
             *exported["notes"],
         ],
         history=folder.metrics(),
@@ -211,7 +212,7 @@ def _excess(config: PruneConfig, pruned: Pruned, exported: dict[str, Any]) -> li
                 f"The budget is not met: {share:.4f} of the {measure.label} stay, {bound:g} were asked for."
             )
     timed, limit = exported.get("latency_pytorch"), config.budget.get("latency_ms")
-    if limit is not None and timed and (last := timed[1]["median_ms"]) > limit:
+    if limit is not None and timed and (last := timed[1]["p10_ms"]) > limit:
         notes.append(
             f"When the result was timed again, a pass took {last:.3g} ms; {limit:g} ms were asked for."
         )
@@ -243,6 +244,20 @@ def _taken(folder: RunFolder, config: PruneConfig, images: int) -> list[str]:
     ]
 
 
+def _became_time(pruned: Pruned, exported: dict[str, Any]) -> list[str]:
+    """How much of the MACs that were saved is time that was saved."""
+    saved = 1 - pruned.after["macs"] / pruned.before["macs"]
+    pairs = {
+        label: pair
+        for label, name in (("onnxruntime", "latency_onnxruntime"), ("PyTorch", "latency_pytorch"))
+        if (pair := pair_of(exported.get(name))) is not None and pair.steady
+    }
+    if not pairs or saved <= 0:
+        return []
+    parts = [f"{max(0.0, 1 - 1 / pair.speed_up) / saved:.0%} in {label}" for label, pair in pairs.items()]
+    return [f"Of the MACs that were saved, so much became time: {' and '.join(parts)}.".replace("%", " %")]
+
+
 def _notes(config: PruneConfig, method: Method, pruned: Pruned) -> list[str]:
     notes, masks = [], isinstance(pruned.plan, WeightPlan)
     if method.when == "during" and config.task.weights is None:
@@ -265,4 +280,4 @@ def _notes(config: PruneConfig, method: Method, pruned: Pruned) -> list[str]:
         notes.append(
             "The method does not say which units went, so there is nothing to compare the model with."
         )
-    return [*notes, *proof_notes(pruned.graph, pruned.proof)]
+    return [*notes, *width_notes(pruned.plan), *proof_notes(pruned.graph, pruned.proof)]
