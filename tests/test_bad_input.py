@@ -109,6 +109,22 @@ def test_control_flow_on_data_names_the_module(
     assert capfd.readouterr() == ("", "")
 
 
+def test_a_failed_capture_shows_the_failure_on_the_given_inputs() -> None:
+    class Images(nn.Module):
+        """Takes a list of images; the example is one of them, whose first dim is no batch."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.body = network()
+            self.mean = torch.tensor([0.4, 0.5, 0.6])
+
+        def forward(self, images: list[Tensor]) -> Tensor:
+            y = self.body(torch.stack([image - self.mean[:, None, None] for image in images]))
+            return y if y.sum() > 0 else -y
+
+    refused(Images(), CaptureError, "^Images: runs, but .*: Could not guard on data-dependent", ([X[0]],))
+
+
 def test_noise_in_evaluation_mode_is_named() -> None:
     class Noise(nn.Module):
         def forward(self, x: Tensor) -> Tensor:

@@ -14,10 +14,12 @@ from secateur.methods import method_named
 from secateur.recipes.data import Normalisation
 from secateur.recipes.models import build_model
 from secateur.recipes.train_config import TrainConfig
+from secateur.report.data import LayerCost
 from secateur.runs.config import PruneConfig, Task, TrainRunConfig
 from secateur.runs.demo import demo_config
 from secateur.runs.folder import RunFolder, SavedRun, Watch
 from secateur.runs.pipeline import prune_run, train_run
+from secateur.runs.summary import pair_layers
 from secateur.runs.task import fresh_model, load_into, load_task
 
 TASK = Task(model="resnet8", data="digits", image_size=8, train_images=100, test_images=100)
@@ -617,3 +619,28 @@ def test_fine_tuning_that_harms_is_undone(tmp_path: Path) -> None:
     assert not last.undone
     assert last.accuracy_after < report.accuracy_after
     assert any("is in cut.safetensors" in note for note in last.notes)
+
+
+def test_layers_of_both_models_are_paired() -> None:
+    def row(layer: str, kind: str, macs: int, ms: float) -> dict[str, Any]:
+        return {"layer": layer, "kind": kind, "macs": macs, "ms": ms}
+
+    before = [
+        row("", "Net", 0, 0.5), row("a", "Conv2d", 100, 2.0), row("bn", "BatchNorm2d", 0, 0.25),
+        row("b", "Conv2d", 50, 1.0), row("bn2", "BatchNorm2d", 0, 0.25), row("c", "Linear", 10, 0.5),
+    ]  # fmt: skip
+    after = [
+        row("", "Net", 0, 0.25), row("a", "Conv2d", 40, 1.0), row("bn", "BatchNorm2d", 0, 0.25),
+        row("b", "Bypassed", 0, 0.125), row("b.conv", "Conv2d", 20, 0.5), row("b.side", "Conv2d", 5, 0.25),
+        row("c", "Linear", 4, 0.25),
+    ]  # fmt: skip
+    assert pair_layers({"before": before, "after": after}) == [
+        LayerCost("a", 100, 40, 2.0, 1.0),
+        LayerCost("b", 50, None, 1.0, None),
+        LayerCost("b.conv", None, 20, None, 0.5),
+        LayerCost("b.side", None, 5, None, 0.25),
+        LayerCost("c", 10, 4, 0.5, 0.25),
+        LayerCost("what forward does between them", None, None, 0.5, 0.375),
+        LayerCost("BatchNorm2d (2×)", None, None, 0.5, 0.25),
+    ]
+    assert pair_layers({}) == []

@@ -16,8 +16,10 @@ import torch
 from torch import Tensor
 
 from secateur.cost import Budget, Cost
+from secateur.cost.frozen import what_stays
 from secateur.errors import BudgetError
 from secateur.imports import look_up
+from secateur.settings import checked
 
 Order = npt.NDArray[np.int64]
 """The group that gives up a unit, step by step; a group gives its lowest units first."""
@@ -88,6 +90,7 @@ def allocation_named(value: str | Rule) -> Allocation:
     return look_up("allocation", value, ALLOCATIONS, Allocation, BudgetError)
 
 
+@checked(BudgetError)
 def allocate(
     scores: Sequence[Tensor],
     cost: Cost,
@@ -119,7 +122,8 @@ def allocate(
         raise BudgetError(f"min_keep={min_keep}, round_to={round_to}: both must be at least 1")
     if not scores:
         raise BudgetError(
-            "nothing can be pruned: the model has no group of removable units (see graph.frozen)"
+            f"nothing can be pruned: the model has no group of removable units (see graph.frozen)."
+            f"{what_stays(cost, 'macs', [])}"
         )
     if relative:
         scores = [_relative(score) for score in scores]
@@ -133,9 +137,13 @@ def allocate(
             f"({cost.of(name, least) / cost.of(name):.4f} of the dense model) to {cost.of(name):,}"
             for name, limit in limits.items()
         )
+        given = {"min_keep": min_keep, "round_to": max(multiples)}
+        lower = [name for name, value in given.items() if value > 1]
+        with_ = f" with {', '.join(f'{name}={given[name]}' for name in lower)}" if lower else ""
+        worst = max(limits, key=lambda name: cost.of(name, least) / max(1, limits[name]))
         raise BudgetError(
-            f"budget out of reach with min_keep={min_keep}, round_to={max(multiples)}: {ranges}. "
-            f"Raise the budget, or lower min_keep or round_to."
+            f"budget out of reach{with_}: {ranges}. Raise the budget{', or lower ' if lower else ''}"
+            f"{' or '.join(lower)}.{what_stays(cost, worst, least)}"
         )
     order = np.asarray(chosen.order(scores, least))
     expected = [len(score) - low for score, low in zip(scores, least, strict=True)]

@@ -12,6 +12,7 @@ import torch
 from secateur.allocate.density import Layer, Vector
 from secateur.allocate.table import list_widths
 from secateur.cost import Cost
+from secateur.cost.frozen import what_stays
 from secateur.errors import BudgetError, unknown
 from secateur.graph import Axis, Graph
 
@@ -318,9 +319,17 @@ def meet_budget(
             f"{m}: {limit:,} asked for, {spent[m](least):,.6g} to {spent[m](units):,.6g} reachable"
             for m, limit in bounds.items()
         )
+        kept_whole = f" with {len(keep)} of {len(units)} groups kept whole" if keep else ""
+        streams = ', or let residual streams shrink too (streams="shared")' if keep else ""
+        lower = "".join(
+            f", or lower {name}"
+            for name, value in (("min_keep", min_keep), ("round_to", max(steps)))
+            if value > 1
+        )
+        first = next(iter(limits), "macs")
         raise BudgetError(
-            f"budget out of reach ({reach}) with {len(keep)} of {len(units)} groups kept whole, min_keep={min_keep}, "
-            f'round_to={max(steps)}. Raise the budget, or let residual streams shrink too (streams="shared").'
+            f"budget out of reach ({reach}){kept_whole}. Raise the budget{streams}{lower}."
+            f"{what_stays(cost, first, [int(n) for n in least])}"
         )
     wish = np.asarray(shares, dtype=float) * units
     low, high = 0.0, float((most / np.maximum(wish, 1e-9)).max()) * 1.01

@@ -11,6 +11,7 @@ from secateur.compare.tables import MASKS
 from secateur.compare.words import MEASURES, format_milliseconds, format_percentage
 from secateur.files import atomic_write
 from secateur.report.html import fill_template
+from secateur.report.svg import symbol
 
 
 def render_page(results: Results) -> str:
@@ -32,7 +33,7 @@ def render_page(results: Results) -> str:
             if f"plot-{cost}" in figures
         ],
         widths=draw_widths(outcomes),
-        arms=[(arm, *choose_marker(place)) for place, arm in enumerate(list_arms(outcomes))],
+        arms=[(arm, symbol(*choose_marker(place))) for place, arm in enumerate(list_arms(outcomes))],
         advice={one.budget: one for one in recommend(outcomes)},
         budgets={line.budget: [row for row in table if row.budget == line.budget] for line in table},
         dense=statistics.mean(dense.values()) if dense else None,

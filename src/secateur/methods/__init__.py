@@ -36,6 +36,7 @@ from secateur.methods.own import Own
 from secateur.methods.paam import PAAM
 from secateur.methods.precrop import PreConfig, PreCrop, RandomFilters, RandomWeights
 from secateur.methods.rd import RD, MaskWeights, RDWeights
+from secateur.settings import checked
 
 __all__ = [
     "HESSO",
@@ -134,6 +135,7 @@ def method_named(method: MethodLike, options: Mapping[str, Any] | None = None) -
 
 
 @uncompiled
+@checked(SecateurError, but=("model", "inputs", "budget", "method"))
 def prune(
     model: nn.Module,
     inputs: Inputs,

@@ -12,6 +12,7 @@ from secateur.engine.pruned import Pruned
 from secateur.errors import BudgetError
 from secateur.graph import Inputs
 from secateur.methods.oneshot import OneShot
+from secateur.settings import checked
 
 Clock = Callable[[nn.Module], float]
 """A model -> the milliseconds of one pass."""
@@ -149,6 +150,7 @@ def _aim(limit: float) -> float:
     return (1 + _CLOSE) / 2 * limit
 
 
+@checked(BudgetError)
 def budget_in_macs(
     model: nn.Module,
     inputs: Inputs,

@@ -414,6 +414,8 @@ class Report:
             elif n := self.finetune_epochs:
                 accuracy += f" (after {n} {'epoch' if n == 1 else 'epochs'} of fine-tuning)"
             parts.append(accuracy)
+        elif self.accuracy_after is not None:
+            parts.append(f"accuracy {100 * self.accuracy_after:.2f} %")
         if self.weights is not None:
             pass  # nothing is cut, so there is nothing to verify
         elif self.verify_max_abs_error is None:

@@ -246,6 +246,8 @@ def _budget(report: Report) -> str:
     parts = []
     for key, value in report.budget.items():
         label = MEASURES[key].label if key in MEASURES else key
+        if key == "units" and report.weights is not None:
+            label = "weights"
         if key == "latency_ms":
             parts.append(f"{label} ≤ {value:g} ms")
         else:

@@ -314,6 +314,7 @@ def _choose(run: Run, config: PruneConfig, method: Method, graph: Graph, curves:
         data=data if method.needs_data else None,
         clock=clock_of(model, run.task.inputs, config.latency_batch),
         cache=curves,
+        progress=run.watch.progress,
     )
 
 

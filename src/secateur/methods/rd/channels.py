@@ -52,7 +52,8 @@ class RD(Method):
     and all remaining weights solved again. Sums mislead most about groups that several layers write, such as residual
     streams; so sums that protect these are tried as well.
 
-    Takes models of one image tensor in and logits out, and budgets of one bound.
+    Takes budgets of one bound. With the option `curves` at "estimated", all but one or two widths of each group follow
+    from the squared error of its readers' outputs, weighted by one backward pass.
 
     Raises:
         CaptureError, BudgetError, ScoreError: see `analyze`, `choose_widths`; no data.
