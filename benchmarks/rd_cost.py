@@ -104,7 +104,14 @@ def cell(options: argparse.Namespace, network: str, keep: float, seed: int) -> d
     extra = {name: json.loads(value) for name, value in given.items()}
     started = time.process_time()
     pruned = prune(
-        model, batches[0][:2], budget=Budget(macs=keep), method="rd", data=batches, stream_gain=1.0, **extra
+        model,
+        batches[0][:2],
+        budget=Budget(macs=keep),
+        method="rd",
+        data=batches,
+        stream_gain=1.0,
+        round_to=1,
+        **extra,
     )
     seconds = time.process_time() - started
     small = pruned.model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]

@@ -32,6 +32,7 @@ from torch.utils import _pytree as pytree
 
 from secateur.allocate import allocate
 from secateur.cost import Budget, Cost
+from secateur.cost.frozen import what_stays
 from secateur.engine.decay import Decay, Pool
 from secateur.engine.describe import layer_facts
 from secateur.engine.gates import Gates
@@ -45,6 +46,7 @@ from secateur.graph.shrink import shrink
 from secateur.plan import Plan
 from secateur.proof import verify
 from secateur.report.data import Ending
+from secateur.settings import checked
 from secateur.surgery import cut_, embed
 
 if TYPE_CHECKING:
@@ -163,12 +165,14 @@ class Session(Generic[S]):
                 raise BudgetError(
                     f"{self.name}: the budget asks for at most {limit:,} {measure}; whatever goes, {reach:,} "
                     f"stay ({reach / self.dense.of(measure):.4f} of the dense model). Raise the budget."
+                    f"{what_stays(self.cost, measure, counts)}"
                 )
         if removal is not None:
             self.pool = Pool(self.graph, self.targets, self.tensors, removal)
 
     # --- what the training loop calls ----------------------------------------------------------------------
 
+    @checked(TrainingError)
     def attach(
         self,
         optimizer: Optimizer,

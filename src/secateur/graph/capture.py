@@ -123,7 +123,7 @@ def _export(model: nn.Module, candidates: Sequence[Inputs], any_batch: bool) -> 
         except CaptureError:
             raise
         except Exception as error:
-            failure = failure or error
+            failure = error  # the last candidate is the user's own
             continue
         signature = program.graph_signature
         tensors = {**signature.inputs_to_parameters, **signature.inputs_to_buffers}

@@ -20,6 +20,7 @@ from secateur.graph.modules import pad_attributes
 from secateur.graph.propagate import propagate
 from secateur.graph.solve import Solution, solve
 from secateur.graph.trace import Trace
+from secateur.settings import checked
 
 
 @dataclass(frozen=True)
@@ -145,6 +146,7 @@ class Graph:
 
 
 @uncompiled
+@checked(CaptureError)
 def analyze(
     model: nn.Module, inputs: Inputs, *, freeze: Sequence[str] = (), attention: str = "heads"
 ) -> Graph:

@@ -13,13 +13,15 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
-from secateur.errors import CutError
+from secateur.errors import CutError, SecateurError
+from secateur.settings import checked
 
 Keep = npt.NDArray[np.bool_]
 
 _PADS: dict[type[nn.Module], tuple[str, str]] = {}
 
 
+@checked(SecateurError)
 def register_pad(cls: type[nn.Module], before: str, after: str) -> None:
     """Say that `cls` pads channels with zeros, as many as its two integer attributes tell.
 

@@ -25,6 +25,7 @@ from secateur.plan import Plan
 from secateur.proof.reference import Reference
 from secateur.rewriting.rewrite import cut_listing, fixed_program, rewritten_modules, tensors_of
 from secateur.rewriting.settle import fixes_precision, precision
+from secateur.settings import checked
 from secateur.surgery.cut import tensor_cuts
 from secateur.surgery.edit import select
 from secateur.surgery.mask import mask_
@@ -107,6 +108,7 @@ class Verification:
 
 
 @uncompiled
+@checked(CutError)
 def verify(model: nn.Module, cut: nn.Module, graph: Graph, plan: Plan, *, seed: int = 0) -> Verification:
     """Compare a cut model with the original without the removed units, in float64 and float32.
 

@@ -210,11 +210,11 @@ def compensate(
                 continue
             layer = at[call.node]
             choice = choices[layer.weight]
-            columns = None
+            channels = None
             if keep is not None and isinstance(choice, Tensor) and layer.groups == 1:
-                read = choice.flatten(1).any(0).cpu()
-                columns = None if read.all() else read.nonzero().flatten()
-            sums = Sums(replay, layer, columns)
+                read = choice.transpose(0, 1).flatten(1).any(1)
+                channels = None if read.all() else read.nonzero().flatten()
+            sums = Sums(replay, layer, channels)
             for batch, x in enumerate(batches):
                 theirs, ours = held.take(batch) if begun else (replay.begin(x), replay.begin(x))
                 if last is not None:  # the dense network has run it already
@@ -226,7 +226,7 @@ def compensate(
                 sums.add(ours[call.node.args[0]], target, batch)  # type: ignore[index]
                 held.put(batch, (theirs, ours))
             fitted = sums.fitted(result.tensors)
-            if columns is None:
+            if channels is None:
                 mask = choice if isinstance(choice, Tensor) else choice(fitted)
                 result.fitted[layer.weight], result.masks[layer.weight] = fitted, mask
                 found = fitted.solved(mask)
@@ -246,20 +246,26 @@ class Sums:
     Args:
         replay: of the dense model.
         layer: one of its layers.
-        columns: the inputs that count; None: all.
+        channels: of the inputs, those that count; None: all.
     """
 
-    def __init__(self, replay: Replay, layer: Layer, columns: Tensor | None = None) -> None:
-        self.replay, self.layer, self.columns = replay, layer, columns
+    def __init__(self, replay: Replay, layer: Layer, channels: Tensor | None = None) -> None:
+        self.replay, self.layer, self.channels = replay, layer, channels
         self.weight = replay.tensor(layer.weight).detach()
+        self.columns: Tensor | None = None
+        if channels is not None:
+            each = self.weight[0, 0].numel()
+            self.columns = (channels.cpu()[:, None] * each + torch.arange(each)).flatten()
         self._sums: list[list[Tensor]] = [[] for _ in range(layer.groups)]
         self.rows = 0
 
     def add(self, x: Tensor, target: Tensor | None, number: int) -> None:
         """Take in a batch: the layer's input, and what its output is to be, unless only inputs are asked for."""
+        if self.channels is not None:
+            x = x.index_select(
+                -1 if self.layer.call.node.target in _LINEAR else 1, self.channels.to(x.device)
+            )
         rows, targets = rows_of(self.layer, x, target, self.weight, number)
-        if self.columns is not None:
-            rows = rows[..., self.columns.to(rows.device)]
         self.rows += rows.shape[1]
         parts = [None] * len(rows) if targets is None else targets.chunk(self.layer.groups, 1)
         for total, xg, tg in zip(self._sums, rows, parts, strict=True):

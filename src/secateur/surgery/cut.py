@@ -18,10 +18,12 @@ from secateur.plan import Plan
 from secateur.rewriting.known import following
 from secateur.rewriting.rewrite import rewrite_
 from secateur.rewriting.settle import settle
+from secateur.settings import checked
 from secateur.surgery.edit import Edit, select, select_states
 
 
 @uncompiled
+@checked(CutError)
 def cut_(model: nn.Module, graph: Graph, plan: Plan, *, optimizer: Optimizer | None = None) -> nn.Module:
     """Remove the units of a plan from the model's tensors, and let its layers' attributes follow.
 
@@ -126,6 +128,7 @@ def tensor_cuts(
 
 
 @uncompiled
+@checked(CutError)
 def cut_copy(model: nn.Module, graph: Graph, plan: Plan) -> nn.Module:
     """A cut copy; the model stays whole."""
     return cut_(duplicate(model), graph, plan)

@@ -5,12 +5,15 @@ from torch import nn
 from torch.nn.utils import parametrizations
 from torch.nn.utils.weight_norm import WeightNorm
 
+from secateur.errors import PlanError
 from secateur.graph import Graph
 from secateur.graph.guard import uncompiled
 from secateur.plan import Plan
+from secateur.settings import checked
 
 
 @uncompiled
+@checked(PlanError)
 def mask_(model: nn.Module, graph: Graph, plan: Plan) -> nn.Module:
     """Set every parameter position of the removed units to zero; shapes stay.
 

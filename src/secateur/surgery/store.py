@@ -22,6 +22,7 @@ from secateur.rewriting.known import known_attributes
 from secateur.rewriting.program import Program
 from secateur.rewriting.program_json import ProgramReader, to_json
 from secateur.rewriting.rewrite import CONSTANT, rewrite_, rewritten_modules
+from secateur.settings import checked
 from secateur.surgery.bypass import SIDES, Bypass, add_bypass_, remove_bypass_
 from secateur.surgery.edit import Edit
 
@@ -31,6 +32,7 @@ _OVERHEAD = 200  # bytes that one more tensor takes in the header of the file
 
 
 @uncompiled
+@checked(FileError)
 def save(model: nn.Module, path: str | Path) -> None:
     """Write a model, cut, masked or neither, as one safetensors file that `load` can rebuild bit for bit.
 
@@ -86,6 +88,7 @@ def filled(tensor: Tensor) -> Tensor | None:
 
 
 @uncompiled
+@checked(FileError)
 def load(model: nn.Module, path: str | Path) -> nn.Module:
     """Turn a freshly made original model into the saved one, bit for bit.
 
