@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from secateur.errors import ScoreError
+from secateur.errors import ScoreError, first_line
 from secateur.graph import Graph, Group
 from secateur.graph.modes import evaluating
 from secateur.imports import look_up
@@ -275,6 +275,11 @@ def gradients(
                 found = torch.autograd.grad(
                     loss(model(x.to(device)), y.to(device)), list(required), allow_unused=True
                 )
+            except (RuntimeError, TypeError, ValueError) as error:
+                raise ScoreError(
+                    f"the loss on the data has no gradients: {first_line(error)}. Pass batches that fit the model, and "
+                    f"loss= that takes its outputs and the targets"
+                ) from error
             finally:
                 for p, flag in required.items():
                     p.requires_grad_(flag)
