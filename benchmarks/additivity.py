@@ -82,7 +82,7 @@ def check_additivity(
     task = method.task(model.eval(), batches[0][:2], budget, Context(batches))
     kept, candidates = task.levels(method)
     images = measure(
-        task.program, batches, candidates, distortion=method.distortion, batched=passes(batches[0])
+        task.program, batches, candidates, distortion=method.distortion, batched=passes(task.program)
     )
     alone = [np.concatenate([[0.0], values.mean(1)]) for values in images]
     if task.total < (least := sum(int(k[-1]) for k in kept)):

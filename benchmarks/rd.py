@@ -34,12 +34,12 @@ from secateur.graph.duplicate import duplicate
 from secateur.graph.replay import Replay
 from secateur.methods import RD, Context, MaskWeights, OneShot, Pruned, RDWeights
 from secateur.methods.rd import FAITHFUL
-from secateur.methods.rd.channels import compensated
 from secateur.methods.rd.curves import measure
 from secateur.plan import WeightPlan
 from secateur.recipes.data import Batches, Dataset, Split, load_data
 from secateur.recipes.models import build_model
 from secateur.recipes.models.weights import load_weights, normalisation_for
+from secateur.reconstruction.plans import compensated
 from secateur.surgery.cut import cut_copy
 
 NETWORKS = {
@@ -219,14 +219,14 @@ def channel_cell(bench: Bench, budget: float, how: str, compensation: str) -> di
     batches = bench.calibration("resnet20_b")
     inputs, started = batches[0][:2], time.perf_counter()
     if how == "rd":
-        method = RD(compensation=compensation, stream_gain=1.0)  # no training follows
+        method = RD(compensation=compensation, stream_gain=1.0, round_to=1)  # no training follows
         pruned = method.prune(model, inputs, Budget(macs=budget), Context(batches, cache=bench.options.runs))
         small = pruned.model
     else:
         score, allocation = how.split("-")
         labels = data.subset(train_images=IMAGES)
         labelled = Batches(labels.train, batch_size=BATCH, normalisation=data.normalisation)
-        pruned = OneShot(score=score, allocation=allocation).prune(
+        pruned = OneShot(score=score, allocation=allocation, round_to=1).prune(
             model, inputs, Budget(macs=budget), Context(labelled)
         )
         assert isinstance(pruned.plan, Plan)

@@ -163,10 +163,14 @@ def expected(hint: Any, option: Option) -> str:
 
     >>> expected(float | None, Option("", above=0))
     'a number above 0, or None'
+    >>> expected(int | str, Option("", least=1, choices=("auto", "gpu")))
+    'a whole number, at least 1, or one of auto, gpu'
     """
     kinds, optional = _kinds(hint)
     if (names := _names(hint, option)) is not None:
         words = f"one of {', '.join(names)}" + (", a function or module:function" if option.custom else "")
+        if int in kinds:
+            words = f"{_bounded('a whole number', option)}, or {words}"
     elif bool in kinds:
         words = "True or False"
     elif int in kinds and float not in kinds:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.markup import escape
+from rich.status import Status
 from rich.table import Table
 
 from secateur.runs.folder import Watch, is_main_process
@@ -35,6 +36,8 @@ class Steps(Watch):
     def __init__(self) -> None:
         self._console = Console(stderr=True, highlight=False)
         self.bars = True
+        self._status: Status | None = None
+        self._what, self._started = "", 0.0
 
     @contextlib.contextmanager
     def doing(self, what: str) -> Iterator[None]:
@@ -43,9 +46,20 @@ class Steps(Watch):
             self.tell(what)
             yield
             return
-        with self._console.status(f"{escape(what)} …"):
+        self._what, self._started = escape(what), started
+        with self._console.status(f"{self._what} …") as self._status:
             yield
+        self._status = None
         self._console.print(f"[green]✓[/] {escape(what)} [dim]{time.perf_counter() - started:.1f} s[/]")
+
+    def progress(self, done: int, total: int) -> None:
+        if self._status is None:
+            return
+        if not done:
+            self._started = time.perf_counter()
+        left = (time.perf_counter() - self._started) * (total - done) / max(1, done)
+        more = f", {left:.0f} s left" if done else ""
+        self._status.update(f"{self._what} … {done / total:.0%}{more}")
 
     def tell(self, what: str) -> None:
         self._console.print(escape(what), soft_wrap=True)
@@ -118,7 +132,7 @@ def summary(report: "Report", out: Path) -> None:
 
     def latency(name: str, pair: "LatencyPair | None") -> None:
         if pair:
-            old, new = (f"{one.median_ms:.3g} ms" for one in (pair.before, pair.after))
+            old, new = (f"{one.p10_ms:.3g} ms" for one in (pair.before, pair.after))
             rows.add_row(name, old, new, speed(pair))
 
     latency("latency, PyTorch", report.latency_pytorch)

@@ -1,11 +1,12 @@
 """What a model costs at any widths, in every measure that follows from them."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TypeAlias
 
 import torch
 from torch import Tensor
 
+from secateur.cost.budget import Budget
 from secateur.cost.formulas import Formula, Sum
 from secateur.errors import BudgetError
 from secateur.graph import Graph
@@ -75,6 +76,18 @@ class Cost:
     def all(self, kept: Kept | None = None) -> dict[str, int]:
         """Every measure in closed form, by name."""
         return {measure: self.of(measure, kept) for measure in closed()}
+
+    def limits(self, budget: Budget) -> dict[str, int]:
+        """The largest allowed number per measure that a budget bounds.
+
+        Raises:
+            BudgetError: the dense model fits already, or a clock measures one.
+        """
+        return budget.limits({measure: self.of(measure) for measure in budget.bounds})
+
+    def within(self, limits: Mapping[str, int], kept: Kept) -> bool:
+        """Whether widths meet all limits."""
+        return all(self.of(measure, kept) <= limit for measure, limit in limits.items())
 
     def macs(self, kept: Kept | None = None) -> int:
         """Multiply-adds for one image (one multiply and one add count as 1)."""

@@ -95,6 +95,12 @@ def _groups(graph: Graph, plan: object, scores: Sequence[Any]) -> list[Group]:
     ]
 
 
+def width_notes(plan: object) -> list[str]:
+    """What widths are multiples of, and why, where a method chose that."""
+    why = plan.origin.get("multiples", {}).get("why") if isinstance(plan, Plan) else None
+    return [why] if why else []
+
+
 def proof_notes(graph: Graph, proof: Verification | None) -> list[str]:
     """What a reader must know about the proof, one sentence each."""
     if proof is None:

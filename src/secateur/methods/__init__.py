@@ -11,16 +11,15 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
 
 from secateur.cost import Budget
 from secateur.engine.decay import Decay, Restore
 from secateur.engine.method import Batch, Context, Method, Progress
-from secateur.engine.pruned import Pruned
+from secateur.engine.pruned import Pruned, proven
 from secateur.engine.session import Session
 from secateur.engine.training_method import TrainingMethod
 from secateur.errors import BudgetError, SecateurError, unknown
-from secateur.graph import Inputs
+from secateur.graph import Inputs, analyze
 from secateur.graph.guard import uncompiled
 from secateur.imports import imported
 from secateur.methods.at_init import SNIP, AtInit, GraSP, SynFlow
@@ -146,8 +145,8 @@ def prune(
     *,
     budget: Budget | float,
     method: MethodLike = "auto",
-    data: Iterable[Batch | Tensor] | None = None,
-    loss: Callable[[Tensor, Tensor], Tensor] = nn.functional.cross_entropy,
+    data: Iterable[Batch | Inputs] | None = None,
+    loss: Callable[[Any, Any], Tensor] = nn.functional.cross_entropy,
     clock: Clock | None = None,
     cache: str | Path | None = None,
     progress: Progress | None = None,
@@ -162,8 +161,8 @@ def prune(
         method: as for `method_named`; "auto" takes rd where there is data to measure on, and else the l2 norms of
             filters. Not one that prunes while the model trains.
         data: batches of (inputs, targets) from training, for methods and scores that look at data; a few hundred
-            images will do.
-        loss: of (outputs, targets), a mean over the batch.
+            images will do. Inputs may be what `inputs` may be; a batch that is a dict is both.
+        loss: of (outputs, targets), a mean over the batch; outputs are what the model returns.
         clock: measures the milliseconds of a model for budgets of `latency_ms`, such as with another runtime;
             default: `secateur.methods.latency.here`, PyTorch on the device of `inputs`.
         cache: a folder for measurements that serve several budgets, or the file for them.
@@ -181,13 +180,8 @@ def prune(
     chosen = method_named(method, options)
     context = Context(data, loss, None if cache is None else Path(cache), progress)
     if isinstance(chosen, Auto):
-        side = max(
-            (x.shape[-1] for x in pytree.tree_leaves(inputs) if isinstance(x, Tensor) and x.ndim), default=0
-        )
         trained = data is not None
-        chosen = choose(
-            chosen, bounds=budget.given, trained=trained, data=trained, training=False, side=side
-        ).method
+        chosen = choose(chosen, bounds=budget.given, trained=trained, data=trained, training=False).method
     if budget.latency_ms is None or chosen.when == "during":
         return chosen.prune(model, inputs, budget, context)
     if chosen.removes != "channels":
@@ -200,11 +194,18 @@ def prune(
 def prune_within_latency(
     method: Method, model: nn.Module, inputs: Inputs, budget: Budget, context: Context, clock: Clock
 ) -> Pruned:
-    """Prune to a budget with milliseconds: by trying shares of the MACs; see `prune_to_latency`."""
+    """Prune to a budget with milliseconds: by trying shares of the MACs; see `prune_to_latency`.
+
+    Plain scores share one graph, and only what is returned is proven.
+    """
     data = None if context.data is None else list(context.data)  # it is gone through once per trial
     with tempfile.TemporaryDirectory() as folder:
-        cache = context.cache or Path(folder) / "curves.safetensors"  # the same for all trials
+        cache = context.cache or Path(folder)  # the same for all trials
         again = replace(context, data=data, cache=cache)
-        return prune_to_latency(
+        if isinstance(method, OneShot):
+            graph = analyze(model, inputs, freeze=method.freeze, attention=method.attention)
+            again = replace(again, graph=graph, prove=method.compensation != "none")  # of the solved weights
+        found = prune_to_latency(
             lambda within: method.prune(model, inputs, within, again), model, budget, clock
         )
+    return found if again.prove else proven(model, found, seed=getattr(method, "seed", 0))

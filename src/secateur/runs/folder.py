@@ -40,6 +40,9 @@ class Watch:
     def tell(self, what: str) -> None:
         """Say what came out."""
 
+    def progress(self, done: int, total: int) -> None:
+        """Say how far what is being done has got."""
+
 
 def is_main_process() -> bool:
     """Whether this is the one process, of those that were launched together, that writes and speaks."""
