@@ -104,6 +104,8 @@ def capture(
         CaptureError: the inputs do not fit the model, or `forward` depends on the data or on chance.
     """
     check_readable(model)
+    if not batch_of(inputs):
+        raise CaptureError("example inputs: the batch is empty; pass at least one image")
     with untouched(model), written_out():
         model.train(training)
         captured = _export(model, (inputs,) if exact else (with_batch(inputs, BATCH), inputs), any_batch)

@@ -10,6 +10,7 @@ from torch.utils import _pytree as pytree
 from secateur.errors import CutError, first_line
 from secateur.graph import Graph, named_tensors
 from secateur.graph.duplicate import duplicate
+from secateur.graph.groups import check_model
 from secateur.graph.guard import uncompiled
 from secateur.graph.modes import evaluating
 from secateur.graph.positions import kept_positions
@@ -130,6 +131,8 @@ def verify(model: nn.Module, cut: nn.Module, graph: Graph, plan: Plan, *, seed: 
         PlanError: the plan does not fit the graph.
         CutError: the outputs do not have the same shapes.
     """
+    plan.check(graph)
+    check_model(model, graph)
     randomised = False
     pair = model, cut
     errors = compare(*pair, graph, plan, torch.float64, seed)
