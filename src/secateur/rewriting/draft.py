@@ -8,7 +8,7 @@ these captures is a size, a precision, or a switch of the training mode; all els
 import copy
 import functools
 import itertools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -26,6 +26,7 @@ from secateur.graph.operators import OPERATORS, Step
 from secateur.graph.probe import aliases, difference, floats, random_values
 from secateur.graph.samples import sampled
 from secateur.graph.trace import Survivors, Trace
+from secateur.rewriting.align import Aligned, align
 from secateur.rewriting.listing import Listing, as_op, find_calls, list_operators
 from secateur.rewriting.program import (
     ANYTHING,
@@ -138,13 +139,15 @@ class Writer:
             raise CutError(f"{name}: its forward cannot be captured by itself ({error})") from None
         except CutError as error:
             raise CutError(f"{name}: {error}") from None
-        captured = captures.base.listing()
-        values = self._match(name, number, captured)
-        switches, lost = training_switches(captures.training, captured)
+        aligned = captures.listings()
+        captured, *others = aligned.listings
+        values = self._match(name, number, captured, aligned.added)
+        own, lost = training_switches(captures.training, captures.base.listing())
+        switches = [{} if i in aligned.added else own.pop(0) for i in range(len(captured.steps))]
         before = [copy.copy(step.args) for step in captured.steps]
         cut_steps(captured, values, self._survivors)
         try:
-            output = captures.symbolic(captured, before, self._cut_dims(captured, values))
+            output = captures.symbolic(captured, before, others, self._cut_dims(captured, values))
         except CutError as error:
             raise CutError(f"{name}: {error}") from None
         for i, step in enumerate(captured.steps):
@@ -192,13 +195,18 @@ class Writer:
         constants = {buffers[name]: base.captured.constants[name].detach().clone() for name in unnamed}
         return Draft(program, constants, lost, captures.tied)
 
-    def _match(self, name: str, number: int, lines: Listing) -> dict[fx.Node, Any]:
-        """What the analysis knows about the nodes of a module that was captured by itself."""
+    def _match(self, name: str, number: int, lines: Listing, added: Collection[int]) -> dict[fx.Node, Any]:
+        """What the analysis knows about the nodes of a module that was captured by itself.
+
+        Args:
+            added: numbers of steps that the analysis does not know.
+        """
         found = [self._whole.steps[i] for i in self._regions.get((name, number), [])]
-        if [s.target for s in found] != [s.target for s in lines.steps]:
+        steps = [step for i, step in enumerate(lines.steps) if i not in added]
+        if [s.target for s in found] != [s.target for s in steps]:
             raise CutError(f"{name}: its forward does other things by itself than within the model")
         values: dict[fx.Node, Any] = {}
-        for theirs, own in zip(found, lines.steps, strict=True):
+        for theirs, own in zip(found, steps, strict=True):
             values[own.node] = self._trace.values.get(theirs.node)
             for a, b in zip(refs(own.args), refs(theirs.args), strict=True):
                 node, value = lines.nodes[a], self._trace.values.get(self._whole.nodes[b])
@@ -388,7 +396,6 @@ class Captures:
 
     def _forget(self) -> None:
         self.variants: list[Captured] = []
-        self._listings: list[Listing] = []
         self._captured: set[int] = {0}
         self._fit: set[int] = {0}
         self._unfit: set[int] = set()
@@ -440,13 +447,17 @@ class Captures:
                 return False
         if found is None:
             return True
-        lines, other = self.base.listing(), found.listing()
-        if not same_operators(lines, other):
+        if align([capture.listing() for capture in (self.base, *self.variants, found)]) is None:
             return False
         self.variants.append(found)
-        self._listings.append(other)
         self._captured.add(number)
         return True
+
+    def listings(self) -> Aligned:
+        """The operators of all captures; the first is that of the analysis."""
+        found = align([captured.listing() for captured in (self.base, *self.variants)])
+        assert found is not None
+        return found
 
     def _whole(self) -> tuple[Program, Listing]:
         """The program of the module before any cut.
@@ -454,8 +465,8 @@ class Captures:
         Raises:
             CutError: a number follows no size.
         """
-        lines = self.base.listing()
-        output = self.symbolic(lines, [copy.copy(step.args) for step in lines.steps], set())
+        lines, *others = self.listings().listings
+        output = self.symbolic(lines, [copy.copy(step.args) for step in lines.steps], others, set())
         ops = tuple(as_op(step) for step in lines.steps)
         return Program(self.arguments, len(lines.inputs), tuple(lines.names), ops, output), lines
 
@@ -513,19 +524,26 @@ class Captures:
             result.append(tuple(limits))
         return tuple(result)
 
-    def symbolic(self, lines: Listing, before: Sequence[dict[str, Any]], cut: set[tuple[int, int]]) -> Any:
+    def symbolic(
+        self,
+        lines: Listing,
+        before: Sequence[dict[str, Any]],
+        others: Sequence[Listing],
+        cut: set[tuple[int, int]],
+    ) -> Any:
         """Express the numbers of all steps, and of the output, that differ between captures by sizes.
 
         Args:
             lines: of `base`, after a cut; changed in place.
             before: the arguments of its steps before the cut.
+            others: of the variants.
             cut: (register, dim) of every tensor that loses positions.
         Returns:
             the output.
         Raises:
             CutError: a number follows no size.
         """
-        everything = (lines, *self._listings)
+        everything = (lines, *others)
 
         def symbols(registers: Sequence[int]) -> dict[Dim, tuple[int, ...]]:
             found = {}
@@ -540,14 +558,14 @@ class Captures:
         varying(self.base.arguments, [variant.arguments for variant in self.variants], columns)
         given = {Dim(-1, index): column for index, column in enumerate(columns)}
         given |= symbols(range(len(lines.inputs)))
-        literals = named_numbers(before, [[step.args for step in other.steps] for other in self._listings])
+        literals = named_numbers(before, [[step.args for step in other.steps] for other in others])
         for i, step in enumerate(lines.steps):
-            others = [other.steps[i].args for other in self._listings]
-            if all(other == before[i] for other in others):
+            args = [other.steps[i].args for other in others]
+            if all(other == before[i] for other in args):
                 continue
             sizes = Sizes(Expressions(symbols(refs(before[i])) | given, literals), step.op)
             for key, arg in step.args.items():
-                step.args[key] = sizes.symbolic(arg, before[i].get(key), [other.get(key) for other in others])
+                step.args[key] = sizes.symbolic(arg, before[i].get(key), [other.get(key) for other in args])
         sizes = Sizes(Expressions(given, literals), "output")
         output = sizes.symbolic(self.base.output, self.base.output, [v.output for v in self.variants])
         return fill(output, None, lines.output)
@@ -560,19 +578,6 @@ class Captures:
             return Captured.of(self._module, *self._calls[0], training=True)
         except (CaptureError, CutError):
             return None
-
-
-def same_operators(lines: Listing, other: Listing) -> bool:
-    """Whether two captures of a module do the same things, whatever the sizes."""
-    a, b = lines.captured.constants, other.captured.constants
-    return (
-        [step.target for step in lines.steps] == [step.target for step in other.steps]
-        and [name for name in lines.names if name not in a] == [name for name in other.names if name not in b]
-        and a.keys() == b.keys()
-        and all(
-            a[name].shape == b[name].shape and torch.equal(a[name].double(), b[name].double()) for name in a
-        )
-    )
 
 
 def within(sizes: Shapes, others: Sequence[Shapes]) -> bool:
