@@ -5,6 +5,7 @@ and many a forward pads only where it must. Where one capture has such a step an
 it too, with numbers by which it changes nothing.
 """
 
+import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -64,23 +65,20 @@ def same_tensors(lines: Listing, other: Listing) -> bool:
 
 def _merge(rows: list[Row], known: Sequence[Listing], other: Listing) -> list[Row] | None:
     result: list[Row] = []
+    ours = [_any_step(known, row) for row in rows]
     i = j = 0
     while i < len(rows) or j < len(other.steps):
-        ours = (
-            next((k.steps[n] for k, n in zip(known, rows[i], strict=True) if n is not None))
-            if i < len(rows)
-            else None
-        )
         theirs = other.steps[j] if j < len(other.steps) else None
-        if ours and theirs and _key(ours) == _key(theirs):
+        run = list(itertools.takewhile(lambda step: step.op in IDLE, ours[i:]))
+        if theirs and i < len(rows) and _key(ours[i]) == _key(theirs):
             result.append([*rows[i], j])
             i, j = i + 1, j + 1
+        elif run and (theirs is None or theirs.op not in IDLE or _key(theirs) in map(_key, run)):
+            result.append([*rows[i], None])
+            i += 1
         elif theirs and theirs.op in IDLE:
             result.append([*(None for _ in known), j])
             j += 1
-        elif ours and ours.op in IDLE:
-            result.append([*rows[i], None])
-            i += 1
         else:
             return None
     return result

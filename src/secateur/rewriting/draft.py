@@ -365,6 +365,7 @@ class Captures:
         self._alike = alike
         self.base = Captured.of(module, *calls[0])
         self.tied = ""
+        self._found: dict[tuple[int, bool], Captured | None] = {}
         self._forget()
 
     @classmethod
@@ -380,28 +381,51 @@ class Captures:
             CutError: it does other things for another batch or precision.
         """
         captures = cls(module, calls, alike)
-        try:
-            captures._compare(range(1, len(calls)))
-            captures.tied = captures._why_tied()
-        except (CutError, CaptureError) as error:
-            if alike == len(calls):
-                raise
-            captures.tied = str(error)
-        if captures.tied:
+        sized, batches = range(alike, len(calls)), range(1, alike)
+        if sized:
+            captures._settle([[*sized, *batches], [*reversed(sized), *batches]])
+        if captures.tied or not sized:
             captures._forget()
-            captures._compare(range(1, alike))
+            captures._compare(batches)
         if captures._unfit & set(range(alike)):
             raise CutError("its forward does other things for another batch size or precision")
         return captures
 
+    def _settle(self, orders: Sequence[Sequence[int]]) -> None:
+        """Compare the calls in the order that makes the numbers right at most of them, and then by the least arithmetic.
+
+        A size at which the forward does something special may be among the first; then others fit badly.
+        """
+        best: tuple[tuple[int, int], dict[str, Any]] | None = None
+        for order in orders:
+            self._forget()
+            try:
+                length = self._compare(order)
+            except CutError as error:
+                self._reason = str(error)
+                continue
+            if best is None or (len(self._fit), -length) > best[0]:
+                best = (len(self._fit), -length), dict(vars(self))
+            if not self._unfit:
+                break
+        vars(self).update(best[1] if best else {})
+        self.tied = self._why_tied() if best else self._reason
+
     def _forget(self) -> None:
         self.variants: list[Captured] = []
-        self._captured: set[int] = {0}
+        self._captured = [0]
+        self._reason = "it does other things at other image sizes"
         self._fit: set[int] = {0}
         self._unfit: set[int] = set()
 
-    def _compare(self, numbers: Sequence[int]) -> None:
-        """Sort these calls into those at which the numbers are right and others, and capture what that takes."""
+    def _compare(self, numbers: Sequence[int]) -> int:
+        """Sort these calls into those at which the numbers are right and others, and capture what that takes.
+
+        Returns:
+            the length of the program, written out.
+        Raises:
+            CutError: a number follows no size.
+        """
         known = {self._sizes(0)}
         for number in numbers:
             sizes = self._sizes(number)
@@ -415,11 +439,21 @@ class Captures:
         if not self.variants:
             self._add(0)
         while True:
-            program, lines = self._whole()
+            try:
+                program, lines = self._whole()
+            except CutError as error:
+                if len(self.variants) == 1:
+                    raise
+                self.variants.pop()
+                last = self._captured.pop()
+                self._fit.remove(last)
+                self._unfit.add(last)
+                self._reason = str(error)
+                continue
             wrong = (n for n in sorted(self._fit - {0}) if not self._right(program, lines, n))
             found = next(wrong, None)
             if found is None:
-                return
+                return len(repr(program.ops))
             if found in self._captured or not self._add(found):
                 self._fit.remove(found)
                 self._unfit.add(found)
@@ -437,21 +471,29 @@ class Captures:
 
     def _add(self, number: int) -> bool:
         """Capture a call, the first in float64; False if it does other things than in the analysis."""
-        call = self._calls[number]
-        assert call is not None
-        found = None if self.variants else Captured.of_double(self._module, *call)
+        found = None if self.variants else self._capture(number, True)
         if found is None and number:
-            try:
-                found = Captured.of(self._module, *call)
-            except (CaptureError, CutError):
-                return False
+            found = self._capture(number, False)
         if found is None:
-            return True
+            return not number
         if align([capture.listing() for capture in (self.base, *self.variants, found)]) is None:
             return False
         self.variants.append(found)
-        self._captured.add(number)
+        self._captured.append(number)
         return True
+
+    def _capture(self, number: int, double: bool) -> Captured | None:
+        """A call captured by itself, in float64 or as it is; None where it cannot be."""
+        if (number, double) not in self._found:
+            call = self._calls[number]
+            assert call is not None
+            try:
+                self._found[number, double] = (Captured.of_double if double else Captured.of)(
+                    self._module, *call
+                )
+            except (CaptureError, CutError):
+                self._found[number, double] = None
+        return self._found[number, double]
 
     def listings(self) -> Aligned:
         """The operators of all captures; the first is that of the analysis."""
@@ -492,13 +534,11 @@ class Captures:
     def _why_tied(self) -> str:
         """Why the sizes that are right say nothing about others, in words; "" if they do."""
         sized = set(range(self._alike, len(self._calls)))
-        if sized and not self._fit & sized:
-            return "it does other things at other image sizes"
+        if len(self._fit & sized) < min(FEWEST, len(sized)):
+            return self._reason
         lost = [self._sizes(number) for number in self._unfit & sized]
         fit = [self._sizes(number) or () for number in self._fit]
-        if any(sizes is None or within(sizes, fit) for sizes in lost):
-            return "it does other things at some image sizes"
-        return ""
+        return self._reason if any(sizes is None or within(sizes, fit) for sizes in lost) else ""
 
     @property
     def arguments(self) -> Any:
