@@ -8,11 +8,12 @@ these captures is a size, a precision, or a switch of the training mode; all els
 import copy
 import functools
 import itertools
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, fx, nn
 from torch.func import functional_call
@@ -21,7 +22,7 @@ from torch.utils import _pytree as pytree
 from secateur.errors import CaptureError, CutError
 from secateur.graph.capture import Capture, Inputs, as_call, capture
 from secateur.graph.duplicate import cloned, duplicate
-from secateur.graph.labels import Value
+from secateur.graph.labels import Value, along, compress, reshape
 from secateur.graph.operators import OPERATORS, Step
 from secateur.graph.probe import aliases, difference, floats, random_values
 from secateur.graph.samples import sampled
@@ -30,6 +31,7 @@ from secateur.rewriting.align import Aligned, align
 from secateur.rewriting.listing import Listing, as_op, find_calls, list_operators
 from secateur.rewriting.program import (
     ANYTHING,
+    LARGEST,
     Dim,
     Given,
     Limit,
@@ -39,6 +41,7 @@ from secateur.rewriting.program import (
     Training,
     operator_named,
     refs,
+    sizes_in_words,
 )
 from secateur.rewriting.rewrite import CONSTANT, arguments_of, cut_steps, inputs_of
 from secateur.rewriting.sizes import Expressions
@@ -73,6 +76,10 @@ class Draft:
     tied: str
 
 
+class MixedError(CutError):
+    """At some size, a view takes channels apart in another way than in the analysis."""
+
+
 class Writer:
     """Writes programs for the submodules of a model.
 
@@ -104,24 +111,36 @@ class Writer:
         runs = self._runs[name]
         if not runs[0]:
             raise CutError(f"{name}: it is not called in evaluation mode")
-        given = len(self._samples[0])
+        given, tied = len(self._samples[0]), ""
         for some in dict.fromkeys((len(runs), given)):  # at least at the image size of the analysis
             calls = [[run[i] if i < len(run) else None for run in runs[:some]] for i in range(len(runs[0]))]
-            drafts = [self._draft(name, number, each) for number, each in enumerate(calls)]
-            if all(draft.program == drafts[0].program for draft in drafts):
-                tied = "it is called several times, in different ways" if some < len(runs) else ""
-                return replace(drafts[0], tied=drafts[0].tied or tied)
+            try:
+                drafts = [self._draft(name, number, each) for number, each in enumerate(calls)]
+            except MixedError as error:
+                if some == given:
+                    raise
+                tied = str(error)
+                continue
+            first = drafts[0]
+            if all(draft.program == first.program for draft in drafts):
+                return replace(first, tied=first.tied or (tied and told(first.program, tied)))
+            tied = f"it is called {len(drafts)} times, in different ways"
         raise CutError(f"{name}: it is called {len(drafts)} times, in ways that need different programs")
 
     def _record(self, name: str) -> None:
         """Note the calls of a module, and of all others of its class, for inputs of every size."""
         kind = type(self._model.get_submodule(name))
         names = [n for n, module in self._model.named_modules() if type(module) is kind]
-        runs = []
+        runs: list[dict[str, Calls]] = []
         for given in itertools.chain(*self._samples):
             args, kwargs = as_call(given)
             with recorded(self._model, names) as calls, torch.no_grad():
-                self._model(*args, **kwargs)
+                try:
+                    self._model(*args, **kwargs)
+                except Exception:  # whatever its own code raises at a size it was not made for
+                    if not runs:
+                        raise
+                    calls = {n: [] for n in names}
             runs.append(calls)
         for n in names:
             self._runs[n] = [run[n] for run in runs]
@@ -144,10 +163,13 @@ class Writer:
         values = self._match(name, number, captured, aligned.added)
         own, lost = training_switches(captures.training, captures.base.listing())
         switches = [{} if i in aligned.added else own.pop(0) for i in range(len(captured.steps))]
+        cut = self._cut_dims(captured, values)
+        if not all(same_views(captured, other, cut) for other in others):
+            raise MixedError("its channels mean something else at other image sizes")
         before = [copy.copy(step.args) for step in captured.steps]
         cut_steps(captured, values, self._survivors)
         try:
-            output = captures.symbolic(captured, before, others, self._cut_dims(captured, values))
+            output = captures.symbolic(captured, before, others, cut)
         except CutError as error:
             raise CutError(f"{name}: {error}") from None
         for i, step in enumerate(captured.steps):
@@ -158,7 +180,7 @@ class Writer:
             step.args |= {
                 key: Training(m, yes, step.args.get(key, no)) for key, (m, yes, no) in switches[i].items()
             }
-        limits = captures.limits(self._cut_dims(captured, values))
+        limits = captures.limits(cut)
         return self._finish(captured, captures, output, limits, lost)
 
     def _cut_dims(self, lines: Listing, values: Mapping[fx.Node, Any]) -> set[tuple[int, int]]:
@@ -193,7 +215,8 @@ class Writer:
             limits=limits,
         )
         constants = {buffers[name]: base.captured.constants[name].detach().clone() for name in unnamed}
-        return Draft(program, constants, lost, captures.tied)
+        tied = captures.tied and told(program, captures.tied)
+        return Draft(program, constants, lost, tied)
 
     def _match(self, name: str, number: int, lines: Listing, added: Collection[int]) -> dict[fx.Node, Any]:
         """What the analysis knows about the nodes of a module that was captured by itself.
@@ -382,19 +405,20 @@ class Captures:
         """
         captures = cls(module, calls, alike)
         sized, batches = range(alike, len(calls)), range(1, alike)
-        if sized:
-            captures._settle([[*sized, *batches], [*reversed(sized), *batches]])
-        if captures.tied or not sized:
+        if not sized or not captures._settle([[*sized, *batches], [*reversed(sized), *batches]]):
             captures._forget()
             captures._compare(batches)
         if captures._unfit & set(range(alike)):
             raise CutError("its forward does other things for another batch size or precision")
         return captures
 
-    def _settle(self, orders: Sequence[Sequence[int]]) -> None:
-        """Compare the calls in the order that makes the numbers right at most of them, and then by the least arithmetic.
+    def _settle(self, orders: Sequence[Sequence[int]]) -> bool:
+        """Compare the calls in the order that makes the numbers right at most of them, then with least arithmetic.
 
         A size at which the forward does something special may be among the first; then others fit badly.
+
+        Returns:
+            whether enough is known about other image sizes.
         """
         best: tuple[tuple[int, int], dict[str, Any]] | None = None
         for order in orders:
@@ -409,7 +433,8 @@ class Captures:
             if not self._unfit:
                 break
         vars(self).update(best[1] if best else {})
-        self.tied = self._why_tied() if best else self._reason
+        self.tied = self._reason if best is None or self._unfit else ""
+        return best is not None and self._tells()
 
     def _forget(self) -> None:
         self.variants: list[Captured] = []
@@ -531,14 +556,14 @@ class Captures:
         ]
         return same and difference(floats(expected), floats(result))[1] <= CLOSE.get(dtype, 0.1)
 
-    def _why_tied(self) -> str:
-        """Why the sizes that are right say nothing about others, in words; "" if they do."""
+    def _tells(self) -> bool:
+        """Whether the sizes at which the numbers are right say anything about those between them."""
         sized = set(range(self._alike, len(self._calls)))
-        if len(self._fit & sized) < min(FEWEST, len(sized)):
-            return self._reason
         lost = [self._sizes(number) for number in self._unfit & sized]
         fit = [self._sizes(number) or () for number in self._fit]
-        return self._reason if any(sizes is None or within(sizes, fit) for sizes in lost) else ""
+        return len(self._fit & sized) >= min(FEWEST, len(sized)) and not any(
+            sizes is None or within(sizes, fit) for sizes in lost
+        )
 
     @property
     def arguments(self) -> Any:
@@ -551,16 +576,21 @@ class Captures:
         Args:
             cut: (input, dim) that lose positions, which nothing depends on.
         """
-        columns = list(zip(*(self._sizes(number) or () for number in sorted(self._fit)), strict=True))
+        fit = [self._sizes(number) or () for number in sorted(self._fit)]
         batches = [self._sizes(number) or () for number in self._fit if number < self._alike]
+        unfit = [self._sizes(number) for number in self._unfit]
+        below, above = any_beyond(unfit, fit, min), any_beyond(unfit, fit, max)
         result = []
-        for i, shapes in enumerate(columns):
+        for i, shapes in enumerate(zip(*fit, strict=True)):
             limits: list[Limit] = []
             for dim, sizes in enumerate(zip(*shapes, strict=True)):
-                free = len(set(sizes)) > 1 and (
-                    not self._unfit or len({shape[i][dim] for shape in batches}) > 1
-                )
-                limits.append(None if free or (i, dim) in cut else (min(sizes), max(sizes)))
+                if (i, dim) in cut or len({shape[i][dim] for shape in batches}) > 1:
+                    limits.append(None)
+                elif len(set(sizes)) == 1:
+                    limits.append((sizes[0], sizes[0]))
+                else:
+                    limit = min(sizes) if below else 0, max(sizes) if above else LARGEST
+                    limits.append(limit if below or above else None)
             result.append(tuple(limits))
         return tuple(result)
 
@@ -618,6 +648,41 @@ class Captures:
             return Captured.of(self._module, *self._calls[0], training=True)
         except (CaptureError, CutError):
             return None
+
+
+def same_views(lines: Listing, other: Listing, cut: Collection[tuple[int, int]]) -> bool:
+    """Whether every view does the same to the dims that lose positions, at the sizes of two captures."""
+    for step, theirs in zip(lines.steps, other.steps, strict=True):
+        source = step.args.get("self")
+        if step.op not in VIEWS or not isinstance(source, Ref):
+            continue
+        for register, dim in cut:
+            if register == source.index:
+                moved = []
+                for listing, own in ((lines, step), (other, theirs)):
+                    shape = size_of(listing.nodes[register])
+                    factor = along(np.arange(shape[dim]), dim, len(shape))
+                    moved.append(compress(reshape(factor, shape, own.shapes[0])))
+                if moved[0].shape != moved[1].shape or (moved[0] != moved[1]).any():
+                    return False
+    return True
+
+
+def told(program: Program, reason: str) -> str:
+    """What sizes a program takes and why no others, in words."""
+    limits = [sizes_in_words(limits) for limits in program.limits if any(limits[1:])]
+    return f"takes {' and '.join(dict.fromkeys(limits)) or 'these sizes'} only: {reason}"
+
+
+def any_beyond(sizes: Sequence[Shapes | None], others: Sequence[Shapes], end: Callable[..., int]) -> bool:
+    """Whether some size is beyond all others, below for `min` and above for `max`; an unknown one is."""
+    return any(
+        found is None
+        or (size != (most := end(other[i][dim] for other in others)) and end(size, most) == size)
+        for found in sizes
+        for i, shape in enumerate(found or ((0,),))
+        for dim, size in enumerate(shape)
+    )
 
 
 def within(sizes: Shapes, others: Sequence[Shapes]) -> bool:
