@@ -1,6 +1,6 @@
 """Example inputs at other sizes: more images, and images of another height and width."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch

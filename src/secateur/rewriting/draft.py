@@ -22,7 +22,7 @@ from torch.utils import _pytree as pytree
 from secateur.errors import CaptureError, CutError
 from secateur.graph.capture import Capture, Inputs, as_call, capture
 from secateur.graph.duplicate import cloned, duplicate
-from secateur.graph.labels import Value, along, compress, reshape
+from secateur.graph.labels import Atoms, Value, along, reshape
 from secateur.graph.operators import OPERATORS, Step
 from secateur.graph.probe import aliases, difference, floats, random_values
 from secateur.graph.samples import sampled
@@ -662,10 +662,17 @@ def same_views(lines: Listing, other: Listing, cut: Collection[tuple[int, int]])
                 for listing, own in ((lines, step), (other, theirs)):
                     shape = size_of(listing.nodes[register])
                     factor = along(np.arange(shape[dim]), dim, len(shape))
-                    moved.append(compress(reshape(factor, shape, own.shapes[0])))
-                if moved[0].shape != moved[1].shape or (moved[0] != moved[1]).any():
+                    moved.append(reshape(factor, shape, own.shapes[0]))
+                if len(moved[0].shape) != len(moved[1].shape) or not agree(*moved):
                     return False
     return True
+
+
+def agree(a: Atoms, b: Atoms) -> bool:
+    """Whether two arrays of as many dims are equal as far as both reach; a dim of size 1 reaches everywhere."""
+    ends = [max(m, n) if 1 in (m, n) else min(m, n) for m, n in zip(a.shape, b.shape, strict=True)]
+    box = tuple(slice(end) for end in ends)
+    return bool((a[box] == b[box]).all())
 
 
 def told(program: Program, reason: str) -> str:
