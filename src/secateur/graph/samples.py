@@ -1,6 +1,6 @@
 """Example inputs at other sizes: more images, and images of another height and width."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -160,9 +160,10 @@ def takes(model: nn.Module, inputs: Inputs) -> bool:
                 args, kwargs = pytree.tree_map(
                     lambda x: mode.from_tensor(x) if isinstance(x, Tensor) else x, as_call(inputs)
                 )
-                buffers = {
-                    name: mode.from_tensor(t) for name, t in model.named_buffers()
-                }  # it may write to them
+                named = [
+                    (name, mode.from_tensor(t)) for name, t in model.named_buffers()
+                ]  # it may write to them
+                buffers: dict[str, Tensor] = dict(named)
                 functional_call(model, buffers, args, kwargs)
         except Exception:  # whatever the model's own code raises
             return False

@@ -2,7 +2,7 @@
 
 PyTorch leaves out what changes nothing at the size at hand: a slice of everything, the copy of what is contiguous;
 and many a forward pads only where it must. Where one capture has such a step and another lacks it, the other gets
-it too, with numbers by which it changes nothing.
+it too, with numbers by which it changes nothing. A dropout that runs in training mode only is such a step as well.
 """
 
 import itertools
@@ -16,7 +16,10 @@ from secateur.graph.operators import Step
 from secateur.rewriting.listing import Listing
 from secateur.rewriting.program import Ref, refs
 
-IDLE = ("alias", "contiguous", "slice", "pad", "constant_pad_nd")
+DROPOUTS = frozenset("dropout dropout_ feature_dropout alpha_dropout feature_alpha_dropout".split())
+"""Operators that change nothing in evaluation mode."""
+
+IDLE = DROPOUTS | {"alias", "contiguous", "slice", "pad", "constant_pad_nd"}
 """Operators that change nothing for some numbers."""
 
 Row = list[int | None]
@@ -39,7 +42,7 @@ class Aligned:
 def align(listings: Sequence[Listing]) -> Aligned | None:
     """The listings with idle steps added where they are missing; None if they differ in more than that."""
     first = listings[0]
-    if not all(same_tensors(first, other) for other in listings[1:]):
+    if not all(same_constants(first, other) for other in listings[1:]):
         return None
     rows: list[Row] = [[i] for i in range(len(first.steps))]
     for number, other in enumerate(listings[1:], 1):
@@ -53,13 +56,11 @@ def align(listings: Sequence[Listing]) -> Aligned | None:
         return None
 
 
-def same_tensors(lines: Listing, other: Listing) -> bool:
-    """Whether two captures read the same parameters and buffers, and equal constants."""
+def same_constants(lines: Listing, other: Listing) -> bool:
+    """Whether two captures have as many inputs, and equal constants."""
     a, b = lines.captured.constants, other.captured.constants
-    return (
-        lines.names == other.names
-        and len(lines.inputs) == len(other.inputs)
-        and all(a[n].shape == b[n].shape and torch.equal(a[n].double(), b[n].double()) for n in a)
+    return len(lines.inputs) == len(other.inputs) and all(
+        n not in b or (a[n].shape == b[n].shape and torch.equal(a[n].double(), b[n].double())) for n in a
     )
 
 
@@ -69,6 +70,9 @@ def _merge(rows: list[Row], known: Sequence[Listing], other: Listing) -> list[Ro
     i = j = 0
     while i < len(rows) or j < len(other.steps):
         theirs = other.steps[j] if j < len(other.steps) else None
+        if theirs and counts(theirs) and not (i < len(rows) and _key(ours[i]) == _key(theirs)):
+            j += 1
+            continue
         run = list(itertools.takewhile(lambda step: step.op in IDLE, ours[i:]))
         if theirs and i < len(rows) and _key(ours[i]) == _key(theirs):
             result.append([*rows[i], j])
@@ -82,6 +86,11 @@ def _merge(rows: list[Row], known: Sequence[Listing], other: Listing) -> list[Ro
         else:
             return None
     return result
+
+
+def counts(step: Step) -> bool:
+    """Whether a step only counts batches, as batch norm does in training mode."""
+    return step.op == "add_" and not step.node.args[0].meta["val"].is_floating_point()  # type: ignore[union-attr]
 
 
 def _key(step: Step) -> tuple[Any, ...]:
@@ -106,10 +115,13 @@ class _Common:
         self._old = listings
         self._start = len(first.nodes) - len(first.steps)
         self._new = [Listing(old.captured, old.inputs, old.tensors) for old in listings]
-        self._register = [{i: i for i in range(self._start)} for _ in listings]
+        self._register = [_named_alike(first, other) for other in listings]
+        self._starts = [len(other.nodes) - len(other.steps) for other in listings]
         self._same = [{i: [i] for i in range(self._start)} for _ in listings]
-        for new, old in zip(self._new, listings, strict=True):
-            new.nodes = old.nodes[: self._start]
+        for new, old, same in zip(self._new, listings, self._register, strict=True):
+            where = {theirs: ours for ours, theirs in same.items()}
+            new.nodes = [old.nodes[where[i]] for i in range(self._start)]
+            new.tensors = new.nodes[len(new.inputs) :]
 
     def aligned(self) -> Aligned:
         """The listings.
@@ -124,15 +136,16 @@ class _Common:
             for k in everyone:
                 if k in steps:
                     step = Step(steps[k].node, steps[k].target, args[k], steps[k].shapes)
-                    self._register[k][self._start + (row[k] or 0)] = self._start + i
+                    self._register[k][self._starts[k] + (row[k] or 0)] = self._start + i
                     self._same[k][self._start + i] = [self._start + i]
                 else:
                     step = _idle(_any_step(self._old, row), next(iter(args.values())), self._new[k])
-                    alike = self._same[k][step.args["self"].index]
+                    alike = self._same[k][_source(step.args)]
                     alike.append(self._start + i)
                     self._same[k][self._start + i] = alike
                 self._new[k].steps.append(step)
                 self._new[k].nodes.append(step.node)
+        complete(*(new.steps for new in self._new))
         outputs = self._joined({k: self._old[k].output for k in everyone})
         for k in everyone:
             self._new[k].output = outputs[k]
@@ -162,10 +175,37 @@ class _Common:
 def _idle(model: Step, args: Mapping[str, Any], lines: Listing) -> Step:
     """A step like another one, of a tensor that it leaves as it is."""
     args = dict(args)
-    node = lines.nodes[args["self"].index]
+    node = lines.nodes[_source(args)]
     shape = tuple(node.meta["val"].shape)
     if model.op == "slice":
         args |= {"start": 0, "end": shape[args["dim"]], "step": 1}
     elif "pad" in args:
         args["pad"] = [0] * len(args["pad"])
+    elif model.op in DROPOUTS:
+        args["train"] = False
     return Step(node, model.target, args, (shape,))
+
+
+def _source(args: Mapping[str, Any]) -> int:
+    """The register that an idle step hands on."""
+    return int(args["input" if "input" in args else "self"].index)
+
+
+def _named_alike(lines: Listing, other: Listing) -> dict[int, int]:
+    """The registers of the inputs and named tensors of a listing -> those of the same ones in the first.
+
+    Raises:
+        LookupError: it lacks one.
+    """
+    inputs = len(lines.inputs)
+    found = {i: i for i in range(inputs)}
+    place = {name: i for i, name in enumerate(other.names)}
+    return found | {inputs + place[name]: inputs + i for i, name in enumerate(lines.names)}
+
+
+def complete(*steps: Sequence[Step]) -> None:
+    """Give each step the arguments that any of its counterparts has: the default, where it is left out."""
+    for counterparts in zip(*steps, strict=True):
+        for key in {key for step in counterparts for key in step.args}:
+            for step in counterparts:
+                step.args.setdefault(key, step.default(key))

@@ -22,12 +22,13 @@ from torch.utils import _pytree as pytree
 from secateur.errors import CaptureError, CutError
 from secateur.graph.capture import Capture, Inputs, as_call, capture
 from secateur.graph.duplicate import cloned, duplicate
-from secateur.graph.labels import Atoms, Value, along, reshape
+from secateur.graph.labels import Atoms, Value, along, compress, reshape
+from secateur.graph.modules import Keep
 from secateur.graph.operators import OPERATORS, Step
 from secateur.graph.probe import aliases, difference, floats, random_values
 from secateur.graph.samples import sampled
 from secateur.graph.trace import Survivors, Trace
-from secateur.rewriting.align import Aligned, align
+from secateur.rewriting.align import Aligned, align, counts
 from secateur.rewriting.listing import Listing, as_op, find_calls, list_operators
 from secateur.rewriting.program import (
     ANYTHING,
@@ -158,11 +159,10 @@ class Writer:
             raise CutError(f"{name}: its forward cannot be captured by itself ({error})") from None
         except CutError as error:
             raise CutError(f"{name}: {error}") from None
-        aligned = captures.listings()
+        aligned, training = captures.in_both_modes()
         captured, *others = aligned.listings
         values = self._match(name, number, captured, aligned.added)
-        own, lost = training_switches(captures.training, captures.base.listing())
-        switches = [{} if i in aligned.added else own.pop(0) for i in range(len(captured.steps))]
+        switches, lost = training_switches(training, captured, captures.training)
         cut = self._cut_dims(captured, values)
         if not all(same_views(captured, other, cut) for other in others):
             raise MixedError("its channels mean something else at other image sizes")
@@ -183,13 +183,13 @@ class Writer:
         limits = captures.limits(cut)
         return self._finish(captured, captures, output, limits, lost)
 
-    def _cut_dims(self, lines: Listing, values: Mapping[fx.Node, Any]) -> set[tuple[int, int]]:
-        """(register, dim) of every tensor that loses positions."""
-        found = set()
+    def _cut_dims(self, lines: Listing, values: Mapping[fx.Node, Any]) -> dict[tuple[int, int], Keep]:
+        """(register, dim) of every tensor that loses positions -> which it keeps."""
+        found = {}
         for register, node in enumerate(lines.nodes):
             value = values.get(node)
             if isinstance(value, Value):
-                found |= {(register, dim) for dim in self._survivors.keep(value)}
+                found |= {(register, dim): keep for dim, keep in self._survivors.keep(value).items()}
         return found
 
     def _capture(self, module: nn.Module, calls: Sequence[Call | None]) -> "Captures":
@@ -350,19 +350,22 @@ class Captured:
         return cls(captured, call.arguments, call.returned.tree)
 
     @classmethod
-    def of_double(cls, module: nn.Module, args: Any, kwargs: Any) -> "Captured | None":
-        """Capture one call in float64; None for a module that does not run in it."""
+    def in_another_precision(cls, module: nn.Module, args: Any, kwargs: Any) -> "Captured | None":
+        """Capture one call in float64, or float32 if it is in that; None for a module that does not run in it."""
 
         known: dict[int, Tensor] = {}  # a tensor that is passed twice stays one
+        leaves = [*module.parameters(), *module.buffers(), *pytree.tree_leaves((args, kwargs))]
+        given = next((x.dtype for x in leaves if isinstance(x, Tensor) and x.is_floating_point()), None)
+        other = torch.float32 if given is torch.float64 else torch.float64
 
-        def double(x: Any) -> Any:
+        def convert(x: Any) -> Any:
             if not isinstance(x, Tensor) or not x.is_floating_point():
                 return x
-            return known.setdefault(id(x), x.double())
+            return known.setdefault(id(x), x.to(other))
 
         try:
-            twin = duplicate(module).double()
-            return cls.of(twin, *pytree.tree_map(double, (args, kwargs)))
+            twin = duplicate(module).to(other)
+            return cls.of(twin, *pytree.tree_map(convert, (args, kwargs)))
         except (CaptureError, CutError):
             return None
 
@@ -513,7 +516,7 @@ class Captures:
             call = self._calls[number]
             assert call is not None
             try:
-                self._found[number, double] = (Captured.of_double if double else Captured.of)(
+                self._found[number, double] = (Captured.in_another_precision if double else Captured.of)(
                     self._module, *call
                 )
             except (CaptureError, CutError):
@@ -525,6 +528,18 @@ class Captures:
         found = align([captured.listing() for captured in (self.base, *self.variants)])
         assert found is not None
         return found
+
+    def in_both_modes(self) -> tuple[Aligned, Listing | None]:
+        """The same with every step of the training mode, and beside it the steps in that; None: they are others."""
+        captures = [captured.listing() for captured in (self.base, *self.variants)]
+        try:
+            found = align([*captures, self.training.listing()]) if self.training else None
+        except CutError:
+            found = None
+        if found is None:
+            return self.listings(), None
+        *listings, training = found.listings
+        return Aligned(listings, found.added), training
 
     def _whole(self) -> tuple[Program, Listing]:
         """The program of the module before any cut.
@@ -570,7 +585,7 @@ class Captures:
         """See `Captures`."""
         return varying(self.base.arguments, [variant.arguments for variant in self.variants], [])
 
-    def limits(self, cut: set[tuple[int, int]]) -> tuple[tuple[Limit, ...], ...]:
+    def limits(self, cut: Collection[tuple[int, int]]) -> tuple[tuple[Limit, ...], ...]:
         """What the dims of each input may be: one size, those between sizes that were tried, or any.
 
         Args:
@@ -599,7 +614,7 @@ class Captures:
         lines: Listing,
         before: Sequence[dict[str, Any]],
         others: Sequence[Listing],
-        cut: set[tuple[int, int]],
+        cut: Collection[tuple[int, int]],
     ) -> Any:
         """Express the numbers of all steps, and of the output, that differ between captures by sizes.
 
@@ -650,22 +665,31 @@ class Captures:
             return None
 
 
-def same_views(lines: Listing, other: Listing, cut: Collection[tuple[int, int]]) -> bool:
+def same_views(lines: Listing, other: Listing, cut: Mapping[tuple[int, int], Keep]) -> bool:
     """Whether every view does the same to the dims that lose positions, at the sizes of two captures."""
     for step, theirs in zip(lines.steps, other.steps, strict=True):
         source = step.args.get("self")
         if step.op not in VIEWS or not isinstance(source, Ref):
             continue
-        for register, dim in cut:
-            if register == source.index:
-                moved = []
-                for listing, own in ((lines, step), (other, theirs)):
-                    shape = size_of(listing.nodes[register])
-                    factor = along(np.arange(shape[dim]), dim, len(shape))
-                    moved.append(reshape(factor, shape, own.shapes[0]))
-                if len(moved[0].shape) != len(moved[1].shape) or not agree(*moved):
+        for (register, dim), keep in cut.items():
+            if register != source.index:
+                continue
+            line, moved = period(keep), []
+            for listing, own in ((lines, step), (other, theirs)):
+                shape = size_of(listing.nodes[register])
+                if shape[dim] % len(line):
                     return False
+                factor = along(np.tile(line, shape[dim] // len(line)).astype(np.int64), dim, len(shape))
+                moved.append(compress(reshape(factor, shape, own.shapes[0])))
+            if moved[0].ndim != moved[1].ndim or not agree(*moved):
+                return False
     return True
+
+
+def period(keep: Keep) -> Keep:
+    """The shortest part of which a mask is a repetition."""
+    sizes = (n for n in range(1, len(keep) + 1) if len(keep) % n == 0)
+    return next(keep[:n] for n in sizes if (keep.reshape(-1, n) == keep[:n]).all())
 
 
 def agree(a: Atoms, b: Atoms) -> bool:
@@ -746,43 +770,37 @@ def likeness(x: Any, known: dict[int, int]) -> Any:
 
 
 def training_switches(
-    training: Captured | None, lines: Listing
+    training: Listing | None, lines: Listing, captured: Captured | None
 ) -> tuple[list[dict[str, tuple[str, Any, Any]]], str]:
     """What changes in training mode: per step, argument -> (module, value in training, value otherwise).
 
+    Args:
+        training: the same steps in training mode; None: they are others.
+        lines: in evaluation mode.
+        captured: in training mode, to say what is lost; None: it is not known.
     Returns:
         also what cannot be expressed this way, in words.
     """
-    try:
-        steps = [step for step in training.listing().steps if not counts(step)] if training else []
-    except CutError:
-        steps = []
-    if [s.target for s in steps] == [s.target for s in lines.steps]:
+    if training is not None:
         result = []
-        for ours, theirs in zip(lines.steps, steps, strict=True):
+        for theirs, ours in zip(training.steps, lines.steps, strict=True):
             changed = {}
-            for key in ours.args.keys() | theirs.args.keys():
-                no, yes = ours.args.get(key), theirs.args.get(key)
+            for key, no in ours.args.items():
+                yes = theirs.args[key]
                 if isinstance(no, bool | float | None) and isinstance(yes, bool | float | None) and no != yes:
-                    changed[key] = (owner(ours), yes, no)
+                    changed[key] = (owner(theirs), yes, no)
             result.append(changed)
         return result, ""
-    only = sorted({s.op for s in steps} - {s.op for s in lines.steps})
-    lost = (
-        f"what it does in training mode only ({', '.join(only)})"
-        if only
-        else "what it does in training mode only"
-    )
+    try:
+        found = {step.op for step in captured.listing().steps if not counts(step)} if captured else set()
+    except CutError:
+        found = set()
+    only = sorted(found - {s.op for s in lines.steps})
     switches = []
     for step in lines.steps:
         switch = OPERATORS[step.op].trains if step.op in OPERATORS else None
         switches.append({switch: (owner(step), True, False)} if switch else {})
-    return switches, lost
-
-
-def counts(step: Step) -> bool:
-    """Whether a step only counts batches, as batch norm does in training mode."""
-    return step.op == "add_" and not step.node.args[0].meta["val"].is_floating_point()  # type: ignore[union-attr]
+    return switches, "what it does in training mode only" + (f" ({', '.join(only)})" if only else "")
 
 
 def owner(step: Step) -> str:
