@@ -185,7 +185,7 @@ class Writer:
 
     def _cut_dims(self, lines: Listing, values: Mapping[fx.Node, Any]) -> dict[tuple[int, int], Keep]:
         """(register, dim) of every tensor that loses positions -> which it keeps."""
-        found = {}
+        found: dict[tuple[int, int], Keep] = {}
         for register, node in enumerate(lines.nodes):
             value = values.get(node)
             if isinstance(value, Value):
