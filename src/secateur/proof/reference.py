@@ -16,8 +16,8 @@ from torch.utils import _pytree as pytree
 from secateur.errors import CutError
 from secateur.graph.capture import Capture
 from secateur.graph.labels import Value
-from secateur.graph.operators import OPERATORS, LiveSite, Step
-from secateur.graph.trace import Survivors, Trace
+from secateur.graph.operators import OPERATORS, LiveSite, Step, shapes_of
+from secateur.graph.trace import Survivors, Trace, repeated
 from secateur.rewriting.align import align
 from secateur.rewriting.listing import list_operators
 from secateur.rewriting.program import Ref
@@ -82,13 +82,20 @@ class Reference:
         result = {}
         for name, arg in step.args.items():
             for i, ref in enumerate(arg if isinstance(arg, list) else [arg]):
-                value = self._values.get(self._lines.nodes[ref.index]) if isinstance(ref, Ref) else None
+                if not isinstance(ref, Ref):
+                    continue
+                node = self._lines.nodes[ref.index]
+                value = self._values.get(node)
                 keep = self._survivors.keep(value) if isinstance(value, Value) else {}
-                if isinstance(value, Value) and keep:
-                    mask = torch.ones([1] * len(value.shape), dtype=torch.bool)
+                if keep:
+                    shape = shapes_of(node)[0]
+                    mask = torch.ones([1] * len(shape), dtype=torch.bool)
                     for dim, line in keep.items():
-                        mask = mask & torch.from_numpy(line).reshape(
-                            [-1 if d == dim else 1 for d in range(len(value.shape))]
+                        fits = repeated(line, shape[dim])
+                        if fits is None:
+                            raise CutError("the model's channels mean something else at other sizes")
+                        mask = mask & torch.from_numpy(fits).reshape(
+                            [-1 if d == dim else 1 for d in range(len(shape))]
                         )
                     result[f"{name}.{i}" if isinstance(arg, list) else name] = mask
         return result

@@ -291,7 +291,10 @@ def expected_at(
         return run_own(masked, call)
     captured = capture(model, inputs, exact=True)
     reference = Reference(graph.trace, graph.trace.survivors(plan.masks(graph)), captured)
-    return floats(reference.run(call, dict(named_tensors(masked))))
+    try:
+        return floats(reference.run(call, dict(named_tensors(masked))))
+    except RuntimeError as error:
+        raise CutError(f"the original's graph does not run at this size ({first_line(error)})") from error
 
 
 def same_groups(model: nn.Module, inputs: Inputs, graph: Graph) -> bool:

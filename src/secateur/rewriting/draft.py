@@ -27,7 +27,7 @@ from secateur.graph.modules import Keep
 from secateur.graph.operators import OPERATORS, Step
 from secateur.graph.probe import aliases, difference, floats, random_values
 from secateur.graph.samples import sampled
-from secateur.graph.trace import Survivors, Trace
+from secateur.graph.trace import Survivors, Trace, repeated
 from secateur.rewriting.align import Aligned, align, counts
 from secateur.rewriting.listing import Listing, as_op, find_calls, list_operators
 from secateur.rewriting.program import (
@@ -674,22 +674,17 @@ def same_views(lines: Listing, other: Listing, cut: Mapping[tuple[int, int], Kee
         for (register, dim), keep in cut.items():
             if register != source.index:
                 continue
-            line, moved = period(keep), []
+            moved = []
             for listing, own in ((lines, step), (other, theirs)):
                 shape = size_of(listing.nodes[register])
-                if shape[dim] % len(line):
+                line = repeated(keep, shape[dim])
+                if line is None:
                     return False
-                factor = along(np.tile(line, shape[dim] // len(line)).astype(np.int64), dim, len(shape))
+                factor = along(line.astype(np.int64), dim, len(shape))
                 moved.append(compress(reshape(factor, shape, own.shapes[0])))
             if moved[0].ndim != moved[1].ndim or not agree(*moved):
                 return False
     return True
-
-
-def period(keep: Keep) -> Keep:
-    """The shortest part of which a mask is a repetition."""
-    sizes = (n for n in range(1, len(keep) + 1) if len(keep) % n == 0)
-    return next(keep[:n] for n in sizes if (keep.reshape(-1, n) == keep[:n]).all())
 
 
 def agree(a: Atoms, b: Atoms) -> bool:
