@@ -372,7 +372,7 @@ class Report:
         measure, facts, found = MEASURES[name], self.weights, self.after.get(name)
         before = self.before.get(name)
         if measure.timed and self.latency_pytorch is not None:
-            found = self.latency_pytorch.after.median_ms
+            found = self.latency_pytorch.after.p10_ms
         elif facts is not None:
             found = {"macs": facts.macs, "params": facts.params, "units": facts.kept}.get(name, found)
             before = facts.total if name == "units" else before
