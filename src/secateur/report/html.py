@@ -155,7 +155,7 @@ def _verdict(report: Report) -> tuple[str, bool | None]:
 def _headline(report: Report) -> str:
     """What came of it, without what the verdict says."""
     parts = report.outcomes[1:] if _verdict(report)[0] else report.outcomes
-    if pair := report.latency_pytorch:
+    if (pair := report.latency_pytorch) and pair.steady:
         parts = [*parts[:-1], f"{speed(pair)} in PyTorch", parts[-1]]
     text = ", ".join(parts)
     return text[:1].upper() + text[1:]
