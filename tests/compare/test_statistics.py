@@ -56,11 +56,12 @@ def test_the_largest_budget_comes_first_whichever_cells_there_are():
     rows = ["", "70 % of the MACs", "50 % of the MACs", "30 % of the MACs"]
     assert list(dict.fromkeys(line.budget for line in rank_arms(found))) == rows
     assert [one.budget for one in recommend(found)] == rows[1:]
-    assert [trace["z"] for trace in draw_widths(found)["data"]] == [
-        [[0.7], [None]],
-        [[None], [0.5]],
-        [[0.3], [0.3]],
-    ]
+    drawn = {budget: [row[-1] for row in strips.rows] for budget, strips in draw_widths(found).items()}
+    assert drawn == {
+        rows[1]: ["conv, 70 % kept", "not known"],
+        rows[2]: ["not known", "conv, 50 % kept"],
+        rows[3]: ["conv, 30 % kept", "conv, 30 % kept"],
+    }
 
 
 def test_differences_are_to_the_given_weights_where_all_start_from_them():
