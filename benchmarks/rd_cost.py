@@ -140,7 +140,7 @@ def render(options: argparse.Namespace, found: dict[tuple[str, str, float], list
         f"{device_name('cpu')}, 1 thread, torch {torch.__version__}. CPU seconds of `prune` (analysis, cut and proof",
         f"included), {IMAGES} calibration images, accuracy right after the cut on {first['images']:,} test images",
         f"({options.test} of the test set), mean and range over {options.seeds} draws of calibration images. Each cell",
-        "ran in a process of its own, on cores that other work shared; the import of `torch.export`, about 1.8 s of each,",
+        "ran in a process of its own, on cores that other work shared; importing `torch.export`, about 1.8 s of each,",
         "is counted. *before* measures nine widths of every group on all images; *after* estimates them.",
         "What the defaults are was chosen on training images, apart from those that calibrate.",
         "",
