@@ -56,7 +56,7 @@ def run(options: argparse.Namespace, budget: float, score: str) -> dict[str, Any
 def arguments(options: argparse.Namespace, budget: float, score: str) -> list[str]:
     return (
         f"prune --model resnet20 --weights {options.weights} --data cifar10 --data-dir {options.data_dir} "
-        f"--method oneshot --option score={score} --option allocation=global --keep-macs {budget} "
+        f"--method oneshot --option score={score} --option allocation=global --option round_to=1 --keep-macs {budget} "
         f"--epochs {options.epochs} --out {folder_of(options, budget, score)}"
     ).split()
 
@@ -71,8 +71,8 @@ def render(options: argparse.Namespace, reports: dict[tuple[float, str], dict[st
         f"--jobs {options.jobs} --out docs/results/oneshot.md`",
         "",
         f"Published ResNet-20 (shortcut A), dense accuracy {first['accuracy_before']:.2%}. Each row is",
-        "`secateur prune --model resnet20 … --method oneshot --option score=S --option allocation=global --keep-macs X",
-        f"--epochs {options.epochs}`:",
+        "`secateur prune --model resnet20 … --method oneshot --option score=S --option allocation=global",
+        f"--option round_to=1 --keep-macs X --epochs {options.epochs}`:",
         f"{options.epochs} epochs over all 50,000 training images (SGD, learning rate 0.01, cosine), accuracy on all",
         f"10,000 test images, seed {first['seed']}. One seed per cell: the standard error of an accuracy of 90 % on",
         "10,000 images is 0.3 points, so smaller differences between scores mean nothing. A short schedule ranks",

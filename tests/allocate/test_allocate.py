@@ -13,6 +13,7 @@ from secateur.allocate.table import Order
 from secateur.errors import BudgetError
 from secateur.measures import closed
 from secateur.scores import score_groups
+from tests.graph.nets import Net, conv
 from tests.networks import network
 from tests.oracles import best_masks
 
@@ -156,3 +157,42 @@ def test_a_model_without_groups_says_so() -> None:
     model = nn.Conv2d(3, 4, 3)
     with pytest.raises(BudgetError, match="nothing can be pruned"):
         allocate([], sc.Cost(sc.analyze(model, torch.zeros(1, 3, 8, 8))), sc.Budget(macs=0.5))
+
+
+def unreachable(model: nn.Module, budget: sc.Budget, **options: object) -> str:
+    with pytest.raises(BudgetError) as error:
+        sc.prune(model, torch.zeros(1, 3, 8, 8), budget=budget, **options)
+    return str(error.value)
+
+
+def test_a_budget_out_of_reach_says_what_stays_and_what_would_free_it() -> None:
+    def forward(m: nn.Module, x: torch.Tensor) -> torch.Tensor:
+        y = m.b(m.a(x).relu()).relu()
+        return m.e(torch.fft.fft(m.d(m.c(y))).real)
+
+    model = Net(forward, a=conv(3, 8), b=conv(8, 8, 3), c=conv(8, 16), d=conv(16, 8), e=conv(8, 4))
+    said = unreachable(model, sc.Budget(macs=0.01), freeze=["b"])
+    assert "min_keep" not in said
+    assert "round_to" not in said
+    # a and b are frozen by the user, since b reads what a makes: 64 positions, all of the 8 + 8 channels stay
+    assert "b, a (38,400 MACs): frozen by the user – leave it out of freeze; " in said
+    assert "d (512 MACs): no rule for aten.fft_fft – write it with operators that have a rule." in said
+    assert "; e (2,048 MACs): model output" in said
+    said = unreachable(model, sc.Budget(params=0.01), freeze=["b"], min_keep=2)
+    assert "with min_keep=2: " in said
+    assert "Raise the budget, or lower min_keep. What stays and costs most: b, a (616 parameters)" in said
+    assert "round_to" not in said
+
+
+def test_a_session_whose_budget_is_out_of_reach_says_what_stays() -> None:
+    model = nn.Sequential(
+        conv(3, 8, 3), nn.ReLU(), conv(8, 8, 3), nn.ReLU(), conv(8, 8), nn.ReLU(), conv(8, 4)
+    )
+    method = sc.methods.Gradual(freeze=("2",))
+    with pytest.raises(BudgetError, match=r"What stays and costs most: 2, 0 \(.* MACs\): frozen by the user"):
+        method.start(model, torch.zeros(1, 3, 8, 8), budget=sc.Budget(macs=0.1), steps=100)
+
+
+def test_a_model_without_groups_says_why() -> None:
+    said = unreachable(nn.Conv2d(3, 4, 1), sc.Budget(macs=0.5))
+    assert "What stays and costs most: the model itself (768 MACs): model output" in said

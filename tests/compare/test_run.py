@@ -9,7 +9,6 @@ from typing import Any
 import pytest
 
 from secateur.compare.recipe import Comparison
-from secateur.compare.results import is_steady
 from secateur.compare.run import compare, run_only
 from secateur.compare.statistics import rank_arms
 from secateur.errors import FileError, SecateurError
@@ -114,7 +113,7 @@ def test_going_on_repeats_nothing(
         for o in again:
             before = finished.outcomes[o.arm]
             assert (o.accuracy, o.kept, o.widths) == (before.accuracy, before.kept, before.widths)
-            if before.latency and is_steady(before.latency):
+            if before.latency and before.latency.steady:
                 assert o.latency == before.latency
     assert (out / "table.csv").read_text().count("\n") == 3
 
@@ -159,7 +158,7 @@ def test_a_latency_that_cannot_be_measured_costs_no_page(
     def broken(*_: object, **__: object) -> None:
         raise MemoryError
 
-    monkeypatch.setattr("secateur.compare.cells.compare_latency", broken)
+    monkeypatch.setattr("secateur.compare.cells.compare_pair", broken)
     out, said = finished.copy(["dense"], tmp_path), []
     other = Comparison.read(workshop / "all.toml", latency_batch=2).with_arms(["dense"])
     (outcome,) = compare(other, out, tell=said.append)

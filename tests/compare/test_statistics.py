@@ -56,10 +56,12 @@ def test_the_largest_budget_comes_first_whichever_cells_there_are():
     rows = ["", "70 % of the MACs", "50 % of the MACs", "30 % of the MACs"]
     assert list(dict.fromkeys(line.budget for line in rank_arms(found))) == rows
     assert [one.budget for one in recommend(found)] == rows[1:]
-    assert [trace["z"] for trace in draw_widths(found)["data"]] == [
-        [[0.7], [None]],
-        [[None], [0.5]],
-        [[0.3], [0.3]],
+    drawn = draw_widths(found)
+    assert list(drawn) == rows[1:]
+    assert [[row[2] for row in strips.rows] for strips in drawn.values()] == [
+        ["conv, 70 % kept", "not known"],
+        ["not known", "conv, 50 % kept"],
+        ["conv, 30 % kept", "conv, 30 % kept"],
     ]
 
 

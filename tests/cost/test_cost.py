@@ -76,13 +76,16 @@ class Sequence(nn.Module):
 
 
 @pytest.mark.parametrize("kind", [nn.LSTM, nn.GRU, nn.RNN])
-def test_recurrent_layers_stay_whole_and_count(kind: type[nn.RNNBase]) -> None:
+def test_recurrent_layers_count_whole_and_cut(kind: type[nn.RNNBase]) -> None:
     model, x = Sequence(kind), torch.zeros(1, 3, 7, 7)
-    with FlopCounterMode(display=False) as counter, torch.no_grad():
-        model.to("meta")(x.to("meta"))
-    graph = sc.analyze(Sequence(kind), x)
-    assert 2 * sc.Cost(graph).macs() == counter.get_total_flops()
-    assert {item.name for item in graph.frozen} >= {"conv", "rnn"}
+    graph = sc.analyze(model, x)
+    plan = sc.Plan.of(graph, random_masks(graph, 0))
+    for kept in (None, plan.kept(graph)):
+        with FlopCounterMode(display=False) as counter, torch.no_grad():
+            copy.deepcopy(model).to("meta")(x.to("meta"))
+        assert 2 * sc.Cost(graph).macs(kept) == counter.get_total_flops()
+        sc.cut_(model, graph, plan) if kept is None else None
+    assert model.rnn.hidden_size < 5
 
 
 def test_known_counts_of_resnet20() -> None:

@@ -1,15 +1,27 @@
 """The clock: what is timed, in which order, and what is left behind."""
 
+import itertools
 import json
 import time
+from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 from torch import nn
 
-from secateur.cost.latency import Latency, compare_latency, device_name, measure_latency
+from secateur.cost.latency import (
+    Latency,
+    LatencyPair,
+    compare_latency,
+    compare_pair,
+    compare_pairs,
+    device_name,
+    measure_latency,
+)
 from secateur.errors import SecateurError
+from secateur.report.html import speed
 
 
 def test_a_pass_that_sleeps_takes_at_least_that_long():
@@ -92,3 +104,72 @@ def test_the_gpu_is_waited_for():
     torch.cuda.synchronize()
     assert latency.median_ms > 0.5 * start.elapsed_time(end)
     assert latency.device == torch.cuda.get_device_name()
+
+
+class Time:
+    """A clock that only moves when a model runs."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.ms = 0.0
+        monkeypatch.setattr("secateur.cost.latency.time", self)
+
+    def perf_counter_ns(self) -> int:
+        return round(1e6 * self.ms)
+
+    def perf_counter(self) -> float:
+        return self.ms / 1e3
+
+    def model(self, takes: Callable[[int], float]) -> Callable[[torch.Tensor], None]:
+        """A model whose n-th pass takes so many milliseconds."""
+        passes = itertools.count()
+
+        def run(x: torch.Tensor) -> None:
+            self.ms += takes(next(passes))
+
+        return run
+
+
+@pytest.mark.parametrize(
+    ("dense", "cut", "passes"),
+    [
+        (lambda n: 10.0, lambda n: 5.0, 28),
+        (lambda n: 400.0, lambda n: 200.0, 6),  # long passes: fewer will do
+        (lambda n: 100.0 if n % 2 else 10.0, lambda n: 50.0 if n % 3 else 5.0, 19),  # other work
+    ],
+)
+def test_other_work_does_not_change_a_speed_up(
+    monkeypatch: pytest.MonkeyPatch, dense: Callable[[int], float], cut: Callable[[int], float], passes: int
+) -> None:
+    clock = Time(monkeypatch)
+    pair = compare_pair(clock.model(dense), clock.model(cut), torch.zeros(1, 1))
+    assert (pair.speed_up, pair.spread, pair.before.repeats) == (2.0, 0.0, passes)
+    assert pair.steady
+
+
+def test_a_speed_up_that_does_not_settle_is_not_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = Time(monkeypatch)
+    pair = compare_pair(clock.model(lambda n: 40.0), clock.model(lambda n: 20 * 1.1**n), torch.zeros(1, 1))
+    assert not pair.steady
+    assert speed(pair) == "not told: other work disturbed the clock"
+    calm = LatencyPair(pair.before, replace(pair.before, p10_ms=pair.before.p10_ms / 2), 0.03)
+    assert speed(calm) == "2.00× faster (± 3 %)"
+
+
+def test_a_disturbed_measurement_is_repeated(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = Time(monkeypatch)
+    pair = compare_pair(
+        clock.model(lambda n: 10.0),
+        clock.model(lambda n: 5.0 * (1 + n // 30) if n < 120 else 5.0),
+        torch.zeros(1, 1),
+    )
+    assert pair.speed_up == 2.0
+    assert pair.spread == 0.0
+
+
+def test_several_are_timed_beside_one() -> None:
+    order: list[str] = []
+    runs = {name: lambda x, name=name: order.append(name) for name in "abc"}
+    pairs = compare_pairs(runs["a"], {name: runs[name] for name in "bc"}, torch.zeros(1, 1))
+    assert order[:12] == list("abccba" * 2)
+    assert list(pairs) == ["b", "c"]
+    assert pairs["b"].before == pairs["c"].before

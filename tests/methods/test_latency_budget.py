@@ -1,5 +1,6 @@
 """Budgets in milliseconds: with a clock that is a formula, the search lands where the formula says."""
 
+import importlib
 from collections.abc import Callable
 
 import pytest
@@ -54,7 +55,7 @@ def formula(x: torch.Tensor, milliseconds: Callable[[float], float]) -> Clock:
 def test_the_largest_model_that_is_fast_enough(milliseconds: Callable[[float], float], bound: float) -> None:
     model, x = chain()
     clock = formula(x, milliseconds)
-    pruned = prune(model, x[:1], budget=Budget(latency_ms=bound), clock=clock)
+    pruned = prune(model, x[:1], budget=Budget(latency_ms=bound), clock=clock, round_to=1)
     assert (pruned.before["latency_ms"], pruned.after["latency_ms"]) == (
         milliseconds(1.0),
         clock(pruned.model),
@@ -71,9 +72,9 @@ def test_the_largest_model_that_is_fast_enough(milliseconds: Callable[[float], f
 def test_other_bounds_hold_as_well() -> None:
     model, x = chain()
     clock = formula(x, lambda share: 10 * share)
-    loose = prune(model, x[:1], budget=Budget(latency_ms=8.0, macs=0.5), clock=clock)
+    loose = prune(model, x[:1], budget=Budget(latency_ms=8.0, macs=0.5), clock=clock, round_to=1)
     assert 0.45 < loose.after["macs"] / loose.before["macs"] <= 0.5
-    tight = prune(model, x[:1], budget=Budget(latency_ms=2.0, macs=0.5), clock=clock)
+    tight = prune(model, x[:1], budget=Budget(latency_ms=2.0, macs=0.5), clock=clock, round_to=1)
     assert 0.15 < tight.after["macs"] / tight.before["macs"] <= 0.2
 
 
@@ -99,12 +100,49 @@ def test_curves_are_measured_once_for_all_trials(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(rd_channels, "measure_curves", lambda *args: calls.append(1) or measure(*args))
     model, x = residual_net(32)
     pruned = prune(
-        model, x[:1], budget=Budget(latency_ms=5), method="rd", data=iter([x]), levels=3,
+        model, x[:1], budget=Budget(latency_ms=5), method="rd", data=iter([x]), levels=3, round_to=1,
         clock=formula(x, lambda share: 10 * share**0.5),
     )  # fmt: skip
     assert len(calls) == 1
     assert len(pruned.plan.origin["latency_ms"]["trials"]) > 1
     assert pruned.proof.ok
+
+
+def test_trials_share_one_graph_and_only_the_winner_is_proven(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: dict[str, int] = {"analyze": 0, "verify": 0}
+
+    def counted(place: str) -> None:
+        module, name = place.rsplit(".", 1)
+        original = getattr(importlib.import_module(module), name)
+
+        def call(*args: object, **kwargs: object) -> object:
+            calls[name] += 1
+            return original(*args, **kwargs)
+
+        monkeypatch.setattr(place, call)
+
+    model, x = chain()
+    clock = formula(x, lambda share: 10 * share**0.5)
+    for place in (
+        "secateur.methods.analyze",
+        "secateur.methods.oneshot.analyze",
+        "secateur.engine.pruned.verify",
+    ):
+        counted(place)
+    pruned = prune(model, x[:1], budget=Budget(latency_ms=5), clock=clock)
+    assert len(pruned.plan.origin["latency_ms"]["trials"]) > 1
+    assert calls == {"analyze": 1, "verify": 1}
+    assert pruned.proof.ok
+
+
+def test_widths_in_multiples_are_timed_once_each() -> None:
+    model, x = chain()
+    timed: list[float] = []
+    clock = formula(x, lambda share: timed.append(share) or 10 * share)
+    pruned = prune(model, x[:1], budget=Budget(latency_ms=4.5), clock=clock, round_to="avx512")
+    assert all(k % 16 == 0 for k in pruned.plan.kept(pruned.graph))
+    assert len(set(timed)) == len(timed)
+    assert pruned.after["latency_ms"] <= 4.5
 
 
 def test_milliseconds_as_macs_for_methods_that_train() -> None:
@@ -137,4 +175,4 @@ def test_by_the_real_clock() -> None:
 def now(model: nn.Module, x: torch.Tensor) -> float:
     from secateur.cost.latency import measure_latency
 
-    return measure_latency(model, x).median_ms
+    return measure_latency(model, x).p10_ms

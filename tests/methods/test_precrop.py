@@ -45,7 +45,9 @@ def test_every_source_of_densities_meets_every_budget(
     resnet8: nn.Module, graph: Graph, densities: str, budget: Budget
 ) -> None:
     limits = budget.limits({m: Cost(graph).of(m) for m in budget.bounds})
-    found = design(resnet8, X, graph, limits, PreCrop(densities=densities, draws=1), Context(DATA))
+    found = design(
+        resnet8, X, graph, limits, PreCrop(densities=densities, draws=1, round_to=1), Context(DATA)
+    )
     spent = {"macs": found.after["macs"], "params": found.after["params"]}
     assert all(spent[m] <= limit for m, limit in limits.items())
     assert any(spent[m] > 0.97 * limit for m, limit in limits.items())
@@ -104,7 +106,7 @@ def test_every_kind_of_block_changes_its_widths(family: str, method: str) -> Non
         FAMILIES[family](),
         torch.randn(2, 3, 32 if family == "vgg" else 16, 32 if family == "vgg" else 16),
     )
-    pruned = prune(model, x, budget=Budget(params=0.6), method=method)
+    pruned = prune(model, x, budget=Budget(params=0.6), method=method, round_to=1)
     assert pruned.proof.ok
     assert counted_macs(pruned.model, x) == pruned.after["macs"]
     assert counted_params(pruned.model) == pruned.after["params"]
@@ -123,7 +125,7 @@ def test_the_gates_of_squeeze_excitation_are_no_residual_stream() -> None:
     vision = pytest.importorskip("torchvision")
     model, x = vision.models.regnet_y_400mf(), torch.randn(1, 3, 64, 64)  # no stage at 1 × 1
     g = analyze(model, x)
-    found = design(model, x, g, {"macs": Cost(g).macs() // 2}, PreCrop())
+    found = design(model, x, g, {"macs": Cost(g).macs() // 2}, PreCrop(round_to=1))
     widths = dict(zip((group.name for group in g.groups), found.widths, strict=True))
     units = {group.name: group.units for group in g.groups}
     for name, count in units.items():
@@ -184,7 +186,7 @@ def test_the_arms_of_the_comparison_keep_as_many_weights(resnet8: nn.Module, den
 
 def test_given_densities_need_no_budget(resnet8: nn.Module) -> None:
     p = {"block3.conv1": 0.3, "block3.conv2": 0.5}
-    pruned = PreCrop(densities=p).prune(resnet8, X, None, Context())
+    pruned = PreCrop(densities=p, round_to=1).prune(resnet8, X, None, Context())
     sizes = {name: dict(resnet8.named_parameters())[f"{name}.weight"].numel() for name in p}
     gone = sum((1 - p[name]) * size for name, size in sizes.items())
     assert pruned.before["params"] - pruned.after["params"] >= gone
@@ -218,7 +220,7 @@ def test_frozen_layers_keep_their_weights(resnet8: nn.Module) -> None:
 
 def test_preconfig_grows_some_layers_within_both_budgets() -> None:
     dense = CifarResNet(1)
-    pruned = prune(dense, X, budget=Budget(params=0.7), method="preconfig", cap=2.0)
+    pruned = prune(dense, X, budget=Budget(params=0.7), method="preconfig", cap=2.0, round_to=1)
     widths = pruned.plan.origin["widths"]
     assert widths["layer1.0.conv1"] > 16
     assert widths["layer3.0.conv1"] < 64
@@ -244,9 +246,9 @@ def test_preconfig_grows_some_layers_within_both_budgets() -> None:
 def test_densities_of_layers_that_cannot_change_have_no_say(resnet8: nn.Module, graph: Graph) -> None:
     """Streams are kept, so the first layer and the classifier are as they are; others do not pay for them."""
     own = {"block3.conv1": 0.5}
-    assert design(resnet8, X, graph, {}, PreCrop(densities=own | {"conv1": 0.1, "fc": 0.1})).widths == (
-        design(resnet8, X, graph, {}, PreCrop(densities=own)).widths
-    )
+    assert design(
+        resnet8, X, graph, {}, PreCrop(densities=own | {"conv1": 0.1, "fc": 0.1}, round_to=1)
+    ).widths == (design(resnet8, X, graph, {}, PreCrop(densities=own, round_to=1)).widths)
 
 
 def test_frozen_weights_are_scored_as_others(resnet8: nn.Module, graph: Graph) -> None:
@@ -264,14 +266,14 @@ def test_two_budgets_are_both_used() -> None:
     graph = analyze(model, X)
     cost = Cost(graph)
     limits = {"macs": cost.macs(), "params": int(0.8 * cost.params())}
-    found = design(model, X, graph, limits, PreConfig(cap=2.0))
+    found = design(model, X, graph, limits, PreConfig(cap=2.0, round_to=1))
     assert 0.99 < found.after["macs"] / limits["macs"] <= 1
     assert 0.99 < found.after["params"] / limits["params"] <= 1
 
 
 def test_measured_latency_is_a_budget_too(resnet8: nn.Module, graph: Graph) -> None:
     times = {"block1.conv1": 3.0, "block1.conv2": 3.0, "block3.conv1": 1.0}
-    found = design(resnet8, X, graph, {}, PreCrop(latency=(times, 4.0)))
+    found = design(resnet8, X, graph, {}, PreCrop(latency=(times, 4.0), round_to=1))
     spent = sum(t * found.densities[name] for name, t in times.items())
     assert 3.5 < spent <= 4.0
     assert found.densities["block1.conv1"] < found.densities["block3.conv1"]

@@ -10,11 +10,11 @@ from scipy.stats import spearmanr
 from torch import nn
 
 from secateur import Budget, prune
+from secateur.allocate import list_widths
 from secateur.engine.pruned import Pruned
 from secateur.errors import BudgetError, ScoreError, SecateurError
 from secateur.graph import analyze
 from secateur.graph.replay import Replay
-from secateur.methods import RD
 from secateur.methods.rd.channels import (
     Ranking,
     anchors_of,
@@ -146,7 +146,9 @@ def test_an_estimate_has_the_readers_shape_and_the_measured_size() -> None:
 def test_estimates_order_widths_as_measured_curves_do() -> None:
     model, x = residual_net(images=64)
     facts = [
-        prune(model, x[:2], budget=Budget(macs=0.6), method="rd", data=[x], curves=curves, levels=8).facts
+        prune(
+            model, x[:2], budget=Budget(macs=0.6), method="rd", data=[x], curves=curves, levels=8, round_to=1
+        ).facts
         for curves in ("estimated", "measured")
     ]
     for fast, slow in zip(*(found["curves"] for found in facts), strict=True):
@@ -156,9 +158,8 @@ def test_estimates_order_widths_as_measured_curves_do() -> None:
 
 
 def test_the_search_sees_allowed_widths_only_and_enough_of_them() -> None:
-    how = RD(round_to=8, min_keep=4)
-    assert grid_of(50, how).tolist() == [50, 48, 40, 32, 24, 16, 8]
-    wide = grid_of(2048, how)
+    assert grid_of(list_widths(50, 4, 8)).tolist() == [50, 48, 40, 32, 24, 16, 8]
+    wide = grid_of(list_widths(2048, 4, 8))
     assert 20 < len(wide) <= 36
     assert all(k % 8 == 0 for k in wide)
     assert (wide[0], wide[-1]) == (2048, 8)
@@ -220,7 +221,7 @@ def test_streams_are_protected_where_that_measures_enough_better() -> None:
     def by(weight: float, gain: float) -> Pruned:
         return prune(
             model, x[:2], budget=Budget(macs=0.6), method="rd", data=[x], curves="measured", levels=5, exponents=(0.5,),
-            stream_weight=weight, stream_gain=gain,
+            stream_weight=weight, stream_gain=gain, round_to=1,
         )  # fmt: skip
 
     plain, protected = by(1.0, 1.0), by(1000.0, 1.0)

@@ -24,8 +24,9 @@ from secateur.report.data import (
 )
 
 
-def latency(median_ms: float, runtime: str) -> Latency:
-    return Latency(median_ms, 0.93 * median_ms, 1.21 * median_ms, 30, 1, 2, "AMD EPYC 9654", runtime)
+def latency(ms: float, runtime: str) -> Latency:
+    """Of which a fast pass takes so long."""
+    return Latency(1.07 * ms, ms, 1.21 * ms, 30, 1, 2, "AMD EPYC 9654", runtime)
 
 
 def group(name: str, units: int, keep: float, rng: random.Random) -> Group:

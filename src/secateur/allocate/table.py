@@ -1,12 +1,14 @@
 """The table of allocations, and the one way in which each of them meets a budget.
 
 An allocation is an order: whose units leave first. `allocate` removes along it until the budget holds, then
-restores single units, the last removed first, until not one more fits.
+restores units, the last removed first, until no more fit. Where widths are multiples, whole steps leave and return.
 """
 
+import itertools
 from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import numpy.typing as npt
@@ -14,8 +16,10 @@ import torch
 from torch import Tensor
 
 from secateur.cost import Budget, Cost
+from secateur.cost.frozen import what_stays
 from secateur.errors import BudgetError
 from secateur.imports import look_up
+from secateur.settings import checked
 
 Order = npt.NDArray[np.int64]
 """The group that gives up a unit, step by step; a group gives its lowest units first."""
@@ -86,6 +90,7 @@ def allocation_named(value: str | Rule) -> Allocation:
     return look_up("allocation", value, ALLOCATIONS, Allocation, BudgetError)
 
 
+@checked(BudgetError)
 def allocate(
     scores: Sequence[Tensor],
     cost: Cost,
@@ -94,49 +99,57 @@ def allocate(
     *,
     relative: bool = True,
     min_keep: int = 1,
-    round_to: int = 1,
+    round_to: int | Sequence[int] = 1,
 ) -> list[Tensor]:
     """Choose the units to keep: as many as the budget allows.
 
     Args:
         scores: (units,) per group of `cost.graph`; higher = keep.
         cost: what widths cost.
-        budget: every bound is met from below; no single further unit (or step of `round_to`) would fit.
+        budget: every bound is met from below; no further step of any group would fit.
         allocation: a name in `ALLOCATIONS`, `module:function`, or a function like those in the table.
         relative: divide scores by their group's mean before groups are compared.
         min_keep: units that every group keeps at least.
-        round_to: kept units per group are a multiple of this, or all of them.
+        round_to: kept units are a multiple of this, or all of them; one number, or one per group.
     Returns:
         (units,) bool per group, True = keep.
     Raises:
         BudgetError: unknown allocation, or a budget out of reach; the message gives the reachable range.
     """
     chosen = allocation_named(allocation)
-    if min_keep < 1 or round_to < 1:
+    multiples = [round_to] * len(scores) if isinstance(round_to, int) else list(round_to)
+    if min_keep < 1 or min(multiples, default=1) < 1:
         raise BudgetError(f"min_keep={min_keep}, round_to={round_to}: both must be at least 1")
+    if len(multiples) != len(scores):
+        raise BudgetError(
+            f"round_to has {len(multiples)} numbers; expected one, or one for each of {len(scores)} groups"
+        )
+    if len(scores) != len(cost.full):
+        raise BudgetError(f"got scores of {len(scores)} groups; the graph has {len(cost.full)}")
     if not scores:
         raise BudgetError(
-            "nothing can be pruned: the model has no group of removable units (see graph.frozen)"
+            f"nothing can be pruned: the model has no group of removable units (see graph.frozen)."
+            f"{what_stays(cost, 'macs', [])}"
         )
     if relative:
         scores = [_relative(score) for score in scores]
-    levels = [list_widths(len(score), min_keep, round_to) for score in scores]
-    dense = {name: cost.of(name) for name in budget.bounds}
-    limits = budget.limits(dense)
-
-    def fits(kept: Sequence[int]) -> bool:
-        return all(cost.of(name, kept) <= limit for name, limit in limits.items())
-
+    levels = [list_widths(len(score), min_keep, step) for score, step in zip(scores, multiples, strict=True)]
+    limits = cost.limits(budget)
+    fits = partial(cost.within, limits)
     least = [level[0] for level in levels]
     if not fits(least):
         ranges = ", ".join(
             f"{name} {budget.bounds[name]:g} asks for at most {limit:,}; reachable are {cost.of(name, least):,} "
-            f"({cost.of(name, least) / dense[name]:.4f} of the dense model) to {dense[name]:,}"
+            f"({cost.of(name, least) / cost.of(name):.4f} of the dense model) to {cost.of(name):,}"
             for name, limit in limits.items()
         )
+        given = {"min_keep": min_keep, "round_to": max(multiples)}
+        lower = [name for name, value in given.items() if value > 1]
+        with_ = f" with {', '.join(f'{name}={given[name]}' for name in lower)}" if lower else ""
+        worst = max(limits, key=lambda name: cost.of(name, least) / max(1, limits[name]))
         raise BudgetError(
-            f"budget out of reach with min_keep={min_keep}, round_to={round_to}: {ranges}. "
-            f"Raise the budget, or lower min_keep or round_to."
+            f"budget out of reach{with_}: {ranges}. Raise the budget{', or lower ' if lower else ''}"
+            f"{' or '.join(lower)}.{what_stays(cost, worst, least)}"
         )
     order = np.asarray(chosen.order(scores, least))
     expected = [len(score) - low for score, low in zip(scores, least, strict=True)]
@@ -146,12 +159,14 @@ def allocate(
             f"once for every unit that it may lose, {sum(expected)} in all"
         )
 
-    def after(steps: int) -> list[int]:
-        gone = np.bincount(order[:steps], minlength=len(levels)).tolist()
-        return [level[bisect_right(level, level[-1] - g) - 1] for level, g in zip(levels, gone, strict=True)]
+    steps = _whole_steps(order, levels)
 
-    steps = bisect_left(range(len(order)), True, key=lambda count: fits(after(count)))
-    kept = _restore(after(steps), order[:steps][::-1].tolist(), levels, fits)
+    def after(count: int) -> list[int]:
+        gone = np.bincount(steps[:count], minlength=len(levels)).tolist()
+        return [level[-1 - g] for level, g in zip(levels, gone, strict=True)]
+
+    count = bisect_left(range(len(steps)), True, key=lambda count: fits(after(count)))
+    kept = _restore(after(count), steps[:count][::-1].tolist(), levels, fits)
     return [_top(score, k) for score, k in zip(scores, kept, strict=True)]
 
 
@@ -168,6 +183,21 @@ def list_widths(units: int, min_keep: int, round_to: int) -> list[int]:
     """
     low = min(units, -(-min_keep // round_to) * round_to)
     return sorted({*range(low, units + 1, round_to), units})
+
+
+def _whole_steps(order: Order, levels: Sequence[Sequence[int]]) -> Order:
+    """The order in which groups go down one level: each when half of the units in between would have left.
+
+    >>> _whole_steps(np.array([0, 0, 1, 0, 0, 0, 1, 0, 0]), [[1, 4, 8], [1, 2, 3]])
+    array([0, 1, 1, 0])
+    """
+    places, groups = [], []
+    for group, level in enumerate(levels):
+        own = np.flatnonzero(order == group)
+        middles = [-(-(2 * level[-1] - low - high) // 2) for low, high in itertools.pairwise(level)]
+        places += [own[gone - 1] for gone in reversed(middles)]
+        groups += [group] * len(middles)
+    return np.array(groups, dtype=np.int64)[np.argsort(places, kind="stable")]
 
 
 def _restore(kept: list[int], order: Sequence[int], levels: Sequence[list[int]], fits: Fits) -> list[int]:

@@ -12,6 +12,7 @@ import torch
 from secateur.allocate.density import Layer, Vector
 from secateur.allocate.table import list_widths
 from secateur.cost import Cost
+from secateur.cost.frozen import what_stays
 from secateur.errors import BudgetError, unknown
 from secateur.graph import Axis, Graph
 
@@ -277,7 +278,7 @@ def meet_budget(
     keep: Sequence[int] = (),
     cap: float = 1.0,
     min_keep: int = 1,
-    round_to: int = 1,
+    round_to: int | Sequence[int] = 1,
     extra: Mapping[str, tuple[Callable[[Vector], float], float]] | None = None,
 ) -> list[int]:
     """Widths near the given shares that meet every budget within one step.
@@ -293,13 +294,17 @@ def meet_budget(
         keep: numbers of groups that stay whole.
         cap: largest share; above 1, groups may grow.
         min_keep: units that every group keeps at least.
-        round_to: widths are multiples of this, or all units.
+        round_to: widths are multiples of this, or all units; one number, or one per group.
         extra: further costs: name -> (function of (groups,) widths, its limit).
     Raises:
         BudgetError: out of reach; the message gives the reachable range.
     """
     units = np.array(cost.full, dtype=float)
-    levels = [_levels(n, min_keep, round_to, cap) if i not in keep else [n] for i, n in enumerate(cost.full)]
+    steps = [round_to] * len(units) if isinstance(round_to, int) else round_to
+    levels = [
+        _levels(n, min_keep, step, cap) if i not in keep else [n]
+        for i, (n, step) in enumerate(zip(cost.full, steps, strict=True))
+    ]
     least = np.array([level[0] for level in levels], dtype=float)
     most = np.array([level[-1] for level in levels], dtype=float)
 
@@ -314,9 +319,17 @@ def meet_budget(
             f"{m}: {limit:,} asked for, {spent[m](least):,.6g} to {spent[m](units):,.6g} reachable"
             for m, limit in bounds.items()
         )
+        kept_whole = f" with {len(keep)} of {len(units)} groups kept whole" if keep else ""
+        streams = ', or let residual streams shrink too (streams="shared")' if keep else ""
+        lower = "".join(
+            f", or lower {name}"
+            for name, value in (("min_keep", min_keep), ("round_to", max(steps)))
+            if value > 1
+        )
+        first = next(iter(limits), "macs")
         raise BudgetError(
-            f"budget out of reach ({reach}) with {len(keep)} of {len(units)} groups kept whole, min_keep={min_keep}, "
-            f'round_to={round_to}. Raise the budget, or let residual streams shrink too (streams="shared").'
+            f"budget out of reach ({reach}){kept_whole}. Raise the budget{streams}{lower}."
+            f"{what_stays(cost, first, [int(n) for n in least])}"
         )
     wish = np.asarray(shares, dtype=float) * units
     low, high = 0.0, float((most / np.maximum(wish, 1e-9)).max()) * 1.01

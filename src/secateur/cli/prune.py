@@ -62,6 +62,7 @@ def _bound(name: str, measure: Measure) -> Parameter:
     Flags(PruneConfig, only=["keep", "latency_batch"]),
     flag("json", bool, "Print the report as one JSON object, and all else on standard error.", panel=RUN),
     flag("no_exports", bool, "Write no ONNX and torch.export files, and measure no latency.", panel=RUN),
+    flag("no_latency", bool, "Measure no latency.", panel=RUN),
 )
 def prune(given: Given) -> None:
     """Prune a model to a budget, fine-tune it, prove the cut, export it, and write a report.
@@ -115,6 +116,7 @@ def config_of(given: Given) -> tuple[PruneConfig, RunSettings]:
         options=options,
         budget=budget,
         exports=False if "no_exports" in given else None,
+        latency=False if "no_latency" in given else None,
         **{"train" if when == "during" else "finetune": training},
     )
     return config, run

@@ -132,7 +132,7 @@ def summary(report: "Report", out: Path) -> None:
 
     def latency(name: str, pair: "LatencyPair | None") -> None:
         if pair:
-            old, new = (f"{one.median_ms:.3g} ms" for one in (pair.before, pair.after))
+            old, new = (f"{one.p10_ms:.3g} ms" for one in (pair.before, pair.after))
             rows.add_row(name, old, new, speed(pair))
 
     latency("latency, PyTorch", report.latency_pytorch)

@@ -9,9 +9,9 @@ from typing import Any
 import torch
 
 from secateur.compare.recipe import Arm, Comparison
-from secateur.compare.results import Outcome, is_steady
+from secateur.compare.results import Outcome
 from secateur.compare.words import DENSE, MEASURES, plain_name
-from secateur.cost.latency import compare_latency
+from secateur.cost.latency import compare_pair
 from secateur.errors import SecateurError
 from secateur.files import atomic_write
 from secateur.methods import method_named
@@ -19,11 +19,9 @@ from secateur.recipes.train_config import TrainConfig
 from secateur.report import LatencyPair, Report, Width, current_versions
 from secateur.runs.config import PruneConfig, Task, TrainRunConfig
 from secateur.runs.folder import RunFolder, SavedRun
-from secateur.runs.measure import pair_of
+from secateur.runs.measure import measured_json, pair_of
 from secateur.runs.pipeline import prune_run, train_run
 from secateur.runs.task import device, fresh_model, load_into
-
-_REPEATS = 100  # timed passes of each network
 
 
 @dataclass(frozen=True)
@@ -203,10 +201,9 @@ def time_cell(cell: Cell, folder: Path, batch: int) -> LatencyPair | None:
     except SecateurError:
         return None
     images = torch.randn(batch, *saved.input_shape, generator=torch.Generator().manual_seed(0)).to(here)
-    compared = compare_latency({"before": dense.to(here), "after": small.to(here)}, images, repeats=_REPEATS)
-    pair = LatencyPair(compared["before"], compared["after"])
-    if is_steady(pair):
-        run.once(name, lambda: [pair.before.to_json(), pair.after.to_json()])
+    pair = compare_pair(dense.to(here), small.to(here), images)
+    if pair.steady:
+        run.once(name, lambda: measured_json(pair))
     return pair
 
 

@@ -29,11 +29,8 @@ COSTS = {LATENCY: "latency, ms", **{measure: f"{label} kept, %" for measure, lab
 def draw_fronts(outcomes: Sequence[Outcome]) -> dict[str, Figure]:
     """Accuracy over each cost that is known, time first, by the id of the element that each stands in."""
     table = rank_arms(outcomes)
-    return {
-        f"plot-{cost}": draw_front(outcomes, cost)
-        for cost in COSTS
-        if any(_cost(line, cost) is not None for line in table if line.budget)
-    }
+    known = [cost for cost in COSTS if any(_cost(line, cost) is not None for line in table if line.budget)]
+    return {f"plot-{cost}": draw_front(outcomes, cost, 440 if cost == known[0] else 360) for cost in known}
 
 
 def list_arms(outcomes: Sequence[Outcome]) -> list[str]:
@@ -41,12 +38,13 @@ def list_arms(outcomes: Sequence[Outcome]) -> list[str]:
     return list(dict.fromkeys(outcome.arm for outcome in outcomes if outcome.budget))
 
 
-def choose_marker(place: int) -> tuple[str, bool]:
-    """Colour of the arm at that place, and whether its marks are hollow; no two of twenty are alike."""
-    return _COLORS[place % len(_COLORS)], place // len(_COLORS) % 2 == 1
+def choose_marker(place: int) -> tuple[str, str, str]:
+    """Colour, shape and kind of the marks of the arm at that place; no two of twenty are alike."""
+    hollow = place // len(_COLORS) % 2 == 1
+    return _COLORS[place % len(_COLORS)], SHAPES[place % (len(SHAPES) - 1)], "hollow" if hollow else ""
 
 
-def draw_front(outcomes: Sequence[Outcome], cost: str) -> Figure:
+def draw_front(outcomes: Sequence[Outcome], cost: str, height: int) -> Figure:
     """Accuracy over a cost: a line per arm over its budgets, bars of one standard deviation, and the dense model.
 
     Each arm is a series that bears its place in `list_arms`, so that the page can hide it. The standings are its table.
@@ -64,12 +62,14 @@ def draw_front(outcomes: Sequence[Outcome], cost: str) -> Figure:
         Axis.over([x for x, *_ in found] + ([at] if level is not None and at is not None else []), title),
         Axis.over([y + side * _spread(line) for _, y, line in found for side in (-1, 1)] + ([level] if level else []),
                   "accuracy, %"),
-        440 if cost == next(iter(COSTS)) else 360,
+        height,
     )  # fmt: skip
     for place, (arm, points) in enumerate(lines.items()):
-        color, hollow = choose_marker(place)
+        color, shape, kind = choose_marker(place)
         shapes = [
-            chart.line([(x, y) for x, y, _ in sorted(points, key=lambda point: point[0])], arm, dashed=hollow)
+            chart.line(
+                [(x, y) for x, y, _ in sorted(points, key=lambda point: point[0])], arm, dashed=bool(kind)
+            )
         ]
         for x, y, line in points:
             up, across = _spread(line), (line.latency_spread or 0.0) if cost == LATENCY else 0.0
@@ -78,9 +78,7 @@ def draw_front(outcomes: Sequence[Outcome], cost: str) -> Figure:
             words = (
                 f"{arm}: accuracy {y:.2f}{f' ± {up:.2f}' if up else ''} %, {title.split(',')[0]} {number(x)}"
             )
-            shapes.append(
-                chart.mark(x, y, words, SHAPES[place % (len(SHAPES) - 1)], "hollow" if hollow else "")
-            )
+            shapes.append(chart.mark(x, y, words, shape, kind))
         chart.add(color, *shapes, name=str(place))
     if level is not None and at is not None:
         chart.add("var(--ink)", chart.mark(at, level, f"dense: accuracy {level:.2f} %", "star"))

@@ -5,19 +5,20 @@ from pathlib import Path
 
 from secateur.compare.advice import recommend
 from secateur.compare.figures import COSTS, choose_marker, draw_fronts, draw_widths, list_arms
-from secateur.compare.results import Results, is_steady
+from secateur.compare.results import Results
 from secateur.compare.statistics import describe_disturbed, find_dense_accuracies, rank_arms
 from secateur.compare.tables import MASKS
 from secateur.compare.words import MEASURES, format_milliseconds, format_percentage
 from secateur.files import atomic_write
 from secateur.report.html import fill_template
+from secateur.report.svg import symbol
 
 
 def render_page(results: Results) -> str:
     """The page as text; names in it are escaped."""
     outcomes = results.outcomes
     table, dense = rank_arms(outcomes), find_dense_accuracies(outcomes)
-    timed = next((o.latency for o in outcomes if o.latency and is_steady(o.latency)), None)
+    timed = next((o.latency for o in outcomes if o.latency and o.latency.steady), None)
     figures = draw_fronts(outcomes)
     return fill_template(
         "page.html.j2",
@@ -32,7 +33,7 @@ def render_page(results: Results) -> str:
             if f"plot-{cost}" in figures
         ],
         widths=draw_widths(outcomes),
-        arms=[(arm, *choose_marker(place)) for place, arm in enumerate(list_arms(outcomes))],
+        arms=[(arm, symbol(*choose_marker(place))) for place, arm in enumerate(list_arms(outcomes))],
         advice={one.budget: one for one in recommend(outcomes)},
         budgets={line.budget: [row for row in table if row.budget == line.budget] for line in table},
         dense=statistics.mean(dense.values()) if dense else None,

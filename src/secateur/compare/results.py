@@ -103,11 +103,6 @@ class Results:
         return f"{self.missing} of {self.missing + len(self.outcomes)} runs are not finished and left out."
 
 
-def is_steady(pair: LatencyPair) -> bool:
-    """Whether the machine had nothing else to do: of both networks, one pass in ten was not twice as slow as others."""
-    return all(one.p90_ms <= 2 * one.p10_ms for one in (pair.before, pair.after))
-
-
 def gather_results(
     comparison: Comparison, outcomes: Sequence[Outcome], runs: int, command: str = ""
 ) -> Results:

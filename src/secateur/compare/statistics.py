@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from secateur.compare.results import Outcome, is_steady
+from secateur.compare.results import Outcome
 from secateur.compare.words import DENSE, MEASURES, describe_budget
 
 
@@ -86,7 +86,7 @@ def _average(
     against = found[0].against
     others = [by.get((against, budget, o.seed), by.get((against, "", o.seed))) for o in good]
     paired = [a - b for a, b in zip(accuracies, others, strict=True) if b is not None and against != arm]
-    timed = [o.latency for o in good if o.latency and is_steady(o.latency)]
+    timed = [o.latency for o in good if o.latency and o.latency.steady]
     shares, bounds = [1 / pair.speed_up for pair in timed], found[0].budget
     share, share_spread = mean_of(shares), spread_of(shares)
     return Standing(
@@ -121,15 +121,15 @@ def find_dense_accuracies(outcomes: Sequence[Outcome]) -> dict[int, float]:
 
 
 def find_dense_latency(outcomes: Sequence[Outcome]) -> float | None:
-    """Milliseconds of one pass of the dense network: the median over all measurements that were not disturbed."""
-    found = [o.latency.before.median_ms for o in outcomes if o.latency and is_steady(o.latency)]
+    """Milliseconds of one fast pass of the dense network: the median over all measurements that were not disturbed."""
+    found = [o.latency.before.p10_ms for o in outcomes if o.latency and o.latency.steady]
     return statistics.median(found) if found else None
 
 
 def describe_disturbed(outcomes: Sequence[Outcome]) -> str:
     """What to say about measurements that other work disturbed; empty if there are none."""
     found = [o.latency for o in outcomes if o.latency]
-    if not (bad := sum(not is_steady(pair) for pair in found)):
+    if not (bad := sum(not pair.steady for pair in found)):
         return ""
     return (
         f"Other work disturbed {bad} of {len(found)} measurements of latency, which are left out; the same command, "

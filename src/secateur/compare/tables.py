@@ -93,8 +93,8 @@ def format_csv(outcomes: Sequence[Outcome]) -> str:
     writer.writerow(("arm", "budget", "seed", *MEASURES, *_COLUMNS))
     for o in outcomes:
         values = {f.name: getattr(o, f.name) for f in fields(o)}
-        values["latency_ms"] = o.latency.after.median_ms if o.latency else None
-        values["latency_dense_ms"] = o.latency.before.median_ms if o.latency else None
+        values["latency_ms"] = o.latency.after.p10_ms if o.latency else None
+        values["latency_dense_ms"] = o.latency.before.p10_ms if o.latency else None
         bound = ", ".join(f"{name} {value:g}" for name, value in o.budget.items())
         shares = [o.share(measure) for measure in MEASURES]
         writer.writerow((o.arm, bound, o.seed, *shares, *(values[name] for name in _COLUMNS)))

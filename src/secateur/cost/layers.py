@@ -38,7 +38,7 @@ def time_layers(
 ) -> dict[str, list[LayerTime]]:
     """Time every module of several models on the same images, in turn, in eval mode and without gradients.
 
-    Each module is waited for, so all of them together take longer than a pass that is timed as a whole.
+    Each module is waited for, and medians are taken module by module, so they need not add up to that of whole passes.
 
     Args:
         models: by name, on the device of the images; only read.
@@ -58,27 +58,30 @@ def time_layers(
         for name, model in models.items():
             stack.enter_context(evaluating(model))
             clocks[name] = stack.enter_context(_Clock(model, images.device))
-        for i in range(warmup + passes):
+        for i in range(1 + warmup + passes):
             for name, model in models.items():
-                clocks[name].begin_pass()
+                clocks[name].begin_pass(counting=i == 0)
                 model(images)
-                if i >= warmup:
+                if i > warmup:
                     clocks[name].end_pass()
     return {name: clock.rows(len(images)) for name, clock in clocks.items()}
 
 
 class _Clock:
-    """Hooks on every module of a model, for as long as it is entered."""
+    """Hooks on every module of a model, for as long as it is entered; the time they take themselves is nobody's."""
 
     def __init__(self, model: nn.Module, device: torch.device) -> None:
         self.modules, self.device = dict(model.named_modules()), device
         self.passes: list[dict[str, float]] = []
-        self.begin_pass()
-
-    def begin_pass(self) -> None:
-        self.ms: dict[str, float] = {}
         self.macs: dict[str, int] = {}
-        self.running: list[list[float]] = []  # when it began, and milliseconds of the modules that it called
+        self.begin_pass(counting=False)
+
+    def begin_pass(self, *, counting: bool) -> None:
+        self.counting = counting
+        self.ms: dict[str, float] = {}
+        self.running: list[
+            list[float]
+        ] = []  # seconds: when its hook began, when it began, spent in what it called
 
     def end_pass(self) -> None:
         self.passes.append(self.ms)
@@ -95,18 +98,20 @@ class _Clock:
             handle.remove()
 
     def _before(self, name: str, *_: Any) -> None:
-        self.ms.setdefault(name, 0.0)
+        entered = time.perf_counter()
         wait_for(self.device)
-        self.running.append([time.perf_counter(), 0.0])
+        self.ms.setdefault(name, 0.0)
+        self.running.append([entered, time.perf_counter(), 0.0])
 
     def _after(self, name: str, module: nn.Module, args: Any, output: Any) -> None:
         wait_for(self.device)
-        started, inside = self.running.pop()
-        spent = 1e3 * (time.perf_counter() - started)
+        ended = time.perf_counter()
+        entered, started, inside = self.running.pop()
+        self.ms[name] += 1e3 * (ended - started - inside)
+        if self.counting:
+            self.macs[name] = self.macs.get(name, 0) + _multiply_adds(module, args, output)
         if self.running:
-            self.running[-1][1] += spent
-        self.ms[name] += spent - inside
-        self.macs[name] = self.macs.get(name, 0) + _multiply_adds(module, args, output)
+            self.running[-1][2] += time.perf_counter() - entered
 
     def rows(self, images: int) -> list[LayerTime]:
         return [

@@ -95,6 +95,12 @@ def _groups(graph: Graph, plan: object, scores: Sequence[Any]) -> list[Group]:
     ]
 
 
+def width_notes(plan: object) -> list[str]:
+    """What widths are multiples of, and why, where a method chose that."""
+    why = plan.origin.get("multiples", {}).get("why") if isinstance(plan, Plan) else None
+    return [why] if why else []
+
+
 def proof_notes(graph: Graph, proof: Verification | None) -> list[str]:
     """What a reader must know about the proof, one sentence each."""
     if proof is None:
@@ -102,6 +108,10 @@ def proof_notes(graph: Graph, proof: Verification | None) -> list[str]:
     notes = []
     if proof.rewritten:
         notes.append(f"The model's own forward cannot express the new widths: {proof.form}.")
+    if proof.sizes:
+        notes.append(f"Cut and masked model were also compared at {proof.sizes}.")
+    if proof.uncompared:
+        notes.append(f"They were not compared at every size: {proof.uncompared}.")
     if proof.statistics:
         notes.append(
             f"Statistics change: {len(proof.statistics)} operators take them over channels of which some are "

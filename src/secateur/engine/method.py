@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from secateur.cost import Budget
 from secateur.engine.pruned import Pruned
 from secateur.errors import ScoreError, SecateurError, unknown
-from secateur.graph import Inputs
+from secateur.graph import Graph, Inputs
 from secateur.graph.capture import batch_of
 from secateur.plan import WeightPlan
 from secateur.settings import option, options_of, plain, settings
@@ -79,6 +79,8 @@ class Context:
         cache: a folder for measurements that serve several budgets, or the file for them; None: they are not kept.
         progress: is told how far a long measurement has got.
         previous: masks of an earlier round: what is gone stays gone.
+        graph: of the model, if it is known already.
+        prove: whether the cut is proven; a trial need not be, if what comes of it is cut again.
     """
 
     data: Iterable[Batch | Inputs] | None = None
@@ -86,6 +88,8 @@ class Context:
     cache: Path | None = None
     progress: Progress | None = None
     previous: WeightPlan | None = None
+    graph: Graph | None = None
+    prove: bool = True
 
 
 @settings

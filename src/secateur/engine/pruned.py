@@ -1,7 +1,7 @@
 """The one result: what every method gives back."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from secateur.allocate.density import costs_of, list_layers
 from secateur.cost import Cost
-from secateur.engine.describe import describe, layer_facts, proof_notes
+from secateur.engine.describe import describe, layer_facts, proof_notes, width_notes
 from secateur.errors import CutError
 from secateur.graph import Graph
 from secateur.graph.duplicate import duplicate
@@ -59,7 +59,7 @@ class Pruned:
             budget=origin.get("budget", {}),
             seed=int(origin.get("seed", 0)),
             command="",
-            notes=proof_notes(self.graph, self.proof),
+            notes=[*width_notes(self.plan), *proof_notes(self.graph, self.proof)],
             versions=current_versions(),
             **describe(self),
         )
@@ -81,7 +81,7 @@ class Pruned:
                 before, after, measure = self.before[name], self.after[name], MEASURES[name]
                 kept = "" if measure.timed else f" ({after / before:.1%} kept{zeros})"
                 lines.append(f"{measure.label}: {measure.show(before)} -> {measure.show(after)}{kept}")
-        return "\n".join([*lines, *([str(self.proof)] if self.proof else [])])
+        return "\n".join([*lines, *width_notes(self.plan), *([str(self.proof)] if self.proof else [])])
 
 
 def cut_and_prove(
@@ -92,6 +92,7 @@ def cut_and_prove(
     *,
     seed: int = 0,
     facts: Mapping[str, Any] | None = None,
+    prove: bool = True,
 ) -> Pruned:
     """Cut a copy of a model by a plan, and prove that the cut is right.
 
@@ -102,15 +103,27 @@ def cut_and_prove(
         scores: (units,) per group.
         seed: of the images for the proof.
         facts: what else the method found out, plain JSON.
+        prove: without, only cut.
     Raises:
         CutError: the model's forward cannot run at other widths, or the result is not equal.
     """
     small = cut_copy(model, graph, plan)
-    proof = verify(model, small, graph, plan, seed=seed)
-    require_equal(model, proof)
     cost = Cost(graph)
     told = {**layer_facts(graph, model, small), **(facts or {})}
-    return Pruned(small, plan, graph, scores, proof, cost.all(), cost.all(plan.kept(graph)), facts=told)
+    pruned = Pruned(small, plan, graph, scores, None, cost.all(), cost.all(plan.kept(graph)), facts=told)
+    return proven(model, pruned, seed=seed) if prove else pruned
+
+
+def proven(model: nn.Module, pruned: Pruned, *, seed: int = 0) -> Pruned:
+    """The same with the proof that its cut of a model is right.
+
+    Raises:
+        CutError: the result is not equal.
+    """
+    assert isinstance(pruned.plan, Plan)
+    proof = verify(model, pruned.model, pruned.graph, pruned.plan, seed=seed)
+    require_equal(model, proof)
+    return replace(pruned, proof=proof)
 
 
 def mask_copy(

@@ -32,6 +32,7 @@ from torch.utils import _pytree as pytree
 
 from secateur.allocate import allocate
 from secateur.cost import Budget, Cost
+from secateur.cost.frozen import what_stays
 from secateur.engine.decay import Decay, Pool
 from secateur.engine.describe import layer_facts
 from secateur.engine.gates import Gates
@@ -45,6 +46,7 @@ from secateur.graph.shrink import shrink
 from secateur.plan import Plan
 from secateur.proof import verify
 from secateur.report.data import Ending
+from secateur.settings import checked
 from secateur.surgery import cut_, embed
 
 if TYPE_CHECKING:
@@ -163,12 +165,14 @@ class Session(Generic[S]):
                 raise BudgetError(
                     f"{self.name}: the budget asks for at most {limit:,} {measure}; whatever goes, {reach:,} "
                     f"stay ({reach / self.dense.of(measure):.4f} of the dense model). Raise the budget."
+                    f"{what_stays(self.cost, measure, counts)}"
                 )
         if removal is not None:
             self.pool = Pool(self.graph, self.targets, self.tensors, removal)
 
     # --- what the training loop calls ----------------------------------------------------------------------
 
+    @checked(TrainingError)
     def attach(
         self,
         optimizer: Optimizer,
@@ -196,17 +200,24 @@ class Session(Generic[S]):
     def __enter__(self) -> Self:
         if self.optimizer is None:
             raise TrainingError(f"{self.name}: use `with session.attach(optimizer):`")
+        if self._handle is not None:
+            raise TrainingError(f"{self.name}: its hooks are on the model already; enter the session once")
 
         def count(*_: object) -> None:
             self._stepped = True
 
         self._handle = self.optimizer.register_step_post_hook(count)
-        self.renew()
+        try:
+            self.renew()
+        except BaseException:
+            self.__exit__()
+            raise
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._handle.remove()
-        self._handle = None
+        if self._handle is not None:
+            self._handle.remove()
+            self._handle = None
         self._hooks.close()
 
     def parameters(self) -> list[nn.Parameter]:
@@ -264,11 +275,14 @@ class Session(Generic[S]):
                 f"steps, the budget is {self.limits[over[0]]:,}. Finish the training, with after_step() in every step."
             )
         plan, device = self.plan(), self.device
-        original = embed(self.original, self.model.cpu(), self.whole, plan)
-        proof = verify(original, self.model, self.whole, plan)
+        try:
+            original = embed(self.original, self.model.cpu(), self.whole, plan)
+            proof = verify(original, self.model, self.whole, plan)
+        finally:
+            self.model.to(device)
         require_equal(self.model, proof)
         return Pruned(
-            self.model.to(device),
+            self.model,
             plan,
             self.whole,
             self.scores,

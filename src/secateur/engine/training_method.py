@@ -24,7 +24,7 @@ from secateur.engine.method import Context, Method, When
 from secateur.engine.session import Session
 from secateur.errors import SecateurError
 from secateur.graph import Inputs
-from secateur.settings import settings
+from secateur.settings import checked, settings
 
 
 @settings
@@ -66,6 +66,7 @@ class TrainingMethod(Method):
     def finish(self, session: Session[Any]) -> None:
         """The training is over: bring the model into its last form, before the proof."""
 
+    @checked(SecateurError, but=("model",))
     def start(
         self, model: nn.Module, inputs: Inputs, *, budget: Budget | None = None, steps: int
     ) -> Session[Any]:

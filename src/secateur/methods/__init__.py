@@ -15,11 +15,11 @@ from torch import Tensor, nn
 from secateur.cost import Budget
 from secateur.engine.decay import Decay, Restore
 from secateur.engine.method import Batch, Context, Method, Progress
-from secateur.engine.pruned import Pruned
+from secateur.engine.pruned import Pruned, proven
 from secateur.engine.session import Session
 from secateur.engine.training_method import TrainingMethod
 from secateur.errors import BudgetError, SecateurError, unknown
-from secateur.graph import Inputs
+from secateur.graph import Inputs, analyze
 from secateur.graph.guard import uncompiled
 from secateur.imports import imported
 from secateur.methods.at_init import SNIP, AtInit, GraSP, SynFlow
@@ -36,6 +36,7 @@ from secateur.methods.own import Own
 from secateur.methods.paam import PAAM
 from secateur.methods.precrop import PreConfig, PreCrop, RandomFilters, RandomWeights
 from secateur.methods.rd import RD, MaskWeights, RDWeights
+from secateur.settings import checked
 
 __all__ = [
     "HESSO",
@@ -104,6 +105,7 @@ METHODS: dict[str, type[Method]] = {
 MethodLike: TypeAlias = str | Method | Callable[..., Any]
 
 
+@checked(SecateurError, but=("method",))
 def method_named(method: MethodLike, options: Mapping[str, Any] | None = None) -> Method:
     """A method with its options.
 
@@ -128,12 +130,15 @@ def method_named(method: MethodLike, options: Mapping[str, Any] | None = None) -
             return Auto(freeze=freeze, options=given)
         return METHODS[method].of(given)
     found = imported("method", method) if isinstance(method, str) else method
+    if not callable(found):
+        raise SecateurError(f"method is {found!r}; expected a name, a Method, or a function of your own")
     if isinstance(found, type) and issubclass(found, Method):
         return found.of(given)
     return Own(function=found, freeze=given.pop("freeze", ()), options=given)
 
 
 @uncompiled
+@checked(SecateurError, but=("model", "inputs", "budget", "method"))
 def prune(
     model: nn.Module,
     inputs: Inputs,
@@ -189,11 +194,18 @@ def prune(
 def prune_within_latency(
     method: Method, model: nn.Module, inputs: Inputs, budget: Budget, context: Context, clock: Clock
 ) -> Pruned:
-    """Prune to a budget with milliseconds: by trying shares of the MACs; see `prune_to_latency`."""
+    """Prune to a budget with milliseconds: by trying shares of the MACs; see `prune_to_latency`.
+
+    Plain scores share one graph, and only what is returned is proven.
+    """
     data = None if context.data is None else list(context.data)  # it is gone through once per trial
     with tempfile.TemporaryDirectory() as folder:
-        cache = context.cache or Path(folder) / "curves.safetensors"  # the same for all trials
+        cache = context.cache or Path(folder)  # the same for all trials
         again = replace(context, data=data, cache=cache)
-        return prune_to_latency(
+        if isinstance(method, OneShot):
+            graph = analyze(model, inputs, freeze=method.freeze, attention=method.attention)
+            again = replace(again, graph=graph, prove=method.compensation != "none")  # of the solved weights
+        found = prune_to_latency(
             lambda within: method.prune(model, inputs, within, again), model, budget, clock
         )
+    return found if again.prove else proven(model, found, seed=getattr(method, "seed", 0))

@@ -6,12 +6,13 @@ from dataclasses import dataclass, replace
 from torch import nn
 
 from secateur.cost import Budget
-from secateur.cost.latency import compare_latency, measure_latency
+from secateur.cost.latency import compare_pair, measure_latency
 from secateur.engine.method import Context
 from secateur.engine.pruned import Pruned
 from secateur.errors import BudgetError
 from secateur.graph import Inputs
 from secateur.methods.oneshot import OneShot
+from secateur.settings import checked
 
 Clock = Callable[[nn.Module], float]
 """A model -> the milliseconds of one pass."""
@@ -30,7 +31,7 @@ class Trial:
 
 
 def here(dense: nn.Module, inputs: Inputs) -> Clock:
-    """Medians of 50 passes over the example inputs, in PyTorch, on their device.
+    """The fast tenth of passes over the example inputs, in PyTorch, on their device.
 
     Models are timed in turn with the dense one and told in units of its first measurement, so that a machine which
     slows down meanwhile does not change what is chosen.
@@ -39,11 +40,10 @@ def here(dense: nn.Module, inputs: Inputs) -> Clock:
 
     def clock(model: nn.Module) -> float:
         if not first:
-            first.append(measure_latency(dense, inputs, repeats=50).median_ms)
+            first.append(measure_latency(dense, inputs, repeats=20).p10_ms)
         if model is dense:
             return first[0]
-        pair = compare_latency({"dense": dense, "model": model}, inputs, repeats=50)
-        return first[0] * pair["model"].median_ms / pair["dense"].median_ms
+        return first[0] / compare_pair(dense, model, inputs).speed_up
 
     return clock
 
@@ -83,9 +83,14 @@ def prune_to_latency(
         if enough or (share := _next(seen, least, limit)) is None:
             break
         try:
-            seen.append(_timed(cut(Budget(**others | {"macs": share})), clock))
+            pruned = cut(Budget(**others | {"macs": share}))
         except BudgetError as error:
             least, refused = share, f" With less: {error}"
+            continue
+        if any(_share(pruned) == trial.share for trial in seen):
+            least = share  # no widths lie between what is known and this
+        else:
+            seen.append(_timed(pruned, clock))
     fit = [trial for trial in seen if trial.milliseconds <= limit]
     if not fit:
         best = min(seen, key=lambda trial: trial.milliseconds)
@@ -107,7 +112,11 @@ def prune_to_latency(
 
 
 def _timed(pruned: Pruned, clock: Clock) -> Trial:
-    return Trial(pruned.after["macs"] / pruned.before["macs"], clock(pruned.model), pruned)
+    return Trial(_share(pruned), clock(pruned.model), pruned)
+
+
+def _share(pruned: Pruned) -> float:
+    return pruned.after["macs"] / pruned.before["macs"]
 
 
 def _next(seen: Sequence[Trial], least: float, limit: float) -> float | None:
@@ -115,7 +124,7 @@ def _next(seen: Sequence[Trial], least: float, limit: float) -> float | None:
 
     Args:
         seen: the dense model and what was measured.
-        least: a share that was out of reach, or 0.
+        least: a share that was out of reach, or below which nothing new is, or 0.
         limit: milliseconds.
     """
     seen = sorted(seen, key=lambda trial: trial.share)
@@ -126,7 +135,7 @@ def _next(seen: Sequence[Trial], least: float, limit: float) -> float | None:
     elif low.milliseconds >= _CLOSE * limit:
         return None
     else:
-        start, other = low.share, low
+        start, other = max(low.share, least), low
     gap = high.share - start
     if gap < _NEAR:
         return None
@@ -141,6 +150,7 @@ def _aim(limit: float) -> float:
     return (1 + _CLOSE) / 2 * limit
 
 
+@checked(BudgetError)
 def budget_in_macs(
     model: nn.Module,
     inputs: Inputs,
@@ -158,12 +168,14 @@ def budget_in_macs(
         model: only read.
         inputs: example inputs; their batch is what is timed.
         budget: with `latency_ms`.
-        evenly: how the copy is cut, such as with frozen modules; default: `OneShot(allocation="uniform")`.
+        evenly: how the copy is cut, such as with frozen modules; default: `OneShot(allocation="uniform", round_to=1)`.
         clock: measures; default: `here(model, inputs)`.
     Raises:
         BudgetError: see `prune_to_latency`.
     """
-    method = evenly or OneShot(allocation="uniform")
+    if budget.latency_ms is None:
+        raise BudgetError(f"{budget!r} bounds no milliseconds; give latency_ms")
+    method = evenly or OneShot(allocation="uniform", round_to=1)
     found = prune_to_latency(
         lambda within: method.prune(model, inputs, within, Context()),
         model,

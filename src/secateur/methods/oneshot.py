@@ -1,12 +1,14 @@
 """Score, allocate, cut, prove: pruning a trained model in one step."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, ClassVar, Literal
 
 from torch import nn
 
 from secateur.allocate import ALLOCATIONS, allocate
 from secateur.cost import Budget, Cost
+from secateur.cost.multiples import AUTO, ROUND_TO, ROUND_TO_HELP, choose_multiples
 from secateur.engine.method import Context, Method, images_of, pairs_of
 from secateur.engine.pruned import Pruned, cut_and_prove
 from secateur.errors import ScoreError
@@ -47,7 +49,7 @@ class OneShot(Method):
         "what the remaining weights do, without training, on the data", default="none", choices=COMPENSATIONS
     )
     min_keep: int = option("units that every group keeps at least", default=1, least=1)
-    round_to: int = option("kept units per group are a multiple of this, or all of them", default=1, least=1)
+    round_to: int | str = option(ROUND_TO_HELP, default=AUTO, choices=ROUND_TO, least=1)
     seed: int = option("of random scores and of the images for the proof", default=0, least=0)
 
     @property
@@ -58,7 +60,7 @@ class OneShot(Method):
         data = None if context.data is None else list(context.data)
         if data is None and self.compensation != "none":
             raise ScoreError(f"compensation {self.compensation!r} needs data: pass data=, batches of images")
-        graph = analyze(model, inputs, freeze=self.freeze, attention=self.attention)
+        graph = context.graph or analyze(model, inputs, freeze=self.freeze, attention=self.attention)
         scores = score_groups(
             model,
             graph,
@@ -67,16 +69,20 @@ class OneShot(Method):
             data=None if data is None else pairs_of(data),
             loss=context.loss,
         )
+        cost = Cost(graph)
+        multiples = choose_multiples(
+            model, graph, self.round_to, partial(cost.within, cost.limits(budget)), min_keep=self.min_keep
+        )
         masks = allocate(
             scores,
-            Cost(graph),
+            cost,
             budget,
             self.allocation,
             relative=not score_named(self.score).comparable,
             min_keep=self.min_keep,
-            round_to=self.round_to,
+            round_to=multiples.units,
         )
-        plan = Plan.of(graph, masks, self.record() | {"budget": budget.given})
+        plan = Plan.of(graph, masks, self.record() | multiples.record(graph) | {"budget": budget.given})
         if data is not None and self.compensation != "none":
             model = compensated_copy(model, graph, plan, images_of(data), self.compensation)
-        return cut_and_prove(model, graph, plan, scores, seed=self.seed)
+        return cut_and_prove(model, graph, plan, scores, seed=self.seed, prove=context.prove)

@@ -13,6 +13,7 @@ from secateur import __version__
 from secateur.errors import FileError, PlanError
 from secateur.files import atomic_write
 from secateur.graph import Graph
+from secateur.settings import checked
 
 FORMAT = 1
 LARGEST = 64 * 2**20
@@ -41,8 +42,10 @@ class Plan:
         return f"<Plan: {gone} of {sum(self.units.values())} units go, from {groups}>"
 
     @classmethod
+    @checked(PlanError)
     def of(cls, graph: Graph, masks: Sequence[Tensor], origin: Mapping[str, Any] | None = None) -> "Plan":
         """The plan that keeps the units marked True, one (units,) bool mask per group of the graph."""
+        _check_masks(graph, masks)
         removed = {}
         for group, mask in zip(graph.groups, masks, strict=True):
             gone = tuple(torch.nonzero(~mask.cpu()).flatten().tolist())
@@ -52,6 +55,7 @@ class Plan:
         plan.check(graph)
         return plan
 
+    @checked(PlanError)
     def check(self, graph: Graph) -> None:
         """Raise PlanError unless the plan fits the graph of the model it is to be applied to."""
         if self.fingerprint != graph.fingerprint:
@@ -79,6 +83,7 @@ class Plan:
                     f"stay. Raise the budget or freeze this group."
                 )
 
+    @checked(PlanError)
     def masks(self, graph: Graph) -> list[Tensor]:
         """(units,) bool per group, True = keep."""
         self.check(graph)
@@ -89,6 +94,7 @@ class Plan:
             result.append(mask)
         return result
 
+    @checked(PlanError)
     def kept(self, graph: Graph) -> list[int]:
         """Units kept per group of the graph."""
         return [int(mask.sum()) for mask in self.masks(graph)]
@@ -109,6 +115,7 @@ class Plan:
         return f'{lines[:-2]},\n  "groups": {{\n{rows}\n  }}\n}}\n'
 
     @classmethod
+    @checked(PlanError)
     def from_json(cls, text: str) -> "Plan":
         """Read a plan; anything that is not one raises PlanError."""
         try:
@@ -137,11 +144,13 @@ class Plan:
                 removed[name] = tuple(gone)
         return cls(data["fingerprint"], removed, units, origin)
 
+    @checked(PlanError)
     def save(self, path: str | Path) -> None:
         """Write the plan as JSON, atomically."""
         atomic_write(path, self.to_json())
 
     @classmethod
+    @checked(PlanError)
     def load(cls, path: str | Path) -> "Plan":
         """Read a plan file."""
         path = Path(path)
@@ -152,3 +161,17 @@ class Plan:
         except (OSError, UnicodeDecodeError) as error:
             raise FileError(f"{path}: cannot be read as a plan ({error})") from None
         return cls.from_json(text)
+
+
+def _check_masks(graph: Graph, masks: Sequence[Tensor]) -> None:
+    """Raise PlanError unless there is a bool mask per group, as long as it has units."""
+    if len(masks) != len(graph.groups):
+        raise PlanError(
+            f"got {len(masks)} masks; the graph has {len(graph.groups)} groups, and each needs one"
+        )
+    for group, mask in zip(graph.groups, masks, strict=True):
+        if mask.dtype != torch.bool or mask.shape != (group.units,):
+            raise PlanError(
+                f"group {group.name!r}: got a mask of shape {tuple(mask.shape)} and {mask.dtype}; expected "
+                f"({group.units},) and torch.bool, True = keep"
+            )

@@ -7,11 +7,11 @@ write_report(folder, report)        # folder/report.html and folder/report.json
 import json
 from pathlib import Path
 
+from secateur.cost.latency import LatencyPair
 from secateur.files import atomic_write
 from secateur.report.data import (
     FrozenGroup,
     Group,
-    LatencyPair,
     Report,
     TrainingPair,
     Width,

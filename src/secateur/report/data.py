@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 import secateur
-from secateur.cost.latency import Latency, device_name
+from secateur.cost.latency import LatencyPair, device_name
 from secateur.cost.training import TrainingCost
 from secateur.errors import SecateurError
 from secateur.measures import MEASURES
@@ -74,24 +74,6 @@ class FrozenGroup:
     reason: str
     params: int
     macs: int
-
-
-@dataclass(frozen=True)
-class LatencyPair:
-    """Both models timed on the same inputs, in turn: see `secateur.cost.latency.compare_latency`."""
-
-    before: Latency
-    after: Latency
-
-    @property
-    def speed_up(self) -> float:
-        """Median before over median after."""
-        return self.before.median_ms / self.after.median_ms
-
-    def to_json(self) -> dict[str, Any]:
-        """Both measurements, and the speed-up ×."""
-        before, after = self.before.to_json(), self.after.to_json()
-        return {"before": before, "after": after, "speed_up": self.speed_up}
 
 
 @dataclass(frozen=True)
@@ -390,7 +372,7 @@ class Report:
         measure, facts, found = MEASURES[name], self.weights, self.after.get(name)
         before = self.before.get(name)
         if measure.timed and self.latency_pytorch is not None:
-            found = self.latency_pytorch.after.median_ms
+            found = self.latency_pytorch.after.p10_ms
         elif facts is not None:
             found = {"macs": facts.macs, "params": facts.params, "units": facts.kept}.get(name, found)
             before = facts.total if name == "units" else before
@@ -432,6 +414,8 @@ class Report:
             elif n := self.finetune_epochs:
                 accuracy += f" (after {n} {'epoch' if n == 1 else 'epochs'} of fine-tuning)"
             parts.append(accuracy)
+        elif self.accuracy_after is not None:
+            parts.append(f"accuracy {100 * self.accuracy_after:.2f} %")
         if self.weights is not None:
             pass  # nothing is cut, so there is nothing to verify
         elif self.verify_max_abs_error is None:
@@ -453,7 +437,7 @@ class Report:
         return f"{self.title}: {self.outcome}"
 
     def to_json(self) -> dict[str, Any]:
-        """The fields by name, with `headline` and the medians `latency_ms_before`, `latency_ms_after`.
+        """The fields by name, with `headline` and `latency_ms_before`, `latency_ms_after`, of a fast pass in PyTorch.
 
         A number that is not finite, such as the loss of a run that diverged, becomes None.
         """
@@ -461,8 +445,8 @@ class Report:
         result: dict[str, Any] = {
             "headline": self.headline,
             **{f.name: getattr(self, f.name) for f in fields(self)},
-            "latency_ms_before": latency.before.median_ms if latency else None,
-            "latency_ms_after": latency.after.median_ms if latency else None,
+            "latency_ms_before": latency.before.p10_ms if latency else None,
+            "latency_ms_after": latency.after.p10_ms if latency else None,
         }
         return {key: _plain(value) for key, value in result.items()}
 

@@ -4,10 +4,10 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from secateur.cost.latency import Latency
+from secateur.cost.latency import Latency, LatencyPair
 from secateur.cost.training import TrainingCost
 from secateur.measures import MEASURES
-from secateur.report.data import LatencyPair, Report
+from secateur.report.data import Report
 from secateur.report.figures import Picture, figures
 
 
@@ -104,7 +104,9 @@ def percent(fraction: float, digits: int = 1) -> str:
 
 def speed(pair: LatencyPair) -> str:
     """The speed-up, or the slow-down, as a reader would say it."""
-    return faster(pair.speed_up)
+    if not pair.steady:
+        return "not told: other work disturbed the clock"
+    return faster(pair.speed_up) + ("" if pair.spread is None else f" (± {100 * pair.spread:.0f} %)")
 
 
 def faster(times: float) -> str:
@@ -136,7 +138,7 @@ def _tiles(report: Report) -> list[tuple[str, str, str]]:
     if (after := report.accuracy_after) is not None:
         tiles.append(("accuracy", percent(after, 2), points(report.accuracy_before, after)))
     if pair := report.latency_pytorch:
-        tiles.append(("latency in PyTorch", f"{pair.after.median_ms:.3g} ms", speed(pair)))
+        tiles.append(("latency in PyTorch", f"{pair.after.p10_ms:.3g} ms", speed(pair)))
     return tiles
 
 
@@ -153,7 +155,7 @@ def _verdict(report: Report) -> tuple[str, bool | None]:
 def _headline(report: Report) -> str:
     """What came of it, without what the verdict says."""
     parts = report.outcomes[1:] if _verdict(report)[0] else report.outcomes
-    if pair := report.latency_pytorch:
+    if (pair := report.latency_pytorch) and pair.steady:
         parts = [*parts[:-1], f"{speed(pair)} in PyTorch", parts[-1]]
     text = ", ".join(parts)
     return text[:1].upper() + text[1:]
@@ -215,7 +217,7 @@ def _rows(report: Report) -> list[Row]:
         ("Latency, onnxruntime", report.latency_onnxruntime),
     ):
         if pair:
-            old_ms, new_ms = f"{pair.before.median_ms:.3g} ms", f"{pair.after.median_ms:.3g} ms"
+            old_ms, new_ms = f"{pair.before.p10_ms:.3g} ms", f"{pair.after.p10_ms:.3g} ms"
             rows.append(Row(name, old_ms, new_ms, speed(pair), _spread(pair.before), _spread(pair.after)))
     if cost:
         old_cost, new_cost = cost.before, cost.after
@@ -244,6 +246,8 @@ def _budget(report: Report) -> str:
     parts = []
     for key, value in report.budget.items():
         label = MEASURES[key].label if key in MEASURES else key
+        if key == "units" and report.weights is not None:
+            label = "weights"
         if key == "latency_ms":
             parts.append(f"{label} ≤ {value:g} ms")
         else:

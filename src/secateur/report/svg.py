@@ -17,7 +17,7 @@ BEFORE, AFTER, REMOVED = "var(--before)", "var(--after)", "var(--removed)"
 
 _TOP, _BOTTOM = 24, 40  # pixels above and below the plot, for titles and ticks
 _SHAPES = {
-    "circle": "",  # SVG has its own
+    "circle": "M-4 0a4 4 0 1 1 8 0a4 4 0 1 1-8 0z",
     "square": "M-3.5-3.5h7v7h-7z",
     "diamond": "M0-5L5 0L0 5L-5 0z",
     "triangle": "M0-5L5 4H-5z",
@@ -148,7 +148,7 @@ class Chart:
     def mark(self, x: float, y: float, title: str, shape: str = "circle", kind: str = "") -> str:
         """A mark at a point; of kind "hollow", or "faint" until it is pointed at."""
         across, down, said = self._across(x), f"{self._down(y):.1f}", _title(title)
-        if shape == "circle":
+        if shape == "circle":  # short, since there may be many
             return f'<circle cx="{across}" cy="{down}" r="4" class="mark {kind}">{said}</circle>'
         return f'<svg x="{across}" y="{down}" class="mark {kind}"><path d="{_SHAPES[shape]}"/>{said}</svg>'
 
@@ -211,6 +211,14 @@ class Chart:
 
     def _down(self, y: float) -> float:
         return _TOP + (1 - self.y.at(y)) * (self.height - _TOP - _BOTTOM)
+
+
+def symbol(color: str, shape: str, kind: str = "") -> Markup:
+    """A mark in a line of text, as a chart has it."""
+    path = f'<path class="mark {kind}" d="{_SHAPES[shape]}"/>'
+    return Markup(
+        f'<svg class="symbol" viewBox="-6 -6 12 12" style="--c:{color}" aria-hidden="true">{path}</svg>'
+    )
 
 
 def strip(width: float, height: float, shapes: Iterable[str], title: str = "") -> Markup:

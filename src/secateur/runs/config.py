@@ -149,7 +149,8 @@ class PruneConfig:
         panel=RUN,
     )
     latency_batch: int = option("images per pass where latency is measured", default=1, least=1, panel=RUN)
-    exports: bool = option("write ONNX and torch.export files, and measure latency", default=True)
+    exports: bool = option("write ONNX and torch.export files", default=True)
+    latency: bool | None = option("measure latency; None: if files are written", default=None)
 
     @property
     def chosen(self) -> "Method":
@@ -239,6 +240,7 @@ class PruneConfig:
         if not graph.groups:
             raise BudgetError("nothing can be pruned: the model has no removable units. `inspect` says why.")
         least_kept, step = getattr(method, "min_keep", 1), getattr(method, "round_to", 1)
+        step = step if isinstance(step, int) else 1  # by hardware, widths are as fine as the budget asks for
         within = reachable(graph, least_kept, step)
         for measure, share in self.budget.items():
             if measure not in within:

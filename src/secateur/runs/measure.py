@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from secateur.cost.latency import Latency, compare_latency
+from secateur.cost.latency import Latency, LatencyPair, compare_pair
 from secateur.cost.layers import time_layers
 from secateur.cost.training import Holding, TrainingCost, compare_training
 from secateur.errors import ExportError
@@ -17,12 +17,10 @@ from secateur.graph.duplicate import duplicate
 from secateur.methods.latency import Clock, here
 from secateur.recipes.data import Batches, Dataset
 from secateur.recipes.train_config import TrainConfig
-from secateur.report import LatencyPair, TrainingPair
+from secateur.report import TrainingPair
 from secateur.runs.folder import RunFolder, Watch
 from secateur.runs.task import device, evaluate_once
 from secateur.surgery import save
-
-_REPEATS = 50
 
 
 def timed_images(inputs: Tensor, batch: int) -> Tensor:
@@ -46,7 +44,14 @@ def clock_of(dense: nn.Module, inputs: Tensor, batch: int) -> Clock:
 
 
 def export_and_time(
-    dense: nn.Module, small: nn.Module, inputs: Tensor, batch: int, folder: Path
+    dense: nn.Module,
+    small: nn.Module,
+    inputs: Tensor,
+    batch: int,
+    folder: Path,
+    *,
+    exports: bool = True,
+    latency: bool = True,
 ) -> dict[str, Any]:
     """Write `model.onnx` and `model.pt2`, and measure both models; what cannot be exported becomes a note.
 
@@ -55,30 +60,35 @@ def export_and_time(
         inputs: an example input, (1, c, h, w).
         batch: images per timed pass.
         folder: where the files go.
+        exports: whether to write them; without, latency is measured in PyTorch only.
+        latency: whether to measure it; without, the dense model is not exported.
     Returns:
-        plain JSON: sizes in bytes and latencies, each as [before, after]; times of layers; and notes.
+        plain JSON: sizes in bytes as [before, after], latencies as [before, after, spread]; times of layers; and notes.
     """
     found: dict[str, Any] = {"notes": []}
     images, home = timed_images(inputs, batch), device()
-    try:
-        pair = {"before": dense.to(home), "after": small.to(home)}
-        timed = compare_latency(pair, images.to(home), repeats=_REPEATS)
-        layers = time_layers(pair, images.to(home))
-    finally:
-        dense.cpu(), small.cpu()
-    found["layers"] = {name: [asdict(row) for row in rows] for name, rows in layers.items()}
-    found["latency_pytorch"] = [timed["before"].to_json(), timed["after"].to_json()]
+    if latency:
+        try:
+            pair = compare_pair(dense.to(home), small.to(home), images.to(home))
+            layers = time_layers({"before": dense, "after": small}, images.to(home))
+        finally:
+            dense.cpu(), small.cpu()
+        found["layers"] = {name: [asdict(row) for row in rows] for name, rows in layers.items()}
+        found["latency_pytorch"] = measured_json(pair)
+    if not exports:
+        return found
     with tempfile.TemporaryDirectory() as temporary:
         before = Path(temporary) / "dense.safetensors"
         save(dense, before)
         found["weights_bytes"] = [before.stat().st_size, (folder / "model.safetensors").stat().st_size]
         try:
-            old = export_onnx(dense, images, Path(temporary) / "dense.onnx")
             new = export_onnx(small, images, folder / "model.onnx")
-            runners = {"before": onnx_runner(old.path), "after": onnx_runner(new.path)}
-            timed = compare_latency(runners, images, repeats=_REPEATS)
-            found["latency_onnxruntime"] = [timed["before"].to_json(), timed["after"].to_json()]
-            found["onnx_bytes"] = [old.file_bytes, new.file_bytes]
+            found["onnx_bytes"] = [None, new.file_bytes]
+            if latency:
+                old = export_onnx(dense, images, Path(temporary) / "dense.onnx")
+                pair = compare_pair(onnx_runner(old.path), onnx_runner(new.path), images)
+                found["latency_onnxruntime"] = measured_json(pair)
+                found["onnx_bytes"][0] = old.file_bytes
             if new.static_because:
                 found["notes"].append(f"The ONNX file takes a batch of {batch} only: {new.static_because}.")
         except ExportError as error:
@@ -156,6 +166,14 @@ def training_pair(folder: RunFolder) -> TrainingPair | None:
     return TrainingPair(*(TrainingCost(**one) for one in found)) if found else None
 
 
-def pair_of(measured: list[dict[str, Any]] | None) -> LatencyPair | None:
-    """Both measurements, from plain JSON."""
-    return LatencyPair(*(Latency(**one) for one in measured)) if measured else None
+def measured_json(pair: LatencyPair) -> list[Any]:
+    """Both measurements and the spread, as plain JSON."""
+    return [pair.before.to_json(), pair.after.to_json(), pair.spread]
+
+
+def pair_of(measured: list[Any] | None) -> LatencyPair | None:
+    """The same from plain JSON; older files say no spread."""
+    if not measured:
+        return None
+    before, after, *spread = measured
+    return LatencyPair(Latency(**before), Latency(**after), *spread)

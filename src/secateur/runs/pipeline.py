@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from secateur.cost import Budget
+from secateur.cost.multiples import AUTO, hardware_of
 from secateur.engine.method import Context, Method
 from secateur.engine.pruned import Pruned
 from secateur.engine.training_method import TrainingMethod
@@ -97,7 +98,7 @@ def prune_run(
     """
     run = Run(config, out, "prune", mode, command, watch)
     config = run.resolve_auto(config)
-    method, dense = config.chosen, run.task.model
+    method, dense = run.at_hand(config.chosen), run.task.model
     graph = analyze(
         dense, run.task.inputs, freeze=method.freeze, attention=getattr(method, "attention", "heads")
     )
@@ -120,6 +121,7 @@ class Run:
         task: loaded.
         folder: None on every process but the first.
         watch: is told what goes on.
+        hardware: that widths are chosen for, if the method leaves that open.
     """
 
     def __init__(
@@ -135,6 +137,7 @@ class Run:
         self.watch = watch or Watch()
         self.settings, self.seed = config.to_json(), config.task.seed
         self.folder = RunFolder(out, kind, self.settings, mode) if is_main_process() else None
+        self.hardware: int | str | None = None
         with self.watch.doing(f"Loading {config.task.data} and building {config.task.model}"):
             self.task = load_task(config.task)
 
@@ -154,10 +157,23 @@ class Run:
         record = choice.method.record()
         return replace(config, method=record.pop("method"), options=record | {"seed": config.task.seed})
 
+    def at_hand(self, method: Method) -> Method:
+        """The method with widths for the hardware at hand, where it leaves that open; in a resumed run for the hardware
+        that it began on.
+        """
+        if getattr(method, "round_to", None) != AUTO:
+            return method
+        self.hardware = hardware_of(self.task.model)
+        if self.folder and self.folder.resumed:
+            self.hardware = self.folder.known.get("hardware", 1)  # runs of older versions took any width
+        return type(method).of({**vars(method), "round_to": self.hardware})
+
     def begin(self) -> None:
         """Make the folder ready; from here on it is written to."""
         if self.folder:
             self.folder.begin(self.task.saved_run(self.kind, self.command, self.settings))
+            if self.hardware is not None:
+                self.folder.once("hardware", lambda: self.hardware)
 
     def fit(
         self,
@@ -308,7 +324,12 @@ def _in_closed_form(run: Run, config: PruneConfig, method: Method) -> Budget:
     if "latency_ms" not in config.budget:
         return budget
     model, inputs = run.task.model, run.task.inputs
-    evenly = OneShot(allocation="uniform", freeze=method.freeze, min_keep=getattr(method, "min_keep", 1))
+    evenly = OneShot(
+        allocation="uniform",
+        freeze=method.freeze,
+        min_keep=getattr(method, "min_keep", 1),
+        round_to=getattr(method, "round_to", 1),
+    )
     return budget_in_macs(model, inputs, budget, evenly, clock=clock_of(model, inputs, config.latency_batch))
 
 
@@ -372,11 +393,23 @@ def _finish(run: Run, config: PruneConfig, pruned: Pruned, last: str) -> dict[st
     if isinstance(plan, WeightPlan):
         sizes = [(folder / name).stat().st_size for name in ("dense.safetensors", "model.safetensors")]
         return {"weights_bytes": sizes, "notes": []}
-    if not config.exports:
+    timed = config.exports if config.latency is None else config.latency
+    if not (config.exports or timed):
         return {"notes": []}
-    with run.watch.doing("Exporting and timing"):
+    doing = " and ".join(
+        word for word, wanted in (("exporting", config.exports), ("timing", timed)) if wanted
+    )
+    with run.watch.doing(doing.capitalize()):
         found: dict[str, Any] = folder.once(
             "exports",
-            lambda: export_and_time(dense, small, task.inputs, config.latency_batch, folder.path),
+            lambda: export_and_time(
+                dense,
+                small,
+                task.inputs,
+                config.latency_batch,
+                folder.path,
+                exports=config.exports,
+                latency=timed,
+            ),
         )
     return found

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from secateur.engine.decay import Restore
-from secateur.engine.describe import describe, proof_notes, settings_in_words
+from secateur.engine.describe import describe, proof_notes, settings_in_words, width_notes
 from secateur.engine.method import Method
 from secateur.engine.pruned import Pruned
 from secateur.measures import MEASURES
@@ -27,10 +27,13 @@ NO_FASTER = (
 )
 
 
+BETWEEN = "what forward does between them"
+"""What is named so in a report is the work of modules that call other modules."""
+
 FILES = {
     "model.safetensors": "the pruned model",
     "model.onnx": "the same for ONNX runtimes",
-    "model.pt2": "the same as a torch.export program, which runs without Secateur",
+    "model.pt2": 'the same without Secateur: torch.export.load("model.pt2").module()',
     "plan.json": "which channels went",
     "masks.safetensors": "which weights went",
     "dense.safetensors": "the model before",
@@ -88,7 +91,7 @@ def summarise(
         weights_bytes_after=weights[1],
         onnx_bytes_before=onnx[0],
         onnx_bytes_after=onnx[1],
-        layers=_layers(exported.get("layers", {})),
+        layers=pair_layers(exported.get("layers", {})),
         files=_files(folder),
         loading=loading(folder.path),
         repeat=repeat_command(folder.command, folder.path),
@@ -98,6 +101,7 @@ def summarise(
             *_notes(config, method, pruned),
             *_excess(config, pruned, exported),
             *_taken(folder, config, len(task.data.test)),
+            *_became_time(pruned, exported),
             *exported["notes"],
         ],
         history=folder.metrics(),
@@ -139,25 +143,43 @@ def _files(folder: RunFolder) -> list[OutputFile]:
     return [OutputFile(path.name, path.stat().st_size, what) for path, what in paths if path.exists()]
 
 
-def _layers(timed: Mapping[str, Sequence[Mapping[str, Any]]]) -> list[LayerCost]:
-    """Layers with multiply-adds in order, then all others summed up by their kind, those that take longest first."""
-    ms: dict[str, list[float]] = {}
-    macs: dict[str, list[int]] = {}
-    modules: dict[str, set[str]] = {}
-    for place, name in enumerate(("before", "after")):
-        rows = {row["layer"]: row for row in timed.get(name, ())}
-        parents = {layer.rpartition(".")[0] for layer in rows if layer}
-        for layer, row in rows.items():
-            key = layer
-            if not row["macs"]:
-                key = "what forward does between them" if layer in parents else row["kind"]
-                modules.setdefault(key, set()).add(layer)
-            ms.setdefault(key, [0.0, 0.0])[place] += row["ms"]
-            macs.setdefault(key, [0, 0])[place] += row["macs"]
-    named = {key: f"{key} ({len(found)}×)" for key, found in modules.items() if not key.startswith("what ")}
+def pair_layers(timed: Mapping[str, Sequence[Mapping[str, Any]]]) -> list[LayerCost]:
+    """Layers with multiply-adds in order, then all others summed up by their kind, those that take longest first.
+
+    Args:
+        timed: "before" and "after", each the fields of every `LayerTime`. Layers that only the pruned model has come
+            after the one that they are part of, or after the one before them.
+    """
+    costs: dict[str, list[list[float]]] = {}  # name -> MACs and milliseconds, before and after
+    places: dict[str, int] = {}
+    kinds: dict[str, set[str]] = {}
+    for when, name in enumerate(("before", "after")):
+        rows, place = timed.get(name, ()), 0
+        parents = {row["layer"].rpartition(".")[0] for row in rows if row["layer"]}
+        for row in rows:
+            layer = key = row["layer"]
+            if row["macs"]:
+                place = places.setdefault(
+                    layer, places.get(layer.rpartition(".")[0], place) if when else len(places)
+                )
+            else:
+                key = BETWEEN if layer in parents else row["kind"]
+                kinds.setdefault(key, set()).add(layer)
+            macs, ms = costs.setdefault(key, [[0, 0], [0, 0]])
+            macs[when] += row["macs"]
+            ms[when] += row["ms"]
+    order = [
+        *sorted(places, key=lambda key: places[key]),
+        *sorted(kinds, key=lambda key: -max(costs[key][1])),
+    ]
+    named = {key: f"{key} ({len(layers)}×)" for key, layers in kinds.items() if key != BETWEEN}
     return [
-        LayerCost(named.get(key, key), *(n or None for n in macs[key]), *(n or None for n in ms[key]))
-        for key in sorted(ms, key=lambda key: (key in modules, -ms[key][0] if key in modules else 0))
+        LayerCost(
+            named.get(key, key),
+            *(int(n) or None for n in costs[key][0]),
+            *(n or None for n in costs[key][1]),
+        )
+        for key in order
     ]
 
 
@@ -190,7 +212,7 @@ def _excess(config: PruneConfig, pruned: Pruned, exported: dict[str, Any]) -> li
                 f"The budget is not met: {share:.4f} of the {measure.label} stay, {bound:g} were asked for."
             )
     timed, limit = exported.get("latency_pytorch"), config.budget.get("latency_ms")
-    if limit is not None and timed and (last := timed[1]["median_ms"]) > limit:
+    if limit is not None and timed and (last := timed[1]["p10_ms"]) > limit:
         notes.append(
             f"When the result was timed again, a pass took {last:.3g} ms; {limit:g} ms were asked for."
         )
@@ -222,6 +244,21 @@ def _taken(folder: RunFolder, config: PruneConfig, images: int) -> list[str]:
     ]
 
 
+def _became_time(pruned: Pruned, exported: dict[str, Any]) -> list[str]:
+    """How much of the MACs that were saved is time that was saved."""
+    saved = 1 - pruned.after["macs"] / pruned.before["macs"]
+    pairs = {
+        label: pair
+        for label, name in (("onnxruntime", "latency_onnxruntime"), ("PyTorch", "latency_pytorch"))
+        if (pair := pair_of(exported.get(name))) is not None and pair.steady
+    }
+    if not pairs or saved <= 0:
+        return []
+    parts = [f"{max(0.0, 1 - 1 / pair.speed_up) / saved:.0%} in {label}" for label, pair in pairs.items()]
+    shares = ", ".join(parts).replace("%", " %")
+    return [f"Of the saved MACs, this share became saved time: {shares}."]
+
+
 def _notes(config: PruneConfig, method: Method, pruned: Pruned) -> list[str]:
     notes, masks = [], isinstance(pruned.plan, WeightPlan)
     if method.when == "during" and config.task.weights is None:
@@ -244,4 +281,4 @@ def _notes(config: PruneConfig, method: Method, pruned: Pruned) -> list[str]:
         notes.append(
             "The method does not say which units went, so there is nothing to compare the model with."
         )
-    return [*notes, *proof_notes(pruned.graph, pruned.proof)]
+    return [*notes, *width_notes(pruned.plan), *proof_notes(pruned.graph, pruned.proof)]

@@ -13,6 +13,7 @@ from secateur.graph import Graph, Group
 from secateur.graph.capture import as_call
 from secateur.graph.modes import evaluating
 from secateur.imports import look_up
+from secateur.settings import checked
 
 
 @dataclass(frozen=True)
@@ -193,6 +194,7 @@ def score_named(score: str | ScoreFunction) -> Score:
     return look_up("score", score, SCORES, enter, ScoreError)
 
 
+@checked(ScoreError)
 def score_groups(
     model: nn.Module,
     graph: Graph,

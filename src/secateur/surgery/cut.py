@@ -7,10 +7,10 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from secateur.errors import CutError, PlanError, first_line
-from secateur.graph import Graph, fingerprint, mirrored, named_tensors
+from secateur.errors import CutError, first_line
+from secateur.graph import Graph, mirrored, named_tensors
 from secateur.graph.duplicate import duplicate
-from secateur.graph.groups import PadSite
+from secateur.graph.groups import PadSite, check_model
 from secateur.graph.guard import uncompiled
 from secateur.graph.modules import Keep
 from secateur.graph.positions import kept_positions
@@ -18,10 +18,12 @@ from secateur.plan import Plan
 from secateur.rewriting.known import following
 from secateur.rewriting.rewrite import rewrite_
 from secateur.rewriting.settle import settle
+from secateur.settings import checked
 from secateur.surgery.edit import Edit, select, select_states
 
 
 @uncompiled
+@checked(CutError)
 def cut_(model: nn.Module, graph: Graph, plan: Plan, *, optimizer: Optimizer | None = None) -> nn.Module:
     """Remove the units of a plan from the model's tensors, and let its layers' attributes follow.
 
@@ -41,8 +43,7 @@ def cut_(model: nn.Module, graph: Graph, plan: Plan, *, optimizer: Optimizer | N
         CutError: the model's own forward cannot run at the new widths, and cannot be rewritten.
     """
     masks = plan.masks(graph)
-    if fingerprint(model) != graph.fingerprint:
-        raise PlanError("the graph was made from a model with other tensors; analyse this model again")
+    check_model(model, graph)
     keep = kept_positions(model, graph, masks)
     edit = Edit(model)
     edit.attributes(layer_attributes(model, keep))
@@ -82,7 +83,7 @@ def _settle(model: nn.Module, graph: Graph, masks: list[Tensor], edit: Edit) -> 
     drafts = settle(model, graph, graph.trace.survivors(masks), whole)
     for name, draft in drafts.items():
         module = model.get_submodule(name)
-        edit.done(rewrite_(module, draft.program, draft.constants, draft.lost))
+        edit.done(rewrite_(module, draft.program, draft.constants, draft.lost, draft.tied))
 
 
 def layer_attributes(
@@ -126,6 +127,7 @@ def tensor_cuts(
 
 
 @uncompiled
+@checked(CutError)
 def cut_copy(model: nn.Module, graph: Graph, plan: Plan) -> nn.Module:
     """A cut copy; the model stays whole."""
     return cut_(duplicate(model), graph, plan)

@@ -5,12 +5,16 @@ from torch import nn
 from torch.nn.utils import parametrizations
 from torch.nn.utils.weight_norm import WeightNorm
 
+from secateur.errors import PlanError
 from secateur.graph import Graph
+from secateur.graph.groups import check_model
 from secateur.graph.guard import uncompiled
 from secateur.plan import Plan
+from secateur.settings import checked
 
 
 @uncompiled
+@checked(PlanError)
 def mask_(model: nn.Module, graph: Graph, plan: Plan) -> nn.Module:
     """Set every parameter position of the removed units to zero; shapes stay.
 
@@ -28,6 +32,7 @@ def mask_(model: nn.Module, graph: Graph, plan: Plan) -> nn.Module:
         PlanError: the plan does not fit the graph.
     """
     masks = plan.masks(graph)
+    check_model(model, graph)
     parameters = dict(model.named_parameters())
     kept = directions(model)
     with torch.no_grad():

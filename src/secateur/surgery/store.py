@@ -22,6 +22,7 @@ from secateur.rewriting.known import known_attributes
 from secateur.rewriting.program import Program
 from secateur.rewriting.program_json import ProgramReader, to_json
 from secateur.rewriting.rewrite import CONSTANT, rewrite_, rewritten_modules
+from secateur.settings import checked
 from secateur.surgery.bypass import SIDES, Bypass, add_bypass_, remove_bypass_
 from secateur.surgery.edit import Edit
 
@@ -31,6 +32,7 @@ _OVERHEAD = 200  # bytes that one more tensor takes in the header of the file
 
 
 @uncompiled
+@checked(FileError)
 def save(model: nn.Module, path: str | Path) -> None:
     """Write a model, cut, masked or neither, as one safetensors file that `load` can rebuild bit for bit.
 
@@ -48,7 +50,7 @@ def save(model: nn.Module, path: str | Path) -> None:
         "class": f"{type(model).__module__}.{type(model).__qualname__}",
         "attributes": shape_attributes(model),
         "rewritten": {
-            name: {"program": to_json(module.program), "lost": module.lost}
+            name: {"program": to_json(module.program), "lost": module.lost, "tied": module.tied}
             for name, module in rewritten_modules(model).items()
         },
         "bypasses": {
@@ -86,6 +88,7 @@ def filled(tensor: Tensor) -> Tensor | None:
 
 
 @uncompiled
+@checked(FileError)
 def load(model: nn.Module, path: str | Path) -> nn.Module:
     """Turn a freshly made original model into the saved one, bit for bit.
 
@@ -160,9 +163,11 @@ def _load(
     edit.apply()
     for name, (program, found) in programs.items():
         rewritten = model.get_submodule(name)
-        lost = str(recipe["rewritten"][name].get("lost", ""))[:200]
+        lost, tied = (str(recipe["rewritten"][name].get(key, ""))[:300] for key in ("lost", "tied"))
         device = next((t.device for t in rewritten.parameters()), None)
-        edit.done(rewrite_(rewritten, program, {c: t.clone().to(device) for c, t in found.items()}, lost))
+        edit.done(
+            rewrite_(rewritten, program, {c: t.clone().to(device) for c, t in found.items()}, lost, tied)
+        )
     wrong = [name for name, values in shape_attributes(model).items() if attributes.get(name, {}) != values]
     if wrong:
         edit.undo()

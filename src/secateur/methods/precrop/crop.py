@@ -49,7 +49,7 @@ class PreCrop(WidthMethod):
     def prune(self, model: nn.Module, inputs: Inputs, budget: Budget | None, context: Context) -> Pruned:
         graph = analyze(model, inputs, freeze=self.freeze)
         found = design(model, inputs, graph, limits_of(graph, budget, self), self, context)
-        origin = self.record() | {"budget": budget.given if budget else {}}
+        origin = self.record() | found.multiples.record(graph) | {"budget": budget.given if budget else {}}
         return build(model, found, self, self.initialise, origin)
 
 
@@ -80,9 +80,10 @@ class PreConfig(WidthMethod):
         graph = analyze(model, inputs, freeze=self.freeze)
         cost = Cost(graph)
         dense = {"macs": cost.macs(), "params": cost.params()}
-        limits = dense | budget.limits({name: cost.of(name) for name in budget.bounds})
+        limits = dense | cost.limits(budget)
         found = design(model, inputs, graph, limits, self, context)
-        return build(model, found, self, self.initialise, self.record() | {"budget": budget.given})
+        origin = self.record() | found.multiples.record(graph) | {"budget": budget.given}
+        return build(model, found, self, self.initialise, origin)
 
 
 def build(

@@ -20,6 +20,7 @@ from secateur.allocate.density import (
 from secateur.allocate.sparsity import WEIGHT_ALLOCATIONS
 from secateur.allocate.widths import RULES, Widths, fit_shares, meet_budget
 from secateur.cost import Budget, Cost
+from secateur.cost.multiples import AUTO, ROUND_TO, ROUND_TO_HELP, Multiples, choose_multiples
 from secateur.engine.method import Context, Method, When
 from secateur.errors import BudgetError, unknown
 from secateur.graph import Graph, Inputs
@@ -64,7 +65,7 @@ class WidthMethod(Method):
     streams: str = option("what happens to residual streams", default="keep", choices=STREAMS)
     rule: str = option("from densities of layers to shares of groups", default="fit", choices=RULES)
     min_keep: int = option("units that every group keeps at least", default=1, least=1)
-    round_to: int = option("widths are multiples of this, or what they were", default=1, least=1)
+    round_to: int | str = option(ROUND_TO_HELP, default=AUTO, choices=ROUND_TO, least=1)
     latency: tuple[Mapping[str, float], float] | None = option(
         "milliseconds per layer at density 1 and how many of them are allowed, a further bound", default=None
     )
@@ -101,6 +102,7 @@ class Design:
         graph: of the dense model.
         limits: largest cost of the whole network, by measure.
         widths: units per group of it.
+        multiples: what widths are multiples of.
         targets: density that each layer was to have, of those whose widths can change.
         densities: density that it has at these widths.
         before, after: cost by measure, dense and at these widths.
@@ -109,6 +111,7 @@ class Design:
     graph: Graph
     limits: dict[str, int]
     widths: tuple[int, ...]
+    multiples: Multiples
     targets: Densities
     densities: Densities
     before: dict[str, int]
@@ -237,6 +240,12 @@ def design(
     else:
         targets = {layer.name: densities[layer.name] for layer in able if layer.name in densities}
         shares = fitted(targets)
+
+    def fits(least: Sequence[int]) -> bool:
+        kept = [n if g in keep else k for g, (n, k) in enumerate(zip(cost.full, least, strict=True))]
+        return cost.within(limits, kept) and (latency is None or milliseconds(np.array(kept)) <= latency[1])
+
+    multiples = choose_multiples(model, graph, how.round_to, fits, min_keep=how.min_keep)
     kept = meet_budget(
         cost,
         shares,
@@ -244,7 +253,7 @@ def design(
         keep=keep,
         cap=how.cap,
         min_keep=how.min_keep,
-        round_to=how.round_to,
+        round_to=multiples.units,
         extra={"latency_ms": (milliseconds, latency[1])} if latency else {},
     )
     realised = widths.densities(np.array(kept) / widths.units)
@@ -252,6 +261,7 @@ def design(
         graph,
         dict(limits),
         tuple(kept),
+        multiples,
         targets,
         {layer.name: float(p) for layer, p in zip(layers, realised, strict=True)},
         before=cost.all(),
@@ -284,7 +294,7 @@ def limits_of(graph: Graph, budget: Budget | None, how: "WidthMethod") -> dict[s
     """Largest cost of the whole network, by measure; empty where densities or latency alone decide."""
     cost = Cost(graph)
     if budget is not None:
-        return budget.limits({name: cost.of(name) for name in budget.bounds})
+        return cost.limits(budget)
     if isinstance(how.densities, str) and how.latency is None:
         raise BudgetError("no budget: give one, or a density for each layer")
     return {}

@@ -42,7 +42,8 @@ class RandomWeights(WidthMethod):
         layers = [layer for layer in list_layers(graph, classifier=True) if found.densities[layer.name] < 1]
         bounds = layer_bounds(layers, limits, {name: Cost(graph).of(name) for name in limits})
         masks = draw_masks(model, graph, layers, found.densities, bounds, self.removes, seed=self.seed)
-        plan = WeightPlan.of(model, masks, self.record() | {"budget": budget.given if budget else {}})
+        origin = self.record() | found.multiples.record(graph) | {"budget": budget.given if budget else {}}
+        plan = WeightPlan.of(model, masks, origin)
         return mask_copy(model, graph, plan, facts={"densities": densities_of(layers, masks)})
 
 

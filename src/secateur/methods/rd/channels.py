@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, ClassVar, Literal, Self
 
 import numpy as np
@@ -13,6 +14,7 @@ from secateur.allocate.knapsack import Curve
 from secateur.allocate.products import ChosenWidths, Costs, choose_widths
 from secateur.allocate.table import list_widths
 from secateur.cost import Budget, Cost
+from secateur.cost.multiples import AUTO, ROUND_TO, ROUND_TO_HELP, Multiples, choose_multiples
 from secateur.engine.method import Context, Meter, Method, images_of
 from secateur.engine.pruned import Pruned, cut_and_prove
 from secateur.errors import BudgetError, ScoreError, SecateurError
@@ -99,7 +101,7 @@ class RD(Method):
     part: int = option("estimates are measured on one of so many calibration images", default=4, least=1)
     levels: int = option("widths measured per group, where curves are measured", default=9, least=2)
     min_keep: int = option("units that every group keeps at least", default=1, least=1)
-    round_to: int = option("kept units per group are a multiple of this, or all of them", default=1, least=1)
+    round_to: int | str = option(ROUND_TO_HELP, default=AUTO, choices=ROUND_TO, least=1)
     seed: int = option("of the images for the proof, and of estimates", default=0, least=0)
 
     def check(self) -> None:
@@ -137,9 +139,12 @@ class RD(Method):
         ((bound, _),) = budget.bounds.items()
         cost.sum(bound)  # or it is refused here, before anything is measured
         limit = budget.limits({bound: cost.of(bound)})[bound]
+        multiples = choose_multiples(
+            model, graph, self.round_to, partial(cost.within, {bound: limit}), min_keep=self.min_keep
+        )
         program = Replay(model, given[0])
-        task = Task.of(program, graph, chunks(program, given), self, meter)
-        key = key_of(model, given, self.measured_with())
+        task = Task.of(program, graph, chunks(program, given), self, multiples, meter)
+        key = key_of(model, given, self.measured_with() | {"round_to": list(multiples.units)})
         seen = task.see()
         rankings = task.rank(seen)
         curves = Curves.once(context.cache, key, lambda: measure_curves(task, rankings, seen, key))
@@ -169,7 +174,7 @@ class RD(Method):
         )
         return {
             "compensation": self.compensation, "distortion": self.distortion, **how,
-            "freeze": list(self.freeze), "min_keep": self.min_keep, "round_to": self.round_to,
+            "freeze": list(self.freeze), "min_keep": self.min_keep,
             "granularity": "channels",
         }  # fmt: skip
 
@@ -190,13 +195,13 @@ class RD(Method):
         for weight in weights:
             rival = None
             for exponent in self.exponents:
-                choice = choose_widths_by(cost, curves, exponent, weight, bound, limit, self)
+                choice = choose_widths_by(cost, curves, exponent, weight, bound, limit, task.widths)
                 if choice.kept in seen:
                     task.meter.add(task.solving(few))
                     continue
                 seen.add(choice.kept)
                 masks = [keep_first(order, kept) for order, kept in zip(orders, choice.kept, strict=True)]
-                origin = self.record() | {
+                origin = self.record() | task.multiples.record(graph) | {
                     "exponent": exponent, "stream_weight": weight, "budget": dict(budget.bounds)
                 }  # fmt: skip
                 plan = Plan.of(graph, masks, origin)
@@ -224,6 +229,7 @@ class Task:
         others: those that what is tried is measured on.
         dense: the dense model's outputs on these; None: too much to keep.
         how: the method.
+        multiples: what widths are multiples of.
         macs: of one image.
         meter: is told how much is done; a unit is one image's way through the network.
     """
@@ -235,17 +241,20 @@ class Task:
     others: list[Inputs]
     dense: list[Outputs] | None
     how: RD
+    multiples: Multiples
     macs: int
     meter: Meter
 
     @classmethod
-    def of(cls, program: Replay, graph: Graph, batches: list[Inputs], how: RD, meter: Meter) -> Self:
+    def of(
+        cls, program: Replay, graph: Graph, batches: list[Inputs], how: RD, multiples: Multiples, meter: Meter
+    ) -> Self:
         """What there is to work with, and how much work that is."""
         few = others = batches
         if how.estimates:
             few, others = (part_of(program, batches, how.part, first) for first in (0, 1))
         dense, macs = references(program, others), max(1, Cost(graph).macs())
-        task = cls(program, graph, batches, few, others, dense, how, macs, meter)
+        task = cls(program, graph, batches, few, others, dense, how, multiples, macs, meter)
         levels = len(how.shares) if how.estimates else how.levels - 1
         tries = len(how.exponents) * (2 if any(map(is_stream, graph.groups)) else 1)
         meter.total = (
@@ -254,6 +263,14 @@ class Task:
             + sum(map(task.ranking, graph.groups))
         )  # fmt: skip
         return task
+
+    @property
+    def widths(self) -> list[list[int]]:
+        """Per group, the widths that it may have, ascending."""
+        return [
+            list_widths(group.units, self.how.min_keep, step)
+            for group, step in zip(self.graph.groups, self.multiples.units, strict=True)
+        ]
 
     def solving(self, batches: Sequence[Inputs]) -> float:
         """About what solving all layers again takes, in images' ways through the network."""
@@ -422,7 +439,7 @@ def score_ranks(order: Tensor) -> Tensor:
 def measure_curves(task: Task, rankings: Sequence[Ranking], seen: Mapping[str, Seen], key: str) -> Curves:
     """The distortion of each group at several widths, every other group whole."""
     how, groups = task.how, task.graph.groups
-    grids = [(grid_of if how.estimates else measured_widths)(group.units, how) for group in groups]
+    grids = [grid_of(able) if how.estimates else measured_widths(able, how.levels) for able in task.widths]
     if how.estimates:
         widths = [anchors_of(ranking, how.shares) for ranking in rankings]
     else:
@@ -448,22 +465,21 @@ def measure_curves(task: Task, rankings: Sequence[Ranking], seen: Mapping[str, S
     return Curves(tuple(group.name for group in groups), tuple(grids), tuple(images), key)
 
 
-def measured_widths(units: int, how: RD) -> npt.NDArray[np.int64]:
-    """Widths by equal ratios, descending, from all units to the least."""
-    return nearest(np.geomspace(units, 1, how.levels), units, how)
+def measured_widths(able: Sequence[int], levels: int) -> npt.NDArray[np.int64]:
+    """Of the widths that may be, ascending, so many by equal ratios, descending."""
+    return nearest(np.geomspace(able[-1], 1, levels), able)
 
 
-def grid_of(units: int, how: RD) -> npt.NDArray[np.int64]:
+def grid_of(able: Sequence[int]) -> npt.NDArray[np.int64]:
     """The widths that the search over widths sees, descending: all that may be, or some of them by equal ratios."""
-    possible = list_widths(units, how.min_keep, how.round_to)
-    if len(possible) <= GRID:
-        return np.array(possible[::-1], dtype=np.int64)
-    return nearest(np.geomspace(units, possible[0], GRID), units, how)
+    if len(able) <= GRID:
+        return np.array(able[::-1], dtype=np.int64)
+    return nearest(np.geomspace(able[-1], able[0], GRID), able)
 
 
-def nearest(wanted: npt.NDArray[np.float64], units: int, how: RD) -> npt.NDArray[np.int64]:
-    """The widths that may be nearest to those wanted, descending."""
-    possible = np.array(list_widths(units, how.min_keep, how.round_to))
+def nearest(wanted: npt.NDArray[np.float64], able: Sequence[int]) -> npt.NDArray[np.int64]:
+    """Of the widths that may be, ascending, those nearest to those wanted, descending."""
+    possible = np.array(able)
     wanted = np.clip(wanted, possible[0], None)
     return np.unique(possible[np.abs(possible[None] - wanted[:, None]).argmin(1)])[::-1].astype(np.int64)
 
@@ -520,15 +536,23 @@ def pruned_alone(
 
 
 def choose_widths_by(
-    cost: Cost, curves: Curves, exponent: float, stream_weight: float, bound: str, limit: float, how: RD
+    cost: Cost,
+    curves: Curves,
+    exponent: float,
+    stream_weight: float,
+    bound: str,
+    limit: float,
+    widths: Sequence[Sequence[int]],
 ) -> ChosenWidths:
     """Widths of least summed distortion within the limit, then single steps as long as one more fits."""
     levels, values, possible = [], [], []
-    for group, kept, curve in zip(cost.graph.groups, curves.kept, curves.reduced(), strict=True):
+    for group, kept, curve, able in zip(
+        cost.graph.groups, curves.kept, curves.reduced(), widths, strict=True
+    ):
         factor = stream_weight if is_stream(group) else 1.0
-        levels.append(grid_of(group.units, how))
+        levels.append(grid_of(able))
         values.append(at_levels(kept, (factor * curve) ** exponent, levels[-1]))
-        possible.append(np.array(list_widths(group.units, how.min_keep, how.round_to), dtype=np.int64))
+        possible.append(np.array(able, dtype=np.int64))
     choice = choose_widths(cost, curves.names, levels, values, bound, limit)
     along = [np.interp(-w, -level, value) for w, level, value in zip(possible, levels, values, strict=True)]
     place = [int(np.searchsorted(w, k)) for w, k in zip(possible, choice.kept, strict=True)]
