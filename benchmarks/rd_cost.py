@@ -101,7 +101,7 @@ def cell(options: argparse.Namespace, network: str, keep: float, seed: int) -> d
         "train_accuracy": (data.train.images[order[-5000:]], data.train.labels[order[-5000:]]),
     }
     given = dict(option.split("=", 1) for option in options.option)
-    extra = {name: json.loads(value) for name, value in given.items()}
+    extra = {"round_to": 1} | {name: json.loads(value) for name, value in given.items()}
     started = time.process_time()
     pruned = prune(
         model, batches[0][:2], budget=Budget(macs=keep), method="rd", data=batches, stream_gain=1.0, **extra
