@@ -219,7 +219,9 @@ def channel_cell(bench: Bench, budget: float, how: str, compensation: str) -> di
     batches = bench.calibration("resnet20_b")
     inputs, started = batches[0][:2], time.perf_counter()
     if how == "rd":
-        method = RD(compensation=compensation, stream_gain=1.0, round_to=1)  # no training follows
+        method = RD(  # no training follows
+            compensation=compensation, stream_gain=1.0, round_to=1, curves="measured"
+        )
         pruned = method.prune(model, inputs, Budget(macs=budget), Context(batches, cache=bench.options.runs))
         small = pruned.model
     else:

@@ -109,9 +109,7 @@ def cell(options: argparse.Namespace, network: str, keep: float, seed: int) -> d
         budget=Budget(macs=keep),
         method="rd",
         data=batches,
-        stream_gain=1.0,
-        round_to=1,
-        **extra,
+        **{"stream_gain": 1.0, "round_to": 1} | extra,
     )
     seconds = time.process_time() - started
     small = pruned.model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]

@@ -36,7 +36,7 @@ CHECKS: dict[str, Callable[[dict[str, Any]], bool]] = {
     "guides/own-loop.md": lambda it: within(it["pruned"], 0.5) and it["right_after"] > 0.5 * it["dense"],
     "guides/while-training.md": lambda it: within(it["pruned"], 0.4) and it["pruned"].proof.ok,
     "guides/detector.md": lambda it: (
-        all(within(it[name], 0.5) for name in ("pruned", "ranked")) and it["after"] < it["before"]
+        all(within(it[name], 0.5) for name in ("pruned", "measured", "ranked")) and it["after"] < it["before"]
     ),
     "guides/transformer.md": lambda it: all(within(it[name], 0.6) for name in ("narrow", "dims")),
     "guides/budget.md": lambda it: within(it["both"], 0.4, "params"),

@@ -146,7 +146,7 @@ def test_exports_without_a_clock_and_the_other_way_round(tmp_path: Path) -> None
     assert not (tmp_path / "clock" / "model.onnx").exists()
     assert report.latency_pytorch is not None
     assert report.latency_onnxruntime is None
-    told = [note for note in report.notes if "became time" in note]
+    told = [note for note in report.notes if "became saved time" in note]
     assert len(told) == report.latency_pytorch.steady
 
 

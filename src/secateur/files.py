@@ -62,6 +62,8 @@ def replacing(path: str | Path) -> Iterator[Path]:
     ['plan.json']
     """
     path = Path(path)
+    if not path.name:
+        raise FileError(f"{str(path)!r} names a folder, not a file. Give the name of the file to write.")
     temporary = path.with_name(f".{path.stem}.{secrets.token_hex(4)}.tmp{path.suffix}")
     try:
         with explained(path):

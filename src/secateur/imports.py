@@ -84,6 +84,8 @@ def look_up(
     """
     if callable(value):
         return enter(value, getattr(value, "__name__", "your own"))
+    if not isinstance(value, str):
+        raise error(f"{kind} is {value!r}; expected a name, a function, or module:function")
     if ":" in value:
         return enter(imported(kind, value, error), value)
     if value not in table:

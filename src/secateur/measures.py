@@ -144,8 +144,8 @@ def measure_named(name: str) -> Measure:
     Raises:
         BudgetError: there is none of this name.
     """
-    if name not in MEASURES:
-        raise BudgetError(unknown("measure", name, MEASURES))
+    if not isinstance(name, str) or name not in MEASURES:
+        raise BudgetError(unknown("measure", str(name), MEASURES))
     return MEASURES[name]
 
 

@@ -208,7 +208,7 @@ def plain(value: Any) -> Any:
     if isinstance(value, Path):
         return str(value.resolve())
     if callable(value):
-        return f"{value.__module__}:{value.__qualname__}"
+        return f"{value.__module__}:{getattr(value, '__qualname__', type(value).__qualname__)}"
     return value
 
 

@@ -833,8 +833,9 @@ def test_the_demo(tmp_path: Path, run: Run, monkeypatch: pytest.MonkeyPatch) -> 
     assert ended.code == 0, ended.err
     report = report_of(tmp_path / "secateur-demo")
     assert report["accuracy_before"] >= 0.97
+    assert report["accuracy_cut"] >= report["accuracy_before"] - 0.05  # auto takes rd
     assert report["accuracy_after"] >= report["accuracy_before"] - 0.015
-    assert 0.49 <= report["after"]["macs"] / report["before"]["macs"] <= 0.5
+    assert 0.47 <= report["after"]["macs"] / report["before"]["macs"] <= 0.5
     assert {line["phase"] for line in report["history"]} == {"train", "finetune"}
     assert (tmp_path / "secateur-demo" / "dense.safetensors").exists()
 

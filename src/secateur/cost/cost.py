@@ -11,6 +11,7 @@ from secateur.cost.formulas import Formula, Sum
 from secateur.errors import BudgetError
 from secateur.graph import Graph
 from secateur.measures import closed, measure_named
+from secateur.settings import checked
 
 Kept: TypeAlias = Tensor | Sequence[int]
 """Units kept of every group, in the order of `graph.groups`; a float tensor may hold soft counts."""
@@ -32,6 +33,7 @@ class Cost:
     (13536, 6768)
     """
 
+    @checked(BudgetError)
     def __init__(self, graph: Graph) -> None:
         self.graph = graph
         self.full = [group.units for group in graph.groups]
@@ -43,8 +45,9 @@ class Cost:
         Raises:
             BudgetError: there is no such measure, or a clock measures it.
         """
+        known = measure_named(measure)
         if measure not in self._formulas:
-            self._formulas[measure] = measure_named(measure).of(self.graph)
+            self._formulas[measure] = known.of(self.graph)
         return self._formulas[measure]
 
     def sum(self, measure: str) -> Sum:
@@ -64,8 +67,7 @@ class Cost:
 
     def of(self, measure: str, kept: Kept | None = None) -> int:
         """One measure by name; of the dense model unless told otherwise."""
-        counts = torch.as_tensor(self.full if kept is None else kept, dtype=torch.float64)
-        return round(self.formula(measure)(counts).item())
+        return round(self.formula(measure)(self._counts(kept)).item())
 
     def soft(self, measure: str, kept: Tensor) -> Tensor:
         """One measure for real-valued unit counts, (groups,); a float64 scalar with a gradient."""
@@ -102,8 +104,24 @@ class Cost:
             BudgetError: it is no sum.
         """
         formula = self.sum(measure)
-        counts = torch.as_tensor(self.full if kept is None else kept, dtype=torch.float64)
+        counts = self._counts(kept)
         total: dict[str, int] = {}
         for term, value in zip(formula.products, formula.each(counts).tolist(), strict=True):
             total[term.name] = total.get(term.name, 0) + round(value)
         return total
+
+    def _counts(self, kept: Kept | None) -> Tensor:
+        """(groups,), float64.
+
+        Raises:
+            BudgetError: there is not one number for every group.
+        """
+        try:
+            counts = torch.as_tensor(self.full if kept is None else kept, dtype=torch.float64)
+        except (TypeError, ValueError, RuntimeError):
+            counts = None
+        if counts is None or counts.shape != (len(self.full),):
+            raise BudgetError(
+                f"kept must be the units that each of {len(self.full)} groups keeps, such as {self.full[:4]}"
+            )
+        return counts

@@ -11,6 +11,7 @@ Its fields are its options; see `secateur.settings`. Everything that evolves liv
 while it trains keep it in a `Session`.
 """
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -40,17 +41,18 @@ class Meter:
 
     Args:
         progress: is told; None: nobody is.
-        total: of the work, in any unit that is proportional to time.
+        total: of the work, in any unit that is proportional to time; may be set later, when it is known.
     """
 
-    def __init__(self, progress: Progress | None, total: float) -> None:
-        self._progress, self._total, self._done, self._told = progress, total, 0.0, -1
+    def __init__(self, progress: Progress | None, total: float = math.inf) -> None:
+        self.total = total
+        self._progress, self._done, self._told = progress, 0.0, -1
         self.add(0.0)
 
     def add(self, work: float) -> None:
         """So much more is done."""
         self._done += work
-        self._tell(min(999, int(1000 * self._done / max(self._total, 1e-12))))
+        self._tell(min(999, int(1000 * self._done / max(self.total, 1e-12))))
 
     def each(self, work: float) -> Callable[[], None]:
         """What is called once for every piece of so much work."""

@@ -200,17 +200,24 @@ class Session(Generic[S]):
     def __enter__(self) -> Self:
         if self.optimizer is None:
             raise TrainingError(f"{self.name}: use `with session.attach(optimizer):`")
+        if self._handle is not None:
+            raise TrainingError(f"{self.name}: its hooks are on the model already; enter the session once")
 
         def count(*_: object) -> None:
             self._stepped = True
 
         self._handle = self.optimizer.register_step_post_hook(count)
-        self.renew()
+        try:
+            self.renew()
+        except BaseException:
+            self.__exit__()
+            raise
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._handle.remove()
-        self._handle = None
+        if self._handle is not None:
+            self._handle.remove()
+            self._handle = None
         self._hooks.close()
 
     def parameters(self) -> list[nn.Parameter]:
@@ -268,11 +275,14 @@ class Session(Generic[S]):
                 f"steps, the budget is {self.limits[over[0]]:,}. Finish the training, with after_step() in every step."
             )
         plan, device = self.plan(), self.device
-        original = embed(self.original, self.model.cpu(), self.whole, plan)
-        proof = verify(original, self.model, self.whole, plan)
+        try:
+            original = embed(self.original, self.model.cpu(), self.whole, plan)
+            proof = verify(original, self.model, self.whole, plan)
+        finally:
+            self.model.to(device)
         require_equal(self.model, proof)
         return Pruned(
-            self.model.to(device),
+            self.model,
             plan,
             self.whole,
             self.scores,

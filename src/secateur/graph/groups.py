@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor, fx, nn
 
-from secateur.errors import CaptureError
+from secateur.errors import CaptureError, PlanError
 from secateur.graph.activations import Buffer, find_buffers
 from secateur.graph.axes import Axis, Product
 from secateur.graph.capture import Capture, Inputs, capture
@@ -227,6 +227,12 @@ def fingerprint(model: nn.Module) -> str:
     """Hash of the names and shapes of a model's parameters and buffers; precision and values do not count."""
     described = sorted(f"{name} {tuple(t.shape)}" for name, t in named_tensors(model))
     return hashlib.sha256("\n".join(described).encode()).hexdigest()[:16]
+
+
+def check_model(model: nn.Module, graph: Graph) -> None:
+    """Raise PlanError unless a graph was made from a model with the same tensors."""
+    if fingerprint(model) != graph.fingerprint:
+        raise PlanError("the graph was made from a model with other tensors; analyse this model again")
 
 
 def build(

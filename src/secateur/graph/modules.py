@@ -34,9 +34,11 @@ def register_pad(cls: type[nn.Module], before: str, after: str) -> None:
 def pad_attributes(model: nn.Module, module: str) -> tuple[str, str] | None:
     """The (before, after) attribute names of the module of this name, if its class was registered."""
     try:
-        return _PADS.get(type(model.get_submodule(module)))
+        found = model.get_submodule(module)
     except AttributeError:  # a name of the exporter's own making
         return None
+    names = _PADS.get(type(found))
+    return names if names and all(type(vars(found).get(name)) is int for name in names) else None
 
 
 def mirrored(module: nn.Module, keep: Mapping[tuple[str, int], Keep]) -> dict[str, int | tuple[int, ...]]:

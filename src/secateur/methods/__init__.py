@@ -105,6 +105,7 @@ METHODS: dict[str, type[Method]] = {
 MethodLike: TypeAlias = str | Method | Callable[..., Any]
 
 
+@checked(SecateurError, but=("method",))
 def method_named(method: MethodLike, options: Mapping[str, Any] | None = None) -> Method:
     """A method with its options.
 
@@ -129,6 +130,8 @@ def method_named(method: MethodLike, options: Mapping[str, Any] | None = None) -
             return Auto(freeze=freeze, options=given)
         return METHODS[method].of(given)
     found = imported("method", method) if isinstance(method, str) else method
+    if not callable(found):
+        raise SecateurError(f"method is {found!r}; expected a name, a Method, or a function of your own")
     if isinstance(found, type) and issubclass(found, Method):
         return found.of(given)
     return Own(function=found, freeze=given.pop("freeze", ()), options=given)

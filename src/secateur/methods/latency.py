@@ -173,6 +173,8 @@ def budget_in_macs(
     Raises:
         BudgetError: see `prune_to_latency`.
     """
+    if budget.latency_ms is None:
+        raise BudgetError(f"{budget!r} bounds no milliseconds; give latency_ms")
     method = evenly or OneShot(allocation="uniform", round_to=1)
     found = prune_to_latency(
         lambda within: method.prune(model, inputs, within, Context()),

@@ -1,34 +1,64 @@
-"""Writing the program of a submodule after a cut, for any batch size and both modes.
+"""Writing the program of a submodule after a cut, for any batch size, any image size and both modes.
 
-The submodule is captured by itself, from the calls that the whole model makes of it: once as in the analysis,
-and again at another batch size, in another precision and in training mode. Numbers that differ between these
-captures are sizes of the batch, precisions, or switches of the training mode; all others are literals.
+The submodule is captured by itself, from the calls that the whole model makes of it: once as in the analysis, and
+again with other batches and other image sizes, in another precision and in training mode. What differs between
+these captures is a size, a precision, or a switch of the training mode; all else is a literal.
 """
 
 import copy
 import functools
 import itertools
-import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, fx, nn
+from torch.func import functional_call
 from torch.utils import _pytree as pytree
 
 from secateur.errors import CaptureError, CutError
-from secateur.graph.capture import BATCH, Capture, Inputs, as_call, capture, with_batch
-from secateur.graph.duplicate import duplicate
-from secateur.graph.labels import Value
+from secateur.graph.capture import Capture, Inputs, as_call, capture
+from secateur.graph.duplicate import cloned, duplicate
+from secateur.graph.labels import Atoms, Value, along, compress, reshape
+from secateur.graph.modules import Keep
 from secateur.graph.operators import OPERATORS, Step
-from secateur.graph.trace import Survivors, Trace
+from secateur.graph.probe import aliases, difference, floats, random_values
+from secateur.graph.samples import sampled
+from secateur.graph.trace import Survivors, Trace, repeated
+from secateur.rewriting.align import Aligned, align, counts
 from secateur.rewriting.listing import Listing, as_op, find_calls, list_operators
-from secateur.rewriting.program import ANYTHING, Named, Program, Ref, Size, Training, operator_named, refs
-from secateur.rewriting.rewrite import CONSTANT, arguments_of, cut_steps
+from secateur.rewriting.program import (
+    ANYTHING,
+    LARGEST,
+    Dim,
+    Given,
+    Limit,
+    Named,
+    Program,
+    Ref,
+    Training,
+    operator_named,
+    refs,
+    sizes_in_words,
+)
+from secateur.rewriting.rewrite import CONSTANT, arguments_of, cut_steps, inputs_of
+from secateur.rewriting.sizes import Expressions
 
-Calls = list[tuple[tuple[Any, ...], dict[str, Any]]]
+Call = tuple[tuple[Any, ...], dict[str, Any]]
+Calls = list[Call]
+Shapes = tuple[tuple[int, ...], ...]
+
+FEWEST = 2
+"""Least captures besides that of the analysis that numbers are compared between, if the module meets other sizes."""
+
+CLOSE = {torch.float64: 1e-9, torch.float32: 1e-4}
+"""Largest relative difference of the same operators on the same tensors, by precision."""
+
+VIEWS = ("view", "reshape", "_unsafe_view")
+"""Operators that work out one size by themselves."""
 
 
 @dataclass(frozen=True)
@@ -38,11 +68,17 @@ class Draft:
     Attributes:
         constants: buffers to be registered with it.
         lost: what the module does in training mode and the program does not, in words; "" if nothing.
+        tied: why it takes fewer image sizes than the module did, in words; "" if it takes all.
     """
 
     program: Program
     constants: dict[str, Tensor]
     lost: str
+    tied: str
+
+
+class MixedError(CutError):
+    """At some size, a view takes channels apart in another way than in the analysis."""
 
 
 class Writer:
@@ -73,97 +109,127 @@ class Writer:
         """
         if name not in self._runs:
             self._record(name)
-        base, *others = self._runs[name]
-        if not base:
+        runs = self._runs[name]
+        if not runs[0]:
             raise CutError(f"{name}: it is not called in evaluation mode")
-        drafts = [
-            self._draft(name, number, [calls[number] for calls in (base, *others)])
-            for number in range(len(base))
-        ]
-        if any(draft.program != drafts[0].program for draft in drafts):
-            raise CutError(f"{name}: it is called {len(drafts)} times, in ways that need different programs")
-        return drafts[0]
+        given, tied = len(self._samples[0]), ""
+        for some in dict.fromkeys((len(runs), given)):  # at least at the image size of the analysis
+            calls = [[run[i] if i < len(run) else None for run in runs[:some]] for i in range(len(runs[0]))]
+            try:
+                drafts = [self._draft(name, number, each) for number, each in enumerate(calls)]
+            except MixedError as error:
+                if some == given:
+                    raise
+                tied = str(error)
+                continue
+            first = drafts[0]
+            if all(draft.program == first.program for draft in drafts):
+                return replace(first, tied=first.tied or (tied and told(first.program, tied)))
+            tied = f"it is called {len(drafts)} times, in different ways"
+        raise CutError(f"{name}: it is called {len(drafts)} times, in ways that need different programs")
 
     def _record(self, name: str) -> None:
-        """Note the calls of a module, and of all others of its class, at two batch sizes."""
+        """Note the calls of a module, and of all others of its class, for inputs of every size."""
         kind = type(self._model.get_submodule(name))
         names = [n for n, module in self._model.named_modules() if type(module) is kind]
-        batch = self._trace.captured.batch
-        inputs = (
-            [with_batch(self._inputs, b) for b in (BATCH, BATCH + 1)] if batch == BATCH else [self._inputs]
-        )
-        runs = []
-        for candidate in inputs:
-            args, kwargs = as_call(candidate)
+        runs: list[dict[str, Calls]] = []
+        for given in itertools.chain(*self._samples):
+            args, kwargs = as_call(given)
             with recorded(self._model, names) as calls, torch.no_grad():
-                self._model(*args, **kwargs)
+                try:
+                    self._model(*args, **kwargs)
+                except Exception:  # whatever its own code raises at a size it was not made for
+                    if not runs:
+                        raise
+                    calls = {n: [] for n in names}
             runs.append(calls)
         for n in names:
             self._runs[n] = [run[n] for run in runs]
 
-    def _draft(self, name: str, number: int, calls: Calls) -> Draft:
+    @functools.cached_property
+    def _samples(self) -> tuple[list[Inputs], list[Inputs]]:
+        captured = self._trace.captured
+        return sampled(self._model, self._inputs, captured.batching, captured.batch)
+
+    def _draft(self, name: str, number: int, calls: Sequence[Call | None]) -> Draft:
         module = self._model.get_submodule(name)
         try:
             captures = self._capture(module, calls)
         except CaptureError as error:
             raise CutError(f"{name}: its forward cannot be captured by itself ({error})") from None
-        base, variants = captures.base, captures.variants
-        captured = base.listing()
-        listings = [variant.listing() for variant in variants]
-        for other in listings:
-            if [s.target for s in other.steps] != [s.target for s in captured.steps]:
-                raise CutError(f"{name}: its forward does other things for another batch size or precision")
-        values = self._match(name, number, captured)
-        training = in_training(captures.training, captured)
-        complete(*(listing.steps for listing in (captured, *listings)))
-        switches, lost = training_switches(training, captured)
+        except CutError as error:
+            raise CutError(f"{name}: {error}") from None
+        aligned, training = captures.in_both_modes()
+        captured, *others = aligned.listings
+        values = self._match(name, number, captured, aligned.added)
+        switches, lost = training_switches(training, captured, captures.training)
+        cut = self._cut_dims(captured, values)
+        if not all(same_views(captured, other, cut) for other in others):
+            raise MixedError("its channels mean something else at other image sizes")
         before = [copy.copy(step.args) for step in captured.steps]
         cut_steps(captured, values, self._survivors)
-        sizes = self._sizes(captured, listings, values)
+        try:
+            output = captures.symbolic(captured, before, others, cut)
+        except CutError as error:
+            raise CutError(f"{name}: {error}") from None
         for i, step in enumerate(captured.steps):
             try:
                 operator_named(step.target)
             except ValueError as error:
                 raise CutError(f"{name}: its forward cannot be saved: {error}") from None
-            for key, arg in step.args.items():
-                others = [other.steps[i].args.get(key) for other in listings]
-                step.args[key] = sizes.symbolic(arg, before[i].get(key), others, f"{name}: {step.op}")
             step.args |= {
                 key: Training(m, yes, step.args.get(key, no)) for key, (m, yes, no) in switches[i].items()
             }
-        insert_dropouts(captured, training)
-        return self._finish(captured, base, variants, lost)
+        limits = captures.limits(cut)
+        return self._finish(captured, captures, output, limits, lost)
 
-    def _capture(self, module: nn.Module, calls: Calls) -> "Captures":
+    def _cut_dims(self, lines: Listing, values: Mapping[fx.Node, Any]) -> dict[tuple[int, int], Keep]:
+        """(register, dim) of every tensor that loses positions -> which it keeps."""
+        found: dict[tuple[int, int], Keep] = {}
+        for register, node in enumerate(lines.nodes):
+            value = values.get(node)
+            if isinstance(value, Value):
+                found |= {(register, dim): keep for dim, keep in self._survivors.keep(value).items()}
+        return found
+
+    def _capture(self, module: nn.Module, calls: Sequence[Call | None]) -> "Captures":
         """The captures of one call; networks repeat their blocks, so those of a module like it will do."""
         alike = likeness((module, calls), {})
         if alike in self._captures:
             return self._captures[alike]
-        captures = Captures.of(module, calls)
+        captures = Captures.of(module, calls, len(self._samples[0]))
         if not captures.base.captured.constants:  # these may differ, whatever else is equal
             self._captures[alike] = captures
         return captures
 
-    def _finish(self, lines: Listing, base: "Captured", variants: list["Captured"], lost: str) -> Draft:
+    def _finish(self, lines: Listing, captures: "Captures", output: Any, limits: Any, lost: str) -> Draft:
+        base = captures.base
         unnamed = [name for name in lines.names if name in base.captured.constants]
         buffers = {name: f"{CONSTANT}{i}" for i, name in enumerate(unnamed)}
         program = Program(
-            arguments=varying(base.arguments, [variant.arguments for variant in variants]),
+            arguments=captures.arguments,
             inputs=len(lines.inputs),
             tensors=tuple(buffers.get(name) or name.removeprefix("module.") for name in lines.names),
             ops=tuple(as_op(step) for step in lines.steps),
-            output=fill(base.output, None, lines.output),
+            output=output,
+            limits=limits,
         )
         constants = {buffers[name]: base.captured.constants[name].detach().clone() for name in unnamed}
-        return Draft(program, constants, lost)
+        tied = captures.tied and told(program, captures.tied)
+        return Draft(program, constants, lost, tied)
 
-    def _match(self, name: str, number: int, lines: Listing) -> dict[fx.Node, Any]:
-        """What the analysis knows about the nodes of a module that was captured by itself."""
+    def _match(self, name: str, number: int, lines: Listing, added: Collection[int]) -> dict[fx.Node, Any]:
+        """What the analysis knows about the nodes of a module that was captured by itself.
+
+        Args:
+            added: numbers of steps that the analysis does not know.
+        """
         found = [self._whole.steps[i] for i in self._regions.get((name, number), [])]
-        if [s.target for s in found] != [s.target for s in lines.steps]:
+        steps = [step for i, step in enumerate(lines.steps) if i not in added]
+        if [s.target for s in found] != [s.target for s in steps]:
             raise CutError(f"{name}: its forward does other things by itself than within the model")
         values: dict[fx.Node, Any] = {}
-        for theirs, own in zip(found, lines.steps, strict=True):
+        for theirs, own in zip(found, steps, strict=True):
             values[own.node] = self._trace.values.get(theirs.node)
             for a, b in zip(refs(own.args), refs(theirs.args), strict=True):
                 node, value = lines.nodes[a], self._trace.values.get(self._whole.nodes[b])
@@ -172,62 +238,62 @@ class Writer:
                     raise CutError(f"{name}: its forward does other things by itself than within the model")
         return values
 
-    def _sizes(self, lines: Listing, others: Sequence[Listing], values: Mapping[fx.Node, Any]) -> "Sizes":
-        """Dims of the inputs that vary and are not cut, with their size in every capture."""
-        table = {}
-        for i, node in enumerate(lines.inputs):
-            value = values.get(node)
-            cut = self._survivors.keep(value) if isinstance(value, Value) else {}
-            shapes = [size_of(listing.inputs[i]) for listing in (lines, *others)]
-            for dim in range(len(shapes[0])):
-                column = [shape[dim] for shape in shapes]
-                if dim not in cut and len(set(column)) > 1:
-                    table[i, dim] = column
-        return Sizes(table)
-
 
 @dataclass(frozen=True)
 class Sizes:
-    """Sizes that numbers are expressed by: (input, dim) -> its size in every capture."""
+    """The numbers of one operator.
 
-    table: dict[tuple[int, int], list[int]]
+    Attributes:
+        expressions: what they may be expressed by.
+        op: name of the operator.
+    """
 
-    def symbolic(self, arg: Any, base: Any, others: Sequence[Any], where: str) -> Any:
+    expressions: Expressions
+    op: str
+
+    def symbolic(self, arg: Any, base: Any, others: Sequence[Any]) -> Any:
         """An argument with the numbers that differ between captures expressed by sizes.
 
         Args:
             arg: after the cut.
             base: the same before the cut.
             others: the same in the other captures.
-            where: for the message.
         Raises:
             CutError: a number follows no size.
         """
-        if isinstance(arg, list):
-            if any(not isinstance(o, list) or len(o) != len(arg) for o in (base, *others)):
-                raise CutError(f"{where} has arguments that differ in number between batch sizes")
-            return [
-                self.symbolic(part, base[i], [other[i] for other in others], where)
-                for i, part in enumerate(arg)
-            ]
         if all(type(other) is type(base) and other == base for other in others):
             return arg
+        if isinstance(arg, list | tuple):
+            if any(not isinstance(o, list | tuple) or len(o) != len(arg) for o in (base, *others)):
+                raise CutError(f"{self.op} has arguments that differ in number between sizes")
+            return type(arg)(self._parts(arg, base, others))
+        if isinstance(arg, dict):
+            if any(not isinstance(o, dict) or o.keys() != arg.keys() for o in (base, *others)):
+                raise CutError(f"{self.op} has arguments that differ in number between sizes")
+            return {key: self.symbolic(arg[key], base[key], [o[key] for o in others]) for key in arg}
         if isinstance(base, Ref):
             return arg
         if isinstance(base, Named):
             return Named(base.kind, "same")
-        if type(base) is int and type(arg) is int:
-            for count in (1, 2):
-                for dims in itertools.combinations(self.table, count):
-                    first, *rest = (
-                        math.prod(column) for column in zip(*(self.table[d] for d in dims), strict=True)
-                    )
-                    if all(base * size == other * first for size, other in zip(rest, others, strict=True)):
-                        common = math.gcd(arg, first)
-                        return Size(arg // common, first // common, dims)
+        if all(type(n) is int for n in (arg, base, *others)):
+            found = self.expressions.of((base, *others), arg)
+            if found is not None:
+                return found
         raise CutError(
-            f"{where} has an argument {base!r} that changes with the input and follows none of its sizes"
+            f"{self.op} has an argument {base!r} that changes with the input and follows none of its sizes"
         )
+
+    def _parts(self, arg: Sequence[Any], base: Sequence[Any], others: Sequence[Any]) -> list[Any]:
+        """The parts of a list; of the sizes of a view, one that follows nothing can be left to torch."""
+        parts: list[Any] = []
+        for i, part in enumerate(arg):
+            try:
+                parts.append(self.symbolic(part, base[i], [other[i] for other in others]))
+            except CutError:
+                if self.op not in VIEWS or -1 in parts or type(part) is not int:
+                    raise
+                parts.append(-1)
+        return parts
 
 
 # --- one module by itself ----------------------------------------------------------------------------------
@@ -308,37 +374,368 @@ class Captured:
         return list_operators(self.captured)
 
 
-@dataclass
 class Captures:
     """What a program is written from: one call of a module, captured as in the analysis and otherwise.
 
     Attributes:
-        module: that is called.
-        call: its arguments in the analysis.
-        base: captured so.
-        variants: at other batch sizes and in another precision.
+        base: captured as in the analysis.
+        variants: with other batches and image sizes, and in another precision.
+        arguments: of the call, with `Ref` in place of each tensor and `Given` in place of each number that varies.
+        tied: why the module takes fewer image sizes than the model did, in words; "" if it takes all.
     """
 
-    module: nn.Module
-    call: tuple[Any, Any]
-    base: Captured
-    variants: list[Captured]
+    def __init__(self, module: nn.Module, calls: Sequence[Call | None], alike: int) -> None:
+        assert calls[0] is not None
+        self._module = module
+        self._calls = calls
+        self._alike = alike
+        self.base = Captured.of(module, *calls[0])
+        self.tied = ""
+        self._found: dict[tuple[int, bool], Captured | None] = {}
+        self._forget()
 
     @classmethod
-    def of(cls, module: nn.Module, calls: Calls) -> "Captures":
-        """Capture one call, noted at several batch sizes."""
-        base = Captured.of(module, *calls[0])
-        other = Captured.in_another_precision(module, *calls[-1])
-        variants = [other] if other else [Captured.of(module, *call) for call in calls[1:]]
-        return cls(module, calls[0], base, variants)
+    def of(cls, module: nn.Module, calls: Sequence[Call | None], alike: int) -> "Captures":
+        """Capture a call, noted at several sizes, as often as it takes for its numbers to be right at all of them.
+
+        Args:
+            module: that is called.
+            calls: first that of the analysis; None where there was none.
+            alike: how many of them are at the image size of the analysis, so that only the batch differs.
+        Raises:
+            CaptureError: the module cannot be captured.
+            CutError: it does other things for another batch or precision.
+        """
+        captures = cls(module, calls, alike)
+        sized, batches = range(alike, len(calls)), range(1, alike)
+        if not sized or not captures._settle([[*sized, *batches], [*reversed(sized), *batches]]):
+            captures._forget()
+            captures._compare(batches)
+        if captures._unfit & set(range(alike)):
+            raise CutError("its forward does other things for another batch size or precision")
+        return captures
+
+    def _settle(self, orders: Sequence[Sequence[int]]) -> bool:
+        """Compare the calls in the order that makes the numbers right at most of them, then with least arithmetic.
+
+        A size at which the forward does something special may be among the first; then others fit badly.
+
+        Returns:
+            whether enough is known about other image sizes.
+        """
+        best: tuple[tuple[int, int], dict[str, Any]] | None = None
+        for order in orders:
+            self._forget()
+            try:
+                length = self._compare(order)
+            except CutError as error:
+                self._reason = str(error)
+                continue
+            if best is None or (len(self._fit), -length) > best[0]:
+                best = (len(self._fit), -length), dict(vars(self))
+            if not self._unfit:
+                break
+        vars(self).update(best[1] if best else {})
+        self.tied = self._reason if best is None or self._unfit else ""
+        return best is not None and self._tells()
+
+    def _forget(self) -> None:
+        self.variants: list[Captured] = []
+        self._captured = [0]
+        self._reason = "it does other things at other image sizes"
+        self._fit: set[int] = {0}
+        self._unfit: set[int] = set()
+
+    def _compare(self, numbers: Sequence[int]) -> int:
+        """Sort these calls into those at which the numbers are right and others, and capture what that takes.
+
+        Returns:
+            the length of the program, written out.
+        Raises:
+            CutError: a number follows no size.
+        """
+        known = {self._sizes(0)}
+        for number in numbers:
+            sizes = self._sizes(number)
+            if sizes is None or (
+                sizes not in known and len(self.variants) < FEWEST and not self._add(number)
+            ):
+                self._unfit.add(number)
+            else:
+                self._fit.add(number)
+                known.add(sizes)
+        if not self.variants:
+            self._add(0)
+        while True:
+            try:
+                program, lines = self._whole()
+            except CutError as error:
+                if len(self.variants) == 1:
+                    raise
+                self.variants.pop()
+                last = self._captured.pop()
+                self._fit.remove(last)
+                self._unfit.add(last)
+                self._reason = str(error)
+                continue
+            wrong = (n for n in sorted(self._fit - {0}) if not self._right(program, lines, n))
+            found = next(wrong, None)
+            if found is None:
+                return len(repr(program.ops))
+            if found in self._captured or not self._add(found):
+                self._fit.remove(found)
+                self._unfit.add(found)
+
+    def _sizes(self, number: int) -> Shapes | None:
+        """The shapes of the tensors in a call; None if there was no such call, or one of other tensors."""
+        call, first = self._calls[number], self._calls[0]
+        assert first is not None
+        if call is None:
+            return None
+        own, others = (FixedCall(self._module, *c) for c in (call, first))
+        if [t.ndim for t in own.tensors] != [t.ndim for t in others.tensors]:
+            return None
+        return tuple(tuple(t.shape) for t in own.tensors)
+
+    def _add(self, number: int) -> bool:
+        """Capture a call, the first in float64; False if it does other things than in the analysis."""
+        found = None if self.variants else self._capture(number, True)
+        if found is None and number:
+            found = self._capture(number, False)
+        if found is None:
+            return not number
+        if align([capture.listing() for capture in (self.base, *self.variants, found)]) is None:
+            return False
+        self.variants.append(found)
+        self._captured.append(number)
+        return True
+
+    def _capture(self, number: int, double: bool) -> Captured | None:
+        """A call captured by itself, in float64 or as it is; None where it cannot be."""
+        if (number, double) not in self._found:
+            call = self._calls[number]
+            assert call is not None
+            try:
+                self._found[number, double] = (Captured.in_another_precision if double else Captured.of)(
+                    self._module, *call
+                )
+            except (CaptureError, CutError):
+                self._found[number, double] = None
+        return self._found[number, double]
+
+    def listings(self) -> Aligned:
+        """The operators of all captures; the first is that of the analysis."""
+        found = align([captured.listing() for captured in (self.base, *self.variants)])
+        assert found is not None
+        return found
+
+    def in_both_modes(self) -> tuple[Aligned, Listing | None]:
+        """The same with every step of the training mode, and beside it the steps in that; None: they are others."""
+        captures = [captured.listing() for captured in (self.base, *self.variants)]
+        try:
+            found = align([*captures, self.training.listing()]) if self.training else None
+        except CutError:
+            found = None
+        if found is None:
+            return self.listings(), None
+        *listings, training = found.listings
+        return Aligned(listings, found.added), training
+
+    def _whole(self) -> tuple[Program, Listing]:
+        """The program of the module before any cut.
+
+        Raises:
+            CutError: a number follows no size.
+        """
+        lines, *others = self.listings().listings
+        output = self.symbolic(lines, [copy.copy(step.args) for step in lines.steps], others, set())
+        ops = tuple(as_op(step) for step in lines.steps)
+        return Program(self.arguments, len(lines.inputs), tuple(lines.names), ops, output), lines
+
+    def _right(self, program: Program, lines: Listing, number: int) -> bool:
+        """Whether the program computes what the module does, on random weights and the tensors of a call."""
+        call = cloned(self._calls[number])
+        dtype = next((t.dtype for t in self._module.parameters() if t.is_floating_point()), torch.float32)
+        values = aliases(self._module, random_values(self._module, 0))
+        named = {f"module.{name}": t for name, t in values.items()}
+        try:
+            with torch.no_grad():
+                expected = functional_call(self._module, cloned(values), *cloned(call))
+                inputs, found = inputs_of(program, self._module, *call)
+                tensors = [named[n] if n in named else self.base.captured.constants[n] for n in lines.names]
+                result = program.run(inputs, cloned(tensors), around=lines.call, numbers=found)
+        except Exception:  # whatever sizes that do not fit lead to
+            return False
+        same = [x for x in pytree.tree_leaves(expected) if not isinstance(x, Tensor)] == [
+            x for x in pytree.tree_leaves(result) if not isinstance(x, Tensor)
+        ]
+        return same and difference(floats(expected), floats(result))[1] <= CLOSE.get(dtype, 0.1)
+
+    def _tells(self) -> bool:
+        """Whether the sizes at which the numbers are right say anything about those between them."""
+        sized = set(range(self._alike, len(self._calls)))
+        lost = [self._sizes(number) for number in self._unfit & sized]
+        fit = [self._sizes(number) or () for number in self._fit]
+        return len(self._fit & sized) >= min(FEWEST, len(sized)) and not any(
+            sizes is None or within(sizes, fit) for sizes in lost
+        )
+
+    @property
+    def arguments(self) -> Any:
+        """See `Captures`."""
+        return varying(self.base.arguments, [variant.arguments for variant in self.variants], [])
+
+    def limits(self, cut: Collection[tuple[int, int]]) -> tuple[tuple[Limit, ...], ...]:
+        """What the dims of each input may be: one size, those between sizes that were tried, or any.
+
+        Args:
+            cut: (input, dim) that lose positions, which nothing depends on.
+        """
+        fit = [self._sizes(number) or () for number in sorted(self._fit)]
+        batches = [self._sizes(number) or () for number in self._fit if number < self._alike]
+        unfit = [self._sizes(number) for number in self._unfit]
+        below, above = any_beyond(unfit, fit, min), any_beyond(unfit, fit, max)
+        result = []
+        for i, shapes in enumerate(zip(*fit, strict=True)):
+            limits: list[Limit] = []
+            for dim, sizes in enumerate(zip(*shapes, strict=True)):
+                if (i, dim) in cut or len({shape[i][dim] for shape in batches}) > 1:
+                    limits.append(None)
+                elif len(set(sizes)) == 1:
+                    limits.append((sizes[0], sizes[0]))
+                else:
+                    limit = min(sizes) if below else 0, max(sizes) if above else LARGEST
+                    limits.append(limit if below or above else None)
+            result.append(tuple(limits))
+        return tuple(result)
+
+    def symbolic(
+        self,
+        lines: Listing,
+        before: Sequence[dict[str, Any]],
+        others: Sequence[Listing],
+        cut: Collection[tuple[int, int]],
+    ) -> Any:
+        """Express the numbers of all steps, and of the output, that differ between captures by sizes.
+
+        Args:
+            lines: of `base`, after a cut; changed in place.
+            before: the arguments of its steps before the cut.
+            others: of the variants.
+            cut: (register, dim) of every tensor that loses positions.
+        Returns:
+            the output.
+        Raises:
+            CutError: a number follows no size.
+        """
+        everything = (lines, *others)
+
+        def symbols(registers: Sequence[int]) -> dict[Dim, tuple[int, ...]]:
+            found = {}
+            for register in dict.fromkeys(registers):
+                shapes = [size_of(listing.nodes[register]) for listing in everything]
+                for dim, sizes in enumerate(zip(*shapes, strict=False)):
+                    if len(set(sizes)) > 1 and (register, dim) not in cut:
+                        found[Dim(register, dim)] = sizes
+            return found
+
+        columns: list[tuple[int, ...]] = []
+        varying(self.base.arguments, [variant.arguments for variant in self.variants], columns)
+        given = {Dim(-1, index): column for index, column in enumerate(columns)}
+        given |= symbols(range(len(lines.inputs)))
+        literals = named_numbers(before, [[step.args for step in other.steps] for other in others])
+        for i, step in enumerate(lines.steps):
+            args = [other.steps[i].args for other in others]
+            if all(other == before[i] for other in args):
+                continue
+            sizes = Sizes(Expressions(symbols(refs(before[i])) | given, literals), step.op)
+            for key, arg in step.args.items():
+                step.args[key] = sizes.symbolic(arg, before[i].get(key), [other.get(key) for other in args])
+        sizes = Sizes(Expressions(given, literals), "output")
+        output = sizes.symbolic(self.base.output, self.base.output, [v.output for v in self.variants])
+        return fill(output, None, lines.output)
 
     @functools.cached_property
     def training(self) -> Captured | None:
         """As `base`, in training mode; None where that cannot be captured."""
+        assert self._calls[0] is not None
         try:
-            return Captured.of(self.module, *self.call, training=True)
+            return Captured.of(self._module, *self._calls[0], training=True)
         except (CaptureError, CutError):
             return None
+
+
+def same_views(lines: Listing, other: Listing, cut: Mapping[tuple[int, int], Keep]) -> bool:
+    """Whether every view does the same to the dims that lose positions, at the sizes of two captures."""
+    for step, theirs in zip(lines.steps, other.steps, strict=True):
+        source = step.args.get("self")
+        if step.op not in VIEWS or not isinstance(source, Ref):
+            continue
+        for (register, dim), keep in cut.items():
+            if register != source.index:
+                continue
+            moved = []
+            for listing, own in ((lines, step), (other, theirs)):
+                shape = size_of(listing.nodes[register])
+                line = repeated(keep, shape[dim])
+                if line is None:
+                    return False
+                factor = along(line.astype(np.int64), dim, len(shape))
+                moved.append(compress(reshape(factor, shape, own.shapes[0])))
+            if moved[0].ndim != moved[1].ndim or not agree(*moved):
+                return False
+    return True
+
+
+def agree(a: Atoms, b: Atoms) -> bool:
+    """Whether two arrays of as many dims are equal as far as both reach; a dim of size 1 reaches everywhere."""
+    ends = [max(m, n) if 1 in (m, n) else min(m, n) for m, n in zip(a.shape, b.shape, strict=True)]
+    box = tuple(slice(end) for end in ends)
+    return bool((a[box] == b[box]).all())
+
+
+def told(program: Program, reason: str) -> str:
+    """What sizes a program takes and why no others, in words."""
+    limits = [sizes_in_words(limits) for limits in program.limits if any(limits[1:])]
+    return f"takes {' and '.join(dict.fromkeys(limits)) or 'these sizes'} only: {reason}"
+
+
+def any_beyond(sizes: Sequence[Shapes | None], others: Sequence[Shapes], end: Callable[..., int]) -> bool:
+    """Whether some size is beyond all others, below for `min` and above for `max`; an unknown one is."""
+    return any(
+        found is None
+        or (size != (most := end(other[i][dim] for other in others)) and end(size, most) == size)
+        for found in sizes
+        for i, shape in enumerate(found or ((0,),))
+        for dim, size in enumerate(shape)
+    )
+
+
+def within(sizes: Shapes, others: Sequence[Shapes]) -> bool:
+    """Whether every size lies between the least and the largest of others."""
+    return all(
+        min(other[i][dim] for other in others) <= size <= max(other[i][dim] for other in others)
+        for i, shape in enumerate(sizes)
+        for dim, size in enumerate(shape)
+    )
+
+
+def named_numbers(args: Sequence[Any], others: Sequence[Sequence[Any]]) -> list[int]:
+    """Whole numbers among arguments that are the same in every capture, in the order in which they are met."""
+    found: dict[int, None] = {}
+
+    def note(arg: Any, same: Sequence[Any]) -> None:
+        if type(arg) is int and all(other == arg for other in same):
+            found[abs(arg)] = None
+        elif isinstance(arg, dict):
+            for key, part in arg.items():
+                note(part, [other.get(key) for other in same])
+        elif isinstance(arg, list) and all(isinstance(o, list) and len(o) == len(arg) for o in same):
+            for i, part in enumerate(arg):
+                note(part, [other[i] for other in same])
+
+    note(list(args), [list(other) for other in others])
+    return list(found)
 
 
 def likeness(x: Any, known: dict[int, int]) -> Any:
@@ -367,127 +764,38 @@ def likeness(x: Any, known: dict[int, int]) -> Any:
     return ("set", frozenset(x)) if type(x) is set else ("object", id(x))
 
 
-def complete(*steps: Sequence[Step]) -> None:
-    """Give each step the arguments that any of its counterparts has: the default, where it is left out."""
-    for counterparts in zip(*steps, strict=True):
-        for key in {key for step in counterparts for key in step.args}:
-            for step in counterparts:
-                step.args.setdefault(key, step.default(key))
-
-
-DROPOUTS = frozenset("dropout dropout_ feature_dropout alpha_dropout feature_alpha_dropout".split())
-"""Operators that change nothing in evaluation mode, so that a program may call them there too."""
-
-
-@dataclass(frozen=True)
-class InTraining:
-    """What a module does in training mode.
-
-    Attributes:
-        listing: its operators.
-        steps: those that do not only count batches, with the same step in evaluation mode; None: it runs in
-            training mode only.
-        same: whether nothing but dropout comes to what it does in evaluation mode.
-    """
-
-    listing: Listing
-    steps: list[tuple[Step, Step | None]]
-    same: bool
-
-
-def in_training(training: Captured | None, lines: Listing) -> InTraining | None:
-    """The operators in training mode beside those in evaluation mode; None: they are not known."""
-    try:
-        listing = training.listing() if training else None
-    except CutError:
-        listing = None
-    if listing is None:
-        return None
-    rest = list(lines.steps)
-    steps: list[tuple[Step, Step | None]] = []
-    for step in listing.steps:
-        if counts(step):
-            continue
-        steps.append((step, rest.pop(0) if rest and rest[0].target == step.target else None))
-    pairs = [(theirs, ours) for theirs, ours in steps if ours]
-    if not rest:
-        complete(*zip(*pairs, strict=True))
-    same = not rest and all(len(refs(theirs.args)) == len(refs(ours.args)) for theirs, ours in pairs)
-    return InTraining(listing, steps, same and all(ours or theirs.op in DROPOUTS for theirs, ours in steps))
-
-
 def training_switches(
-    training: InTraining | None, lines: Listing
+    training: Listing | None, lines: Listing, captured: Captured | None
 ) -> tuple[list[dict[str, tuple[str, Any, Any]]], str]:
     """What changes in training mode: per step, argument -> (module, value in training, value otherwise).
 
+    Args:
+        training: the same steps in training mode; None: they are others.
+        lines: in evaluation mode.
+        captured: in training mode, to say what is lost; None: it is not known.
     Returns:
         also what cannot be expressed this way, in words.
     """
-    if training and training.same:
+    if training is not None:
         result = []
-        for theirs, ours in training.steps:
-            if ours is None:
-                continue
+        for theirs, ours in zip(training.steps, lines.steps, strict=True):
             changed = {}
             for key, no in ours.args.items():
                 yes = theirs.args[key]
                 if isinstance(no, bool | float | None) and isinstance(yes, bool | float | None) and no != yes:
-                    changed[key] = (owner(ours), yes, no)
+                    changed[key] = (owner(theirs), yes, no)
             result.append(changed)
         return result, ""
-    found = {theirs.op for theirs, _ in training.steps} if training else set()
+    try:
+        found = {step.op for step in captured.listing().steps if not counts(step)} if captured else set()
+    except CutError:
+        found = set()
     only = sorted(found - {s.op for s in lines.steps})
-    lost = (
-        f"what it does in training mode only ({', '.join(only)})"
-        if only
-        else "what it does in training mode only"
-    )
     switches = []
     for step in lines.steps:
         switch = OPERATORS[step.op].trains if step.op in OPERATORS else None
         switches.append({switch: (owner(step), True, False)} if switch else {})
-    return switches, lost
-
-
-def insert_dropouts(lines: Listing, training: InTraining | None) -> None:
-    """Put the dropouts that run in training mode only into the steps; registers are numbered anew."""
-    if training is None or not training.same or all(ours for _, ours in training.steps):
-        return
-    start = len(lines.inputs) + len(lines.tensors)
-    names = training.listing.names
-    known = {i: i for i in range(len(lines.inputs))}
-    known |= {
-        len(known) + i: len(known) + lines.names.index(n) for i, n in enumerate(names) if n in lines.names
-    }
-    place = {id(step): number for number, step in enumerate(training.listing.steps)}
-    first = len(training.listing.inputs) + len(names)
-    steps: list[Step] = []
-    for theirs, ours in training.steps:
-        step = ours or theirs
-        step.args = renumbered(step.args, iter([known[index] for index in refs(theirs.args)]))
-        if ours is None:
-            step.args["train"] = Training(owner(theirs), True, False)
-        known[first + place[id(theirs)]] = start + len(steps)
-        steps.append(step)
-    lines.steps[:] = steps
-    lines.output = renumbered(lines.output, iter([known[i] for i in refs(training.listing.output)]))
-
-
-def renumbered(arg: Any, numbers: Iterator[int]) -> Any:
-    """An argument with the next number in each of its registers, in the order of `refs`."""
-    if isinstance(arg, Ref):
-        return Ref(next(numbers))
-    if isinstance(arg, list | tuple):
-        return type(arg)(renumbered(part, numbers) for part in arg)
-    if isinstance(arg, dict):
-        return arg | {name: renumbered(arg[name], numbers) for name in sorted(arg)}
-    return arg
-
-
-def counts(step: Step) -> bool:
-    """Whether a step only counts batches, as batch norm does in training mode."""
-    return step.op == "add_" and not step.node.args[0].meta["val"].is_floating_point()  # type: ignore[union-attr]
+    return switches, "what it does in training mode only" + (f" ({', '.join(only)})" if only else "")
 
 
 def owner(step: Step) -> str:
@@ -523,13 +831,26 @@ def fill(tree: Any, given: Any, leaves: Sequence[Any]) -> Any:
     return given if tree == ANYTHING else tree
 
 
-def varying(tree: Any, others: Sequence[Any]) -> Any:
-    """The tree with anything in place of numbers that differ from those of the others."""
+def varying(tree: Any, others: Sequence[Any], columns: list[tuple[int, ...]]) -> Any:
+    """The tree with `Given` in place of whole numbers that differ from those of the others, and anything for the rest.
+
+    Args:
+        columns: the numbers are added to it, each with those of the others.
+    """
     if isinstance(tree, dict):
-        return {name: varying(part, [other[name] for other in others]) for name, part in tree.items()}
+        return {
+            name: varying(part, [other[name] for other in others], columns) for name, part in tree.items()
+        }
     if isinstance(tree, list | tuple):
-        return type(tree)(varying(part, [other[i] for other in others]) for i, part in enumerate(tree))
-    return tree if all(other == tree for other in others) else ANYTHING
+        if any(len(other) != len(tree) for other in others):
+            raise CutError("an argument differs in number between sizes")
+        return type(tree)(varying(part, [o[i] for o in others], columns) for i, part in enumerate(tree))
+    if all(type(other) is type(tree) and other == tree for other in others):
+        return tree
+    if all(type(x) is int for x in (tree, *others)):
+        columns.append((tree, *others))
+        return Given(len(columns) - 1)
+    return ANYTHING
 
 
 def size_of(node: fx.Node) -> tuple[int, ...]:

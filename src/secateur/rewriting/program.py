@@ -2,14 +2,14 @@
 
 A program knows no Python of the model it came from. What it reads by name are parameters and buffers of the
 module that runs it; what it calls are operators that the table of operators allows; its numbers are literals, or
-products of its inputs' sizes.
+arithmetic of sizes.
 """
 
 import functools
-import math
 import operator
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -53,12 +53,39 @@ class Ref:
 
 
 @dataclass(frozen=True)
-class Size:
-    """`count` times some sizes of the inputs, (input, dim), divided by `per`."""
+class Given:
+    """In place of an argument that is a number: it is the one of this index."""
 
-    count: int
-    per: int
-    dims: tuple[tuple[int, int], ...]
+    index: int
+
+
+@dataclass(frozen=True)
+class Dim:
+    """The size of one dim of what a register holds; register -1: the number given as an argument, by its index."""
+
+    register: int
+    dim: int
+
+
+@dataclass(frozen=True)
+class Size:
+    """Arithmetic of whole numbers: `op` is one of + * // and %."""
+
+    op: str
+    left: "Number"
+    right: "Number"
+
+
+Number = int | Dim | Size
+ARITHMETIC: Mapping[str, Callable[[int, int], int]] = {
+    "+": operator.add,
+    "*": operator.mul,
+    "//": operator.floordiv,
+    "%": operator.mod,
+}
+
+Limit = tuple[int, int] | None
+"""Least and most that a size may be; None: anything."""
 
 
 @dataclass(frozen=True)
@@ -106,6 +133,7 @@ class Program:
         tensors: names of the parameters and buffers it reads.
         ops: the operators, in order.
         output: what forward returns, with `Ref` in place of each tensor.
+        limits: what the dims of each input may be; empty: not known.
     """
 
     arguments: Any
@@ -113,6 +141,7 @@ class Program:
     tensors: tuple[str, ...]
     ops: tuple[Op, ...]
     output: Any
+    limits: tuple[tuple[Limit, ...], ...] = ()
 
     def run(
         self,
@@ -120,10 +149,21 @@ class Program:
         tensors: Sequence[Tensor],
         training: Callable[[str], bool] = lambda _: False,
         around: Around | None = None,
+        numbers: Mapping[int, int] = MappingProxyType({}),
     ) -> Any:
-        """The output, for the tensors among the arguments and the tensors read by name."""
-        *_, last = self.steps(inputs, tensors, training, around)
+        """The output, for the tensors and numbers among the arguments and the tensors read by name."""
+        *_, last = self.steps(inputs, tensors, training, around, numbers)
         return last
+
+    def exceeded(self, inputs: Sequence[Tensor]) -> str:
+        """What sizes the program takes, in words, if these inputs have others; "" if they fit."""
+        for x, limits in zip(inputs, self.limits, strict=False):
+            if x.ndim != len(limits) or any(
+                limit and not limit[0] <= size <= limit[1]
+                for size, limit in zip(x.shape, limits, strict=True)
+            ):
+                return sizes_in_words(limits)
+        return ""
 
     def steps(
         self,
@@ -131,12 +171,13 @@ class Program:
         tensors: Sequence[Tensor],
         training: Callable[[str], bool] = lambda _: False,
         around: Around | None = None,
+        numbers: Mapping[int, int] = MappingProxyType({}),
     ) -> Iterator[Any]:
         """The result of each operator as soon as it is computed, and at the end the output."""
         registers: list[Any] = [*inputs, *tensors]
         like = next((t for t in (*tensors, *inputs) if t.is_floating_point()), None)
         resolve = functools.partial(
-            _resolve, registers=registers, like=like, inputs=inputs, training=training
+            _resolve, registers=registers, like=like, numbers=numbers, training=training
         )
         for number, op in enumerate(self.ops):
             args = tuple(resolve(arg) for arg in op.args)
@@ -165,28 +206,56 @@ def _resolve(
     *,
     registers: list[Any],
     like: Tensor | None,
-    inputs: Sequence[Tensor],
+    numbers: Mapping[int, int],
     training: Callable[[str], bool],
 ) -> Any:
     if isinstance(arg, Ref):
         return registers[arg.index]
-    if isinstance(arg, Size):
-        return arg.count * math.prod(inputs[i].shape[d] for i, d in arg.dims) // arg.per
+    if isinstance(arg, Dim | Size):
+        return value_of(arg, registers, numbers)
     if isinstance(arg, Training):
         return arg.yes if training(arg.module) else arg.no
     if isinstance(arg, Named):
         if arg.name == "same":
             return like.device if like is not None and arg.kind == "device" else getattr(like, arg.kind, None)
         return NAMES[arg.kind][arg.name]
+    again = functools.partial(_resolve, registers=registers, like=like, numbers=numbers, training=training)
     if isinstance(arg, list | tuple):
-        parts = [_resolve(a, registers=registers, like=like, inputs=inputs, training=training) for a in arg]
+        parts = [again(a) for a in arg]
         return parts if isinstance(arg, list) else tuple(parts)
     if isinstance(arg, dict):
-        return {
-            name: _resolve(a, registers=registers, like=like, inputs=inputs, training=training)
-            for name, a in arg.items()
-        }
+        return {name: again(a) for name, a in arg.items()}
     return arg
+
+
+def value_of(number: Number, registers: Sequence[Any], numbers: Mapping[int, int]) -> int:
+    """What a number is for the tensors in the registers and the numbers among the arguments."""
+    if isinstance(number, Dim):
+        return numbers[number.dim] if number.register < 0 else registers[number.register].shape[number.dim]
+    if isinstance(number, Size):
+        left, right = (value_of(part, registers, numbers) for part in (number.left, number.right))
+        return ARITHMETIC[number.op](left, right)
+    return number
+
+
+def sizes_in_words(limits: Sequence[Limit]) -> str:
+    """What the dims of an input may be.
+
+    >>> sizes_in_words([None, (3, 3), (7, 14), (7, LARGEST), (0, 7)])
+    'any × 3 × 7…14 × 7 or more × at most 7'
+    """
+    words = []
+    for limit in limits:
+        least, most = limit or (0, LARGEST)
+        if (least, most) == (0, LARGEST):
+            words.append("any")
+        elif least == most:
+            words.append(str(least))
+        elif most == LARGEST:
+            words.append(f"{least} or more")
+        else:
+            words.append(f"{least}…{most}" if least else f"at most {most}")
+    return " × ".join(words)
 
 
 @functools.cache
@@ -221,6 +290,10 @@ def refs(arg: Any) -> list[int]:
     """The registers that an argument reads."""
     if isinstance(arg, Ref):
         return [arg.index]
+    if isinstance(arg, Dim):
+        return [arg.register] if arg.register >= 0 else []
+    if isinstance(arg, Size):
+        return [*refs(arg.left), *refs(arg.right)]
     if isinstance(arg, list | tuple):
         return [index for part in arg for index in refs(part)]
     if isinstance(arg, dict):

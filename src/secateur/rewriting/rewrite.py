@@ -16,7 +16,7 @@ from secateur.graph.labels import Value
 from secateur.graph.operators import Shape
 from secateur.graph.trace import Survivors, Trace
 from secateur.rewriting.listing import Listing, as_op, cut_step, list_operators
-from secateur.rewriting.program import ANYTHING, NAMES, Named, Program, Ref
+from secateur.rewriting.program import ANYTHING, NAMES, Given, Named, Program, Ref
 
 CONSTANT = "rewritten_constant_"
 """Prefix of the buffers that hold the tensors a rewritten forward reads and that had no name."""
@@ -28,6 +28,8 @@ class Rewritten(nn.Module):
     program: Program
     lost: str
     """What the original forward does in training mode and this one does not, in words."""
+    tied: str
+    """What image sizes it takes, where the original took more, and why, in words."""
     own_forward: Callable[..., Any] | None
     """The forward that the instance had in place of its class's."""
 
@@ -41,11 +43,30 @@ class Rewritten(nn.Module):
 
 def run_program(module: nn.Module, program: Program, args: Any, kwargs: Any) -> Any:
     """What a program computes with the tensors of `module` for the arguments of a call of it."""
-    inputs: list[Tensor] = [None] * program.inputs  # type: ignore[list-item]
-    given = arguments_of(module, args, kwargs).arguments
-    _collect(program.arguments, given, inputs, type(module).__name__)
+    inputs, numbers = inputs_of(program, module, args, kwargs)
+    if taken := program.exceeded(inputs):
+        raise CutError(
+            f"{type(module).__name__}: its forward was rewritten for a cut, and now takes {taken} only; got "
+            f"{' and '.join(' × '.join(map(str, x.shape)) for x in inputs)}. Analyse and cut the model at the size "
+            f"it is to be used with."
+        )
     tensors = [_tensor(module, name) for name in program.tensors]
-    return program.run(inputs, tensors, lambda name: module.get_submodule(name).training)
+    return program.run(inputs, tensors, lambda name: module.get_submodule(name).training, numbers=numbers)
+
+
+def inputs_of(
+    program: Program, module: nn.Module, args: Any, kwargs: Any
+) -> tuple[list[Tensor], dict[int, int]]:
+    """The tensors and the numbers that a program reads from a call.
+
+    Raises:
+        CutError: the other arguments are not those it was written for.
+    """
+    inputs: list[Tensor] = [None] * program.inputs  # type: ignore[list-item]
+    numbers: dict[int, int] = {}
+    given = arguments_of(module, args, kwargs).arguments
+    _collect(program.arguments, given, inputs, numbers, type(module).__name__)
+    return inputs, numbers
 
 
 def original_class(module: nn.Module) -> type[nn.Module]:
@@ -75,7 +96,7 @@ def _rebuild(cls: type[nn.Module]) -> nn.Module:
 
 
 def rewrite_(
-    module: nn.Module, program: Program, constants: Mapping[str, Tensor], lost: str = ""
+    module: nn.Module, program: Program, constants: Mapping[str, Tensor], lost: str = "", tied: str = ""
 ) -> Callable[[], None]:
     """Let a module run a program instead of its own forward.
 
@@ -84,6 +105,7 @@ def rewrite_(
         program: what it runs.
         constants: tensors that the program reads and that become buffers, outside of the state dict.
         lost: what the program leaves out, in words.
+        tied: what image sizes it takes and why no others, in words.
     Returns:
         takes the change back.
     """
@@ -103,7 +125,7 @@ def rewrite_(
     for name, tensor in constants.items():
         module.register_buffer(name, tensor, persistent=False)
     module.__class__ = rewritten_class(original_class(module))
-    module.program, module.lost = program, lost  # type: ignore[assignment]
+    module.program, module.lost, module.tied = program, lost, tied  # type: ignore[assignment]
     module.own_forward = module.__dict__.pop("forward", module.__dict__.get("own_forward"))
     return undo
 
@@ -128,20 +150,23 @@ def _tensor(module: nn.Module, name: str) -> Tensor:
     return result
 
 
-def _collect(pattern: Any, given: Any, inputs: list[Tensor], where: str) -> None:
-    """Find the tensors of a call; everything else must be as it was when the module was rewritten."""
+def _collect(pattern: Any, given: Any, inputs: list[Tensor], numbers: dict[int, int], where: str) -> None:
+    """Find the tensors and numbers of a call; everything else must be as it was when the module was rewritten."""
     if isinstance(pattern, Ref) and isinstance(given, Tensor):
         if inputs[pattern.index] is None or inputs[pattern.index] is given:
             inputs[pattern.index] = given
             return
         pattern = "one tensor in several places"
+    elif isinstance(pattern, Given) and isinstance(given, int) and not isinstance(given, bool):
+        numbers[pattern.index] = given
+        return
     elif isinstance(pattern, dict) and isinstance(given, Mapping) and pattern.keys() == given.keys():
         for name, part in pattern.items():
-            _collect(part, given[name], inputs, where)
+            _collect(part, given[name], inputs, numbers, where)
         return
     elif isinstance(pattern, list | tuple) and isinstance(given, list | tuple) and len(pattern) == len(given):
         for part, one in zip(pattern, given, strict=True):
-            _collect(part, one, inputs, where)
+            _collect(part, one, inputs, numbers, where)
         return
     elif pattern == ANYTHING or (type(pattern) is type(given) and pattern == given):
         return
@@ -152,6 +177,8 @@ def _collect(pattern: Any, given: Any, inputs: list[Tensor], where: str) -> None
 
 
 def _words(x: Any) -> str:
+    if isinstance(x, Given):
+        return "a number"
     return "a tensor" if isinstance(x, Tensor | Ref) else repr(x)[:60]
 
 

@@ -13,6 +13,7 @@ def demo_config(seed: int = 0) -> PruneConfig:
     return PruneConfig(
         task=Task(model="resnet20", data="digits", seed=seed),
         train=TrainConfig(epochs=10, batch_size=64, lr=0.1, schedule="one-cycle"),
+        method="auto",
         budget={"macs": 0.5},
         finetune=TrainConfig.finetune(5, batch_size=64, lr=0.025),
     )

@@ -255,7 +255,8 @@ def _became_time(pruned: Pruned, exported: dict[str, Any]) -> list[str]:
     if not pairs or saved <= 0:
         return []
     parts = [f"{max(0.0, 1 - 1 / pair.speed_up) / saved:.0%} in {label}" for label, pair in pairs.items()]
-    return [f"Of the MACs that were saved, so much became time: {' and '.join(parts)}.".replace("%", " %")]
+    shares = ", ".join(parts).replace("%", " %")
+    return [f"Of the saved MACs, this share became saved time: {shares}."]
 
 
 def _notes(config: PruneConfig, method: Method, pruned: Pruned) -> list[str]:

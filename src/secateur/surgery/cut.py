@@ -7,10 +7,10 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from secateur.errors import CutError, PlanError, first_line
-from secateur.graph import Graph, fingerprint, mirrored, named_tensors
+from secateur.errors import CutError, first_line
+from secateur.graph import Graph, mirrored, named_tensors
 from secateur.graph.duplicate import duplicate
-from secateur.graph.groups import PadSite
+from secateur.graph.groups import PadSite, check_model
 from secateur.graph.guard import uncompiled
 from secateur.graph.modules import Keep
 from secateur.graph.positions import kept_positions
@@ -43,8 +43,7 @@ def cut_(model: nn.Module, graph: Graph, plan: Plan, *, optimizer: Optimizer | N
         CutError: the model's own forward cannot run at the new widths, and cannot be rewritten.
     """
     masks = plan.masks(graph)
-    if fingerprint(model) != graph.fingerprint:
-        raise PlanError("the graph was made from a model with other tensors; analyse this model again")
+    check_model(model, graph)
     keep = kept_positions(model, graph, masks)
     edit = Edit(model)
     edit.attributes(layer_attributes(model, keep))
@@ -84,7 +83,7 @@ def _settle(model: nn.Module, graph: Graph, masks: list[Tensor], edit: Edit) -> 
     drafts = settle(model, graph, graph.trace.survivors(masks), whole)
     for name, draft in drafts.items():
         module = model.get_submodule(name)
-        edit.done(rewrite_(module, draft.program, draft.constants, draft.lost))
+        edit.done(rewrite_(module, draft.program, draft.constants, draft.lost, draft.tied))
 
 
 def layer_attributes(

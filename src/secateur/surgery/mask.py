@@ -7,6 +7,7 @@ from torch.nn.utils.weight_norm import WeightNorm
 
 from secateur.errors import PlanError
 from secateur.graph import Graph
+from secateur.graph.groups import check_model
 from secateur.graph.guard import uncompiled
 from secateur.plan import Plan
 from secateur.settings import checked
@@ -31,6 +32,7 @@ def mask_(model: nn.Module, graph: Graph, plan: Plan) -> nn.Module:
         PlanError: the plan does not fit the graph.
     """
     masks = plan.masks(graph)
+    check_model(model, graph)
     parameters = dict(model.named_parameters())
     kept = directions(model)
     with torch.no_grad():

@@ -15,7 +15,7 @@ from secateur.allocate.products import ChosenWidths, Costs, choose_widths
 from secateur.allocate.table import list_widths
 from secateur.cost import Budget, Cost
 from secateur.cost.multiples import AUTO, ROUND_TO, ROUND_TO_HELP, Multiples, choose_multiples
-from secateur.engine.method import Context, Meter, Method, Progress, images_of
+from secateur.engine.method import Context, Meter, Method, images_of
 from secateur.engine.pruned import Pruned, cut_and_prove
 from secateur.errors import BudgetError, ScoreError, SecateurError
 from secateur.graph import Graph, Group, Inputs, Member, analyze
@@ -34,7 +34,7 @@ from secateur.methods.rd.curves import (
 from secateur.methods.rd.importance import by_power, importances
 from secateur.methods.rd.single_weights import passes
 from secateur.plan import Plan
-from secateur.reconstruction.compensate import Seen, layers, see
+from secateur.reconstruction.compensate import WIDEST, Seen, layers, see
 from secateur.reconstruction.leastsquares import Elimination
 from secateur.reconstruction.plans import COMPENSATIONS, compensated, positions
 from secateur.settings import option, settings
@@ -52,8 +52,10 @@ class RD(Method):
     and all remaining weights solved again. Sums mislead most about groups that several layers write, such as residual
     streams; so sums that protect these are tried as well.
 
-    Takes budgets of one bound. With the option `curves` at "estimated", all but one or two widths of each group follow
-    from the squared error of its readers' outputs, weighted by one backward pass.
+    By default few widths are measured. The rest of a group's curve follows the squared error that is left in its
+    consumers' outputs, each output weighted by what one backward pass says of it.
+
+    Takes budgets of one bound.
 
     Raises:
         CaptureError, BudgetError, ScoreError: see `analyze`, `choose_widths`; no data.
@@ -100,7 +102,7 @@ class RD(Method):
     levels: int = option("widths measured per group, where curves are measured", default=9, least=2)
     min_keep: int = option("units that every group keeps at least", default=1, least=1)
     round_to: int | str = option(ROUND_TO_HELP, default=AUTO, choices=ROUND_TO, least=1)
-    seed: int = option("of the images for the proof", default=0, least=0)
+    seed: int = option("of the images for the proof, and of estimates", default=0, least=0)
 
     def check(self) -> None:
         if not self.exponents:
@@ -125,6 +127,7 @@ class RD(Method):
             raise BudgetError(
                 f"method 'rd' takes one bound, got {', '.join(budget.bounds)}; give one of them"
             )
+        meter = Meter(context.progress)
         given = images_of(context.data)
         model = duplicate(model).eval()
         graph = analyze(model, inputs, freeze=self.freeze)
@@ -140,7 +143,7 @@ class RD(Method):
             model, graph, self.round_to, partial(cost.within, {bound: limit}), min_keep=self.min_keep
         )
         program = Replay(model, given[0])
-        task = Task.of(program, graph, chunks(program, given), self, multiples, context.progress)
+        task = Task.of(program, graph, chunks(program, given), self, multiples, meter)
         key = key_of(model, given, self.measured_with() | {"round_to": list(multiples.units)})
         seen = task.see()
         rankings = task.rank(seen)
@@ -244,27 +247,22 @@ class Task:
 
     @classmethod
     def of(
-        cls,
-        program: Replay,
-        graph: Graph,
-        batches: list[Inputs],
-        how: RD,
-        multiples: Multiples,
-        progress: Progress | None,
+        cls, program: Replay, graph: Graph, batches: list[Inputs], how: RD, multiples: Multiples, meter: Meter
     ) -> Self:
+        """What there is to work with, and how much work that is."""
         few = others = batches
         if how.estimates:
             few, others = (part_of(program, batches, how.part, first) for first in (0, 1))
         dense, macs = references(program, others), max(1, Cost(graph).macs())
-        task = cls(program, graph, batches, few, others, dense, how, multiples, macs, Meter(None, 1.0))
+        task = cls(program, graph, batches, few, others, dense, how, multiples, macs, meter)
         levels = len(how.shares) if how.estimates else how.levels - 1
         tries = len(how.exponents) * (2 if any(map(is_stream, graph.groups)) else 1)
-        total = (
+        meter.total = (
             2 * count(batches) + 4 * count(few) + 0.5 * levels * len(graph.groups) * count(few)
             + tries * task.solving(few) + how.estimates * task.solving(batches)
             + sum(map(task.ranking, graph.groups))
         )  # fmt: skip
-        return replace(task, meter=Meter(progress, total))
+        return task
 
     @property
     def widths(self) -> list[list[int]]:
@@ -300,7 +298,7 @@ class Task:
     def ranking(self, group: Group) -> float:
         """About what ranking the units of a group takes, in images' ways through the network."""
         wide = {m.tensor: self.program.tensor(m.tensor)[0].numel() for m in group.members if m.role == "in"}
-        return sum(5.0 * k**3 for k in wide.values()) / (2 * self.macs)
+        return sum(5.0 * k**3 for k in wide.values() if k <= WIDEST) / (2 * self.macs)
 
     def tried(self, plan: Plan, batches: Sequence[Inputs]) -> tuple[float, dict[str, Tensor]]:
         """The mean distortion that a plan leads to when it is made up for on some batches, and the tensors."""
