@@ -23,7 +23,8 @@ LIMIT = 40
 
 
 def within(pruned: Any, share: float, measure: str = "macs") -> bool:
-    return 0.85 * share <= pruned.after[measure] / pruned.before[measure] <= share
+    """Whether a budget is met from below; widths of small networks in whole multiples may stay far below."""
+    return 0.5 * share <= pruned.after[measure] / pruned.before[measure] <= share
 
 
 CHECKS: dict[str, Callable[[dict[str, Any]], bool]] = {

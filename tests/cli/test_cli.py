@@ -852,7 +852,7 @@ def test_published_weights_on_real_images(shared_data: Path, tmp_path: Path, run
     report = report_of(tmp_path / "run")
     assert report["accuracy_before"] == pytest.approx(0.917, abs=0.02)
     assert report["accuracy_cut"] < report["accuracy_before"]
-    assert 0.49 <= report["after"]["macs"] / report["before"]["macs"] <= 0.5
+    assert 0.48 <= report["after"]["macs"] / report["before"]["macs"] <= 0.5
     assert any("1,000 of the 10,000 test images" in note for note in report["notes"])
     ended = run("eval", "--run", tmp_path / "run", "--json")
     assert json.loads(ended.out)["accuracy"] == report["accuracy_after"]

@@ -80,7 +80,7 @@ def test_inputs_that_do_not_fit_are_named() -> None:
 def test_several_inputs(form: str) -> None:
     model, x, depth = TwoInputs(), torch.randn(1, 3, 8, 8), torch.randn(1, 1, 8, 8)
     inputs = (x, depth) if form == "tuple" else {"depth": depth, "x": x}
-    pruned = sc.prune(model, inputs, budget=sc.Budget(units=0.5))
+    pruned = sc.prune(model, inputs, budget=sc.Budget(units=0.5), round_to=1)
     assert pruned.model.a.out_channels == pruned.model.b.out_channels == 3
 
 

@@ -120,6 +120,10 @@ def allocate(
     multiples = [round_to] * len(scores) if isinstance(round_to, int) else list(round_to)
     if min_keep < 1 or min(multiples, default=1) < 1:
         raise BudgetError(f"min_keep={min_keep}, round_to={round_to}: both must be at least 1")
+    if len(multiples) != len(scores):
+        raise BudgetError(
+            f"round_to has {len(multiples)} numbers; expected one, or one for each of {len(scores)} groups"
+        )
     if len(scores) != len(cost.full):
         raise BudgetError(f"got scores of {len(scores)} groups; the graph has {len(cost.full)}")
     if not scores:

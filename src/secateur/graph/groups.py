@@ -146,7 +146,7 @@ class Graph:
 
 
 @uncompiled
-@checked(CaptureError)
+@checked(CaptureError, but=("inputs",))
 def analyze(
     model: nn.Module, inputs: Inputs, *, freeze: Sequence[str] = (), attention: str = "heads"
 ) -> Graph:

@@ -74,7 +74,7 @@ class RD(Method):
     distortion: str = option("distance between outputs", default="auto", choices=DISTANCES)
     exponents: tuple[float, ...] = option(
         "of the mean distortion before curves are added up; of several, the best is taken",
-        default=(0.5, 1.0),
+        default=(0.5, 0.7, 1.0),
         above=0,
     )
     stream_weight: float = option(

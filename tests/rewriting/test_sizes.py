@@ -1,0 +1,318 @@
+"""Rewritten modules at other image and batch sizes, and example inputs that hold images in unlike ways."""
+
+import copy
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+import secateur as sc
+from secateur.errors import CutError
+from secateur.graph.capture import batchings
+from secateur.graph.probe import difference, floats
+from secateur.rewriting.program import Dim, Size
+from secateur.rewriting.rewrite import rewritten_modules
+from secateur.rewriting.sizes import Expressions
+from secateur.surgery.mask import mask_
+from tests.oracles import random_masks
+
+# --- the batch of the example inputs --------------------------------------------------------------------------
+
+
+class Conditional(nn.Module):
+    """Images and class labels (n,), whose branch is the larger part."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.i, self.e, self.o = nn.Conv2d(3, 16, 3), nn.Embedding(10, 64), nn.Conv2d(16, 2, 1)
+        self.f, self.g = nn.Linear(64, 512), nn.Linear(512, 16)
+
+    def forward(self, x: Tensor, label: Tensor) -> Tensor:
+        y = self.g(self.f(self.e(label)).relu())
+        return self.o((self.i(x) + y[:, :, None, None]).relu())
+
+
+class Halves(nn.Module):
+    """Takes its channels apart by a view with their number written into it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Conv2d(16, 32, 1), nn.Conv2d(16, 16, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        n, _, h, w = x.shape
+        y, z = self.a(x).view(n, 2, 16, h, w).unbind(1)
+        return self.b(y * z)
+
+
+class ConditionalHalves(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.i, self.e, self.o = nn.Conv2d(3, 16, 3), nn.Embedding(10, 16), nn.Conv2d(16, 2, 1)
+        self.s = Halves()
+
+    def forward(self, x: Tensor, label: Tensor) -> Tensor:
+        return self.o(self.s(self.i(x) + self.e(label)[:, :, None, None]))
+
+
+class TemporalShift(nn.Module):
+    """Four frames of every clip are folded into the batch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 4, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.a(x)
+        y = y.view(-1, 4, *y.shape[1:])
+        y = torch.cat([y[:, 1:], y[:, :1]], 1).flatten(0, 1)
+        return self.b(y.relu())
+
+
+def macs(model: nn.Module, *inputs: Tensor) -> int:
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        model(*inputs)
+    return counter.get_total_flops() // 2
+
+
+@pytest.mark.parametrize("batch", [1, 2, 3])
+def test_labels_follow_the_batch(batch: int) -> None:
+    torch.manual_seed(0)
+    inputs = torch.randn(batch, 3, 6, 6), torch.arange(batch)
+    pruned = sc.prune(Conditional().eval(), inputs, budget=sc.Budget(macs=0.8), freeze=["f"])
+    assert pruned.before["macs"] == 48_384 == macs(Conditional(), *inputs) // batch
+    assert pruned.after["macs"] == macs(pruned.model, *inputs) // batch <= 0.8 * 48_384
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+def test_a_rewritten_module_beside_labels_takes_any_batch(batch: int) -> None:
+    torch.manual_seed(0)
+    inputs = torch.randn(batch, 3, 8, 8), torch.arange(batch)
+    pruned = sc.prune(ConditionalHalves().eval(), inputs, budget=sc.Budget(macs=0.5))
+    assert pruned.proof.rewritten == ("s",)
+    assert pruned.proof.tied == ()
+    with torch.no_grad():
+        for n in (1, 2, 4):
+            x, labels = torch.randn(n, 3, 9, 12), torch.arange(n)
+            one = torch.cat([pruned.model(x[i : i + 1], labels[i : i + 1]) for i in range(n)])
+            torch.testing.assert_close(pruned.model(x, labels), one)
+
+
+def test_frames_in_the_batch_are_traced_in_multiples_of_those_given() -> None:
+    torch.manual_seed(0)
+    model, x = TemporalShift().eval(), torch.randn(4, 3, 6, 6)
+    graph = sc.analyze(model, x)
+    assert graph.trace.captured.batch == 8
+    assert sc.Cost(graph).macs() == macs(model, x) // 4
+    assert sc.prune(model, x, budget=sc.Budget(macs=0.5)).proof.ok
+
+
+def test_what_follows_the_batch() -> None:
+    image = torch.zeros(1, 3, 4, 4)
+    assert batchings((image, torch.zeros(1)))[0].rows == (1, 1)
+    assert batchings((image, torch.zeros(10, 4)))[0].rows == (1, None)
+    both = batchings((torch.zeros(8, 3, 4, 4), torch.zeros(2), torch.zeros(1), 5))
+    assert [way.rows for way in both] == [(8, 2, None, None), (8, None, None, None)]
+    x, labels = both[0].resized((torch.zeros(8, 3, 4, 4), torch.arange(2), torch.zeros(1), 5), 12)[:2]
+    assert (len(x), labels.tolist()) == (12, [0, 1, 0])
+    assert not both[0].allows(2)
+
+
+# --- numbers ----------------------------------------------------------------------------------------------------
+
+H, W = Dim(0, 1), Dim(0, 2)
+SIZES = {H: (28, 20, 14, 25), W: (28, 16, 25, 19)}
+
+
+@pytest.mark.parametrize(
+    ("number", "found"),
+    [
+        (lambda h, w: h, H),
+        (lambda h, w: h * w, Size("*", H, W)),
+        (lambda h, w: h // 7, Size("//", H, 7)),
+        (lambda h, w: -(-w // 7), Size("//", Size("+", W, 6), 7)),
+        (lambda h, w: -h % 7, Size("%", Size("*", H, -1), 7)),
+        (lambda h, w: -(-h // 7) * 7, Size("*", Size("//", Size("+", H, 6), 7), 7)),
+        (lambda h, w: h * w + 1, Size("+", Size("*", H, W), 1)),
+        (lambda h, w: 2 * w - 1, Size("+", Size("*", W, 2), -1)),
+        (lambda h, w: h - w, Size("+", H, Size("*", W, -1))),
+        (lambda h, w: h * h * h + w * w, None),
+    ],
+)  # fmt: skip
+def test_a_number_is_told_by_sizes(number: Callable[[int, int], int], found: object) -> None:
+    column = tuple(number(h, w) for h, w in zip(SIZES[H], SIZES[W], strict=True))
+    assert Expressions(SIZES, literals=[7, 49]).of(column, column[0]) == found
+
+
+def test_a_cut_changes_a_number_in_proportion() -> None:
+    column = tuple(6 * h for h in SIZES[H])
+    assert Expressions(SIZES).of(column, 4 * SIZES[H][0]) == Size("*", H, 4)
+    shifted = tuple(h + 1 for h in SIZES[H])
+    assert Expressions(SIZES).of(shifted, 7) is None
+
+
+# --- networks ---------------------------------------------------------------------------------------------------
+
+
+class Windows(nn.Module):
+    """Attention in windows of 4 × 4, of an image that is padded to whole windows, with its sizes written out."""
+
+    def __init__(self, shift: int = 0) -> None:
+        super().__init__()
+        self.i, self.o, self.shift = nn.Conv2d(3, 16, 2, 2), nn.Conv2d(16, 3, 1), shift
+        self.qkv, self.p = nn.Linear(16, 48), nn.Linear(16, 16)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.i(x).permute(0, 2, 3, 1)
+        n, h, w, _ = y.shape
+        y = F.pad(y, (0, 0, 0, -w % 4, 0, -h % 4))
+        _, tall, wide, _ = y.shape
+        if self.shift:
+            y = torch.roll(y, (-self.shift, -self.shift), (1, 2))
+        y = y.view(n, tall // 4, 4, wide // 4, 4, 16).transpose(2, 3).reshape(-1, 16, 16)
+        q, k, v = self.qkv(y).reshape(-1, 16, 3, 2, 8).permute(2, 0, 3, 1, 4)
+        y = self.p((q @ k.mT).softmax(-1).matmul(v).transpose(1, 2).reshape(-1, 16, 16))
+        y = y.view(n, tall // 4, wide // 4, 4, 4, 16).transpose(2, 3).reshape(n, tall, wide, 16)
+        if self.shift:
+            y = torch.roll(y, (self.shift, self.shift), (1, 2))
+        return self.o(y[:, :h, :w].contiguous().permute(0, 3, 1, 2))
+
+
+class Transposed(nn.Module):
+    """Attention between channels (Restormer), the number of heads and their width written out."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.i, self.o = nn.Conv2d(3, 16, 3, padding=1), nn.Conv2d(16, 3, 3, padding=1)
+        self.qkv, self.p = nn.Conv2d(16, 48, 1), nn.Conv2d(16, 16, 1)
+        self.deep = nn.Conv2d(48, 48, 3, padding=1, groups=48)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.i(x)
+        n, _, h, w = y.shape
+        q, k, v = self.deep(self.qkv(y)).view(n, 3, 4, 4, h * w).unbind(1)
+        a = (F.normalize(q, dim=-1) @ F.normalize(k, dim=-1).mT).softmax(-1)
+        return self.o(y + self.p((a @ v).view(n, 16, h, w)))
+
+
+class Pooled(nn.Module):
+    """Attention to a pooled image (MViT, PVT): height and width are handed on as numbers."""
+
+    class Inner(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.q, self.kv, self.p = nn.Linear(16, 16), nn.Linear(16, 32), nn.Linear(16, 16)
+            self.pool = nn.Conv2d(16, 16, 2, 2)
+
+        def forward(self, x: Tensor, size: tuple[int, int]) -> tuple[Tensor, tuple[int, int]]:
+            n, length, _ = x.shape
+            q = self.q(x).view(n, length, 2, 8).transpose(1, 2)
+            small = self.pool(x.mT.reshape(n, 16, *size)).flatten(2).mT
+            k, v = self.kv(small).view(n, small.shape[1], 2, 2, 8).permute(2, 0, 3, 1, 4)
+            y = (q @ k.mT).softmax(-1) @ v
+            return self.p(y.transpose(1, 2).reshape(n, length, 16)), size
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.i, self.a, self.o = nn.Conv2d(3, 16, 2, 2), self.Inner(), nn.Conv2d(16, 3, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.i(x)
+        n, _, h, w = y.shape
+        y, (h, w) = self.a(y.flatten(2).mT, (h, w))
+        return self.o(y.mT.reshape(n, 16, h, w))
+
+
+class Detector(nn.Module):
+    """DETR-like: torch's own transformer over the image, read by five queries."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.i, self.q = nn.Conv2d(3, 16, 3, 2, 1), nn.Parameter(torch.rand(5, 16))
+        self.t = nn.Transformer(16, 2, 1, 1, 32, dropout=0.0, batch_first=True)
+        self.box, self.kind = nn.Linear(16, 4), nn.Linear(16, 7)
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        y = self.i(x).flatten(2).mT
+        y = self.t(y, self.q.expand(len(x), -1, -1))
+        return {"boxes": self.box(y).sigmoid(), "kinds": self.kind(y)}
+
+
+NETWORKS: dict[str, Callable[[], nn.Module]] = {
+    "windows": Windows,
+    "shifted windows": lambda: Windows(2),
+    "transposed": Transposed,
+    "pooled": Pooled,
+    "halves": lambda: nn.Sequential(nn.Conv2d(3, 16, 3), Halves(), nn.Conv2d(16, 2, 1)),
+    "transformer": Detector,
+}
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_three_image_sizes_and_three_batches(name: str, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model, x = NETWORKS[name]().eval(), torch.randn(1, 3, 16, 16)
+    graph = sc.analyze(model, x)
+    plan = sc.Plan.of(graph, random_masks(graph, 0))
+    cut = sc.cut_(copy.deepcopy(model), graph, plan)
+    proof = sc.verify(model, cut, graph, plan)
+    assert proof.ok, proof
+    assert proof.rewritten
+    assert proof.tied == ()
+    assert proof.uncompared == ""
+    assert proof.sizes in str(proof)
+    sc.save(cut, tmp_path / "cut.safetensors")
+    loaded = sc.load(NETWORKS[name](), tmp_path / "cut.safetensors").eval()
+    masked = mask_(copy.deepcopy(model), graph, plan).double()
+    double = copy.deepcopy(cut).double()
+    for size in ((12, 20), (34, 24), (18, 10)):
+        for batch in (1, 2, 3):
+            images = torch.randn(batch, 3, *size)
+            with torch.no_grad():
+                if not proof.statistics:
+                    both = floats(masked(images.double())), floats(double(images.double()))
+                    assert difference(*both)[1] < 1e-9, (size, batch)
+                assert all(map(torch.equal, floats(loaded(images)), floats(cut(images)))), (size, batch)
+
+
+class Two(nn.Module):
+    """Its sizes are in no number of the forward: a table of positions for one image size."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.i, self.s, self.o = nn.Conv2d(3, 16, 3, padding=1), self.Odd(), nn.Conv2d(16, 2, 1)
+
+    class Odd(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a = nn.Conv2d(16, 16, 1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = self.a(x).view(len(x), 2, 8, *x.shape[2:]).flatten(1, 2)
+            return y.sigmoid() if x.shape[2] == 16 else y.relu()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.o(self.s(self.i(x)))
+
+
+def test_a_module_tied_to_a_size_says_so(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    pruned = sc.prune(Two().eval(), torch.randn(1, 3, 16, 16), budget=sc.Budget(macs=0.5))
+    (said,) = pruned.proof.tied
+    assert said.startswith("s takes any × ")
+    assert "16 × 16 only: it does other things at other image sizes" in said
+    assert said in str(pruned)
+    assert any(said in note for note in pruned.report.notes)
+    assert "not compared at another image size" in str(pruned)
+    pruned.model(torch.randn(3, 3, 16, 16))
+    with pytest.raises(CutError, match=r"now takes any × .*16 × 16 only; got 1 × .*20 × 16.*Analyse and cut"):
+        pruned.model(torch.randn(1, 3, 20, 16))
+    pruned.save(tmp_path / "tied.safetensors")
+    loaded = sc.load(Two(), tmp_path / "tied.safetensors")
+    assert rewritten_modules(loaded)["s"].tied == rewritten_modules(pruned.model)["s"].tied != ""
+    with pytest.raises(CutError, match="only; got"):
+        loaded(torch.randn(1, 3, 20, 16))
