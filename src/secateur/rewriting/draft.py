@@ -9,7 +9,7 @@ import copy
 import functools
 import itertools
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -24,8 +24,20 @@ from secateur.graph.duplicate import duplicate
 from secateur.graph.labels import Value
 from secateur.graph.operators import OPERATORS, Step
 from secateur.graph.trace import Survivors, Trace
-from secateur.rewriting.listing import Listing, as_op, find_calls, list_operators
-from secateur.rewriting.program import ANYTHING, Named, Program, Ref, Size, Training, operator_named, refs
+from secateur.rewriting.calls import Site, leaves_of, marked, opened, strip
+from secateur.rewriting.compose import Composed, choose_calls, compose, outline, outside, silent
+from secateur.rewriting.listing import Listing, find_calls, list_operators
+from secateur.rewriting.program import (
+    ANYTHING,
+    Made,
+    Named,
+    Program,
+    Ref,
+    Size,
+    Training,
+    operator_named,
+    refs,
+)
 from secateur.rewriting.rewrite import CONSTANT, arguments_of, cut_steps
 
 Calls = list[tuple[tuple[Any, ...], dict[str, Any]]]
@@ -37,7 +49,7 @@ class Draft:
 
     Attributes:
         constants: buffers to be registered with it.
-        lost: what the module does in training mode and the program does not, in words; "" if nothing.
+        lost: what the module does and the program does not, in words; "" if nothing.
     """
 
     program: Program
@@ -65,9 +77,12 @@ class Writer:
         self._runs: dict[str, list[Calls]] = {}
         self._captures: dict[Any, Captures] = {}
 
-    def draft(self, name: str) -> Draft:
+    def draft(self, name: str, apart: Collection[str] | None = ()) -> Draft:
         """The program of a submodule; "" is the model itself.
 
+        Args:
+            name: of the submodule.
+            apart: names of modules that the program does not call, but writes their operators out; None: all.
         Raises:
             CutError: it cannot be written; the message says why.
         """
@@ -77,7 +92,7 @@ class Writer:
         if not base:
             raise CutError(f"{name}: it is not called in evaluation mode")
         drafts = [
-            self._draft(name, number, [calls[number] for calls in (base, *others)])
+            self._draft(name, number, [calls[number] for calls in (base, *others)], apart)
             for number in range(len(base))
         ]
         if any(draft.program != drafts[0].program for draft in drafts):
@@ -101,7 +116,7 @@ class Writer:
         for n in names:
             self._runs[n] = [run[n] for run in runs]
 
-    def _draft(self, name: str, number: int, calls: Calls) -> Draft:
+    def _draft(self, name: str, number: int, calls: Calls, apart: Collection[str] | None) -> Draft:
         module = self._model.get_submodule(name)
         try:
             captures = self._capture(module, calls)
@@ -114,11 +129,23 @@ class Writer:
             if [s.target for s in other.steps] != [s.target for s in captured.steps]:
                 raise CutError(f"{name}: its forward does other things for another batch size or precision")
         values = self._match(name, number, captured)
-        switches, lost = training_switches(captures.training, captured)
-        before = [copy.copy(step.args) for step in captured.steps]
-        cut_steps(captured, values, self._survivors)
         sizes = self._sizes(captured, listings, values)
-        for i, step in enumerate(captured.steps):
+        sites = [one.sites_of(of) for one, of in zip((base, *variants), (captured, *listings), strict=True)]
+        prefix = f"{name}." if name else ""
+        within = None if apart is None else [n.removeprefix(prefix) for n in apart if n.startswith(prefix)]
+        chosen = choose_calls(
+            captured, sites, within, lambda arg, others: sizes.symbolic(arg, arg, others, name)
+        )
+        switches, lost = training_switches(captures.training, captured, sites[0], chosen)
+        unheard = silent(captured, sites[0], chosen)
+        if unheard:
+            lost = " and ".join(
+                [f"hooks on {', '.join(unheard[:4])}{' …' * (len(unheard) > 4)}", *[lost] * bool(lost)]
+            )
+        before = [copy.copy(step.args) for step in captured.steps]
+        cut_steps(captured, values, self._survivors, outside(captured, chosen))
+        for i in outside(captured, chosen):
+            step = captured.steps[i]
             try:
                 operator_named(step.target)
             except ValueError as error:
@@ -129,7 +156,7 @@ class Writer:
             step.args |= {
                 key: Training(m, yes, step.args.get(key, no)) for key, (m, yes, no) in switches[i].items()
             }
-        return self._finish(captured, base, variants, lost)
+        return self._finish(captured, base, variants, compose(captured, sites[0], chosen), lost)
 
     def _capture(self, module: nn.Module, calls: Calls) -> "Captures":
         """The captures of one call; networks repeat their blocks, so those of a module like it will do."""
@@ -141,15 +168,18 @@ class Writer:
             self._captures[alike] = captures
         return captures
 
-    def _finish(self, lines: Listing, base: "Captured", variants: list["Captured"], lost: str) -> Draft:
-        unnamed = [name for name in lines.names if name in base.captured.constants]
-        buffers = {name: f"{CONSTANT}{i}" for i, name in enumerate(unnamed)}
+    def _finish(
+        self, lines: Listing, base: "Captured", variants: list["Captured"], composed: Composed, lost: str
+    ) -> Draft:
+        unnamed = [name for name in composed.tensors if name in base.captured.constants]
+        free = (f"{CONSTANT}{i}" for i in itertools.count() if f"module.{CONSTANT}{i}" not in lines.names)
+        buffers = dict(zip(unnamed, free, strict=False))
         program = Program(
             arguments=varying(base.arguments, [variant.arguments for variant in variants]),
             inputs=len(lines.inputs),
-            tensors=tuple(buffers.get(name) or name.removeprefix("module.") for name in lines.names),
-            ops=tuple(as_op(step) for step in lines.steps),
-            output=fill(base.output, None, lines.output),
+            tensors=tuple(buffers.get(name) or name.removeprefix("module.") for name in composed.tensors),
+            ops=tuple(composed.ops),
+            output=composed.translate(fill(base.output, None, lines.output)),
         )
         constants = {buffers[name]: base.captured.constants[name].detach().clone() for name in unnamed}
         return Draft(program, constants, lost)
@@ -263,22 +293,25 @@ class Captured:
     Attributes:
         arguments: of the call, with `Ref` in place of each tensor.
         output: what it returns, likewise.
+        sites: the calls of its submodules.
     """
 
     captured: Capture
     arguments: Any
     output: Any
+    sites: list[Site]
 
     @classmethod
     def of(cls, module: nn.Module, args: Any, kwargs: Any, *, training: bool = False) -> "Captured":
         """Capture one call."""
         call = FixedCall(module, args, kwargs)
-        captured = capture(call, tuple(call.tensors), training=training, exact=True)
-        if ANYTHING in pytree.tree_leaves(call.returned.tree):
+        with marked(call.module) as sites:
+            captured = capture(call, tuple(call.tensors), training=training, exact=True)
+        if any(leaf == ANYTHING for _, leaf in leaves_of(call.returned.tree)):
             raise CutError(
                 f"{type(module).__name__}: it returns something else than tensors, and lists and dicts of them"
             )
-        return cls(captured, call.arguments, call.returned.tree)
+        return cls(captured, call.arguments, call.returned.tree, sites)
 
     @classmethod
     def of_double(cls, module: nn.Module, args: Any, kwargs: Any) -> "Captured | None":
@@ -300,6 +333,10 @@ class Captured:
     def listing(self) -> Listing:
         """Its operators."""
         return list_operators(self.captured)
+
+    def sites_of(self, lines: Listing) -> list[Site]:
+        """What is known about each call of its listing."""
+        return [self.sites[call.site] for call in lines.calls]
 
 
 @dataclass
@@ -362,38 +399,70 @@ def likeness(x: Any, known: dict[int, int]) -> Any:
 
 
 def training_switches(
-    training: Captured | None, lines: Listing
-) -> tuple[list[dict[str, tuple[str, Any, Any]]], str]:
-    """What changes in training mode: per step, argument -> (module, value in training, value otherwise).
+    training: Captured | None, lines: Listing, sites: Sequence[Site], chosen: Collection[int]
+) -> tuple[dict[int, dict[str, tuple[str, Any, Any]]], str]:
+    """What changes in training mode outside of the calls that a program makes.
 
     Returns:
-        also what cannot be expressed this way, in words.
+        step -> argument -> (module, value in training, value otherwise); and what cannot be expressed this way, in
+        words.
     """
+    theirs: list[Step | str] = []
     try:
-        steps = [step for step in training.listing().steps if not counts(step)] if training else []
+        if training:
+            other = training.listing()
+            theirs = lines_of(other, training.sites_of(other), sites, chosen)
     except CutError:
-        steps = []
-    if [s.target for s in steps] == [s.target for s in lines.steps]:
-        result = []
-        for ours, theirs in zip(lines.steps, steps, strict=True):
+        pass
+    ours = lines_of(lines, sites, sites, chosen)
+    number = {id(step): i for i, step in enumerate(lines.steps)}
+    switches = {}
+    if [known(line) for line in theirs] == [known(line) for line in ours]:
+        for step, twin in zip(ours, theirs, strict=True):
+            if isinstance(step, str) or isinstance(twin, str):
+                continue
             changed = {}
-            for key in ours.args.keys() | theirs.args.keys():
-                no, yes = ours.args.get(key), theirs.args.get(key)
+            for key in step.args.keys() | twin.args.keys():
+                no, yes = step.args.get(key), twin.args.get(key)
                 if isinstance(no, bool | float | None) and isinstance(yes, bool | float | None) and no != yes:
-                    changed[key] = (owner(ours), yes, no)
-            result.append(changed)
-        return result, ""
-    only = sorted({s.op for s in steps} - {s.op for s in lines.steps})
+                    changed[key] = (owner(step), yes, no)
+            switches[number[id(step)]] = changed
+        return switches, ""
+    only = sorted({s.op for s in theirs if isinstance(s, Step)} - {s.op for s in ours if isinstance(s, Step)})
     lost = (
         f"what it does in training mode only ({', '.join(only)})"
         if only
         else "what it does in training mode only"
     )
-    switches = []
-    for step in lines.steps:
-        switch = OPERATORS[step.op].trains if step.op in OPERATORS else None
-        switches.append({switch: (owner(step), True, False)} if switch else {})
+    for step in ours:
+        if isinstance(step, Step):
+            switch = OPERATORS[step.op].trains if step.op in OPERATORS else None
+            switches[number[id(step)]] = {switch: (owner(step), True, False)} if switch else {}
     return switches, lost
+
+
+def lines_of(
+    lines: Listing, sites: Sequence[Site], reference: Sequence[Site], chosen: Collection[int]
+) -> list[Step | str]:
+    """The operators of a listing, and in between the names of submodules where the reference's calls are made."""
+    wanted = {(site.module, occurrence(reference, n)) for n, site in enumerate(reference) if n in chosen}
+    calls = [n for n, site in enumerate(sites) if (site.module, occurrence(sites, n)) in wanted]
+    found = outline(lines, calls)
+    return [
+        line if isinstance(line, Step) else sites[line].module
+        for line in found
+        if not isinstance(line, Step) or not counts(line)
+    ]
+
+
+def occurrence(sites: Sequence[Site], number: int) -> int:
+    """How many calls of the same submodule come before a call."""
+    return sum(site.module == sites[number].module for site in sites[:number])
+
+
+def known(line: Step | str) -> str:
+    """A line of a program by its operator, or by the submodule that it calls."""
+    return line if isinstance(line, str) else line.target
 
 
 def counts(step: Step) -> bool:
@@ -406,28 +475,17 @@ def owner(step: Step) -> str:
     return step.module.removeprefix("module").removeprefix(".")
 
 
-def strip(tree: Any, leaves: list[Tensor]) -> Any:
-    """A tree of dicts, lists and tuples with `Ref` in place of each tensor; the tensors go to `leaves`."""
-    if isinstance(tree, Tensor):
-        known = next((i for i, leaf in enumerate(leaves) if leaf is tree), len(leaves))
-        if known == len(leaves):
-            leaves.append(tree)
-        return Ref(known)
-    if type(tree) is dict:
-        return {name: strip(part, leaves) for name, part in tree.items()}
-    if isinstance(tree, torch.Size):
-        return tuple(tree)
-    if type(tree) in (list, tuple):
-        return type(tree)(strip(part, leaves) for part in tree)
-    return tree if tree is None or isinstance(tree, bool | int | float | str) else ANYTHING
-
-
 def fill(tree: Any, given: Any, leaves: Sequence[Any]) -> Any:
     """The tree with the leaves in place of each `Ref`, and what was given in place of anything."""
     if isinstance(tree, Ref):
         return leaves[tree.index]
     if isinstance(tree, dict):
         return {name: fill(part, given and given[name], leaves) for name, part in tree.items()}
+    if isinstance(tree, Made):
+        entries = opened(given) if given is not None else None
+        return tree(
+            {name: fill(part, entries and entries[name], leaves) for name, part in tree.entries.items()}
+        )
     if isinstance(tree, list | tuple):
         parts = [fill(part, given and given[i], leaves) for i, part in enumerate(tree)]
         return type(tree)(parts)
@@ -438,6 +496,8 @@ def varying(tree: Any, others: Sequence[Any]) -> Any:
     """The tree with anything in place of numbers that differ from those of the others."""
     if isinstance(tree, dict):
         return {name: varying(part, [other[name] for other in others]) for name, part in tree.items()}
+    if isinstance(tree, Made):
+        return Made(tree.cls, varying(dict(tree.entries), [dict(other.entries) for other in others]))
     if isinstance(tree, list | tuple):
         return type(tree)(varying(part, [other[i] for other in others]) for i, part in enumerate(tree))
     return tree if all(other == tree for other in others) else ANYTHING

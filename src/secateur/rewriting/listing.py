@@ -19,6 +19,7 @@ from secateur.graph.labels import Value
 from secateur.graph.operators import OPERATORS, CutSite, Shape, Step, module_of, shapes_of
 from secateur.graph.propagate import BODIES
 from secateur.graph.trace import Survivors
+from secateur.rewriting.calls import CALLED, RETURNED
 from secateur.rewriting.program import DEVICE, Named, Op, Ref
 
 
@@ -39,6 +40,38 @@ def as_op(step: Step) -> Op:
     return Op(step.target, tuple(positional), tuple(keywords))
 
 
+@dataclass(frozen=True)
+class Via(Ref):
+    """A register as a call of a submodule returned it.
+
+    Attributes:
+        of: the reference it was inside of the submodule.
+        call: number of the call.
+        leaf: which of the tensors that the call returned.
+    """
+
+    of: Ref
+    call: int
+    leaf: int
+
+
+@dataclass
+class CallLine:
+    """A call of a submodule in a listing.
+
+    Attributes:
+        site: its number among those noted at capture.
+        parent: number of the call it is made in; None: the captured module makes it.
+        steps: those that run in it.
+        reads: what its tensors are.
+    """
+
+    site: int
+    parent: int | None
+    steps: range
+    reads: list[Any]
+
+
 @dataclass
 class Listing:
     """The operators of a captured graph, bodies of higher-order operators included.
@@ -50,6 +83,7 @@ class Listing:
         steps: the operators.
         nodes: the node that each register of a program holds.
         output: what the graph returns, with `Ref` in place of each tensor.
+        calls: of submodules, in the order in which they begin; only where they were marked at capture.
     """
 
     captured: Capture
@@ -58,6 +92,7 @@ class Listing:
     steps: list[Step] = field(default_factory=list)
     nodes: list[fx.Node] = field(default_factory=list)
     output: Any = None
+    calls: list[CallLine] = field(default_factory=list)
 
     @property
     def names(self) -> list[str]:
@@ -96,6 +131,9 @@ def _list(graph: fx.GraphModule, environment: dict[fx.Node, Any], result: Listin
         if node.target is operator.getitem and isinstance(environment[node.args[0]], list | tuple):
             environment[node] = environment[node.args[0]][node.args[1]]
             continue
+        if str(node.target) in (CALLED, RETURNED):
+            environment[node] = _mark(node, environment, result)
+            continue
         body = next(
             (a for a in map(environment.get, node.all_input_nodes) if isinstance(a, fx.GraphModule)), None
         )
@@ -110,6 +148,19 @@ def _list(graph: fx.GraphModule, environment: dict[fx.Node, Any], result: Listin
         write = OPERATORS[step.op].constants.write if step.op in OPERATORS else None
         result.steps.append(write(step) if write else step)
     raise AssertionError("a graph without an output")
+
+
+def _mark(node: fx.Node, environment: Mapping[fx.Node, Any], result: Listing) -> Any:
+    tensors = _resolve(node.args[0], environment)
+    now = len(result.steps)
+    if str(node.target) == CALLED:
+        parent = next((n for n, call in reversed([*enumerate(result.calls)]) if call.steps.stop < 0), None)
+        result.calls.append(CallLine(int(str(node.args[1])), parent, range(now, -1), tensors))
+        return len(result.calls) - 1
+    number = environment[node.args[1]]  # type: ignore[index]
+    call = result.calls[number]
+    call.steps = range(call.steps.start, now)
+    return [Via(ref.index, ref, number, leaf) for leaf, ref in enumerate(tensors)]
 
 
 def _list_body(node: fx.Node, body: fx.GraphModule, environment: dict[fx.Node, Any], result: Listing) -> Any:

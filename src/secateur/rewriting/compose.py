@@ -1,0 +1,218 @@
+"""From a listing to a program: which submodules it calls, and the operators between these calls."""
+
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from secateur.errors import CutError
+from secateur.graph.operators import Step
+from secateur.rewriting.calls import Site, leaves_of
+from secateur.rewriting.listing import Listing, Via, as_op
+from secateur.rewriting.program import Call, Made, Named, Op, Ref
+
+Calls = dict[int, tuple[Any, Any]]
+"""Number of a call in a listing -> its arguments and keyword arguments, with `Ref` to registers of the listing."""
+
+LITERALS = (bool, int, float)
+"""What a call may be given besides tensors; no text, since a program may come from a file that nobody vouches for."""
+
+
+@dataclass(frozen=True)
+class Composed:
+    """What a program is made of.
+
+    Attributes:
+        tensors: names of those it reads.
+        ops: its lines.
+        translate: references of the listing to those of the program, in any arguments.
+    """
+
+    tensors: list[str]
+    ops: list[Op | Call]
+    translate: Callable[[Any], Any]
+
+
+def choose_calls(
+    lines: Listing,
+    sites: Sequence[Sequence[Site]],
+    apart: Collection[str] | None,
+    express: Callable[..., Any],
+) -> Calls:
+    """The calls of submodules that a program makes as they are.
+
+    The outermost ones are taken: whatever runs in a call is up to the submodule.
+
+    Args:
+        lines: of the module as captured.
+        sites: of every call of the listing, in this capture and in all others.
+        apart: submodules whose operators are to be written out; None: all.
+        express: (a number, the same in the other captures) -> the number, or what it is made of.
+    """
+    if apart is None or any([s.module for s in other] != [s.module for s in sites[0]] for other in sites):
+        return {}
+    possible: Calls = {}
+    apart = set(apart)
+    for number, call in enumerate(lines.calls):
+        variants = [own[number] for own in sites]
+        try:
+            args, kwargs = (
+                follow([getattr(site, part) for site in variants], call.reads, express)
+                for part in ("args", "kwargs")
+            )
+            possible[number] = args, kwargs
+        except CutError:
+            apart.add(variants[0].module)
+        if not is_plain(variants[0]) or call.steps.stop < 0:
+            apart.add(variants[0].module)
+    while True:
+        # all calls of a submodule or none, so that they keep their numbers
+        possible = {n: given for n, given in possible.items() if sites[0][n].module not in apart}
+        chosen = {
+            n: given for n, given in possible.items() if not any(a in possible for a in around(lines, n))
+        }
+        owners = {step: n for n in chosen for step in lines.calls[n].steps}
+        first = len(lines.nodes) - len(lines.steps)
+        steps = [lines.steps[i].args for i in outside(lines, chosen)]
+        open_ = {
+            owners[ref.index - first]
+            for ref in (resolve(ref, chosen) for ref in references([*steps, *chosen.values(), lines.output]))
+            if not isinstance(ref, Via) and ref.index - first in owners
+        }
+        if not open_:
+            return chosen
+        apart |= {sites[0][n].module for n in open_}
+
+
+def is_plain(site: Site) -> bool:
+    """Whether a call can be written down: tensors and numbers in, and tensors in plain containers out."""
+    given = [leaf for _, leaf in leaves_of([site.args, site.kwargs])]
+    returned = [leaf for _, leaf in leaves_of(site.output)]
+    return all(x is None or isinstance(x, (Ref, *LITERALS)) for x in given) and not any(
+        isinstance(x, Named) for x in returned
+    )
+
+
+def follow(variants: Sequence[Any], reads: Sequence[Any], express: Callable[..., Any]) -> Any:
+    """Arguments of a call with registers for its tensors, from what they were in all captures.
+
+    Raises:
+        CutError: they differ between captures in more than numbers that can be expressed.
+    """
+    base, *others = variants
+    if isinstance(base, Ref):
+        return reads[base.index]
+    if isinstance(base, Made):
+        return Made(base.cls, follow([v.entries for v in variants], reads, express))
+    if isinstance(base, dict | list | tuple):
+        if any(type(o) is not type(base) or len(o) != len(base) for o in others):
+            raise CutError("arguments that differ in number")
+        if isinstance(base, dict):
+            return {name: follow([v[name] for v in variants], reads, express) for name in base}
+        return type(base)(follow([v[i] for v in variants], reads, express) for i in range(len(base)))
+    return express(base, others)
+
+
+def around(lines: Listing, number: int) -> Iterator[int]:
+    """The calls in which a call is made."""
+    parent = lines.calls[number].parent
+    while parent is not None:
+        yield parent
+        parent = lines.calls[parent].parent
+
+
+def resolve(ref: Ref, chosen: Collection[int]) -> Ref:
+    """What a reference is if only these calls are made: one through a call, or a plain register."""
+    while isinstance(ref, Via) and ref.call not in chosen:
+        ref = ref.of
+    return ref
+
+
+def references(tree: Any) -> Iterator[Ref]:
+    """The references in arguments."""
+    for _, leaf in leaves_of(tree):
+        if isinstance(leaf, Ref):
+            yield leaf
+
+
+def outside(lines: Listing, chosen: Collection[int]) -> list[int]:
+    """The steps that run in none of these calls."""
+    inside = {step for n in chosen for step in lines.calls[n].steps}
+    return [i for i in range(len(lines.steps)) if i not in inside]
+
+
+def outline(lines: Listing, chosen: Collection[int]) -> list[Step | int]:
+    """The lines of a program in order: operators that run in no call, and numbers of calls."""
+    steps: list[tuple[int, int, Step | int]] = [
+        (i, len(lines.calls), lines.steps[i]) for i in outside(lines, chosen)
+    ]
+    calls: list[tuple[int, int, Step | int]] = [(lines.calls[n].steps.stop, n, n) for n in chosen]
+    return [line for *_, line in sorted(steps + calls, key=lambda line: line[:2])]
+
+
+def compose(lines: Listing, sites: Sequence[Site], chosen: Calls) -> Composed:
+    """What a program is made of, for the calls that it makes."""
+    inputs, first = len(lines.inputs), len(lines.nodes) - len(lines.steps)
+    order = outline(lines, chosen)
+    read = [line.args if isinstance(line, Step) else chosen[line] for line in order]
+    found = [resolve(ref, chosen) for ref in references([*read, lines.output])]
+    plain = {ref.index for ref in found if not isinstance(ref, Via)}
+    returned = {(ref.call, ref.leaf) for ref in found if isinstance(ref, Via)}
+    used = [i for i in range(inputs, first) if i in plain]
+    if any(isinstance(x, Named) and x.name == "same" for _, x in leaves_of(read)):
+        floating = [i for i in range(first) if is_floating(lines, i)]
+        used += [i for i in floating[-1:] if not set(floating) & {*range(inputs), *used}]
+    registers: dict[Any, int] = {i: i for i in range(inputs)} | {
+        old: inputs + i for i, old in enumerate(used)
+    }
+    start = inputs + len(used)
+    result: list[Op | Call] = []
+
+    def translate(tree: Any) -> Any:
+        if isinstance(tree, Ref):
+            ref = resolve(tree, chosen)
+            return Ref(registers[(ref.call, ref.leaf) if isinstance(ref, Via) else ref.index])
+        if isinstance(tree, Made):
+            return Made(tree.cls, translate(dict(tree.entries)))
+        if isinstance(tree, Mapping):
+            return {name: translate(part) for name, part in tree.items()}
+        return type(tree)(map(translate, tree)) if isinstance(tree, list | tuple) else tree
+
+    def add(line: Op | Call) -> int:
+        result.append(line)
+        return start + len(result) - 1
+
+    places = {id(step): first + i for i, step in enumerate(lines.steps)}
+    for line in order:
+        if isinstance(line, Step):
+            op = as_op(line)
+            kwargs = tuple((name, translate(arg)) for name, arg in op.kwargs)
+            registers[places[id(line)]] = add(Op(op.target, translate(op.args), kwargs))
+            continue
+        args, kwargs = translate(chosen[line])
+        site = sites[line]
+        known = {(): add(Call(site.module, tuple(args), tuple(kwargs.items())))}
+        for path, leaf in leaves_of(site.output):
+            if isinstance(leaf, Ref) and (line, leaf.index) in returned:
+                for depth in range(1, len(path) + 1):
+                    if path[:depth] not in known:
+                        step = Ref(known[path[: depth - 1]]), path[depth - 1]
+                        known[path[:depth]] = add(Op("getitem", step))
+                registers[line, leaf.index] = known[path]
+    return Composed([lines.names[i - inputs] for i in used], result, translate)
+
+
+def is_floating(lines: Listing, register: int) -> bool:
+    """Whether an input or tensor of a listing holds floating-point numbers."""
+    value = lines.nodes[register].meta.get("val")
+    return isinstance(value, Tensor) and value.is_floating_point()
+
+
+def silent(lines: Listing, sites: Sequence[Site], chosen: Collection[int]) -> list[str]:
+    """The submodules that the captured forward calls, and the program neither calls nor leaves to another one."""
+    called = {
+        sites[n].module for n in range(len(lines.calls)) if n in chosen or {*around(lines, n)} & {*chosen}
+    }
+    names = [sites[n].module for n in range(len(lines.calls)) if sites[n].module not in called]
+    return list(dict.fromkeys(names))
