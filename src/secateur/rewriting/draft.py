@@ -25,7 +25,7 @@ from secateur.graph.labels import Value
 from secateur.graph.operators import OPERATORS, Step
 from secateur.graph.trace import Survivors, Trace
 from secateur.rewriting.calls import Site, leaves_of, marked, opened, strip
-from secateur.rewriting.compose import Composed, choose_calls, compose, outline, outside, silent
+from secateur.rewriting.compose import Composed, choose_calls, compose, follow, outline, outside, silent
 from secateur.rewriting.listing import Listing, find_calls, list_operators
 from secateur.rewriting.program import (
     ANYTHING,
@@ -179,7 +179,7 @@ class Writer:
             inputs=len(lines.inputs),
             tensors=tuple(buffers.get(name) or name.removeprefix("module.") for name in composed.tensors),
             ops=tuple(composed.ops),
-            output=composed.translate(fill(base.output, None, lines.output)),
+            output=composed.translate(follow([base.output], lines.output, lambda leaf, _: leaf)),
         )
         constants = {buffers[name]: base.captured.constants[name].detach().clone() for name in unnamed}
         return Draft(program, constants, lost)
