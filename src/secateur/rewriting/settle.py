@@ -10,15 +10,17 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.utils import _pytree as pytree
 
 from secateur.errors import CutError
-from secateur.graph import Graph, named_tensors
+from secateur.graph import Graph, analyze, named_tensors
 from secateur.graph.duplicate import duplicate
 from secateur.graph.modes import evaluating
+from secateur.graph.positions import removed_positions
 from secateur.graph.probe import aliases, difference, floats, random_inputs, random_values
 from secateur.graph.trace import Survivors
 from secateur.rewriting.draft import Draft, Writer
@@ -31,15 +33,15 @@ TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-5}
 
 
 def settle(
-    model: nn.Module, graph: Graph, survivors: Survivors, whole: Callable[[], nn.Module]
+    model: nn.Module, graph: Graph, masks: Sequence[Tensor], whole: Callable[[], nn.Module]
 ) -> dict[str, Draft]:
     """Find the submodules of a cut model that must be rewritten, the smallest ones that will do.
 
     Args:
         model: cut; it is not changed.
-        graph: of the original.
-        survivors: of the plan.
-        whole: makes a copy of the original.
+        graph: of the model before the cut.
+        masks: (units,) bool per group of the graph, what was kept.
+        whole: makes a copy of the model before the cut.
     Returns:
         module name -> its program; empty if the model's own forward computes the cut network.
     Raises:
@@ -47,16 +49,40 @@ def settle(
     """
     assert graph.trace is not None
     model = duplicate(model, share=True)  # a forward may keep what it has computed
-    judge = Judge(model, graph, survivors)
+    judge = Judge(model, graph, graph.trace.survivors(masks))
     if judge.holds():
         return {}
-    if graph.trace.gone is not None:
+    before, trace = whole(), graph.trace
+    if trace.gone is not None:  # the graph was captured before earlier cuts
+        graph, masks = analyzed_again(before, graph, masks)
+        assert graph.trace is not None
+        trace = graph.trace
+        judge = Judge(model, graph, trace.survivors(masks))
+    return CheckedPass(judge, Writer(before, trace, trace.survivors(masks), graph.inputs)).run()
+
+
+def analyzed_again(model: nn.Module, graph: Graph, masks: Sequence[Tensor]) -> tuple[Graph, list[Tensor]]:
+    """A graph captured from a model as it is now, and the masks of its groups that remove the same positions.
+
+    Raises:
+        CutError: its groups are others.
+    """
+    fresh = analyze(model, graph.inputs)
+    gone = removed_positions(graph, masks)
+    result = []
+    for group in fresh.groups:
+        mask = np.ones(group.units, dtype=bool)
+        for member in group.members:
+            mask &= ~np.isin(member.index, gone.get((member.tensor, member.dim), ())).any(axis=1)
+        result.append(torch.from_numpy(mask))
+    found = removed_positions(fresh, result)
+    different = [key for key in gone.keys() | found.keys() if set(gone.get(key, ())) != set(found.get(key, ()))]
+    if different:
         raise CutError(
-            f"{type(model).__name__}: its own forward cannot express the new widths, and a model that was cut before "
-            f"cannot be rewritten. Remove everything in one cut. The model is unchanged."
+            f"{different[0][0]}: after earlier cuts, what can be removed of it is something else. Remove everything in "
+            f"one cut, or freeze this layer. The model is unchanged."
         )
-    writer = Writer(whole(), graph.trace, survivors, graph.inputs)
-    return CheckedPass(judge, writer).run()
+    return fresh, result
 
 
 def fixes_precision(lines: Listing) -> bool:

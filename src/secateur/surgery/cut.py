@@ -69,7 +69,6 @@ def cut_(model: nn.Module, graph: Graph, plan: Plan, *, optimizer: Optimizer | N
 
 def _settle(model: nn.Module, graph: Graph, masks: list[Tensor], edit: Edit) -> None:
     """Rewrite the submodules whose own forward does not compute the cut network."""
-    assert graph.trace is not None
 
     def whole() -> nn.Module:
         edit.undo()
@@ -78,7 +77,7 @@ def _settle(model: nn.Module, graph: Graph, masks: list[Tensor], edit: Edit) -> 
         finally:
             edit.apply()
 
-    drafts = settle(model, graph, graph.trace.survivors(masks), whole)
+    drafts = settle(model, graph, masks, whole)
     for name, draft in drafts.items():
         module = model.get_submodule(name)
         edit.done(rewrite_(module, draft.program, draft.constants, draft.lost))
