@@ -17,8 +17,9 @@ from torch.func import functional_call
 from torch.utils import _pytree as pytree
 
 from secateur.errors import CutError
-from secateur.graph import Graph, analyze, named_tensors
+from secateur.graph import Graph, named_tensors
 from secateur.graph.duplicate import duplicate
+from secateur.graph.groups import find_groups
 from secateur.graph.modes import evaluating
 from secateur.graph.positions import removed_positions
 from secateur.graph.probe import aliases, difference, floats, random_inputs, random_values
@@ -67,8 +68,8 @@ def analyzed_again(model: nn.Module, graph: Graph, masks: Sequence[Tensor]) -> t
     Raises:
         CutError: its groups are others.
     """
-    fresh = analyze(model, graph.inputs)
     gone = removed_positions(graph, masks)
+    fresh = find_groups(model, graph.inputs, going=gone)
     result = []
     for group in fresh.groups:
         mask = np.ones(group.units, dtype=bool)
@@ -76,7 +77,9 @@ def analyzed_again(model: nn.Module, graph: Graph, masks: Sequence[Tensor]) -> t
             mask &= ~np.isin(member.index, gone.get((member.tensor, member.dim), ())).any(axis=1)
         result.append(torch.from_numpy(mask))
     found = removed_positions(fresh, result)
-    different = [key for key in gone.keys() | found.keys() if set(gone.get(key, ())) != set(found.get(key, ()))]
+    different = [
+        key for key in gone.keys() | found.keys() if set(gone.get(key, ())) != set(found.get(key, ()))
+    ]
     if different:
         raise CutError(
             f"{different[0][0]}: after earlier cuts, what can be removed of it is something else. Remove everything in "
