@@ -21,6 +21,33 @@ BATCH = 2
 
 
 @dataclass(frozen=True)
+class Batching:
+    """Which of the example inputs hold something for every image.
+
+    Attributes:
+        images: in the inputs as they were given.
+        rows: of every leaf of the inputs, its first dim if that grows with the images; None: it stays.
+    """
+
+    images: int
+    rows: tuple[int | None, ...]
+
+    def allows(self, images: int) -> bool:
+        """Whether the inputs can hold this many images."""
+        return all(rows is None or rows * images % self.images == 0 for rows in self.rows)
+
+    def resized(self, inputs: Inputs, images: int) -> Inputs:
+        """The same inputs with this many images: the first ones, repeated if there are too few."""
+        leaves, tree = pytree.tree_flatten(as_call(inputs))
+        for i, rows in enumerate(self.rows):
+            if rows is not None:
+                index = torch.arange(rows * images // self.images, device=leaves[i].device) % rows
+                leaves[i] = leaves[i][index]
+        args, kwargs = pytree.tree_unflatten(leaves, tree)
+        return as_inputs(args, kwargs, inputs)
+
+
+@dataclass(frozen=True)
 class Capture:
     """The ATen graph of one forward pass, in which a convolution is still one node.
 
@@ -28,12 +55,14 @@ class Capture:
         module: the graph and, as submodules, the bodies of its higher-order operators.
         tensors: placeholder name -> name of the parameter or buffer it stands for.
         constants: placeholder name -> a tensor that `forward` reads and that is neither of these.
+        batching: how the example inputs were read.
         batch: images in the traced batch; totals over the graph are divided by it.
     """
 
     module: fx.GraphModule
     tensors: dict[str, str]
     constants: dict[str, Tensor]
+    batching: Batching
     batch: int
 
     @property
@@ -41,6 +70,11 @@ class Capture:
         """The placeholders of the example inputs' leaves, in order."""
         given = self.tensors.keys() | self.constants.keys()
         return [n for n in self.module.graph.find_nodes(op="placeholder") if n.name not in given]
+
+    @property
+    def batched(self) -> set[fx.Node]:
+        """Those of the inputs that grow with the number of images."""
+        return {n for n, rows in zip(self.inputs, self.batching.rows, strict=True) if rows is not None}
 
 
 def as_call(inputs: Inputs) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -57,23 +91,55 @@ def as_call(inputs: Inputs) -> tuple[tuple[Any, ...], dict[str, Any]]:
     )
 
 
-def with_batch(inputs: Inputs, batch: int) -> Inputs:
-    """The same inputs with `batch` images: the first image of every tensor, repeated."""
+def as_inputs(args: tuple[Any, ...], kwargs: dict[str, Any], like: Inputs) -> Inputs:
+    """Arguments of `forward` in the form of some example inputs."""
+    result: Inputs = args[0] if isinstance(like, Tensor) else kwargs if isinstance(like, Mapping) else args
+    return result
 
-    def repeat(x: Any) -> Any:
-        if isinstance(x, Tensor) and x.ndim > 1:
-            return x[:1].expand(batch, *x.shape[1:]).contiguous()
-        return x
 
-    return pytree.tree_map(repeat, inputs)  # type: ignore[no-any-return]
+def batchings(inputs: Inputs) -> list[Batching]:
+    """The ways to read example inputs, the likeliest first.
+
+    The first dim of the first tensor counts the images. A tensor with as many rows (class labels, time steps) grows
+    with them. One with a multiple of them (frames folded into the batch), or a part, may do so, or may be a table.
+    """
+    leaves = pytree.tree_leaves(as_call(inputs))
+    first = [x.shape[0] if isinstance(x, Tensor) and x.ndim else None for x in leaves]
+    images = max(1, batch_of(inputs))
+    equal = Batching(images, tuple(rows if rows == images else None for rows in first))
+    related = Batching(
+        images,
+        tuple(
+            rows if rows and (rows % images == 0 or (rows > 1 and images % rows == 0)) else None
+            for rows in first
+        ),
+    )
+    both = [equal, related] if images == 1 else [related, equal]
+    return both if equal != related else [equal]
 
 
 def batch_of(inputs: Inputs) -> int:
-    """Images in the inputs: the first dimension of the first tensor that has more than one."""
-    for leaf in pytree.tree_leaves(as_call(inputs)):
-        if isinstance(leaf, Tensor) and leaf.ndim > 1:
-            return leaf.shape[0]
-    return 1
+    """Images in the inputs: the first dim of the first tensor of several dims, or else of one."""
+    tensors = [x for x in pytree.tree_leaves(as_call(inputs)) if isinstance(x, Tensor) and x.ndim]
+    return next((len(x) for x in sorted(tensors, key=lambda x: x.ndim == 1)), 1)
+
+
+def with_images(inputs: Inputs, images: int) -> Inputs:
+    """The inputs with this many images; as they are, if they cannot hold so many."""
+    batching = batchings(inputs)[0]
+    return batching.resized(inputs, images) if batching.allows(images) else inputs
+
+
+def _candidates(inputs: Inputs) -> list[tuple[Batching, int]]:
+    """What to trace: few images, or a multiple of those given, or the inputs as they are.
+
+    Where tensors may or may not grow with the images, only the inputs as they are show how much work an image is.
+    """
+    read = batchings(inputs)
+    given = read[0].images
+    if given > 1 and len(read) > 1:
+        return [(read[0], given)]
+    return [(way, n) for n in dict.fromkeys((BATCH, BATCH * given, given)) for way in read if way.allows(n)]
 
 
 def capture(
@@ -98,16 +164,20 @@ def capture(
     check_readable(model)
     with untouched(model):
         model.train(training)
-        captured = _export(model, (inputs,) if exact else (with_batch(inputs, BATCH), inputs), any_batch)
+        ways = [(batchings(inputs)[0], batch_of(inputs))] if exact else _candidates(inputs)
+        captured = _export(model, inputs, ways, any_batch)
     if not training:
         check_deterministic(captured.module)
     return captured
 
 
-def _export(model: nn.Module, candidates: Sequence[Inputs], any_batch: bool) -> Capture:
+def _export(
+    model: nn.Module, inputs: Inputs, ways: Sequence[tuple[Batching, int]], any_batch: bool
+) -> Capture:
     failure: Exception | None = None
-    for candidate in candidates:  # some models accept only the batch they were given
-        args, kwargs = as_call(candidate)
+    for batching, images in ways:  # some models accept only the batch they were given
+        as_given = images == batching.images
+        args, kwargs = as_call(inputs if as_given else batching.resized(inputs, images))
         free = pytree.tree_map(_free_batch, kwargs or args) if any_batch else None
         try:
             with quiet(), plain_outputs(model):
@@ -115,16 +185,16 @@ def _export(model: nn.Module, candidates: Sequence[Inputs], any_batch: bool) -> 
         except CaptureError:
             raise
         except Exception as error:
-            failure = failure or error
+            failure = error
             continue
         signature = program.graph_signature
         tensors = {**signature.inputs_to_parameters, **signature.inputs_to_buffers}
         constants = {
             name: program.constants[key] for name, key in signature.inputs_to_lifted_tensor_constants.items()
         }
-        return Capture(program.graph_module, tensors, constants, batch_of(candidate))
+        return Capture(program.graph_module, tensors, constants, batching, images)
     assert failure is not None
-    _check_runs(model, candidates[-1])
+    _check_runs(model, inputs)
     raise CaptureError(
         f"{culprit(model, failure)}: runs, but its graph cannot be captured: {_first_line(failure)}. Control flow "
         f"that depends on tensor values must be replaced by torch.where, or moved out of the module that is pruned."

@@ -32,3 +32,9 @@ def duplicate(model: nn.Module, *, share: bool = False) -> nn.Module:
             f"{type(model).__name__} cannot be copied ({str(error).splitlines()[0]}); remove what cannot be copied "
             f"from its attributes"
         ) from error
+
+
+def cloned(tree: Any) -> Any:
+    """The tree with a copy of every tensor; one that stands in several places stays one."""
+    known: dict[int, Tensor] = {}
+    return pytree.tree_map(lambda x: known.setdefault(id(x), x.clone()) if isinstance(x, Tensor) else x, tree)

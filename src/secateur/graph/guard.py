@@ -16,8 +16,8 @@ from torch.utils import _pytree as pytree
 
 from secateur.errors import CaptureError
 
-NOISY = ("torch.fx.experimental.symbolic_shapes", "torch.export")
-"""Loggers that print the graph of a failed capture; the error that is raised says what matters."""
+NOISY = ("torch.fx.experimental.symbolic_shapes", "torch.export", "torch._subclasses.fake_tensor")
+"""Loggers that print what failed in a capture or a trial; the error that is raised says what matters."""
 
 PLAIN = (Tensor, bool, int, float, complex, str, torch.Size, torch.dtype, torch.device)
 """What an output may hold besides containers."""

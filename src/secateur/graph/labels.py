@@ -27,6 +27,7 @@ class Value:
         tensor: name, if it is a parameter or buffer.
         weight: it is computed from parameters and constants alone, such as a standardised kernel.
         data: it depends on the model's inputs.
+        batched: it has a part for every image.
     """
 
     shape: tuple[int, ...]
@@ -34,6 +35,7 @@ class Value:
     tensor: str | None = None
     weight: bool = False
     data: bool = False
+    batched: bool = False
 
 
 @dataclass(frozen=True)
@@ -119,9 +121,11 @@ class Labels:
         tensors: (parameter or buffer name, dim) -> one atom per position.
         roles: (name, dim) -> what the dim is for the operation that uses it; the first use decides.
         parameters: names of the parameters; other named tensors are buffers.
+        images: in the traced batch.
     """
 
     parameters: frozenset[str] = frozenset()
+    images: int = 1
     tensors: dict[tuple[str, int], Atoms] = field(default_factory=dict)
     roles: dict[tuple[str, int], str] = field(default_factory=dict)
     ties: list[tuple[Atoms, Atoms]] = field(default_factory=list)

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from secateur.graph import Graph, named_tensors
-from secateur.graph.capture import BATCH, Inputs, as_call, with_batch
+from secateur.graph.capture import BATCH, Inputs, as_call, with_images
 from secateur.graph.guard import opened
 from secateur.graph.modes import device_of, evaluating
 
@@ -19,8 +19,10 @@ STATISTICS = ("running_mean", "running_var")
 
 def probe_inputs(graph: Graph) -> Inputs:
     """The example inputs at the batch size of the captured graph."""
-    batch = graph.trace.captured.batch if graph.trace else BATCH
-    return with_batch(graph.inputs, BATCH) if batch == BATCH else graph.inputs
+    if graph.trace is None:
+        return with_images(graph.inputs, BATCH)
+    captured = graph.trace.captured
+    return captured.batching.resized(graph.inputs, captured.batch)
 
 
 def random_inputs(graph: Graph, dtype: torch.dtype, seed: int) -> tuple[tuple[Any, ...], dict[str, Any]]:

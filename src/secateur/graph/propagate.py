@@ -26,11 +26,12 @@ def propagate(
         what every node holds: a labelled value, or a tuple of them.
     """
     values: dict[fx.Node, Any] = {}
-    inputs, given = [], set(captured.inputs)
+    inputs, given, batched = [], set(captured.inputs), captured.batched
+    labels.images = captured.batch
     for node in captured.module.graph.find_nodes(op="placeholder"):
         shape = shapes_of(node)[0] if shapes_of(node) else ()
         name = names.get(captured.tensors.get(node.name, ""))
-        inputs.append(Value(shape, tensor=name, data=node in given))
+        inputs.append(Value(shape, tensor=name, data=node in given, batched=node in batched))
     outputs = walk(model, captured.module, inputs, labels, values)
     labels.module = ""
     for value in flatten([outputs]):

@@ -4,13 +4,13 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, fx
 
 from secateur.errors import CutError
 from secateur.graph.operators import Step
 from secateur.rewriting.calls import Site, leaves_of
 from secateur.rewriting.listing import Listing, Via, as_op
-from secateur.rewriting.program import Call, Made, Named, Op, Ref
+from secateur.rewriting.program import Call, Dim, Made, Named, Op, Ref, Size
 
 Calls = dict[int, tuple[Any, Any]]
 """Number of a call in a listing -> its arguments and keyword arguments, with `Ref` to registers of the listing."""
@@ -24,14 +24,16 @@ class Composed:
     """What a program is made of.
 
     Attributes:
+        inputs: how many tensors are among its arguments.
         tensors: names of those it reads.
         ops: its lines.
-        translate: references of the listing to those of the program, in any arguments.
+        output: what it returns.
     """
 
+    inputs: int
     tensors: list[str]
     ops: list[Op | Call]
-    translate: Callable[[Any], Any]
+    output: Any
 
 
 def choose_calls(
@@ -151,18 +153,49 @@ def outline(lines: Listing, chosen: Collection[int]) -> list[Step | int]:
     return [line for *_, line in sorted(steps + calls, key=lambda line: line[:2])]
 
 
-def compose(lines: Listing, sites: Sequence[Site], chosen: Calls) -> Composed:
-    """What a program is made of, for the calls that it makes."""
-    inputs, first = len(lines.inputs), len(lines.nodes) - len(lines.steps)
-    order = outline(lines, chosen)
-    read = [line.args if isinstance(line, Step) else chosen[line] for line in order]
+def aligned(lines: Listing, chosen: Collection[int]) -> list[fx.Node]:
+    """The inputs, and what the operators outside of some calls and these calls compute, in order."""
+    nodes = list(lines.inputs)
+    first = len(lines.nodes) - len(lines.steps)
+    places = {id(step): first + i for i, step in enumerate(lines.steps)}
+    for line in outline(lines, chosen):
+        found = (
+            [places[id(line)]] if isinstance(line, Step) else [ref.index for ref in lines.calls[line].returns]
+        )
+        nodes += [lines.nodes[index] for index in found]
+    return nodes
+
+
+def tensors_read(lines: Listing, chosen: Collection[int]) -> list[int]:
+    """Registers of the parameters, buffers and constants that are read outside of these calls."""
+    read = [
+        line.args if isinstance(line, Step) else lines.calls[line].reads for line in outline(lines, chosen)
+    ]
     found = [resolve(ref, chosen) for ref in references([*read, lines.output])]
     plain = {ref.index for ref in found if not isinstance(ref, Via)}
-    returned = {(ref.call, ref.leaf) for ref in found if isinstance(ref, Via)}
+    inputs, first = len(lines.inputs), len(lines.nodes) - len(lines.steps)
     used = [i for i in range(inputs, first) if i in plain]
     if any(isinstance(x, Named) and x.name == "same" for _, x in leaves_of(read)):
         floating = [i for i in range(first) if is_floating(lines, i)]
         used += [i for i in floating[-1:] if not set(floating) & {*range(inputs), *used}]
+    return used
+
+
+def compose(lines: Listing, sites: Sequence[Site], chosen: Calls, output: Any) -> Composed:
+    """What a program is made of, for the calls that it makes.
+
+    Args:
+        lines: as they are to be.
+        sites: of its calls.
+        chosen: calls that are made, with their arguments.
+        output: what it returns, with references of the listing.
+    """
+    inputs, first = len(lines.inputs), len(lines.nodes) - len(lines.steps)
+    order = outline(lines, chosen)
+    read = [line.args if isinstance(line, Step) else chosen[line] for line in order]
+    found = [resolve(ref, chosen) for ref in references([*read, output])]
+    returned = {(ref.call, ref.leaf) for ref in found if isinstance(ref, Via)}
+    used = tensors_read(lines, chosen)
     registers: dict[Any, int] = {i: i for i in range(inputs)} | {
         old: inputs + i for i, old in enumerate(used)
     }
@@ -173,6 +206,10 @@ def compose(lines: Listing, sites: Sequence[Site], chosen: Calls) -> Composed:
         if isinstance(tree, Ref):
             ref = resolve(tree, chosen)
             return Ref(registers[(ref.call, ref.leaf) if isinstance(ref, Via) else ref.index])
+        if isinstance(tree, Dim):
+            return Dim(registers[tree.register] if tree.register >= 0 else -1, tree.dim)
+        if isinstance(tree, Size):
+            return Size(tree.op, translate(tree.left), translate(tree.right))
         if isinstance(tree, Made):
             return Made(tree.cls, translate(dict(tree.entries)))
         if isinstance(tree, Mapping):
@@ -200,7 +237,8 @@ def compose(lines: Listing, sites: Sequence[Site], chosen: Calls) -> Composed:
                         step = Ref(known[path[: depth - 1]]), path[depth - 1]
                         known[path[:depth]] = add(Op("getitem", step))
                 registers[line, leaf.index] = known[path]
-    return Composed([lines.names[i - inputs] for i in used], result, translate)
+                registers.setdefault(lines.calls[line].returns[leaf.index].index, known[path])
+    return Composed(inputs, [lines.names[i - inputs] for i in used], result, translate(output))
 
 
 def is_floating(lines: Listing, register: int) -> bool:

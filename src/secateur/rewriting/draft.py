@@ -1,46 +1,72 @@
-"""Writing the program of a submodule after a cut, for any batch size and both modes.
+"""Writing the program of a submodule after a cut, for any batch size, any image size and both modes.
 
-The submodule is captured by itself, from the calls that the whole model makes of it: once as in the analysis,
-and again at another batch size, in another precision and in training mode. Numbers that differ between these
-captures are sizes of the batch, precisions, or switches of the training mode; all others are literals.
+The submodule is captured by itself, from the calls that the whole model makes of it: once as in the analysis, and
+again with other batches and other image sizes, in another precision and in training mode. What differs between
+these captures is a size, a precision, or a switch of the training mode; all else is a literal.
 """
 
 import copy
 import functools
 import itertools
-import math
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch.func import functional_call
 from torch.utils import _pytree as pytree
 
 from secateur.errors import CaptureError, CutError
-from secateur.graph.capture import BATCH, Capture, Inputs, as_call, capture, with_batch
-from secateur.graph.duplicate import duplicate
+from secateur.graph.capture import Capture, Inputs, as_call, capture
+from secateur.graph.duplicate import cloned, duplicate
 from secateur.graph.labels import Value
 from secateur.graph.operators import OPERATORS, Step
+from secateur.graph.probe import aliases, difference, floats, random_values
+from secateur.graph.samples import sampled
 from secateur.graph.trace import Survivors, Trace
 from secateur.rewriting.calls import Site, leaves_of, marked, opened, strip
-from secateur.rewriting.compose import Composed, choose_calls, compose, follow, outline, outside, silent
+from secateur.rewriting.compose import (
+    Calls,
+    Composed,
+    aligned,
+    choose_calls,
+    compose,
+    follow,
+    outline,
+    outside,
+    silent,
+    tensors_read,
+)
 from secateur.rewriting.listing import Listing, find_calls, list_operators
 from secateur.rewriting.program import (
     ANYTHING,
+    Dim,
+    Given,
+    Limit,
     Made,
     Named,
     Program,
     Ref,
-    Size,
     Training,
     operator_named,
     refs,
 )
-from secateur.rewriting.rewrite import CONSTANT, arguments_of, cut_steps
+from secateur.rewriting.rewrite import CONSTANT, arguments_of, cut_steps, inputs_of, tensor_named
+from secateur.rewriting.sizes import Expressions
 
-Calls = list[tuple[tuple[Any, ...], dict[str, Any]]]
+Arguments = tuple[tuple[Any, ...], dict[str, Any]]
+Shapes = tuple[tuple[int, ...], ...]
+
+FEWEST = 2
+"""Least captures besides that of the analysis that numbers are compared between, if the module meets other sizes."""
+
+CLOSE = {torch.float64: 1e-9, torch.float32: 1e-4}
+"""Largest relative difference of the same operators on the same tensors, by precision."""
+
+VIEWS = ("view", "reshape", "_unsafe_view")
+"""Operators that work out one size by themselves."""
 
 
 @dataclass(frozen=True)
@@ -50,11 +76,13 @@ class Draft:
     Attributes:
         constants: buffers to be registered with it.
         lost: what the module does and the program does not, in words; "" if nothing.
+        tied: why it takes fewer image sizes than the module did, in words; "" if it takes all.
     """
 
     program: Program
     constants: dict[str, Tensor]
     lost: str
+    tied: str
 
 
 class Writer:
@@ -74,7 +102,7 @@ class Writer:
         self._inputs = inputs
         self._whole = list_operators(trace.captured)
         self._regions = find_calls(self._whole, self._model)
-        self._runs: dict[str, list[Calls]] = {}
+        self._runs: dict[str, list[list[Arguments]]] = {}
         self._captures: dict[Any, Captures] = {}
 
     def draft(self, name: str, apart: Collection[str] | None = ()) -> Draft:
@@ -88,101 +116,109 @@ class Writer:
         """
         if name not in self._runs:
             self._record(name)
-        base, *others = self._runs[name]
-        if not base:
+        runs = self._runs[name]
+        if not runs[0]:
             raise CutError(f"{name}: it is not called in evaluation mode")
-        drafts = [
-            self._draft(name, number, [calls[number] for calls in (base, *others)], apart)
-            for number in range(len(base))
-        ]
-        if any(draft.program != drafts[0].program for draft in drafts):
-            raise CutError(f"{name}: it is called {len(drafts)} times, in ways that need different programs")
-        return drafts[0]
+        given = len(self._samples[0])
+        for some in dict.fromkeys((len(runs), given)):  # at least at the image size of the analysis
+            calls = [[run[i] if i < len(run) else None for run in runs[:some]] for i in range(len(runs[0]))]
+            drafts = [self._draft(name, number, each, apart) for number, each in enumerate(calls)]
+            if all(draft.program == drafts[0].program for draft in drafts):
+                tied = "it is called several times, in different ways" if some < len(runs) else ""
+                return replace(drafts[0], tied=drafts[0].tied or tied)
+        raise CutError(f"{name}: it is called {len(drafts)} times, in ways that need different programs")
 
     def _record(self, name: str) -> None:
-        """Note the calls of a module, and of all others of its class, at two batch sizes."""
+        """Note the calls of a module, and of all others of its class, for inputs of every size."""
         kind = type(self._model.get_submodule(name))
         names = [n for n, module in self._model.named_modules() if type(module) is kind]
-        batch = self._trace.captured.batch
-        inputs = (
-            [with_batch(self._inputs, b) for b in (BATCH, BATCH + 1)] if batch == BATCH else [self._inputs]
-        )
         runs = []
-        for candidate in inputs:
-            args, kwargs = as_call(candidate)
+        for given in itertools.chain(*self._samples):
+            args, kwargs = as_call(given)
             with recorded(self._model, names) as calls, torch.no_grad():
                 self._model(*args, **kwargs)
             runs.append(calls)
         for n in names:
             self._runs[n] = [run[n] for run in runs]
 
-    def _draft(self, name: str, number: int, calls: Calls, apart: Collection[str] | None) -> Draft:
+    @functools.cached_property
+    def _samples(self) -> tuple[list[Inputs], list[Inputs]]:
+        captured = self._trace.captured
+        return sampled(self._model, self._inputs, captured.batching, captured.batch)
+
+    def _draft(
+        self, name: str, number: int, calls: Sequence[Arguments | None], apart: Collection[str] | None
+    ) -> Draft:
         module = self._model.get_submodule(name)
+        prefix = f"{name}." if name else ""
+        if apart is not None:
+            apart = frozenset(n.removeprefix(prefix) for n in apart if n.startswith(prefix))
         try:
-            captures = self._capture(module, calls)
+            captures = self._capture(module, calls, apart)
         except CaptureError as error:
             raise CutError(f"{name}: its forward cannot be captured by itself ({error})") from None
-        base, variants = captures.base, captures.variants
-        captured = base.listing()
-        listings = [variant.listing() for variant in variants]
-        for other in listings:
-            if [s.target for s in other.steps] != [s.target for s in captured.steps]:
-                raise CutError(f"{name}: its forward does other things for another batch size or precision")
+        except CutError as error:
+            raise CutError(f"{name}: {error}") from None
+        captured = captures.base.listing()
         values = self._match(name, number, captured)
-        sizes = self._sizes(captured, listings, values)
-        sites = [one.sites_of(of) for one, of in zip((base, *variants), (captured, *listings), strict=True)]
-        prefix = f"{name}." if name else ""
-        within = None if apart is None else [n.removeprefix(prefix) for n in apart if n.startswith(prefix)]
-        chosen = choose_calls(
-            captured, sites, within, lambda arg, others: sizes.symbolic(arg, arg, others, name)
-        )
-        switches, lost = training_switches(captures.training, captured, sites[0], chosen)
-        unheard = silent(captured, sites[0], chosen)
+        cut = self._cut_dims(captured, values)
+        sites, chosen = captures.base.sites_of(captured), captures.choose(captured, cut)
+        switches, lost = training_switches(captures.training, captured, sites, chosen)
+        unheard = silent(captured, sites, chosen)
         if unheard:
-            lost = " and ".join(
-                [f"hooks on {', '.join(unheard[:4])}{' …' * (len(unheard) > 4)}", *[lost] * bool(lost)]
-            )
+            hooks = f"hooks on {', '.join(unheard[:4])}{' …' * (len(unheard) > 4)}"
+            lost = " and ".join([hooks, lost] if lost else [hooks])
         before = [copy.copy(step.args) for step in captured.steps]
         cut_steps(captured, values, self._survivors, outside(captured, chosen))
-        for i in outside(captured, chosen):
+        try:
+            output = captures.symbolic(captured, before, cut, chosen)
+        except CutError as error:
+            raise CutError(f"{name}: {error}") from None
+        for i, changes in switches.items():
             step = captured.steps[i]
-            try:
-                operator_named(step.target)
-            except ValueError as error:
-                raise CutError(f"{name}: its forward cannot be saved: {error}") from None
-            for key, arg in step.args.items():
-                others = [other.steps[i].args.get(key) for other in listings]
-                step.args[key] = sizes.symbolic(arg, before[i].get(key), others, f"{name}: {step.op}")
             step.args |= {
-                key: Training(m, yes, step.args.get(key, no)) for key, (m, yes, no) in switches[i].items()
+                key: Training(m, yes, step.args.get(key, no)) for key, (m, yes, no) in changes.items()
             }
-        return self._finish(captured, base, variants, compose(captured, sites[0], chosen), lost)
+        composed = compose(captured, sites, chosen, output)
+        return self._finish(captures, composed, captures.limits(cut), lost)
 
-    def _capture(self, module: nn.Module, calls: Calls) -> "Captures":
+    def _cut_dims(self, lines: Listing, values: Mapping[fx.Node, Any]) -> set[tuple[int, int]]:
+        """(register, dim) of every tensor that loses positions."""
+        found = set()
+        for register, node in enumerate(lines.nodes):
+            value = values.get(node)
+            if isinstance(value, Value):
+                found |= {(register, dim) for dim in self._survivors.keep(value)}
+        return found
+
+    def _capture(
+        self, module: nn.Module, calls: Sequence[Arguments | None], apart: Collection[str] | None
+    ) -> "Captures":
         """The captures of one call; networks repeat their blocks, so those of a module like it will do."""
-        alike = likeness((module, calls), {})
+        alike = likeness((module, calls), {}), apart
         if alike in self._captures:
             return self._captures[alike]
-        captures = Captures.of(module, calls)
+        captures = Captures.of(module, calls, len(self._samples[0]), apart)
         if not captures.base.captured.constants:  # these may differ, whatever else is equal
             self._captures[alike] = captures
         return captures
 
-    def _finish(
-        self, lines: Listing, base: "Captured", variants: list["Captured"], composed: Composed, lost: str
-    ) -> Draft:
+    def _finish(self, captures: "Captures", composed: Composed, limits: Any, lost: str) -> Draft:
+        base = captures.base
+        named = {*base.captured.tensors.values()}
         unnamed = [name for name in composed.tensors if name in base.captured.constants]
-        free = (f"{CONSTANT}{i}" for i in itertools.count() if f"module.{CONSTANT}{i}" not in lines.names)
+        free = (f"{CONSTANT}{i}" for i in itertools.count() if f"module.{CONSTANT}{i}" not in named)
         buffers = dict(zip(unnamed, free, strict=False))
         program = Program(
-            arguments=varying(base.arguments, [variant.arguments for variant in variants]),
-            inputs=len(lines.inputs),
+            arguments=captures.arguments,
+            inputs=composed.inputs,
             tensors=tuple(buffers.get(name) or name.removeprefix("module.") for name in composed.tensors),
             ops=tuple(composed.ops),
-            output=composed.translate(follow([base.output], lines.output, lambda leaf, _: leaf)),
+            output=composed.output,
+            limits=limits,
         )
         constants = {buffers[name]: base.captured.constants[name].detach().clone() for name in unnamed}
-        return Draft(program, constants, lost)
+        return Draft(program, constants, lost, captures.tied)
 
     def _match(self, name: str, number: int, lines: Listing) -> dict[fx.Node, Any]:
         """What the analysis knows about the nodes of a module that was captured by itself."""
@@ -199,62 +235,67 @@ class Writer:
                     raise CutError(f"{name}: its forward does other things by itself than within the model")
         return values
 
-    def _sizes(self, lines: Listing, others: Sequence[Listing], values: Mapping[fx.Node, Any]) -> "Sizes":
-        """Dims of the inputs that vary and are not cut, with their size in every capture."""
-        table = {}
-        for i, node in enumerate(lines.inputs):
-            value = values.get(node)
-            cut = self._survivors.keep(value) if isinstance(value, Value) else {}
-            shapes = [size_of(listing.inputs[i]) for listing in (lines, *others)]
-            for dim in range(len(shapes[0])):
-                column = [shape[dim] for shape in shapes]
-                if dim not in cut and len(set(column)) > 1:
-                    table[i, dim] = column
-        return Sizes(table)
-
 
 @dataclass(frozen=True)
 class Sizes:
-    """Sizes that numbers are expressed by: (input, dim) -> its size in every capture."""
+    """The numbers of one operator.
 
-    table: dict[tuple[int, int], list[int]]
+    Attributes:
+        expressions: what they may be expressed by.
+        op: name of the operator.
+    """
 
-    def symbolic(self, arg: Any, base: Any, others: Sequence[Any], where: str) -> Any:
+    expressions: Expressions
+    op: str
+
+    def symbolic(self, arg: Any, base: Any, others: Sequence[Any]) -> Any:
         """An argument with the numbers that differ between captures expressed by sizes.
 
         Args:
             arg: after the cut.
             base: the same before the cut.
             others: the same in the other captures.
-            where: for the message.
         Raises:
             CutError: a number follows no size.
         """
-        if isinstance(arg, list):
-            if any(not isinstance(o, list) or len(o) != len(arg) for o in (base, *others)):
-                raise CutError(f"{where} has arguments that differ in number between batch sizes")
-            return [
-                self.symbolic(part, base[i], [other[i] for other in others], where)
-                for i, part in enumerate(arg)
-            ]
         if all(type(other) is type(base) and other == base for other in others):
             return arg
+        if isinstance(arg, list | tuple):
+            if any(not isinstance(o, list | tuple) or len(o) != len(arg) for o in (base, *others)):
+                raise CutError(f"{self.op} has arguments that differ in number between sizes")
+            return type(arg)(self._parts(arg, base, others))
+        if isinstance(arg, dict):
+            if any(not isinstance(o, dict) or o.keys() != arg.keys() for o in (base, *others)):
+                raise CutError(f"{self.op} has arguments that differ in number between sizes")
+            return {key: self.symbolic(arg[key], base[key], [o[key] for o in others]) for key in arg}
         if isinstance(base, Ref):
             return arg
+        if isinstance(base, Made):
+            return Made(
+                base.cls,
+                self.symbolic(dict(arg.entries), dict(base.entries), [dict(o.entries) for o in others]),
+            )
         if isinstance(base, Named):
             return Named(base.kind, "same")
-        if type(base) is int and type(arg) is int:
-            for count in (1, 2):
-                for dims in itertools.combinations(self.table, count):
-                    first, *rest = (
-                        math.prod(column) for column in zip(*(self.table[d] for d in dims), strict=True)
-                    )
-                    if all(base * size == other * first for size, other in zip(rest, others, strict=True)):
-                        common = math.gcd(arg, first)
-                        return Size(arg // common, first // common, dims)
+        if all(type(n) is int for n in (arg, base, *others)):
+            found = self.expressions.of((base, *others), arg)
+            if found is not None:
+                return found
         raise CutError(
-            f"{where} has an argument {base!r} that changes with the input and follows none of its sizes"
+            f"{self.op} has an argument {base!r} that changes with the input and follows none of its sizes"
         )
+
+    def _parts(self, arg: Sequence[Any], base: Sequence[Any], others: Sequence[Any]) -> list[Any]:
+        """The parts of a list; of the sizes of a view, one that follows nothing can be left to torch."""
+        parts: list[Any] = []
+        for i, part in enumerate(arg):
+            try:
+                parts.append(self.symbolic(part, base[i], [other[i] for other in others]))
+            except CutError:
+                if self.op not in VIEWS or -1 in parts or type(part) is not int:
+                    raise
+                parts.append(-1)
+        return parts
 
 
 # --- one module by itself ----------------------------------------------------------------------------------
@@ -339,37 +380,376 @@ class Captured:
         return [self.sites[call.site] for call in lines.calls]
 
 
-@dataclass
 class Captures:
     """What a program is written from: one call of a module, captured as in the analysis and otherwise.
 
     Attributes:
-        module: that is called.
-        call: its arguments in the analysis.
-        base: captured so.
-        variants: at other batch sizes and in another precision.
+        base: captured as in the analysis.
+        variants: with other batches and image sizes, and in another precision.
+        arguments: of the call, with `Ref` in place of each tensor and `Given` in place of each number that varies.
+        tied: why the module takes fewer image sizes than the model did, in words; "" if it takes all.
     """
 
-    module: nn.Module
-    call: tuple[Any, Any]
-    base: Captured
-    variants: list[Captured]
+    def __init__(
+        self,
+        module: nn.Module,
+        calls: Sequence[Arguments | None],
+        alike: int,
+        apart: Collection[str] | None,
+    ) -> None:
+        assert calls[0] is not None
+        self._module = module
+        self._apart = apart
+        self._calls = calls
+        self._alike = alike
+        self.base = Captured.of(module, *calls[0])
+        self.tied = ""
+        self._forget()
 
     @classmethod
-    def of(cls, module: nn.Module, calls: Calls) -> "Captures":
-        """Capture one call, noted at several batch sizes."""
-        base = Captured.of(module, *calls[0])
-        double = Captured.of_double(module, *calls[-1])
-        variants = [double] if double else [Captured.of(module, *call) for call in calls[1:]]
-        return cls(module, calls[0], base, variants)
+    def of(
+        cls,
+        module: nn.Module,
+        calls: Sequence[Arguments | None],
+        alike: int,
+        apart: Collection[str] | None = None,
+    ) -> "Captures":
+        """Capture a call, noted at several sizes, as often as it takes for its numbers to be right at all of them.
+
+        Args:
+            module: that is called.
+            calls: first that of the analysis; None where there was none.
+            alike: how many of them are at the image size of the analysis, so that only the batch differs.
+            apart: submodules whose operators are written out; None: all.
+        Raises:
+            CaptureError: the module cannot be captured.
+            CutError: it does other things for another batch or precision.
+        """
+        captures = cls(module, calls, alike, apart)
+        try:
+            captures._compare(range(1, len(calls)))
+            captures.tied = captures._why_tied()
+        except (CutError, CaptureError) as error:
+            if alike == len(calls):
+                raise
+            captures.tied = str(error)
+        if captures.tied:
+            captures._forget()
+            captures._compare(range(1, alike))
+        if captures._unfit & set(range(alike)):
+            raise CutError("its forward does other things for another batch size or precision")
+        return captures
+
+    def _forget(self) -> None:
+        self.variants: list[Captured] = []
+        self._listings: list[Listing] = []
+        self._captured: set[int] = {0}
+        self._fit: set[int] = {0}
+        self._unfit: set[int] = set()
+
+    def _compare(self, numbers: Sequence[int]) -> None:
+        """Sort these calls into those at which the numbers are right and others, and capture what that takes."""
+        known = {self._sizes(0)}
+        for number in numbers:
+            sizes = self._sizes(number)
+            if sizes is None or (
+                sizes not in known and len(self.variants) < FEWEST and not self._add(number)
+            ):
+                self._unfit.add(number)
+            else:
+                self._fit.add(number)
+                known.add(sizes)
+        if not self.variants:
+            self._add(0)
+        while True:
+            program = self._whole()
+            wrong = (n for n in sorted(self._fit - {0}) if not self._right(program, n))
+            found = next(wrong, None)
+            if found is None:
+                return
+            if found in self._captured or not self._add(found):
+                self._fit.remove(found)
+                self._unfit.add(found)
+
+    def _sizes(self, number: int) -> Shapes | None:
+        """The shapes of the tensors in a call; None if there was no such call, or one of other tensors."""
+        call, first = self._calls[number], self._calls[0]
+        assert first is not None
+        if call is None:
+            return None
+        own, others = (FixedCall(self._module, *c) for c in (call, first))
+        if [t.ndim for t in own.tensors] != [t.ndim for t in others.tensors]:
+            return None
+        return tuple(tuple(t.shape) for t in own.tensors)
+
+    def _add(self, number: int) -> bool:
+        """Capture a call, the first in float64; False if it does other things than in the analysis."""
+        call = self._calls[number]
+        assert call is not None
+        found = None if self.variants else Captured.of_double(self._module, *call)
+        if found is None and number:
+            try:
+                found = Captured.of(self._module, *call)
+            except (CaptureError, CutError):
+                return False
+        if found is None:
+            return True
+        lines, other = self.base.listing(), found.listing()
+        sites = self.base.sites_of(lines)
+        chosen = choose_calls(lines, [sites], self._apart, lambda leaf, _: leaf)
+        others = found.sites_of(other)
+        twin = same_calls(chosen, sites, others)
+        if not same_operators(lines, other, chosen, twin, (sites, others)):
+            return False
+        self.variants.append(found)
+        self._listings.append(other)
+        self._captured.add(number)
+        return True
+
+    def choose(self, lines: Listing, cut: set[tuple[int, int]]) -> Calls:
+        """The calls of submodules that the program makes.
+
+        Args:
+            lines: of `base`.
+            cut: (register, dim) of every tensor that loses positions.
+        """
+        sites = [
+            one.sites_of(of)
+            for one, of in zip((self.base, *self.variants), (lines, *self._listings), strict=True)
+        ]
+
+        def express(number: Any, others: Sequence[Any]) -> Any:
+            return Sizes(Expressions(self._symbols(lines, (), cut, {})), "a call").symbolic(
+                number, number, others
+            )
+
+        return choose_calls(lines, sites, self._apart, express)
+
+    def _whole(self) -> Program:
+        """The program of the module before any cut.
+
+        Raises:
+            CutError: a number follows no size.
+        """
+        lines = self.base.listing()
+        chosen = self.choose(lines, set())
+        for i in outside(lines, chosen):
+            try:
+                operator_named(lines.steps[i].target)
+            except ValueError as error:
+                raise CutError(f"its forward cannot be saved: {error}") from None
+        output = self.symbolic(lines, [copy.copy(step.args) for step in lines.steps], set(), chosen)
+        composed = compose(lines, self.base.sites_of(lines), chosen, output)
+        return Program(
+            self.arguments, composed.inputs, tuple(composed.tensors), tuple(composed.ops), composed.output
+        )
+
+    def _right(self, program: Program, number: int) -> bool:
+        """Whether the program computes what the module does, on random weights and the tensors of a call."""
+        call = cloned(self._calls[number])
+        dtype = next((t.dtype for t in self._module.parameters() if t.is_floating_point()), torch.float32)
+        values = aliases(self._module, random_values(self._module, 0))
+        runner = Runner(self._module, program, self.base.captured.constants)
+        named = {f"module.{name}": t for name, t in values.items()}
+        try:
+            with torch.no_grad():
+                expected = functional_call(self._module, cloned(values), *cloned(call))
+                result = functional_call(runner, cloned(named), *call)
+        except Exception:  # whatever sizes that do not fit lead to
+            return False
+        same = [x for x in pytree.tree_leaves(expected) if not isinstance(x, Tensor)] == [
+            x for x in pytree.tree_leaves(result) if not isinstance(x, Tensor)
+        ]
+        return same and difference(floats(expected), floats(result))[1] <= CLOSE.get(dtype, 0.1)
+
+    def _why_tied(self) -> str:
+        """Why the sizes that are right say nothing about others, in words; "" if they do."""
+        sized = set(range(self._alike, len(self._calls)))
+        if sized and not self._fit & sized:
+            return "it does other things at other image sizes"
+        lost = [self._sizes(number) for number in self._unfit & sized]
+        fit = [self._sizes(number) or () for number in self._fit]
+        if any(sizes is None or within(sizes, fit) for sizes in lost):
+            return "it does other things at some image sizes"
+        return ""
+
+    @property
+    def arguments(self) -> Any:
+        """See `Captures`."""
+        return varying(self.base.arguments, [variant.arguments for variant in self.variants], [])
+
+    def limits(self, cut: set[tuple[int, int]]) -> tuple[tuple[Limit, ...], ...]:
+        """What the dims of each input may be: one size, those between sizes that were tried, or any.
+
+        Args:
+            cut: (input, dim) that lose positions, which nothing depends on.
+        """
+        columns = list(zip(*(self._sizes(number) or () for number in sorted(self._fit)), strict=True))
+        batches = [self._sizes(number) or () for number in self._fit if number < self._alike]
+        result = []
+        for i, shapes in enumerate(columns):
+            limits: list[Limit] = []
+            for dim, sizes in enumerate(zip(*shapes, strict=True)):
+                free = len(set(sizes)) > 1 and (
+                    not self._unfit or len({shape[i][dim] for shape in batches}) > 1
+                )
+                limits.append(None if free or (i, dim) in cut else (min(sizes), max(sizes)))
+            result.append(tuple(limits))
+        return tuple(result)
+
+    def symbolic(
+        self, lines: Listing, before: Sequence[dict[str, Any]], cut: set[tuple[int, int]], chosen: Calls
+    ) -> Any:
+        """Express the numbers of all steps, and of the output, that differ between captures by sizes.
+
+        Args:
+            lines: of `base`, after a cut; changed in place.
+            before: the arguments of its steps before the cut.
+            cut: (register, dim) of every tensor that loses positions.
+            chosen: calls of submodules that the program makes.
+        Returns:
+            the output.
+        Raises:
+            CutError: a number follows no size.
+        """
+        sites = self.base.sites_of(lines)
+        others_ = [
+            [other.steps[i].args for i in outside(other, same_calls(chosen, sites, variant.sites_of(other)))]
+            for variant, other in zip(self.variants, self._listings, strict=True)
+        ]
+        ours = outside(lines, chosen)
+        if any(len(theirs) != len(ours) for theirs in others_):
+            raise CutError("its forward does other things for another batch size or precision")
+        literals = named_numbers([before[i] for i in ours], others_)
+        for number, i in enumerate(ours):
+            step, others = lines.steps[i], [theirs[number] for theirs in others_]
+            if all(other == before[i] for other in others):
+                continue
+            sizes = Sizes(Expressions(self._symbols(lines, refs(before[i]), cut, chosen), literals), step.op)
+            for key, arg in step.args.items():
+                step.args[key] = sizes.symbolic(arg, before[i].get(key), [other.get(key) for other in others])
+        sizes = Sizes(Expressions(self._symbols(lines, (), cut, chosen), literals), "output")
+        output = sizes.symbolic(self.base.output, self.base.output, [v.output for v in self.variants])
+        return follow([output], lines.output, lambda leaf, _: leaf)
+
+    def _symbols(
+        self, lines: Listing, registers: Sequence[int], cut: set[tuple[int, int]], chosen: Calls
+    ) -> dict[Dim, tuple[int, ...]]:
+        """What varies of the sizes of some registers, of the numbers given, and of the sizes of the inputs."""
+        columns: list[tuple[int, ...]] = []
+        varying(self.base.arguments, [variant.arguments for variant in self.variants], columns)
+        sites = self.base.sites_of(lines)
+        nodes = [aligned(lines, chosen)]
+        for variant, other in zip(self.variants, self._listings, strict=True):
+            nodes.append(aligned(other, same_calls(chosen, sites, variant.sites_of(other))))
+        place = {node: number for number, node in enumerate(nodes[0])}
+
+        def symbols(some: Sequence[int]) -> dict[Dim, tuple[int, ...]]:
+            found = {}
+            for register in dict.fromkeys(some):
+                number = place.get(lines.nodes[register], -1)
+                if number < 0 or any(number >= len(theirs) for theirs in nodes):
+                    continue
+                shapes = [size_of(theirs[number]) for theirs in nodes]
+                for dim, sizes in enumerate(zip(*shapes, strict=False)):
+                    if len(set(sizes)) > 1 and (register, dim) not in cut:
+                        found[Dim(register, dim)] = sizes
+            return found
+
+        given = {Dim(-1, index): column for index, column in enumerate(columns)}
+        return symbols(registers) | given | symbols(range(len(lines.inputs)))
 
     @functools.cached_property
     def training(self) -> Captured | None:
         """As `base`, in training mode; None where that cannot be captured."""
+        assert self._calls[0] is not None
         try:
-            return Captured.of(self.module, *self.call, training=True)
+            return Captured.of(self._module, *self._calls[0], training=True)
         except (CaptureError, CutError):
             return None
+
+
+def same_operators(
+    lines: Listing,
+    other: Listing,
+    chosen: Collection[int],
+    twin: Collection[int],
+    names: Sequence[Sequence[Site]],
+) -> bool:
+    """Whether two captures of a module do the same things outside of some calls, whatever the sizes.
+
+    Args:
+        lines, other: of the captures.
+        chosen, twin: the calls in each.
+        names: the sites of each.
+    """
+    ours, theirs = lines_of(lines, names[0], chosen), lines_of(other, names[1], twin)
+    pairs = ((lines, chosen), (other, twin))
+    read, also = ([of.names[i - len(of.inputs)] for i in tensors_read(of, calls)] for of, calls in pairs)
+    a, b = lines.captured.constants, other.captured.constants
+    return (
+        [known(line) for line in ours] == [known(line) for line in theirs]
+        and read == also
+        and all(
+            name not in a
+            or (a[name].shape == b[name].shape and torch.equal(a[name].double(), b[name].double()))
+            for name in read
+        )
+    )
+
+
+class Runner(nn.Module):
+    """Runs a program with the tensors and submodules of a module that was not rewritten.
+
+    Args:
+        module: whose forward the program stands for.
+        program: reads the module's tensors as those of `module`.
+        constants: what it reads besides.
+    """
+
+    def __init__(self, module: nn.Module, program: Program, constants: Mapping[str, Tensor]) -> None:
+        super().__init__()
+        self.module = module
+        self._program = program
+        self._constants = constants
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """What the program computes."""
+        inputs, numbers = inputs_of(self._program, self.module, args, kwargs)
+        tensors = [
+            self._constants[name].clone()
+            if name in self._constants
+            else tensor_named(self.module, name.removeprefix("module."))
+            for name in self._program.tensors
+        ]
+        return self._program.run(inputs, tensors, self.module, numbers=numbers)
+
+
+def within(sizes: Shapes, others: Sequence[Shapes]) -> bool:
+    """Whether every size lies between the least and the largest of others."""
+    return all(
+        min(other[i][dim] for other in others) <= size <= max(other[i][dim] for other in others)
+        for i, shape in enumerate(sizes)
+        for dim, size in enumerate(shape)
+    )
+
+
+def named_numbers(args: Sequence[Any], others: Sequence[Sequence[Any]]) -> list[int]:
+    """Whole numbers among arguments that are the same in every capture, in the order in which they are met."""
+    found: dict[int, None] = {}
+
+    def note(arg: Any, same: Sequence[Any]) -> None:
+        if type(arg) is int and all(other == arg for other in same):
+            found[abs(arg)] = None
+        elif isinstance(arg, dict):
+            for key, part in arg.items():
+                note(part, [other.get(key) for other in same])
+        elif isinstance(arg, list) and all(isinstance(o, list) and len(o) == len(arg) for o in same):
+            for i, part in enumerate(arg):
+                note(part, [other[i] for other in same])
+
+    note(list(args), [list(other) for other in others])
+    return list(found)
 
 
 def likeness(x: Any, known: dict[int, int]) -> Any:
@@ -411,10 +791,12 @@ def training_switches(
     try:
         if training:
             other = training.listing()
-            theirs = lines_of(other, training.sites_of(other), sites, chosen)
+            found = training.sites_of(other)
+            theirs = lines_of(other, found, same_calls(chosen, sites, found))
+            theirs = [line for line in theirs if isinstance(line, str) or not counts(line)]
     except CutError:
         pass
-    ours = lines_of(lines, sites, sites, chosen)
+    ours = lines_of(lines, sites, chosen)
     number = {id(step): i for i, step in enumerate(lines.steps)}
     switches = {}
     if [known(line) for line in theirs] == [known(line) for line in ours]:
@@ -441,18 +823,15 @@ def training_switches(
     return switches, lost
 
 
-def lines_of(
-    lines: Listing, sites: Sequence[Site], reference: Sequence[Site], chosen: Collection[int]
-) -> list[Step | str]:
-    """The operators of a listing, and in between the names of submodules where the reference's calls are made."""
-    wanted = {(site.module, occurrence(reference, n)) for n, site in enumerate(reference) if n in chosen}
-    calls = [n for n, site in enumerate(sites) if (site.module, occurrence(sites, n)) in wanted]
-    found = outline(lines, calls)
-    return [
-        line if isinstance(line, Step) else sites[line].module
-        for line in found
-        if not isinstance(line, Step) or not counts(line)
-    ]
+def lines_of(lines: Listing, sites: Sequence[Site], chosen: Collection[int]) -> list[Step | str]:
+    """The operators of a listing, and in between the names of the submodules that are called."""
+    return [line if isinstance(line, Step) else sites[line].module for line in outline(lines, chosen)]
+
+
+def same_calls(chosen: Collection[int], sites: Sequence[Site], others: Sequence[Site]) -> list[int]:
+    """Numbers of the same calls in another capture."""
+    wanted = {(sites[n].module, occurrence(sites, n)) for n in chosen}
+    return [n for n, site in enumerate(others) if (site.module, occurrence(others, n)) in wanted]
 
 
 def occurrence(sites: Sequence[Site], number: int) -> int:
@@ -492,15 +871,28 @@ def fill(tree: Any, given: Any, leaves: Sequence[Any]) -> Any:
     return given if tree == ANYTHING else tree
 
 
-def varying(tree: Any, others: Sequence[Any]) -> Any:
-    """The tree with anything in place of numbers that differ from those of the others."""
+def varying(tree: Any, others: Sequence[Any], columns: list[tuple[int, ...]]) -> Any:
+    """The tree with `Given` in place of whole numbers that differ from those of the others, and anything for the rest.
+
+    Args:
+        columns: the numbers are added to it, each with those of the others.
+    """
     if isinstance(tree, dict):
-        return {name: varying(part, [other[name] for other in others]) for name, part in tree.items()}
+        return {
+            name: varying(part, [other[name] for other in others], columns) for name, part in tree.items()
+        }
     if isinstance(tree, Made):
-        return Made(tree.cls, varying(dict(tree.entries), [dict(other.entries) for other in others]))
+        return Made(tree.cls, varying(dict(tree.entries), [dict(other.entries) for other in others], columns))
     if isinstance(tree, list | tuple):
-        return type(tree)(varying(part, [other[i] for other in others]) for i, part in enumerate(tree))
-    return tree if all(other == tree for other in others) else ANYTHING
+        if any(len(other) != len(tree) for other in others):
+            raise CutError("an argument differs in number between sizes")
+        return type(tree)(varying(part, [o[i] for o in others], columns) for i, part in enumerate(tree))
+    if all(type(other) is type(tree) and other == tree for other in others):
+        return tree
+    if all(type(x) is int for x in (tree, *others)):
+        columns.append((tree, *others))
+        return Given(len(columns) - 1)
+    return ANYTHING
 
 
 def size_of(node: fx.Node) -> tuple[int, ...]:
@@ -510,13 +902,13 @@ def size_of(node: fx.Node) -> tuple[int, ...]:
 
 
 @contextmanager
-def recorded(model: nn.Module, names: Sequence[str]) -> Iterator[dict[str, Calls]]:
+def recorded(model: nn.Module, names: Sequence[str]) -> Iterator[dict[str, list[Arguments]]]:
     """Inside the block, the arguments of every call of some submodules are noted."""
-    calls: dict[str, Calls] = {name: [] for name in names}
+    calls: dict[str, list[Arguments]] = {name: [] for name in names}
     handles = []
     for name in names:
 
-        def note(_: nn.Module, args: Any, kwargs: Any, to: Calls = calls[name]) -> None:
+        def note(_: nn.Module, args: Any, kwargs: Any, to: list[Arguments] = calls[name]) -> None:
             to.append((args, kwargs))
 
         handles.append(model.get_submodule(name).register_forward_pre_hook(note, with_kwargs=True))

@@ -64,12 +64,14 @@ class CallLine:
         parent: number of the call it is made in; None: the captured module makes it.
         steps: those that run in it.
         reads: what its tensors are.
+        returns: what the tensors that it returns are.
     """
 
     site: int
     parent: int | None
     steps: range
     reads: list[Any]
+    returns: list[Any] = field(default_factory=list)
 
 
 @dataclass
@@ -160,6 +162,7 @@ def _mark(node: fx.Node, environment: Mapping[fx.Node, Any], result: Listing) ->
     number = environment[node.args[1]]  # type: ignore[index]
     call = result.calls[number]
     call.steps = range(call.steps.start, now)
+    call.returns = tensors
     return [Via(ref.index, ref, number, leaf) for leaf, ref in enumerate(tensors)]
 
 

@@ -2,13 +2,15 @@
 
 A program knows no Python of the model it came from. What it reads by name are parameters and buffers of the
 module that runs it; what it calls are submodules of that module, and operators that the table of operators allows;
-its numbers are literals, or products of its inputs' sizes.
+its numbers are literals, or arithmetic of sizes.
 """
 
 import dataclasses
 import functools
+import operator
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -52,12 +54,39 @@ class Ref:
 
 
 @dataclass(frozen=True)
-class Size:
-    """`count` times some sizes of the inputs, (input, dim), divided by `per`."""
+class Given:
+    """In place of an argument that is a number: it is the one of this index."""
 
-    count: int
-    per: int
-    dims: tuple[tuple[int, int], ...]
+    index: int
+
+
+@dataclass(frozen=True)
+class Dim:
+    """The size of one dim of what a register holds; register -1: the number given as an argument, by its index."""
+
+    register: int
+    dim: int
+
+
+@dataclass(frozen=True)
+class Size:
+    """Arithmetic of whole numbers: `op` is one of + * // and %."""
+
+    op: str
+    left: "Number"
+    right: "Number"
+
+
+Number = int | Dim | Size
+ARITHMETIC: Mapping[str, Callable[[int, int], int]] = {
+    "+": operator.add,
+    "*": operator.mul,
+    "//": operator.floordiv,
+    "%": operator.mod,
+}
+
+Limit = tuple[int, int] | None
+"""Least and most that a size may be; None: anything."""
 
 
 @dataclass(frozen=True)
@@ -126,6 +155,7 @@ class Program:
         tensors: names of the parameters and buffers it reads.
         ops: the operators and calls, in order.
         output: what forward returns, with `Ref` in place of each tensor.
+        limits: what the dims of each input may be; empty: not known.
     """
 
     arguments: Any
@@ -133,6 +163,7 @@ class Program:
     tensors: tuple[str, ...]
     ops: tuple[Op | Call, ...]
     output: Any
+    limits: tuple[tuple[Limit, ...], ...] = ()
 
     @functools.cached_property
     def calls(self) -> frozenset[str]:
@@ -145,10 +176,21 @@ class Program:
         tensors: Sequence[Tensor],
         module: nn.Module | None = None,
         around: Around | None = None,
+        numbers: Mapping[int, int] = MappingProxyType({}),
     ) -> Any:
-        """The output, for the tensors among the arguments, the tensors read by name, and the module that runs it."""
-        *_, last = self.steps(inputs, tensors, module, around)
+        """The output, for the tensors and numbers among the arguments, the tensors read by name, and the module."""
+        *_, last = self.steps(inputs, tensors, module, around, numbers)
         return last
+
+    def exceeded(self, inputs: Sequence[Tensor]) -> str:
+        """What sizes the program takes, in words, if these inputs have others; "" if they fit."""
+        for x, limits in zip(inputs, self.limits, strict=False):
+            if x.ndim != len(limits) or any(
+                limit and not limit[0] <= size <= limit[1]
+                for size, limit in zip(x.shape, limits, strict=True)
+            ):
+                return sizes_in_words(limits)
+        return ""
 
     def steps(
         self,
@@ -156,11 +198,12 @@ class Program:
         tensors: Sequence[Tensor],
         module: nn.Module | None = None,
         around: Around | None = None,
+        numbers: Mapping[int, int] = MappingProxyType({}),
     ) -> Iterator[Any]:
         """The result of each operator as soon as it is computed, and at the end the output."""
         registers: list[Any] = [*inputs, *tensors]
         like = next((t for t in (*tensors, *inputs) if t.is_floating_point()), None)
-        resolve = functools.partial(_resolve, registers=registers, like=like, inputs=inputs, module=module)
+        resolve = functools.partial(_resolve, registers=registers, like=like, numbers=numbers, module=module)
         for number, op in enumerate(self.ops):
             args = tuple(resolve(arg) for arg in op.args)
             kwargs = {name: resolve(arg) for name, arg in op.kwargs}
@@ -194,23 +237,20 @@ def _resolve(
     *,
     registers: list[Any],
     like: Tensor | None,
-    inputs: Sequence[Tensor],
+    numbers: Mapping[int, int],
     module: nn.Module | None,
 ) -> Any:
     if isinstance(arg, Ref):
         return registers[arg.index]
-    if isinstance(arg, Size):
-        size = arg.count
-        for i, d in arg.dims:
-            size *= inputs[i].shape[d]
-        return size // arg.per
+    if isinstance(arg, Dim | Size):
+        return value_of(arg, registers, numbers)
     if isinstance(arg, Training):
         return arg.yes if module is not None and module.get_submodule(arg.module).training else arg.no
     if isinstance(arg, Named):
         if arg.name == "same":
             return like.device if like is not None and arg.kind == "device" else getattr(like, arg.kind, None)
         return NAMES[arg.kind][arg.name]
-    again = functools.partial(_resolve, registers=registers, like=like, inputs=inputs, module=module)
+    again = functools.partial(_resolve, registers=registers, like=like, numbers=numbers, module=module)
     if isinstance(arg, list | tuple):
         parts = [again(a) for a in arg]
         return parts if isinstance(arg, list) else tuple(parts)
@@ -239,6 +279,26 @@ def function_of(target: str) -> Callable[..., Any]:
         return item
     _, name, overload = target.split(".")
     return getattr(getattr(torch.ops.aten, name), overload)  # type: ignore[no-any-return]
+
+
+def value_of(number: Number, registers: Sequence[Any], numbers: Mapping[int, int]) -> int:
+    """What a number is for the tensors in the registers and the numbers among the arguments."""
+    if isinstance(number, Dim):
+        return numbers[number.dim] if number.register < 0 else registers[number.register].shape[number.dim]
+    if isinstance(number, Size):
+        left, right = (value_of(part, registers, numbers) for part in (number.left, number.right))
+        return ARITHMETIC[number.op](left, right)
+    return number
+
+
+def sizes_in_words(limits: Sequence[Limit]) -> str:
+    """What the dims of an input may be.
+
+    >>> sizes_in_words([None, (3, 3), (7, 14)])
+    'any × 3 × 7…14'
+    """
+    words = ["any" if x is None else str(x[0]) if x[0] == x[1] else f"{x[0]}…{x[1]}" for x in limits]
+    return " × ".join(words)
 
 
 @functools.cache
@@ -273,6 +333,10 @@ def refs(arg: Any) -> list[int]:
     """The registers that an argument reads."""
     if isinstance(arg, Ref):
         return [arg.index]
+    if isinstance(arg, Dim):
+        return [arg.register] if arg.register >= 0 else []
+    if isinstance(arg, Size):
+        return [*refs(arg.left), *refs(arg.right)]
     if isinstance(arg, list | tuple):
         return [index for part in arg for index in refs(part)]
     if isinstance(arg, dict):

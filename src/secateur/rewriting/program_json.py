@@ -1,6 +1,6 @@
 """Programs as JSON, and back from a file that nobody vouches for.
 
-Reading builds nothing but literals and the six kinds of argument a program knows, and checks every name
+Reading builds nothing but literals and the kinds of argument a program knows, and checks every name
 against a list: operators, precisions, the module's own tensors and submodules, and classes of what it may return.
 """
 
@@ -14,13 +14,18 @@ from typing import Any
 from secateur.rewriting.calls import leaves_of
 from secateur.rewriting.program import (
     ANYTHING,
+    ARITHMETIC,
     LARGEST,
     LARGEST_TENSOR,
     LONGEST,
     NAMES,
     Call,
+    Dim,
+    Given,
+    Limit,
     Made,
     Named,
+    Number,
     Op,
     Program,
     Ref,
@@ -28,11 +33,16 @@ from secateur.rewriting.program import (
     Training,
     entries_of,
     operator_named,
-    refs,
 )
 
 DEEPEST = 16
 """Most levels of lists within lists."""
+
+DEEPEST_SIZE = 8
+"""Most levels of arithmetic in one number."""
+
+MOST_DIMS, MOST_NUMBERS = 16, 64
+"""Most dims of a tensor, and most numbers among the arguments."""
 
 
 def to_json(program: Program) -> dict[str, Any]:
@@ -43,6 +53,7 @@ def to_json(program: Program) -> dict[str, Any]:
         "tensors": list(program.tensors),
         "ops": [_line(op) for op in program.ops],
         "output": encode(program.output),
+        "limits": [[limit and list(limit) for limit in limits] for limits in program.limits],
     }
 
 
@@ -56,8 +67,12 @@ def encode(arg: Any) -> Any:
     """One argument."""
     if isinstance(arg, Ref):
         return {"ref": arg.index}
+    if isinstance(arg, Given):
+        return {"given": arg.index}
+    if isinstance(arg, Dim):
+        return {"dim": [arg.register, arg.dim]}
     if isinstance(arg, Size):
-        return {"size": [arg.count, arg.per, [list(dim) for dim in arg.dims]]}
+        return {"size": [arg.op, encode(arg.left), encode(arg.right)]}
     if isinstance(arg, Training):
         return {"training": [arg.module, encode(arg.yes), encode(arg.no)]}
     if isinstance(arg, Named):
@@ -99,7 +114,7 @@ class ProgramReader:
             ValueError: the data is no program for this module; the message says why.
         """
         fields = {"arguments", "inputs", "tensors", "ops", "output"}
-        if not isinstance(data, dict) or data.keys() != fields:
+        if not isinstance(data, dict) or data.keys() - {"limits"} != fields:
             raise ValueError(f"a program has exactly the fields {sorted(fields)}")
         inputs, names, ops = data["inputs"], data["tensors"], data["ops"]
         if type(inputs) is not int or not 0 <= inputs <= 1000:
@@ -120,7 +135,23 @@ class ProgramReader:
             tensors=tuple(names),
             ops=tuple(steps),
             output=self._arg(data["output"], inputs, inputs + len(names) + len(ops)),
+            limits=self._limits(data.get("limits", []), inputs),
         )
+
+    def _limits(self, data: Any, inputs: int) -> tuple[tuple[Limit, ...], ...]:
+        if not isinstance(data, list) or len(data) not in (0, inputs):
+            raise ValueError("limits must be a list with an entry for every input")
+        found = []
+        for limits in data:
+            if not isinstance(limits, list) or len(limits) > MOST_DIMS:
+                raise ValueError(f"limits of an input cannot be {str(limits)[:60]!r}")
+            for limit in limits:
+                if limit is not None and not (isinstance(limit, list) and len(limit) == 2):
+                    raise ValueError(f"a limit is a least and a most size, found {str(limit)[:60]!r}")
+            found.append(
+                tuple(limit and (self._number(limit[0]), self._number(limit[1])) for limit in limits)
+            )
+        return tuple(found)
 
     def _op(self, data: Any, inputs: int, registers: int) -> Op | Call:
         if isinstance(data, dict) and data.keys() == {"call"}:
@@ -137,13 +168,11 @@ class ProgramReader:
         known = {argument.name for argument in schema.arguments} if schema else set()
         if kwargs.keys() - known or (len(args) > len(known) if schema else len(args) != 2):
             raise ValueError(f"{target}: takes other arguments")
-        if not refs(
+        if not has_tensor(
             [args, kwargs]
-        ):  # a tensor made of numbers alone, such as arange(n), or eye(n) of n² elements
-            numbers = [part for part in [*args, *kwargs.values()] if type(part) is int]
-            self._check_sizes(
-                [max(map(abs, numbers), default=0)] * (2 if target.startswith("aten.eye") else 1)
-            )
+        ):  # made of numbers alone, such as arange(n), or eye(n) of n² elements
+            numbers = [bulk(part) for part in [*args, *kwargs.values()] if is_number(part)]
+            self._check_sizes([max(numbers, default=0)] * (2 if target.startswith("aten.eye") else 1))
         return Op(target, tuple(args), tuple(kwargs.items()))
 
     def _call(self, data: Any, inputs: int, registers: int) -> Call:
@@ -198,7 +227,7 @@ class ProgramReader:
         if isinstance(data, list):
             parts = [self._arg(part, inputs, registers, depth + 1) for part in data]
             if depth:  # not the arguments themselves
-                self._check_sizes([part for part in parts if type(part) is int])
+                self._check_sizes([bulk(part) for part in parts if is_number(part)])
             return parts
         if not isinstance(data, dict) or len(data) != 1:
             raise ValueError(f"an argument cannot be {str(data)[:60]!r}")
@@ -218,8 +247,10 @@ class ProgramReader:
         if kind == "training" and isinstance(value, list) and len(value) == 3 and value[0] in self._modules:
             yes, no = (self._arg(part, inputs, registers, DEEPEST) for part in value[1:])
             return Training(value[0], yes, no)
-        if kind == "size" and isinstance(value, list) and len(value) == 3 and isinstance(value[2], list):
-            return self._size(*value, inputs=inputs)
+        if kind == "given" and type(value) is int and 0 <= value < MOST_NUMBERS:
+            return Given(value)
+        if kind in ("dim", "size"):
+            return self._size(data, inputs, registers)
         raise ValueError(f"an argument cannot be {str(data)[:60]!r}")
 
     @staticmethod
@@ -243,18 +274,56 @@ class ProgramReader:
             raise ValueError(f"{result.kind} {result.name!r} is not known")
         return result
 
-    def _size(self, count: Any, per: Any, dims: list[Any], *, inputs: int) -> Size:
-        if self._number(per) < 1 or len(dims) > 4:
-            raise ValueError("a size is a number times at most 4 dims, over a positive number")
-        pairs = []
-        for pair in dims:
-            if (
-                not isinstance(pair, list)
-                or len(pair) != 2
-                or not all(type(n) is int and n >= 0 for n in pair)
+    def _size(self, data: Any, inputs: int, registers: int, depth: int = 0) -> Number:
+        """A number, as literals, sizes and arithmetic."""
+        if type(data) is int:
+            return self._number(data)
+        kind, value = next(iter(data.items())) if isinstance(data, dict) and len(data) == 1 else ("", None)
+        if not isinstance(value, list) or depth > DEEPEST_SIZE:
+            raise ValueError(f"a size cannot be {str(data)[:60]!r}")
+        if kind == "dim" and len(value) == 2 and all(type(n) is int for n in value):
+            if not -1 <= value[0] < registers or not 0 <= value[1] < (
+                MOST_DIMS if value[0] >= 0 else MOST_NUMBERS
             ):
-                raise ValueError(f"a dim is a pair of numbers, found {str(pair)[:40]!r}")
-            if pair[0] >= inputs or pair[1] > 16:
-                raise ValueError(f"there is no dim {pair}")
-            pairs.append((pair[0], pair[1]))
-        return Size(self._number(count), per, tuple(pairs))
+                raise ValueError(f"there is no dim {value}")
+            return Dim(*value)
+        if kind == "size" and len(value) == 3 and isinstance(value[2], list):
+            return self._product(*value, inputs=inputs)
+        if kind == "size" and len(value) == 3 and isinstance(value[0], str) and value[0] in ARITHMETIC:
+            left, right = (self._size(part, inputs, registers, depth + 1) for part in value[1:])
+            if value[0] in ("//", "%") and not (type(right) is int and right >= 1):
+                raise ValueError("a size is divided by a positive number only")
+            return Size(value[0], left, right)
+        raise ValueError(f"a size cannot be {str(data)[:60]!r}")
+
+    def _product(self, count: Any, per: Any, dims: list[Any], *, inputs: int) -> Number:
+        """A number times some sizes of inputs, over a number: how files of version 0.1.0 have them."""
+        if self._number(per) < 1 or not 1 <= len(dims) <= 4:
+            raise ValueError("a size is a number times 1…4 dims, over a positive number")
+        pairs = [{"dim": pair} for pair in dims]
+        first, *rest = (self._size(pair, inputs, inputs) for pair in pairs)
+        for dim in rest:
+            first = Size("*", first, dim)
+        return Size("//", Size("*", first, self._number(count)), per)
+
+
+def is_number(x: Any) -> bool:
+    """Whether this is a whole number, written out or as arithmetic."""
+    return type(x) is int or isinstance(x, Dim | Size)
+
+
+def bulk(number: Number) -> int:
+    """How large a number is, at most, if all sizes were 1: what literals alone may ask for."""
+    if isinstance(number, Dim):
+        return 1
+    if isinstance(number, Size):
+        left, right = bulk(number.left), bulk(number.right)
+        return left + right if number.op == "+" else left * right if number.op == "*" else left
+    return abs(number)
+
+
+def has_tensor(arg: Any) -> bool:
+    """Whether an argument holds a tensor."""
+    if isinstance(arg, list | tuple | dict):
+        return any(map(has_tensor, arg.values() if isinstance(arg, dict) else arg))
+    return isinstance(arg, Ref)

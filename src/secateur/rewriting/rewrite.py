@@ -17,7 +17,7 @@ from secateur.graph.operators import Shape
 from secateur.graph.trace import Survivors, Trace
 from secateur.rewriting.calls import opened
 from secateur.rewriting.listing import Listing, as_op, cut_step, list_operators
-from secateur.rewriting.program import ANYTHING, NAMES, Made, Named, Program, Ref
+from secateur.rewriting.program import ANYTHING, NAMES, Given, Made, Named, Program, Ref
 
 CONSTANT = "rewritten_constant_"
 """Prefix of the buffers that hold the tensors a rewritten forward reads and that had no name."""
@@ -52,11 +52,30 @@ class Rewritten(nn.Module):
 
 def run_program(module: nn.Module, program: Program, args: Any, kwargs: Any) -> Any:
     """What a program computes with the tensors of `module` for the arguments of a call of it."""
+    inputs, numbers = inputs_of(program, module, args, kwargs)
+    if taken := program.exceeded(inputs):
+        raise CutError(
+            f"{type(module).__name__}: its forward was rewritten for a cut, and now takes {taken} only; got "
+            f"{' and '.join(' × '.join(map(str, x.shape)) for x in inputs)}. Analyse and cut the model at the size "
+            f"it is to be used with."
+        )
+    tensors = [tensor_named(module, name) for name in program.tensors]
+    return program.run(inputs, tensors, module, numbers=numbers)
+
+
+def inputs_of(
+    program: Program, module: nn.Module, args: Any, kwargs: Any
+) -> tuple[list[Tensor], dict[int, int]]:
+    """The tensors and the numbers that a program reads from a call.
+
+    Raises:
+        CutError: the other arguments are not those it was written for.
+    """
     inputs: list[Tensor] = [None] * program.inputs  # type: ignore[list-item]
+    numbers: dict[int, int] = {}
     given = arguments_of(module, args, kwargs).arguments
-    _collect(program.arguments, given, inputs, type(module).__name__)
-    tensors = [_tensor(module, name) for name in program.tensors]
-    return program.run(inputs, tensors, module)
+    _collect(program.arguments, given, inputs, numbers, type(module).__name__)
+    return inputs, numbers
 
 
 def original_class(module: nn.Module) -> type[nn.Module]:
@@ -134,7 +153,7 @@ def arguments_of(module: nn.Module, args: Any, kwargs: Any) -> inspect.BoundArgu
     return bound
 
 
-def _tensor(module: nn.Module, name: str) -> Tensor:
+def tensor_named(module: nn.Module, name: str) -> Tensor:
     """A parameter or buffer by its name."""
     path, _, last = name.rpartition(".")
     owner = module.get_submodule(path)
@@ -149,24 +168,27 @@ def _tensor(module: nn.Module, name: str) -> Tensor:
     return result
 
 
-def _collect(pattern: Any, given: Any, inputs: list[Tensor], where: str) -> None:
-    """Find the tensors of a call; everything else must be as it was when the module was rewritten."""
+def _collect(pattern: Any, given: Any, inputs: list[Tensor], numbers: dict[int, int], where: str) -> None:
+    """Find the tensors and numbers of a call; everything else must be as it was when the module was rewritten."""
     if isinstance(pattern, Ref) and isinstance(given, Tensor):
         if inputs[pattern.index] is None or inputs[pattern.index] is given:
             inputs[pattern.index] = given
             return
         pattern = "one tensor in several places"
+    elif isinstance(pattern, Given) and isinstance(given, int) and not isinstance(given, bool):
+        numbers[pattern.index] = given
+        return
     elif isinstance(pattern, dict) and isinstance(given, Mapping) and pattern.keys() == given.keys():
         for name, part in pattern.items():
-            _collect(part, given[name], inputs, where)
+            _collect(part, given[name], inputs, numbers, where)
         return
     elif isinstance(pattern, list | tuple) and isinstance(given, list | tuple) and len(pattern) == len(given):
         for part, one in zip(pattern, given, strict=True):
-            _collect(part, one, inputs, where)
+            _collect(part, one, inputs, numbers, where)
         return
     elif isinstance(pattern, Made) and type(given) is pattern.cls:
         entries = opened(given) or {}
-        _collect(dict(pattern.entries), {n: entries.get(n) for n in pattern.entries}, inputs, where)
+        _collect(dict(pattern.entries), {n: entries.get(n) for n in pattern.entries}, inputs, numbers, where)
         return
     elif pattern == ANYTHING or (type(pattern) is type(given) and pattern == given):
         return
@@ -177,6 +199,8 @@ def _collect(pattern: Any, given: Any, inputs: list[Tensor], where: str) -> None
 
 
 def _words(x: Any) -> str:
+    if isinstance(x, Given):
+        return "a number"
     return "a tensor" if isinstance(x, Tensor | Ref) else repr(x)[:60]
 
 

@@ -18,7 +18,7 @@ from torch.utils import _pytree as pytree
 
 from secateur.errors import CutError
 from secateur.graph import Graph, named_tensors
-from secateur.graph.duplicate import duplicate
+from secateur.graph.duplicate import cloned, duplicate
 from secateur.graph.groups import find_groups
 from secateur.graph.modes import evaluating
 from secateur.graph.positions import removed_positions
@@ -419,9 +419,3 @@ def registered(module: nn.Module, constants: Mapping[str, Tensor]) -> Iterator[N
         for name in constants:
             module._buffers.pop(name, None)
             module._non_persistent_buffers_set.discard(name)
-
-
-def cloned(tree: Any) -> Any:
-    """The tree with a copy of every tensor; one that stands in several places stays one."""
-    known: dict[int, Tensor] = {}
-    return pytree.tree_map(lambda x: known.setdefault(id(x), x.clone()) if isinstance(x, Tensor) else x, tree)

@@ -10,7 +10,7 @@ from torch.utils import _pytree as pytree
 
 from secateur.errors import ScoreError
 from secateur.graph import Inputs
-from secateur.graph.capture import as_call, with_batch
+from secateur.graph.capture import as_call, with_images
 from secateur.graph.duplicate import duplicate
 from secateur.imports import look_up
 
@@ -39,7 +39,7 @@ class Synflow:
     def __init__(self, model: nn.Module, inputs: Inputs, names: Iterable[str]) -> None:
         self.model = positive_(duplicate(model).double().eval())
         self.names = list(names)
-        self.args, self.kwargs = as_call(with_batch(inputs, 1))
+        self.args, self.kwargs = as_call(with_images(inputs, 1))
         parameters = dict(self.model.requires_grad_(True).named_parameters())
         self.whole = {name: parameters[name].detach().clone() for name in self.names}
         self.parameters = {name: parameters[name] for name in self.names}

@@ -65,9 +65,9 @@ class Site:
     def count(self, macs: int, *axes: Atoms, batched: bool = False) -> None:
         """This operator performs `macs` multiply-adds, in proportion to what is kept of each axis.
 
-        They are done for every image if an operand depends on the images, or if `batched`.
+        They are done for every image if an operand has a part for each, or if `batched`.
         """
-        batched = batched or any(value.data for value in self.operands)
+        batched = batched or any(value.batched for value in self.operands)
         self.labels.contractions.append(Contraction(self.labels.module, macs, axes, batched))
 
     def statistic(self, value: Value, dims: Collection[int]) -> None:

@@ -10,7 +10,6 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
-from secateur.graph.capture import BATCH
 from secateur.graph.labels import Value
 from secateur.graph.operators.site import Result, Site, short_name, without_rule
 from secateur.graph.operators.step import CutSite, LiveSite, Step
@@ -97,15 +96,16 @@ def label(site: Site) -> Result:
     result = entry.rule(site) if entry else without_rule(site)
     operands = site.operands
     repeated = entry is not None and entry.repeats and repeats_per_image(site)
-    data = repeated or any(value.data for value in operands)
+    batched = repeated or any(value.batched for value in operands)
+    data = batched or any(value.data for value in operands)
     weight = not data and any(v.weight or v.tensor in site.labels.parameters for v in operands)
     if isinstance(result, Value):
-        return replace(result, weight=weight, data=data)
-    return tuple(replace(value, weight=weight, data=data) for value in result)
+        return replace(result, weight=weight, data=data, batched=batched)
+    return tuple(replace(value, weight=weight, data=data, batched=batched) for value in result)
 
 
 def repeats_per_image(site: Site) -> bool:
     """Whether an operator repeats one tensor for every image of the traced batch."""
-    shape = site.operands[0].shape
+    shape, images = site.operands[0].shape, site.labels.images
     lead = (1,) * (len(site.shape) - len(shape)) + tuple(shape)
-    return bool(lead) and lead[0] == 1 and site.shape[0] == BATCH
+    return bool(lead) and lead[0] == 1 and site.shape[0] == images > 1

@@ -1,0 +1,160 @@
+"""Example inputs at other sizes: more images, and images of another height and width."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils import _pytree as pytree
+
+from secateur.graph.capture import Batching, Inputs, as_call, as_inputs
+from secateur.graph.guard import quiet, untouched
+from secateur.graph.modes import evaluating
+
+SMALL = 128
+"""Images below this many pixels are tried larger, those above mostly smaller, which costs less."""
+
+STEPS = (1, 8, 32)
+"""Sizes tried are multiples of these: many a network takes only multiples of its strides."""
+
+GROWN = ((1.62, 1.31), (1.27, 1.9), (2.13, 1.55), (0.79, 1.21))
+SHRUNK = ((0.72, 0.57), (0.51, 0.89), (0.87, 0.66), (1.19, 0.79))
+"""Heights and widths to try, as shares of those given; none is square, or a multiple of another."""
+
+AXES: dict[int, tuple[tuple[int, ...], ...]] = {
+    5: ((3, 4), (2, 3)),
+    4: ((2, 3), (1, 2)),
+    3: ((1,), (2,)),
+    2: ((1,),),
+}
+"""Rank of the inputs -> dims that may be height and width, or the length of a sequence; the likeliest first."""
+
+
+def main_leaf(inputs: Inputs) -> Tensor | None:
+    """The first tensor of most dims, which is taken for the images."""
+    tensors = [x for x in pytree.tree_leaves(as_call(inputs)) if isinstance(x, Tensor)]
+    return max(tensors, key=lambda x: x.ndim, default=None)
+
+
+def at_size(inputs: Inputs, dims: tuple[int, ...], size: tuple[int, ...]) -> Inputs | None:
+    """The inputs with dims of the main tensor at other sizes, and the same dims of those like it in proportion.
+
+    Returns:
+        None: some tensor cannot follow.
+    """
+    main = main_leaf(inputs)
+    assert main is not None
+    leaves, tree = pytree.tree_flatten(as_call(inputs))
+    for i, x in enumerate(leaves):
+        if not isinstance(x, Tensor) or x.ndim != main.ndim:
+            continue
+        for dim, new in zip(dims, size, strict=True):
+            if x.shape[dim] == 1 != main.shape[dim]:
+                continue
+            if x.shape[dim] * new % main.shape[dim]:
+                return None
+            x = resized(x, dim, x.shape[dim] * new // main.shape[dim])
+        leaves[i] = x
+    args, kwargs = pytree.tree_unflatten(leaves, tree)
+    return as_inputs(args, kwargs, inputs)
+
+
+def resized(x: Tensor, dim: int, size: int) -> Tensor:
+    """The tensor with its first positions along a dim, repeated if there are too few."""
+    return x.index_select(dim, torch.arange(size, device=x.device) % x.shape[dim])
+
+
+def random_floats(inputs: Inputs, seed: int, dtype: torch.dtype | None = None) -> Inputs:
+    """The inputs with random numbers (normal) in place of floating-point ones."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def random(x: Any) -> Any:
+        if not isinstance(x, Tensor) or not x.is_floating_point():
+            return x
+        return torch.randn(x.shape, generator=generator, dtype=torch.float64).to(x.device, dtype or x.dtype)
+
+    return pytree.tree_map(random, inputs)  # type: ignore[no-any-return]
+
+
+Size = tuple[tuple[int, ...], tuple[int, ...]]
+"""Dims of the main tensor, and a size for each."""
+
+
+def other_sizes(inputs: Inputs, runs: Callable[[Inputs], bool]) -> list[Size]:
+    """Other image sizes that a model takes.
+
+    Args:
+        inputs: at the size given.
+        runs: whether the model takes inputs; asked at most a few dozen times.
+    """
+    main = main_leaf(inputs)
+    for dims in AXES.get(main.ndim, ()) if main is not None else ():
+        assert main is not None
+        given = tuple(main.shape[dim] for dim in dims)
+        shares = GROWN if max(given) < SMALL else SHRUNK
+        for step in STEPS:
+            found: dict[tuple[int, ...], None] = {}
+            for number, share in enumerate(shares):
+                size = tuple(
+                    max(step, round(n * s / step) * step) for n, s in zip(given, share, strict=False)
+                )
+                candidate = at_size(inputs, dims, size) if size != given else None
+                if candidate is not None and runs(candidate):
+                    found[size] = None
+                elif number == 1 and not found:
+                    break
+            if found:
+                return [(dims, size) for size in found]
+    return []
+
+
+def sampled(
+    model: nn.Module, inputs: Inputs, batching: Batching, batch: int
+) -> tuple[list[Inputs], list[Inputs]]:
+    """Random inputs that a model takes in evaluation mode, at several sizes.
+
+    Args:
+        model: it is only read.
+        inputs: example inputs.
+        batching: how they hold images.
+        batch: images in the analysis.
+    Returns:
+        with the image size given: first as in the analysis, then, if the model takes them, with more images; and at
+        other image sizes, with different numbers of images.
+    """
+
+    def at_batch(given: Inputs, *counts: int) -> Inputs | None:
+        for count in counts:
+            if batching.allows(count) and takes(model, changed := batching.resized(given, count)):
+                return changed
+        return None
+
+    base = batching.resized(inputs, batch)
+    more = at_batch(inputs, batch + 1, batch + batching.images, 2 * batch)
+    others = []
+    for number, (dims, size) in enumerate(other_sizes(base, lambda given: takes(model, given))):
+        changed = at_size(inputs, dims, size)
+        assert changed is not None
+        count = (3, 2, 1, 1)[number] if more is not None else batch
+        found = at_batch(changed, count)
+        others.append(batching.resized(changed, batch) if found is None else found)
+    given = [base] if more is None else [base, more]
+    return (
+        [random_floats(x, seed) for seed, x in enumerate(given)],
+        [random_floats(x, seed) for seed, x in enumerate(others, len(given))],
+    )
+
+
+def takes(model: nn.Module, inputs: Inputs) -> bool:
+    """Whether a model in evaluation mode runs on inputs of these shapes; nothing is computed."""
+    with quiet(), untouched(model), evaluating(model), torch.no_grad(), torch.random.fork_rng(devices=[]):
+        try:
+            with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+                args, kwargs = pytree.tree_map(
+                    lambda x: mode.from_tensor(x) if isinstance(x, Tensor) else x, as_call(inputs)
+                )
+                model(*args, **kwargs)
+        except Exception:  # whatever the model's own code raises
+            return False
+    return True
