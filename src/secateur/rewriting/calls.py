@@ -106,14 +106,14 @@ def strip(tree: Any, leaves: list[Tensor]) -> Any:
         return tuple(tree)
     if type(tree) in (list, tuple):
         return type(tree)(strip(part, leaves) for part in tree)
-    entries = opened(tree)
+    entries = entries_in(tree)
     if entries is not None:
         parts = {name: strip(part, leaves) for name, part in entries.items()}
         return Made(type(tree), parts) if any(isinstance(x, Ref) for _, x in leaves_of(parts)) else ANYTHING
     return tree if tree is None or isinstance(tree, bool | int | float | str) else ANYTHING
 
 
-def opened(tree: Any) -> dict[str, Any] | None:
+def entries_in(tree: Any) -> dict[str, Any] | None:
     """The entries of an object that can be made again from them; None: it cannot."""
     cls = type(tree)
     if is_dataclass(cls):
@@ -135,7 +135,7 @@ def replaced(tree: Any, tensors: Mapping[int, Tensor]) -> Any:
         return {name: replaced(part, tensors) for name, part in tree.items()}
     if type(tree) in (list, tuple):
         return type(tree)(replaced(part, tensors) for part in tree)
-    entries = opened(tree)
+    entries = entries_in(tree)
     if entries is None:
         return tree
     return Made(type(tree), entries)({name: replaced(part, tensors) for name, part in entries.items()})

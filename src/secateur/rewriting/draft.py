@@ -21,12 +21,13 @@ from torch.utils import _pytree as pytree
 from secateur.errors import CaptureError, CutError
 from secateur.graph.capture import Capture, Inputs, as_call, capture
 from secateur.graph.duplicate import cloned, duplicate
+from secateur.graph.guard import opened
 from secateur.graph.labels import Value
 from secateur.graph.operators import OPERATORS, Step
 from secateur.graph.probe import aliases, difference, floats, random_values
 from secateur.graph.samples import sampled
 from secateur.graph.trace import Survivors, Trace
-from secateur.rewriting.calls import Site, leaves_of, marked, opened, strip
+from secateur.rewriting.calls import Site, entries_in, leaves_of, marked, strip
 from secateur.rewriting.compose import (
     Calls,
     Composed,
@@ -557,10 +558,11 @@ class Captures:
                 result = functional_call(runner, cloned(named), *call)
         except Exception:  # whatever sizes that do not fit lead to
             return False
-        same = [x for x in pytree.tree_leaves(expected) if not isinstance(x, Tensor)] == [
-            x for x in pytree.tree_leaves(result) if not isinstance(x, Tensor)
-        ]
-        return same and difference(floats(expected), floats(result))[1] <= CLOSE.get(dtype, 0.1)
+        literals, found = (
+            [x for x in pytree.tree_leaves(opened(tree)) if not isinstance(x, Tensor)]
+            for tree in (expected, result)
+        )
+        return literals == found and difference(floats(expected), floats(result))[1] <= CLOSE.get(dtype, 0.1)
 
     def _why_tied(self) -> str:
         """Why the sizes that are right say nothing about others, in words; "" if they do."""
@@ -861,7 +863,7 @@ def fill(tree: Any, given: Any, leaves: Sequence[Any]) -> Any:
     if isinstance(tree, dict):
         return {name: fill(part, given and given[name], leaves) for name, part in tree.items()}
     if isinstance(tree, Made):
-        entries = opened(given) if given is not None else None
+        entries = entries_in(given) if given is not None else None
         return tree(
             {name: fill(part, entries and entries[name], leaves) for name, part in tree.entries.items()}
         )

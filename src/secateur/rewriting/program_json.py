@@ -187,9 +187,9 @@ class ProgramReader:
         if not isinstance(args, list) or not isinstance(kwargs, dict):
             raise ValueError(f"{module}: arguments must be a list, keyword arguments a dict")
         given = [leaf for _, leaf in leaves_of([args, kwargs])]
-        if not all(leaf is None or isinstance(leaf, Ref | Size | bool | int | float) for leaf in given):
+        if not all(leaf is None or isinstance(leaf, Ref | Dim | Size | bool | int | float) for leaf in given):
             raise ValueError(f"{module}: may be given tensors and numbers only")
-        self._check_sizes([leaf for leaf in given if type(leaf) is int])
+        self._check_sizes([bulk(leaf) for leaf in given if is_number(leaf)])
         return Call(module, tuple(args), tuple(kwargs.items()))
 
     def _made(self, name: Any, data: Any, inputs: int, registers: int, depth: int) -> Made:

@@ -15,7 +15,7 @@ from secateur.errors import CutError
 from secateur.graph.labels import Value
 from secateur.graph.operators import Shape
 from secateur.graph.trace import Survivors, Trace
-from secateur.rewriting.calls import opened
+from secateur.rewriting.calls import entries_in
 from secateur.rewriting.listing import Listing, as_op, cut_step, list_operators
 from secateur.rewriting.program import ANYTHING, NAMES, Given, Made, Named, Program, Ref
 
@@ -187,7 +187,7 @@ def _collect(pattern: Any, given: Any, inputs: list[Tensor], numbers: dict[int, 
             _collect(part, one, inputs, numbers, where)
         return
     elif isinstance(pattern, Made) and type(given) is pattern.cls:
-        entries = opened(given) or {}
+        entries = entries_in(given) or {}
         _collect(dict(pattern.entries), {n: entries.get(n) for n in pattern.entries}, inputs, numbers, where)
         return
     elif pattern == ANYTHING or (type(pattern) is type(given) and pattern == given):
