@@ -175,7 +175,7 @@ def test_what_was_pruned_can_be_pruned_again(tmp_path: Path) -> None:
     first = sc.prune(model, x, budget=sc.Budget(macs=0.7), score="l2")
     second = sc.prune(first.model, x, budget=sc.Budget(macs=0.7), score="l2")
     third = sc.prune(second.model, x, budget=sc.Budget(macs=0.7), score="l2")
-    assert first.proof.ok and second.proof.ok and third.proof.ok
+    assert all(pruned.proof.ok for pruned in (first, second, third))
     assert third.after["macs"] <= 0.35 * first.before["macs"]
     assert third.proof.rewritten == ("blocks.0.attn", "blocks.1.attn")
     third.save(tmp_path / "m.safetensors")

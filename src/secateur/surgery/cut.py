@@ -1,5 +1,6 @@
 """Physical removal: smaller tensors in the user's own module."""
 
+import functools
 from collections.abc import Mapping
 
 import numpy as np
@@ -11,7 +12,7 @@ from secateur.errors import CutError, PlanError
 from secateur.graph import Graph, fingerprint, mirrored, named_tensors
 from secateur.graph.duplicate import duplicate
 from secateur.graph.groups import PadSite
-from secateur.graph.modules import Keep
+from secateur.graph.modules import HELD, Keep, held, worked_out
 from secateur.graph.positions import kept_positions
 from secateur.plan import Plan
 from secateur.rewriting.known import following
@@ -54,6 +55,7 @@ def cut_(model: nn.Module, graph: Graph, plan: Plan, *, optimizer: Optimizer | N
         if optimizer is not None:
             select_states(edit, optimizer, tensor, dims)
     edit.apply()
+    renew_(model, edit)
     try:
         _settle(model, graph, masks, edit)
     except Exception as error:
@@ -65,6 +67,16 @@ def cut_(model: nn.Module, graph: Graph, plan: Plan, *, optimizer: Optimizer | N
             f"{type(model).__name__}: the plan cannot be applied ({reason}). The model is unchanged."
         ) from error
     return model
+
+
+def renew_(model: nn.Module, edit: Edit) -> None:
+    """Let weights that hooks work out follow the tensors they are worked out from, as a change that was made."""
+    for module in model.modules():
+        new = worked_out(module)
+        if new:
+            old = {name: module.__dict__[name] for name in new}
+            module.__dict__.update(new)
+            edit.done(functools.partial(module.__dict__.update, old))
 
 
 def _settle(model: nn.Module, graph: Graph, masks: list[Tensor], edit: Edit) -> None:
@@ -92,7 +104,9 @@ def layer_attributes(
     edits = {}
     for name, module in model.named_modules():
         own: dict[tuple[str, int], Keep] = {}
-        for local, tensor in [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]:
+        tensors = dict(module.named_parameters(recurse=False)) | dict(module.named_buffers(recurse=False))
+        tensors |= {local: found[1] for local in HELD if (found := held(module, local))}
+        for local, tensor in tensors.items():
             if first[id(tensor)] in cut:
                 own |= {(local, dim): mask for (key, dim), mask in keep.items() if key == first[id(tensor)]}
         if own:

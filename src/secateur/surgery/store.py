@@ -22,6 +22,7 @@ from secateur.rewriting.program import LONGEST, Call, Program
 from secateur.rewriting.program_json import ProgramReader, to_json
 from secateur.rewriting.rewrite import CONSTANT, rewrite_, rewritten_modules
 from secateur.surgery.bypass import SIDES, Bypass, add_bypass_, remove_bypass_
+from secateur.surgery.cut import renew_
 from secateur.surgery.edit import Edit
 
 FORMAT = "1"
@@ -155,6 +156,7 @@ def _load(
     for name, tensor in {id(t): (n, t) for n, t in own.items()}.values():
         edit.tensor(tensor, tensors[name].clone().to(tensor.device))  # aligned memory of its own
     edit.apply()
+    renew_(model, edit)
     for name, (program, found) in programs.items():
         rewritten = model.get_submodule(name)
         lost = str(recipe["rewritten"][name].get("lost", ""))[:200]
