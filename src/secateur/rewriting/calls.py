@@ -7,9 +7,9 @@ also of a submodule that runs no operator in evaluation mode.
 
 import functools
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, fields, is_dataclass
+from dataclasses import dataclass, fields, is_dataclass, replace
 from typing import Any
 
 import torch
@@ -19,6 +19,10 @@ from secateur.rewriting.program import ANYTHING, Made, Ref, entries_of
 
 CALLED, RETURNED = "secateur.called.default", "secateur.returned.default"
 """The two operators, as a captured graph names them."""
+
+
+LITERALS = (bool, int, float)
+"""What a call may be given besides tensors; no text, since a program may come from a file that nobody vouches for."""
 
 
 @dataclass(frozen=True)
@@ -56,41 +60,74 @@ def _marks() -> tuple[torch.library.Library, Callable[..., Tensor], Callable[...
     return library, torch.ops.secateur.called.default, torch.ops.secateur.returned.default
 
 
+class Sites(list[Site]):
+    """The calls that were marked, by their number.
+
+    Attributes:
+        passed: names of submodules whose calls were not, so that what they call was.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.passed: list[str] = []
+
+
 @contextmanager
-def marked(model: nn.Module) -> Iterator[list[Site]]:
-    """Inside the block, while a graph is captured, calls of submodules are marked and listed by their number."""
+def marked(model: nn.Module, apart: Collection[str] | None) -> Iterator[Sites]:
+    """Inside the block, while a graph is captured, calls of submodules are marked, and not what runs in them.
+
+    Args:
+        model: whose graph is captured.
+        apart: submodules whose calls are not marked, but those that they make; None: none is.
+    """
     _, called, returned = _marks()
-    sites: list[Site | None] = []
-    open_calls: list[tuple[int, Tensor, Any, Any]] = []
+    sites = Sites()
+    stack: list[
+        tuple[int, Tensor] | str | None
+    ] = []  # a marked call, the name of one that is not, one inside a call
 
-    def before(_: nn.Module, args: Any, kwargs: Any) -> None:
-        tensors: list[Tensor] = []
-        given = strip(args, tensors), strip(kwargs, tensors)
-        sites.append(None)
-        open_calls.append((len(sites) - 1, called(tensors, len(sites) - 1), *given))
+    def before(name: str, _: nn.Module, args: Any, kwargs: Any) -> None:
+        if not name:
+            stack.clear()  # an earlier try may have failed half-way
+        elif any(not isinstance(entry, str) for entry in stack):
+            stack.append(None)
+        else:
+            tensors: list[Tensor] = []
+            given = strip(args, tensors), strip(kwargs, tensors)
+            if apart is None or name in apart or not is_plain(given):
+                sites.passed.append(name)
+                stack.append(name)
+            else:
+                stack.append((len(sites), called(tensors, len(sites))))
+                sites.append(Site(name, *given, None))
 
-    def after(name: str, args: Any, kwargs: Any, output: Any) -> Any:
-        number, token, given, named = open_calls.pop()
+    def after(name: str, _: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
+        entry = stack.pop()
+        if not isinstance(entry, tuple):
+            return output
+        number, token = entry
         tensors: list[Tensor] = []
-        sites[number] = Site(name, given, named, strip(output, tensors))
+        sites[number] = replace(sites[number], output=strip(output, tensors))
         through = returned(tensors, token, number)
         return replaced(output, {id(t): new for t, new in zip(tensors, through, strict=True)})
 
     handles = []
     try:
         for name, module in model.named_modules():
+            first = functools.partial(before, name)
+            handles.append(module.register_forward_pre_hook(first, prepend=True, with_kwargs=True))
             if name:
-                handles.append(module.register_forward_pre_hook(before, prepend=True, with_kwargs=True))
-                hook = functools.partial(_after, after, name)
-                handles.append(module.register_forward_hook(hook, with_kwargs=True))
-        yield sites  # type: ignore[misc]  # all are there once the capture is done
+                last = functools.partial(after, name)
+                handles.append(module.register_forward_hook(last, with_kwargs=True))
+        yield sites
     finally:
         for handle in handles:
             handle.remove()
 
 
-def _after(after: Callable[..., Any], name: str, _: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
-    return after(name, args, kwargs, output)
+def is_plain(given: Any) -> bool:
+    """Whether arguments can be written down: tensors and numbers, in plain containers."""
+    return all(leaf is None or isinstance(leaf, (Ref, *LITERALS)) for _, leaf in leaves_of(given))
 
 
 def strip(tree: Any, leaves: list[Tensor]) -> Any:

@@ -10,13 +10,10 @@ from secateur.errors import CutError
 from secateur.graph.operators import Step
 from secateur.rewriting.calls import Site, leaves_of
 from secateur.rewriting.listing import Listing, Via, as_op
-from secateur.rewriting.program import Call, Dim, Made, Named, Op, Ref, Size
+from secateur.rewriting.program import ANYTHING, Call, Dim, Made, Named, Op, Ref, Size
 
 Calls = dict[int, tuple[Any, Any]]
 """Number of a call in a listing -> its arguments and keyword arguments, with `Ref` to registers of the listing."""
-
-LITERALS = (bool, int, float)
-"""What a call may be given besides tensors; no text, since a program may come from a file that nobody vouches for."""
 
 
 @dataclass(frozen=True)
@@ -39,23 +36,19 @@ class Composed:
 def choose_calls(
     lines: Listing,
     sites: Sequence[Sequence[Site]],
-    apart: Collection[str] | None,
     express: Callable[..., Any],
 ) -> Calls:
     """The calls of submodules that a program makes as they are.
 
-    The outermost ones are taken: whatever runs in a call is up to the submodule.
-
     Args:
         lines: of the module as captured.
         sites: of every call of the listing, in this capture and in all others.
-        apart: submodules whose operators are to be written out; None: all.
         express: (a number, the same in the other captures) -> the number, or what it is made of.
     """
-    if apart is None or any([s.module for s in other] != [s.module for s in sites[0]] for other in sites):
+    if any([site.module for site in other] != [site.module for site in sites[0]] for other in sites):
         return {}
     possible: Calls = {}
-    apart = set(apart)
+    refused: set[str] = set()
     for number, call in enumerate(lines.calls):
         variants = [own[number] for own in sites]
         try:
@@ -65,15 +58,12 @@ def choose_calls(
             )
             possible[number] = args, kwargs
         except CutError:
-            apart.add(variants[0].module)
-        if not is_plain(variants[0]) or call.steps.stop < 0:
-            apart.add(variants[0].module)
+            refused.add(variants[0].module)
+        if call.steps.stop < 0 or any(leaf == ANYTHING for _, leaf in leaves_of(variants[0].output)):
+            refused.add(variants[0].module)
     while True:
         # all calls of a submodule or none, so that they keep their numbers
-        possible = {n: given for n, given in possible.items() if sites[0][n].module not in apart}
-        chosen = {
-            n: given for n, given in possible.items() if not any(a in possible for a in around(lines, n))
-        }
+        chosen = {n: given for n, given in possible.items() if sites[0][n].module not in refused}
         owners = {step: n for n in chosen for step in lines.calls[n].steps}
         first = len(lines.nodes) - len(lines.steps)
         steps = [lines.steps[i].args for i in outside(lines, chosen)]
@@ -84,16 +74,7 @@ def choose_calls(
         }
         if not open_:
             return chosen
-        apart |= {sites[0][n].module for n in open_}
-
-
-def is_plain(site: Site) -> bool:
-    """Whether a call can be written down: tensors and numbers in, and tensors in plain containers out."""
-    given = [leaf for _, leaf in leaves_of([site.args, site.kwargs])]
-    returned = [leaf for _, leaf in leaves_of(site.output)]
-    return all(x is None or isinstance(x, (Ref, *LITERALS)) for x in given) and not any(
-        isinstance(x, Named) for x in returned
-    )
+        refused |= {sites[0][n].module for n in open_}
 
 
 def follow(variants: Sequence[Any], reads: Sequence[Any], express: Callable[..., Any]) -> Any:
@@ -114,14 +95,6 @@ def follow(variants: Sequence[Any], reads: Sequence[Any], express: Callable[...,
             return {name: follow([v[name] for v in variants], reads, express) for name in base}
         return type(base)(follow([v[i] for v in variants], reads, express) for i in range(len(base)))
     return express(base, others)
-
-
-def around(lines: Listing, number: int) -> Iterator[int]:
-    """The calls in which a call is made."""
-    parent = lines.calls[number].parent
-    while parent is not None:
-        yield parent
-        parent = lines.calls[parent].parent
 
 
 def resolve(ref: Ref, chosen: Collection[int]) -> Ref:
@@ -245,12 +218,3 @@ def is_floating(lines: Listing, register: int) -> bool:
     """Whether an input or tensor of a listing holds floating-point numbers."""
     value = lines.nodes[register].meta.get("val")
     return isinstance(value, Tensor) and value.is_floating_point()
-
-
-def silent(lines: Listing, sites: Sequence[Site], chosen: Collection[int]) -> list[str]:
-    """The submodules that the captured forward calls, and the program neither calls nor leaves to another one."""
-    called = {
-        sites[n].module for n in range(len(lines.calls)) if n in chosen or {*around(lines, n)} & {*chosen}
-    }
-    names = [sites[n].module for n in range(len(lines.calls)) if sites[n].module not in called]
-    return list(dict.fromkeys(names))

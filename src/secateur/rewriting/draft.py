@@ -27,7 +27,7 @@ from secateur.graph.operators import OPERATORS, Step
 from secateur.graph.probe import aliases, difference, floats, random_values
 from secateur.graph.samples import sampled
 from secateur.graph.trace import Survivors, Trace
-from secateur.rewriting.calls import Site, entries_in, leaves_of, marked, strip
+from secateur.rewriting.calls import Site, Sites, entries_in, leaves_of, marked, strip
 from secateur.rewriting.compose import (
     Calls,
     Composed,
@@ -37,7 +37,6 @@ from secateur.rewriting.compose import (
     follow,
     outline,
     outside,
-    silent,
     tensors_read,
 )
 from secateur.rewriting.listing import Listing, find_calls, list_operators
@@ -165,7 +164,8 @@ class Writer:
         cut = self._cut_dims(captured, values)
         sites, chosen = captures.base.sites_of(captured), captures.choose(captured, cut)
         switches, lost = training_switches(captures.training, captured, sites, chosen)
-        unheard = silent(captured, sites, chosen)
+        called = {sites[n].module for n in chosen}
+        unheard = [n for n in dict.fromkeys(captures.written_out(sites)) if n not in called]
         if unheard:
             hooks = f"hooks on {', '.join(unheard[:4])}{' …' * (len(unheard) > 4)}"
             lost = " and ".join([hooks, lost] if lost else [hooks])
@@ -341,13 +341,21 @@ class Captured:
     captured: Capture
     arguments: Any
     output: Any
-    sites: list[Site]
+    sites: Sites
 
     @classmethod
-    def of(cls, module: nn.Module, args: Any, kwargs: Any, *, training: bool = False) -> "Captured":
-        """Capture one call."""
+    def of(
+        cls,
+        module: nn.Module,
+        args: Any,
+        kwargs: Any,
+        *,
+        apart: Collection[str] | None = None,
+        training: bool = False,
+    ) -> "Captured":
+        """Capture one call; calls of submodules are marked, those of some submodules are not, with None no call."""
         call = FixedCall(module, args, kwargs)
-        with marked(call.module) as sites:
+        with marked(call.module, apart) as sites:
             captured = capture(call, tuple(call.tensors), training=training, exact=True)
         if any(leaf == ANYTHING for _, leaf in leaves_of(call.returned.tree)):
             raise CutError(
@@ -356,7 +364,9 @@ class Captured:
         return cls(captured, call.arguments, call.returned.tree, sites)
 
     @classmethod
-    def of_double(cls, module: nn.Module, args: Any, kwargs: Any) -> "Captured | None":
+    def of_double(
+        cls, module: nn.Module, args: Any, kwargs: Any, apart: Collection[str] | None
+    ) -> "Captured | None":
         """Capture one call in float64; None for a module that does not run in it."""
 
         known: dict[int, Tensor] = {}  # a tensor that is passed twice stays one
@@ -368,7 +378,7 @@ class Captured:
 
         try:
             twin = duplicate(module).double()
-            return cls.of(twin, *pytree.tree_map(double, (args, kwargs)))
+            return cls.of(twin, *pytree.tree_map(double, (args, kwargs)), apart=apart)
         except (CaptureError, CutError):
             return None
 
@@ -403,7 +413,16 @@ class Captures:
         self._apart = apart
         self._calls = calls
         self._alike = alike
-        self.base = Captured.of(module, *calls[0])
+        while True:
+            self.base = Captured.of(module, *calls[0], apart=self._apart)
+            lines = self.base.listing()
+            sites = self.base.sites_of(lines)
+            chosen = choose_calls(lines, [sites], lambda leaf, _: leaf)
+            passed = self.base.sites.passed
+            refused = {s.module for n, s in enumerate(sites) if n not in chosen or s.module in passed}
+            if self._apart is None or not refused:
+                break
+            self._apart = {*self._apart, *refused}  # what they call is looked at instead
         self.tied = ""
         self._forget()
 
@@ -487,17 +506,17 @@ class Captures:
         """Capture a call, the first in float64; False if it does other things than in the analysis."""
         call = self._calls[number]
         assert call is not None
-        found = None if self.variants else Captured.of_double(self._module, *call)
+        found = None if self.variants else Captured.of_double(self._module, *call, self._apart)
         if found is None and number:
             try:
-                found = Captured.of(self._module, *call)
+                found = Captured.of(self._module, *call, apart=self._apart)
             except (CaptureError, CutError):
                 return False
         if found is None:
             return True
         lines, other = self.base.listing(), found.listing()
         sites = self.base.sites_of(lines)
-        chosen = choose_calls(lines, [sites], self._apart, lambda leaf, _: leaf)
+        chosen = choose_calls(lines, [sites], lambda leaf, _: leaf)
         others = found.sites_of(other)
         twin = same_calls(chosen, sites, others)
         if not same_operators(lines, other, chosen, twin, (sites, others)):
@@ -506,6 +525,10 @@ class Captures:
         self._listings.append(other)
         self._captured.add(number)
         return True
+
+    def written_out(self, sites: Sequence[Site]) -> list[str]:
+        """The submodules that the module calls and whose calls are not marked, and those of some sites."""
+        return [*self.base.sites.passed, *(site.module for site in sites)]
 
     def choose(self, lines: Listing, cut: set[tuple[int, int]]) -> Calls:
         """The calls of submodules that the program makes.
@@ -524,7 +547,7 @@ class Captures:
                 number, number, others
             )
 
-        return choose_calls(lines, sites, self._apart, express)
+        return choose_calls(lines, sites, express)
 
     def _whole(self) -> Program:
         """The program of the module before any cut.
@@ -666,7 +689,7 @@ class Captures:
         """As `base`, in training mode; None where that cannot be captured."""
         assert self._calls[0] is not None
         try:
-            return Captured.of(self._module, *self._calls[0], training=True)
+            return Captured.of(self._module, *self._calls[0], apart=self._apart, training=True)
         except (CaptureError, CutError):
             return None
 

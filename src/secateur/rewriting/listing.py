@@ -61,14 +61,12 @@ class CallLine:
 
     Attributes:
         site: its number among those noted at capture.
-        parent: number of the call it is made in; None: the captured module makes it.
         steps: those that run in it.
         reads: what its tensors are.
         returns: what the tensors that it returns are.
     """
 
     site: int
-    parent: int | None
     steps: range
     reads: list[Any]
     returns: list[Any] = field(default_factory=list)
@@ -156,8 +154,7 @@ def _mark(node: fx.Node, environment: Mapping[fx.Node, Any], result: Listing) ->
     tensors = _resolve(node.args[0], environment)
     now = len(result.steps)
     if str(node.target) == CALLED:
-        parent = next((n for n, call in reversed([*enumerate(result.calls)]) if call.steps.stop < 0), None)
-        result.calls.append(CallLine(int(str(node.args[1])), parent, range(now, -1), tensors))
+        result.calls.append(CallLine(int(str(node.args[1])), range(now, -1), tensors))
         return len(result.calls) - 1
     number = environment[node.args[1]]  # type: ignore[index]
     call = result.calls[number]
