@@ -34,12 +34,12 @@ from secateur.graph.duplicate import duplicate
 from secateur.graph.replay import Replay
 from secateur.methods import RD, Context, MaskWeights, OneShot, Pruned, RDWeights
 from secateur.methods.rd import FAITHFUL
-from secateur.methods.rd.channels import compensated
 from secateur.methods.rd.curves import measure
 from secateur.plan import WeightPlan
 from secateur.recipes.data import Batches, Dataset, Split, load_data
 from secateur.recipes.models import build_model
 from secateur.recipes.models.weights import load_weights, normalisation_for
+from secateur.reconstruction.plans import compensated
 from secateur.surgery.cut import cut_copy
 
 NETWORKS = {

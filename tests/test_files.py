@@ -33,6 +33,20 @@ def test_the_temporary_name_keeps_the_suffix(tmp_path: Path) -> None:
         temporary.write_bytes(b"x")
 
 
+@pytest.mark.parametrize("mask", [0o022, 0o077, 0o002])
+def test_every_file_has_the_permissions_of_a_new_one(mask: int, tmp_path: Path) -> None:
+    before = os.umask(mask)
+    try:
+        write_tensors(tmp_path / "m.safetensors", {"a": torch.zeros(2)}, {})
+        atomic_write(tmp_path / "a.json", "{}")
+        with replacing(tmp_path / "b") as temporary:
+            temporary.unlink()  # a writer that makes its own file
+            os.close(os.open(temporary, os.O_CREAT | os.O_WRONLY, 0o600))
+    finally:
+        os.umask(before)
+    assert {file.stat().st_mode & 0o777 for file in tmp_path.iterdir()} == {0o666 & ~mask}
+
+
 def test_a_failing_block_changes_nothing(tmp_path: Path) -> None:
     atomic_write(tmp_path / "a", "old")
 

@@ -8,8 +8,9 @@ import torch
 from torch import nn
 
 from secateur import Plan, analyze
-from secateur.errors import BudgetError, FileError, SecateurError
+from secateur.errors import BudgetError, FileError, ModelError, SecateurError
 from secateur.files import read_tensors
+from secateur.methods import method_named
 from secateur.recipes.data import Normalisation
 from secateur.recipes.models import build_model
 from secateur.recipes.train_config import TrainConfig
@@ -80,6 +81,35 @@ def test_what_a_killed_write_left_is_no_obstacle(tmp_path: Path) -> None:
     (tmp_path / ".finetune.checkpoint.0123abcd.tmp.safetensors").write_text("")
     begun(tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["config.json"]
+
+
+def test_a_resumed_run_removes_what_a_killed_write_left(tmp_path: Path) -> None:
+    begun(tmp_path)
+    (tmp_path / ".model.0123abcd.tmp.safetensors").write_text("")
+    RunFolder(tmp_path, "prune", SETTINGS, "resume").begin(SAVED)
+    assert [path.name for path in tmp_path.iterdir()] == ["config.json"]
+
+
+def test_a_folder_that_may_not_be_written_is_refused_before_any_work(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("os.access", lambda path, mode: Path(path) != tmp_path)
+    with pytest.raises(FileError, match=r"could not be written: Permission denied\. Choose"):
+        RunFolder(tmp_path / "new" / "run", "prune", SETTINGS)
+
+
+def test_a_model_for_other_classes_is_refused_before_any_work(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "nets.py").write_text(
+        NETS.replace("def net(classes, in_channels)", "def net(in_channels, classes=5)")
+    )
+    (tmp_path / "fixed.py").write_text("from nets import net as make\ndef net(): return make(1, 5)\n")
+    monkeypatch.chdir(tmp_path)
+    config = without_exports(task=replace(TASK, model="fixed.py:net"), budget={"macs": 0.5}, method="oneshot")
+    with pytest.raises(ModelError, match=r"returned \(2, 5\) .*Build the model for 10 classes"):
+        prune_run(config, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
 
 
 def test_resume_of_nothing_starts(tmp_path: Path) -> None:
@@ -176,6 +206,74 @@ def test_equal_configurations_give_equal_models(tmp_path: Path) -> None:
         "train",
         "finetune",
     ]
+
+
+def test_weights_of_another_built_in_model_name_it(tmp_path: Path) -> None:
+    from safetensors.torch import save_file
+
+    other = build_model("resnet20_b", classes=3).state_dict()
+    save_file(
+        {f"module.{n.replace('shortcut', 'downsample')}": t for n, t in other.items()},
+        tmp_path / "b.safetensors",
+    )
+    with pytest.raises(ModelError, match=r"12 in the file only.*Its convolutions are those of resnet20_b\.$"):
+        load_into(build_model("resnet20", classes=3), tmp_path / "b.safetensors")
+    save_file({"conv.weight": torch.zeros(3, 3, 5, 5)}, tmp_path / "c.safetensors")
+    with pytest.raises(ModelError, match=r"saved from\.$"):
+        load_into(build_model("resnet20", classes=3), tmp_path / "c.safetensors")
+
+
+REPEATED = [
+    ("lapp", {"bypass": bypass, "side": side})
+    for bypass, side in (
+        ("full", "depthwise"),
+        ("full", "pointwise"),
+        ("shared", "depthwise"),
+        ("none", "depthwise"),
+    )
+] + [
+    ("lapp", {"bypass": "none", "removal": {"steps": 2}}),
+    ("paam", {}),
+    ("gradual", {"score": "random", "rounds": 2}),
+    ("gradual", {"rounds": 1, "removal": {"steps": 2, "restore": True}}),
+    ("depgraph", {}),
+    ("oto", {}),
+    ("hesso", {"periods": 2}),
+    ("gate-decorator", {"ticks": 1, "ticks_per_tock": 1}),
+    ("precrop", {}),
+    ("preconfig", {}),
+    ("snip", {}),
+    ("random-weights", {}),
+]
+
+
+@pytest.mark.parametrize(("method", "options"), REPEATED, ids=str)
+def test_one_seed_is_one_model_whatever_was_drawn_before(
+    method: str, options: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "nets.py").write_text(NETS)
+    monkeypatch.chdir(tmp_path)
+    during = method_named(method).when == "during"
+    config = without_exports(
+        task=replace(TASK, model="nets.py:net", train_images=30, test_images=10),
+        budget={"macs": 0.6},
+        method=method,
+        options=options,
+        **{"train" if during else "finetune": TrainConfig(epochs=2, batch_size=10)},
+    )
+    for number in range(2):
+        torch.manual_seed(number)
+        prune_run(config, tmp_path / str(number))
+    assert same_tensors(*(tmp_path / str(number) / "model.safetensors" for number in range(2)))
+
+
+NETS = """
+from torch import nn
+def net(classes, in_channels):
+    return nn.Sequential(
+        nn.Conv2d(in_channels, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 8, 3, padding=1),
+        nn.BatchNorm2d(8), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, classes))
+"""
 
 
 def test_a_seed_stands_for_the_weights_whatever_was_drawn_before() -> None:
@@ -455,3 +553,31 @@ def test_what_the_method_made_of_the_weights_is_what_is_measured(tmp_path: Path)
         assert all(torch.equal(t, final[name]) for name, t in found[compensation].items())
     assert found["none"].keys() == found["least-squares"].keys()
     assert not torch.equal(found["none"]["fc.weight"], found["least-squares"]["fc.weight"])
+
+
+def test_fine_tuning_that_harms_is_undone(tmp_path: Path) -> None:
+    config = without_exports(
+        task=replace(TASK, train_images=400),
+        budget={"macs": 0.9},
+        train=TrainConfig(epochs=4, batch_size=32, lr=0.1, schedule="one-cycle"),
+        finetune=TrainConfig.finetune(1, batch_size=32, lr=20.0, warmup_epochs=0.0),
+    )
+    out = tmp_path / "better"
+    report = prune_run(config, out)
+    assert report is not None
+    assert report.undone
+    assert report.accuracy_after == report.accuracy_cut > 0.5
+    assert "the cut model was kept" in report.outcome
+    assert any("the fine-tuned one is in finetuned.safetensors" in note for note in report.notes)
+    kept, cut, tuned = (read_tensors(out / f"{n}.safetensors")[0] for n in ("model", "cut", "finetuned"))
+    assert all(torch.equal(kept[name], cut[name]) for name in cut)
+    assert any(not torch.equal(kept[name], tuned[name]) for name in cut)
+    again = prune_run(config, out, mode="resume")
+    assert again is not None
+    assert again.accuracy_after == report.accuracy_after
+
+    last = prune_run(replace(config, keep="last"), tmp_path / "last")
+    assert last is not None
+    assert not last.undone
+    assert last.accuracy_after < report.accuracy_after
+    assert any("is in cut.safetensors" in note for note in last.notes)

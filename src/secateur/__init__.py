@@ -13,18 +13,22 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:
     from secateur import methods as methods
     from secateur.cost import Budget, Cost
+    from secateur.engine.pruned import Pruned
     from secateur.errors import SecateurError
-    from secateur.graph import analyze, register_pad
+    from secateur.graph import Graph, analyze, register_pad
     from secateur.methods import prune
     from secateur.plan import Plan
-    from secateur.proof.verify import verify
+    from secateur.proof.verify import Verification, verify
     from secateur.surgery import cut_, load, mask_, save
 
 _HOME = {
     "Budget": "cost",
     "Cost": "cost",
+    "Graph": "graph",
     "Plan": "plan",
+    "Pruned": "engine.pruned",
     "SecateurError": "errors",
+    "Verification": "proof",
     "analyze": "graph",
     "cut_": "surgery",
     "load": "surgery",
@@ -38,8 +42,11 @@ _HOME = {
 __all__ = [
     "Budget",
     "Cost",
+    "Graph",
     "Plan",
+    "Pruned",
     "SecateurError",
+    "Verification",
     "analyze",
     "cut_",
     "load",
@@ -58,3 +65,7 @@ def __getattr__(name: str) -> Any:
     if name not in _HOME:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(import_module(f"{__name__}.{_HOME[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted([*__all__, "__version__", "methods"])

@@ -16,6 +16,8 @@ A message says where, what was found, what was expected, and what to do. The com
 message alone and exits with code 2.
 """
 
+import difflib
+import re
 from collections.abc import Iterable
 
 
@@ -64,9 +66,24 @@ class FileError(SecateurError):
 
 
 def unknown(kind: str, name: str, choices: Iterable[str]) -> str:
-    """The message for a name that is not in a table: it lists the choices.
+    """The message for a name that is not in a table: the choices, and the nearest of them.
 
-    >>> unknown("score", "l3", ["l1", "l2"])
-    "unknown score 'l3'; choose one of: l1, l2"
+    >>> unknown("score", "l3", ["l1", "taylor"])
+    "unknown score 'l3'; choose one of: l1, taylor. Did you mean 'l1'?"
+    >>> unknown("score", "norm", ["l1", "l2"])
+    "unknown score 'norm'; choose one of: l1, l2"
     """
-    return f"unknown {kind} {name!r}; choose one of: {', '.join(sorted(choices))}"
+    choices = sorted(choices)
+    near = difflib.get_close_matches(name.lower(), choices, n=1, cutoff=0.5)
+    hint = f". Did you mean {near[0]!r}?" if near else ""
+    return f"unknown {kind} {name!r}; choose one of: {', '.join(choices)}{hint}"
+
+
+def first_line(error: BaseException) -> str:
+    """What another library's error says, without its details, hints, full stop and terminal codes.
+
+    >>> first_line(ValueError("\\x1b[31mtoo short\\x1b[0m.\\nSee the docs."))
+    'too short'
+    """
+    text = re.sub(r"\x1b\[[0-9;]*[A-Za-z]", "", str(error)).strip() or type(error).__name__
+    return text.splitlines()[0].partition(" Hint: ")[0].rstrip(".")[:300]

@@ -7,6 +7,7 @@ has given the same outputs.
 import contextlib
 import io
 import logging
+import re
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -18,10 +19,11 @@ from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 from torch.utils import _pytree as pytree
 
-from secateur.errors import ExportError, FileError
+from secateur.errors import ExportError, FileError, first_line
 from secateur.files import atomic_write
 from secateur.graph.capture import Inputs, as_call, batch_of
 from secateur.graph.duplicate import duplicate
+from secateur.graph.guard import uncompiled
 
 Run = Callable[..., object]
 
@@ -51,6 +53,7 @@ class ExportCheck:
         return {**self.__dict__, "path": self.path.name, "batches": list(self.batches)}
 
 
+@uncompiled
 def export_onnx(model: nn.Module, inputs: Inputs, path: str | Path, *, opset: int = 18) -> ExportCheck:
     """Write `model` in evaluation mode as one ONNX file that takes any batch size.
 
@@ -94,6 +97,7 @@ def export_onnx(model: nn.Module, inputs: Inputs, path: str | Path, *, opset: in
     return _export(model, inputs, Path(path), encode)
 
 
+@uncompiled
 def export_program(model: nn.Module, inputs: Inputs, path: str | Path) -> ExportCheck:
     """Write `model` in evaluation mode as an exported program (`.pt2`), to be read by `torch.export.load`.
 
@@ -158,7 +162,7 @@ def onnx_runner(path: str | Path, threads: int | None = None) -> OnnxRunner:
         return OnnxRunner(str(path), threads or torch.get_num_threads())
     except Exception as error:  # onnxruntime has a class of its own for each of its status codes
         raise FileError(
-            f"{path}: not an ONNX model that onnxruntime can run: {_first_line(error)}."
+            f"{path}: not an ONNX model that onnxruntime can run: {first_line(error)}."
         ) from error
 
 
@@ -175,7 +179,7 @@ def _export(
     except Exception as error:  # whatever the model's own code raises
         raise ExportError(
             f"{type(model).__name__} cannot be copied to the CPU and run there on the given inputs: "
-            f"{_first_line(error)}. Give inputs that fit its forward."
+            f"{first_line(error)}. Give inputs that fit its forward."
         ) from error
 
     given = batch_of(inputs)
@@ -188,10 +192,10 @@ def _export(
             max_abs_error, max_rel_error = _compare(twin, run, inputs, batches)
         except Exception as error:  # the exporters let through what each of their parts raises
             if dynamic:
-                static_because = _first_line(error)
+                static_because = _reason(error)
                 continue
             raise ExportError(
-                f"{path.name}: {type(model).__name__} could not be exported: {_first_line(error)}. "
+                f"{path.name}: {type(model).__name__} could not be exported: {_reason(error)}. "
                 f"Nothing was written."
             ) from error
         break
@@ -261,9 +265,16 @@ def _has_batch(x: Any, batch: int) -> bool:
     return isinstance(x, Tensor) and x.ndim > 0 and x.shape[0] == batch
 
 
-def _first_line(error: Exception) -> str:
-    text = str(error).strip() or type(error).__name__
-    return text.splitlines()[0].rstrip(".")[:300]
+def _reason(error: BaseException) -> str:
+    """What stopped an exporter, with the operator that it could not convert, if it says which."""
+    chain = [error]
+    while (cause := chain[-1].__cause__) is not None:
+        chain.append(cause)
+    found = [re.search(r"target=torch\.ops\.([\w.]+)", str(link)) for link in chain]
+    name = next((match[1] for match in found if match), None)
+    if name is not None:
+        return f"operator {name} cannot be converted ({first_line(chain[-1])})"
+    return first_line(chain[-1] if "This is step" in str(error) else error)
 
 
 @contextlib.contextmanager

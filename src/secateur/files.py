@@ -65,7 +65,10 @@ def replacing(path: str | Path) -> Iterator[Path]:
     temporary = path.with_name(f".{path.stem}.{secrets.token_hex(4)}.tmp{path.suffix}")
     try:
         with explained(path):
+            temporary.touch()
+            mode = temporary.stat().st_mode  # as the umask says; some writers choose one of their own
             yield temporary
+            temporary.chmod(mode)
             _sync(temporary, os.O_RDWR)
             os.replace(temporary, path)
     finally:

@@ -1,9 +1,12 @@
-"""Functions and classes of the user's own, named `module:function` on command lines and in recipes."""
+"""Functions and classes of the user's own, named `module:function` or `file.py:function`."""
 
 import importlib
+import importlib.util
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
+from types import ModuleType
 from typing import Any, TypeVar
 
 from secateur.errors import SecateurError, unknown
@@ -12,7 +15,7 @@ T = TypeVar("T")
 
 
 def imported(kind: str, name: str, error: type[SecateurError] = SecateurError) -> Callable[..., Any]:
-    """What `module:function` names; modules are looked for in the working directory too.
+    """What `module:function` or `path/file.py:function` names; modules are looked for in the working directory too.
 
     Args:
         kind: what it is to be, for messages.
@@ -22,16 +25,42 @@ def imported(kind: str, name: str, error: type[SecateurError] = SecateurError) -
     >>> imported("method", "math:sqrt")(4.0)
     2.0
     """
-    module_name, _, function_name = name.partition(":")
+    module_name, _, function_name = name.rpartition(":")
     with working_directory_importable():
         try:
-            module = importlib.import_module(module_name)
-        except (ImportError, ValueError) as problem:
+            module = (
+                _from_file(Path(module_name))
+                if module_name.endswith(".py")
+                else importlib.import_module(module_name)
+            )
+        except Exception as problem:  # whatever the user's module does when it is imported
             raise error(f"{kind} {name!r}: cannot import {module_name!r}: {problem}") from problem
     found = getattr(module, function_name, None)
     if not callable(found):
         raise error(f"{kind} {name!r}: {module_name!r} has no function {function_name!r}")
     return found  # type: ignore[no-any-return]
+
+
+def _from_file(path: Path) -> ModuleType:
+    """The module in a file, which is imported once."""
+    path = path.resolve()
+    for module in list(sys.modules.values()):
+        if getattr(module, "__file__", None) == str(path) and module.__name__ != "__main__":
+            return module
+    if not path.is_file():
+        raise ImportError("no such file")
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    name = path.stem if path.stem not in sys.modules else str(path)
+    sys.modules[name] = module
+    try:
+        spec.loader.exec_module(module)
+    except BaseException:
+        del sys.modules[name]
+        raise
+    return module
 
 
 def look_up(

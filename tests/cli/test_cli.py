@@ -1,4 +1,5 @@
 import contextlib
+import html
 import io
 import json
 import os
@@ -17,13 +18,15 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch import nn
 
 from secateur.cli import main
 from secateur.files import read_tensors
+from secateur.recipes.models import build_model
 
 pytestmark = pytest.mark.xdist_group("command line")  # one process makes the runs that tests read
 
-COMMANDS = ("demo", "prune", "compare", "train", "inspect", "eval", "export", "methods")
+COMMANDS = ("demo", "prune", "compare", "train", "inspect", "eval", "export", "methods", "doctor")
 DIGITS = ["--model", "resnet8", "--data", "digits", "--image-size", "8"]
 WHOLE = ["prune", *DIGITS, "--keep-macs", "0.5"]
 PRUNE = [*WHOLE, "--no-progress", "--no-exports"]
@@ -106,7 +109,7 @@ def pruned(trained: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         *("--epochs", 2, "--out", folder),
     )
     assert ended.code == 0, ended.err
-    for word in ("accuracy, fine-tuned", "MACs", "parameters", "latency, PyTorch", "Verified", "Report:"):
+    for word in ("accuracy, in the end", "MACs", "parameters", "latency, PyTorch", "Verified", "Report:"):
         assert word in ended.out
     assert "Traceback" not in ended.err
     assert "Warning" not in ended.err
@@ -341,6 +344,78 @@ def test_help_fits_the_window(command: str, columns: int, run: Run, monkeypatch:
         assert name in ended.out
 
 
+def test_doctor_knows_the_machine(run: Run) -> None:
+    found = json.loads(run("doctor", "--json").out)
+    assert found["packages"]["torch"] == torch.__version__.partition("+")[0]
+    assert f"{os.cpu_count()} cores" in found["CPU"]
+    table = run("doctor").out
+    assert all(name in table for name in found)
+
+
+def test_the_report_as_json(tmp_path: Path, run: Run) -> None:
+    ended = run(*PRUNE[:-2], "--no-exports", "--method", "oneshot", *FEW, "--out", tmp_path / "run", "--json")
+    assert json.loads(ended.out) == report_of(tmp_path / "run")
+    assert "Choosing what to remove" in ended.err
+
+
+def test_the_report_says_where_the_time_goes_and_whose_answers_changed(pruned: Path) -> None:
+    report, model = report_of(pruned), build_model("resnet8", classes=10, in_channels=1)
+    named = {row["layer"]: row for row in report["layers"]}
+    assert sum(row["macs_before"] or 0 for row in report["layers"]) == report["before"]["macs"]
+    assert sum(row["macs_after"] or 0 for row in report["layers"]) == report["after"]["macs"]
+    layers = [name for name, one in model.named_modules() if isinstance(one, nn.Conv2d | nn.Linear)]
+    assert set(layers) == {name for name, row in named.items() if row["macs_before"]}
+    assert "BatchNorm2d (7×)" in named
+    assert all(row["ms_before"] > 0 and row["ms_after"] > 0 for row in report["layers"])
+    images = sum(one["images"] for one in report["classes"])
+    assert sum(report["answers"].values()) == images
+    for when in ("before", "after"):
+        right = sum(one["images"] * one[when] for one in report["classes"])
+        assert right / images == pytest.approx(report[f"accuracy_{when}"])
+        bins = report["calibration"][when]["bins"]
+        assert sum(one["images"] * one["accuracy"] for one in bins) == pytest.approx(right)
+    lost, won = report["answers"]["lost"], report["answers"]["won"]
+    assert (won - lost) / images == pytest.approx(report["accuracy_after"] - report["accuracy_before"])
+    assert len(report["changed"]) == min(8, lost + won)
+    assert {file["name"] for file in report["files"]} >= {"model.safetensors", "model.onnx", "plan.json"}
+
+
+def test_the_command_on_the_page_does_the_same_again(tmp_path: Path, run: Run) -> None:
+    first = tmp_path / "a run"
+    words = (*PRUNE[:-2], "--no-exports", "--method", "oneshot", *FEW, "--out", first)
+    assert run(*words).code == 0
+    page = re.search("<pre[^>]*Command[^>]*>(.*?)</pre>", (first / "report.html").read_text())
+    assert page
+    command = html.unescape(re.sub("<[^>]*>", "", page[1]))
+    assert run(*shlex.split(command)[1:]).code == 0
+    again = tmp_path / "a run-again"
+    assert (again / "model.safetensors").read_bytes() == (first / "model.safetensors").read_bytes()
+
+
+def test_the_report_says_how_to_load_the_model(pruned: Path) -> None:
+    space: dict[str, Any] = {}
+    exec("\n".join(report_of(pruned)["loading"]), space)
+    saved, _ = read_tensors(pruned / "model.safetensors")
+    assert {n: t.shape for n, t in space["model"].state_dict().items()} == {
+        n: t.shape for n, t in saved.items()
+    }
+
+
+def test_what_nothing_foresaw_is_called_a_fault(
+    tmp_path: Path, run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "broken.py").write_text("def broken(model, inputs, budget): return 1 / 0\n")
+    words = (*PRUNE, "--method", tmp_path / "broken.py:broken", "--out", tmp_path / "run")
+    ended = run(*words)
+    assert ended.code == 70
+    assert "ZeroDivisionError" in ended.err
+    assert "broken.py, line 1" in ended.err
+    assert "SECATEUR_DEBUG=1" in ended.err
+    monkeypatch.setenv("SECATEUR_DEBUG", "1")
+    with pytest.raises(ZeroDivisionError):
+        run(*words)
+
+
 def test_version(run: Run) -> None:
     assert run("--version").out.startswith("secateur ")
 
@@ -444,7 +519,7 @@ MISTAKES: list[tuple[str, list[str], Callable[[Path], list[object]], str]] = [
     ("distill", ["--epochs", "1", "--distill", "2"], nothing, "distill_weight is 2.0"),
     ("normalise", ["--normalize", "0.5"], nothing, "normalisation '0.5': expected one mean and one std"),
     ("channels", ["--normalize", "imagenet"], nothing, "normalisation of .3. channels, images of .1."),
-    ("image size", ["--image-size", "1"], nothing, "does not run on the example inputs"),
+    ("image size", ["--image-size", "1"], nothing, "does not run on images .2, 1, 1, 1.: "),
     ("too many images", ["--train-images", "9999"], nothing, "cannot take 9999 of 1438"),
     ("both", ["--resume", "--overwrite"], nothing, "exclude each other"),
     ("control flow", [], uncapturable, "graph cannot be captured"),

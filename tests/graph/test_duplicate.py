@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -9,7 +10,7 @@ from torch import Tensor, nn
 
 import secateur as sc
 from secateur.cost.training import compare_training, time_layers
-from secateur.export import export_program
+from secateur.export import export_onnx, export_program
 from secateur.graph.duplicate import duplicate
 from secateur.recipes.data import Dataset, Normalisation, Split
 from secateur.recipes.train import TrainConfig, fit
@@ -65,8 +66,40 @@ def there_and_back(model: nn.Module, tmp_path: Path) -> None:
     assert wide.conv.weight.shape == model.conv.weight.shape
 
 
+def prune_by(method: str, **options: object) -> Callable[[nn.Module, Path], object]:
+    def prune(model: nn.Module, tmp_path: Path) -> None:
+        data = [(X, Y)]
+        result = sc.prune(model, X, budget=sc.Budget(macs=0.6), method=method, data=data, **options)
+        assert result.proof.ok
+
+    return prune
+
+
+def train_with(method: sc.methods.TrainingMethod) -> Callable[[nn.Module, Path], object]:
+    def train(model: nn.Module, tmp_path: Path) -> None:
+        model = duplicate(model)
+        session = method.start(model, X, budget=sc.Budget(macs=0.6), steps=6)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+        with session.attach(optimizer):
+            for _ in range(6):
+                (nn.functional.cross_entropy(model(X), Y) + session.penalty()).backward()
+                session.before_step()
+                optimizer.step()
+                session.after_step()
+                optimizer.zero_grad()
+        assert session.finish().proof.ok
+
+    return train
+
+
 USERS: dict[str, Callable[[nn.Module, Path], object]] = {
     "export": lambda model, path: export_program(model, X, path / "model.pt2"),
+    "onnx": lambda model, path: export_onnx(model, X, path / "model.onnx"),
+    "one shot": prune_by("oneshot", score="taylor"),
+    "rd": prune_by("rd", levels=3),
+    "rounds": train_with(sc.methods.Gradual(rounds=1)),
+    "depgraph": train_with(sc.methods.DepGraph(rounds=1)),
+    "oto": train_with(sc.methods.OTO()),
     "score by paths": lambda model, path: Synflow(model, X, WEIGHTS)(),
     "score by gradients": lambda model, path: snip(model, WEIGHTS, [(X, Y)]),
     "score by curvature": lambda model, path: grasp(model, WEIGHTS, [(X, Y)]),
@@ -88,6 +121,10 @@ def test_a_copy_shares_nothing_and_keeps_the_value(model: Keeps) -> None:
     copied = duplicate(model)
     assert copied.last.grad_fn is None
     assert torch.equal(copied.last, model.last)
+    model.cache = SimpleNamespace(feature=(model.last,))
+    again = duplicate(model)
+    assert again.cache.feature[0] is again.last
+    assert again.last.grad_fn is None
     with torch.no_grad():
         copied.conv.weight.zero_()
     assert model.conv.weight.abs().sum() > 0

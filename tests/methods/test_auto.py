@@ -13,7 +13,7 @@ from secateur.runs.config import PruneConfig, Task
 from secateur.runs.pipeline import prune_run
 from secateur.runs.task import fresh_model
 
-ENOUGH: dict[str, Any] = {"bounds": ["macs"], "trained": True, "data": True, "training": False, "side": 32}
+ENOUGH: dict[str, Any] = {"bounds": ["macs"], "trained": True, "data": True, "training": False}
 TASK = Task(model="resnet8", data="digits", image_size=8, train_images=100, test_images=100)
 
 
@@ -29,7 +29,6 @@ def test_trained_weights_and_data_are_measured_on():
         ({"trained": False}, "weights are not trained"),
         ({"data": False}, "no data"),
         ({"bounds": ["macs", "params"]}, "2 bounds"),
-        ({"side": 224}, "224 pixels"),
         ({"bounds": ["activations"]}, "a peak"),
         ({"auto": Auto(options={"attention": "dims"})}, "rd takes no attention"),
     ],
@@ -42,7 +41,9 @@ def test_otherwise_scores_of_weights_do(change: dict[str, Any], reason: str):
 
 def test_options_and_frozen_modules_reach_the_chosen_method():
     auto = method_named("auto", {"score": "l1", "freeze": ["conv1"]})
-    assert choose(auto, **ENOUGH).method == OneShot(score="l1", freeze=("conv1",))
+    expected = OneShot(score="l1", freeze=("conv1",), compensation="least-squares")
+    assert choose(auto, **ENOUGH).method == expected
+    assert choose(auto, **ENOUGH | {"data": False}).method == OneShot(score="l1", freeze=("conv1",))
     assert choose(method_named("auto", {"levels": 5}), **ENOUGH).method == RD(levels=5, stream_gain=1.0)
 
 

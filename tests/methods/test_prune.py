@@ -46,6 +46,22 @@ def test_auto_is_the_default_and_takes_rd_where_there_is_data() -> None:
     assert "peak activation memory: " in str(peak)
 
 
+def test_a_number_is_a_bound_of_the_macs() -> None:
+    model, x = residual_net()
+    assert sc.prune(model, x, budget=0.5).plan == sc.prune(model, x, budget=sc.Budget(macs=0.5)).plan
+    with pytest.raises(sc.SecateurError, match="keeps everything"):
+        sc.prune(model, x, budget=1.0)
+
+
+def test_what_a_notebook_prints_is_short() -> None:
+    model, x = residual_net()
+    pruned = sc.prune(model, x, budget=0.5)
+    for shown in (pruned, pruned.plan, pruned.graph, pruned.proof):
+        assert type(shown).__name__ in repr(shown)
+        assert len(repr(shown)) < 400
+    assert {"Pruned", "Graph", "Verification", "methods", "prune"} <= set(dir(sc))
+
+
 def test_the_result_has_a_report() -> None:
     model, x = residual_net()
     report = sc.prune(model, x[:2], budget=sc.Budget(macs=0.6), score="l1").report
@@ -108,7 +124,7 @@ def test_scores_and_allocations_of_your_own_by_name_or_as_functions() -> None:
         ({"method": "lap"}, "unknown method 'lap'; choose one of: at-init, auto"),
         ({"method": "lapp"}, r"prunes while the model is trained: .*LAPP\(\.\.\.\)\.start"),
         ({"rounds": 3}, "method auto takes no rounds; name the method, or choose one of: freeze, score"),
-        ({"budget": 0.5}, "expected a Budget, such as"),
+        ({"budget": "half"}, "expected a Budget, such as"),
         ({"method": "snip"}, "data="),
         ({"method": "oneshot", "score": "taylor", "data": [torch.zeros(2, 3, 8, 8)]}, "without targets"),
     ],

@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from scipy.stats import spearmanr
 from torch import nn
 
 from secateur import Budget, prune
@@ -13,9 +14,18 @@ from secateur.engine.pruned import Pruned
 from secateur.errors import BudgetError, ScoreError, SecateurError
 from secateur.graph import analyze
 from secateur.graph.replay import Replay
-from secateur.methods.rd.channels import columns_of, compensated, is_stream
+from secateur.methods import RD
+from secateur.methods.rd.channels import (
+    Ranking,
+    anchors_of,
+    columns_of,
+    estimate,
+    grid_of,
+    is_stream,
+)
 from secateur.proof import verify
-from secateur.reconstruction.leastsquares import Moments, block_prices, solve
+from secateur.reconstruction.leastsquares import Elimination, Moments, solve
+from secateur.reconstruction.plans import compensated
 from secateur.surgery.cut import cut_copy
 from tests.small import residual_net
 
@@ -64,25 +74,94 @@ def test_any_plan_can_be_compensated_and_stays_cuttable() -> None:
     assert changed["least-squares"] < min(changed["none"], changed["batch-norm"])
 
 
-def test_a_block_costs_what_solving_without_it_costs() -> None:
-    g = torch.Generator().manual_seed(0)
-    x = torch.randn(300, 9, generator=g, dtype=torch.float64) @ torch.randn(
-        9, 9, generator=g, dtype=torch.float64
-    )
-    w = torch.randn(4, 9, generator=g, dtype=torch.float64)
-    zero = torch.zeros(9, dtype=torch.float64), torch.zeros(4, dtype=torch.float64)
-    t = x @ w.T
-    m = Moments(x.T @ x / 300, t.T @ x / 300, t.square().mean(0), *zero, w)
-    blocks = torch.arange(9).view(3, 3)
-    alive = torch.ones(9, dtype=torch.bool)
-    alive[blocks[1]] = False
-    prices = block_prices(m, alive, blocks)
-    assert prices[1] == float("inf")
-    for unit in (0, 2):
-        keep = alive.clone()
-        keep[blocks[unit]] = False
-        lost = m.error(solve(m, keep.expand(4, 9))) - m.error(solve(m, alive.expand(4, 9)))
-        assert prices[unit] == pytest.approx(lost, rel=0.05)
+def problem(outputs: int, units: int, each: int, seed: int = 0) -> tuple[Moments, torch.Tensor]:
+    """A layer's moments where its own outputs are the target, and the columns of every unit."""
+    g = torch.Generator().manual_seed(seed)
+    k = units * each
+    x = torch.randn(6 * k, k, generator=g, dtype=torch.float64)
+    x = x @ torch.randn(k, k, generator=g, dtype=torch.float64)
+    w = torch.randn(outputs, k, generator=g, dtype=torch.float64)
+    a, zero = x.T @ x / len(x), torch.zeros(k, dtype=torch.float64)
+    moments = Moments(a, w @ a, ((w @ a) * w).sum(1), zero, zero[:1].expand(outputs), w)
+    return moments, torch.arange(k).view(units, each)
+
+
+def without(moments: Moments, gone: torch.Tensor, importance: torch.Tensor) -> tuple[torch.Tensor, float]:
+    """The solution without some columns, by a fresh solve, and what it costs: the slow, obvious version."""
+    keep = torch.ones(len(moments.a), dtype=torch.bool)
+    keep[gone] = False
+    w = solve(moments, keep.expand(len(moments.b), -1))
+    missing = moments.before - w
+    system = moments.a + moments.damping * torch.eye(len(moments.a), dtype=torch.float64)
+    return w, float(((missing @ system) * missing).sum(1) @ importance)
+
+
+def test_what_leaves_costs_what_solving_without_it_costs() -> None:
+    moments, blocks = problem(outputs=4, units=5, each=3)
+    importance = torch.tensor([1.0, 0.5, 2.0, 0.0], dtype=torch.float64)
+    layer = Elimination(moments.a, moments.damping, moments.before, blocks, importance)
+    spent = layer.remove(torch.tensor([1, 3]))
+    w, cost = without(moments, blocks[[1, 3]].flatten(), importance)
+    torch.testing.assert_close(layer.full(), w)
+    assert spent == pytest.approx(cost, rel=1e-6)
+    prices = layer.prices()
+    assert prices[1] == prices[3] == float("inf")
+    for unit in (0, 2, 4):
+        _, total = without(moments, blocks[[1, 3, unit]].flatten(), importance)
+        assert float(prices[unit]) == pytest.approx(total - spent, rel=1e-6)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_the_downdated_order_is_that_of_fresh_inverses(seed: int) -> None:
+    moments, blocks = problem(outputs=6, units=40, each=2, seed=seed)
+    importance = torch.ones(6, dtype=torch.float64)
+    layer = Elimination(moments.a, moments.damping, moments.before, blocks, importance)
+    gone: list[int] = []
+    while len(gone) < 39:
+        _, spent = without(moments, blocks[gone].flatten(), importance) if gone else (None, 0.0)
+        prices = [
+            float("inf")
+            if u in gone
+            else without(moments, blocks[[*gone, u]].flatten(), importance)[1] - spent
+            for u in range(40)
+        ]
+        cheapest = int(np.argmin(prices))
+        assert int(layer.prices().argmin()) == cheapest
+        layer.remove(torch.tensor([cheapest]))
+        gone.append(cheapest)
+
+
+def test_an_estimate_has_the_readers_shape_and_the_measured_size() -> None:
+    kept = np.arange(8, 0, -1)
+    ranking = Ranking(torch.arange(8), kept, np.arange(8.0) ** 2, {})
+    assert anchors_of(ranking, (0.75, 0.4)) == [6, 3]
+    one = estimate(ranking, [4], [8.0], kept)
+    np.testing.assert_allclose(one, 0.5 * np.arange(8.0) ** 2)
+    two = estimate(ranking, [6, 3], [4.0, 100.0], kept)
+    np.testing.assert_allclose(two[[0, 2, 5]], [0.0, 4.0, 100.0])
+    assert (np.diff(two) >= 0).all()
+
+
+@torch.no_grad()
+def test_estimates_order_widths_as_measured_curves_do() -> None:
+    model, x = residual_net(images=64)
+    facts = [
+        prune(model, x[:2], budget=Budget(macs=0.6), method="rd", data=[x], curves=curves, levels=8).facts
+        for curves in ("estimated", "measured")
+    ]
+    for fast, slow in zip(*(found["curves"] for found in facts), strict=True):
+        at = np.interp([-k for k in slow["kept"]], [-k for k in fast["kept"]], fast["distortion"])
+        assert spearmanr(at, slow["distortion"]).statistic > 0.9
+        assert 0.2 < at[2:].sum() / np.sum(slow["distortion"][2:]) < 5
+
+
+def test_the_search_sees_allowed_widths_only_and_enough_of_them() -> None:
+    how = RD(round_to=8, min_keep=4)
+    assert grid_of(50, how).tolist() == [50, 48, 40, 32, 24, 16, 8]
+    wide = grid_of(2048, how)
+    assert 20 < len(wide) <= 36
+    assert all(k % 8 == 0 for k in wide)
+    assert (wide[0], wide[-1]) == (2048, 8)
 
 
 def test_columns_are_where_the_units_are_read() -> None:
@@ -95,14 +174,17 @@ def test_columns_are_where_the_units_are_read() -> None:
 def test_curves_are_cached_and_widths_respect_the_options(tmp_path: Path) -> None:
     model, x = residual_net()
     path = tmp_path / "curves.safetensors"
-    calls: list[int] = []
+    calls: list[tuple[int, int]] = []
     for budget in (0.7, 0.5):
+        calls.clear()
         pruned = prune(
             model, x[:2], budget=Budget(macs=budget), method="rd", data=[(x, torch.zeros(len(x)))], levels=4,
-            min_keep=2, round_to=2, cache=path, progress=lambda done, total: calls.append(total),
+            min_keep=2, round_to=2, cache=path, progress=lambda *done: calls.append(done),
         )  # fmt: skip
         assert all(k % 2 == 0 and k >= 2 for k in pruned.plan.kept(pruned.graph))
-    assert len(calls) == calls[0]
+        done = [now for now, _ in calls]
+        assert (done[0], done[-1], done) == (0, 1000, sorted(set(done)))
+    assert len(list(tmp_path.iterdir())) == 1
     assert all((np.diff(row["distortion"]) >= 0).all() for row in pruned.facts["curves"])
 
 
@@ -117,7 +199,7 @@ def test_streams_are_protected_where_that_measures_enough_better() -> None:
 
     def by(weight: float, gain: float) -> Pruned:
         return prune(
-            model, x[:2], budget=Budget(macs=0.6), method="rd", data=[x], levels=5, exponents=(0.5,),
+            model, x[:2], budget=Budget(macs=0.6), method="rd", data=[x], curves="measured", levels=5, exponents=(0.5,),
             stream_weight=weight, stream_gain=gain,
         )  # fmt: skip
 

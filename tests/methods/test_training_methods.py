@@ -72,6 +72,33 @@ def test_beside_the_users_own_loop(make: Make) -> None:
     loss.backward()
 
 
+# LAPP and PAAM fold what they learn into the layers it stands behind; Taylor scores need gradients.
+leave_frozen = [n for n in METHODS if n.startswith(("gradual, l2", "depgraph", "oto", "hesso", "gate", "a "))]
+
+
+@pytest.mark.parametrize("make", [METHODS[name] for name in leave_frozen], ids=leave_frozen)
+@pytest.mark.parametrize("known", [False, True])
+def test_layers_that_do_not_train(make: Make, known: bool) -> None:
+    """Frozen layers, in the optimizer or not, are cut along and otherwise stay as they are."""
+    model = Residual()
+    frozen = [model.stem, model.blocks[0].conv1, model.blocks[1].bn1]
+    for module in frozen:
+        module.requires_grad_(False)
+    whole = copy.deepcopy(model)
+    session = make(model)
+    optimizer = torch.optim.Rprop([p for p in model.parameters() if known or p.requires_grad], lr=0.001)
+    with session.attach(optimizer):
+        loop(session, optimizer, STEPS)
+    pruned = session.finish()
+    assert pruned.proof.ok
+    assert pruned.after["macs"] <= 0.6 * pruned.before["macs"]
+    names = [name for name, p in whole.named_parameters() if not p.requires_grad]
+    left = cut_(whole, pruned.graph, pruned.plan).state_dict()
+    for name in names:
+        assert not model.get_parameter(name).requires_grad, name
+        assert torch.equal(model.get_parameter(name), left[name]), name
+
+
 @dataclass
 class Whole:
     """An uninterrupted run, with copies of its checkpoint on the way."""

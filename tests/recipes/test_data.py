@@ -127,6 +127,24 @@ def test_every_sample_is_moved_and_mirrored_on_its_own(side, augment):
     assert mirrors == ({False} if augment == "shift" else {False, True})
 
 
+def test_alternating_flips_show_each_image_both_ways_in_two_epochs():
+    split = pictures(40)
+    batches = training(split, alternate_flips=True, shuffle=False)
+    seen = [
+        [
+            find_shift(*pair, reach=2)[2]
+            for x, _ in [*batches.epoch(epoch)]
+            for pair in zip(x, rest, strict=False)
+        ]
+        for epoch in range(4)
+        for rest in [iter(split.images)]
+    ]
+    assert (
+        seen[0] == seen[2] == [not mirrored for mirrored in seen[1]] == [not mirrored for mirrored in seen[3]]
+    )
+    assert 8 <= sum(seen[0]) <= 32
+
+
 def test_no_two_batches_share_their_augmentation():
     split = pictures(40)
     batches = training(split, shuffle=False)

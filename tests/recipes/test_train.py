@@ -59,6 +59,26 @@ def test_it_tests_as_seldom_as_told_and_learns_the_same(tmp_path: Path) -> None:
     assert [event.step for event in scalars(tmp_path / "seldom", "accuracy")] == [10, 20, 25]
 
 
+def test_images_grow_to_their_side_by_the_middle(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, sides = toy_model(), []
+    model.register_forward_pre_hook(
+        lambda m, args: sides.append(tuple(args[0].shape[2:])) if m.training else None
+    )
+    data = toy_data()
+    fit(model, data, replace(CONFIG, epochs=4, initial_size=0.5), tmp_path)
+    side = data.train.images.shape[-1]
+    assert sides[0] == (side // 2, side // 2)
+    assert sides == sorted(sides)
+    assert sides[10:] == [(side, side)] * 10
+
+
+def test_training_needs_no_tensorboard(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("secateur.recipes.train_log.find_spec", lambda name: None)
+    fit(toy_model(), toy_data(), replace(CONFIG, epochs=1), tmp_path)
+    assert (tmp_path / "metrics.jsonl").exists()
+    assert not (tmp_path / "tensorboard").exists()
+
+
 def test_tensorboard_holds_the_metrics(tmp_path: Path) -> None:
     result = fit(toy_model(), toy_data(), CONFIG, tmp_path)
     assert [event.step for event in scalars(tmp_path, "accuracy")] == [5, 10, 15]
@@ -262,6 +282,8 @@ def test_evaluate_equals_the_definition() -> None:
     logits = model.eval()(data.normalisation(data.test.images))
     assert result.accuracy == (logits.argmax(1) == data.test.labels).double().mean()
     assert result.loss == pytest.approx(float(F.cross_entropy(logits, data.test.labels).detach()), rel=1e-5)
+    assert result.answers.tolist() == logits.argmax(1).tolist()
+    assert result.confidences.tolist() == pytest.approx(logits.softmax(1).amax(1).tolist(), rel=1e-4)
     assert evaluate(model, data, "train") != result
 
 

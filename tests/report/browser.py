@@ -4,6 +4,7 @@ import base64
 import contextlib
 import http.client
 import json
+import re
 import shutil
 import subprocess
 from collections.abc import Iterator
@@ -89,6 +90,26 @@ class Browser:
             if event["method"] == "Network.requestWillBeSent"
         ]
         return [url for url in urls if not url.startswith("chrome:")]
+
+    def theme(self, scheme: str) -> None:
+        """Prefer "light" or "dark" pages from now on."""
+        features = [{"name": "prefers-color-scheme", "value": scheme}]
+        self.devtools("Emulation.setEmulatedMedia", features=features)
+
+    def overflow(self) -> list[str]:
+        """What makes the page scroll sideways: the tags of all elements that reach beyond it."""
+        script = (
+            "const page = document.documentElement;"
+            "if (page.scrollWidth <= page.clientWidth) return [];"
+            "return [...document.querySelectorAll('body *')]"
+            ".filter(one => one.getBoundingClientRect().right > page.clientWidth + 0.5)"
+            ".map(one => one.outerHTML.slice(0, 80))"
+        )
+        return list(self.run(script))
+
+    def color(self, expression: str) -> tuple[int, ...]:
+        """Red, green and blue of a computed colour."""
+        return tuple(int(n) for n in re.findall(r"\d+", self.run(f"return {expression}"))[:3])
 
     def screenshot(self, path: Path) -> None:
         """The whole page as a PNG."""

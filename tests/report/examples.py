@@ -12,7 +12,16 @@ from secateur.report import (
     Report,
     Width,
 )
-from secateur.report.data import Ending
+from secateur.report.data import (
+    Bin,
+    Calibration,
+    ChangedImage,
+    ClassAccuracy,
+    Ending,
+    LayerCost,
+    LayerCurve,
+    OutputFile,
+)
 
 
 def latency(median_ms: float, runtime: str) -> Latency:
@@ -44,6 +53,27 @@ def history() -> list[dict[str, Any]]:
                 }
             )
     return lines
+
+
+PICTURE = "data:image/png;base64," + (
+    "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAAAAAA6fptVAAAACklEQVR4nGNgAAAAAgABSK+kcQAAAABJRU5ErkJggg=="
+)
+"""One pixel."""
+
+
+def answered() -> dict[str, Any]:
+    """What became of the answers."""
+    before = Calibration([Bin(0, 0.0, 0.0), Bin(40, 0.5, 0.6), Bin(60, 0.9, 0.85)])
+    after = Calibration([Bin(4, 0.3, 0.5), Bin(36, 0.5, 0.4), Bin(60, 0.9, 0.8)])
+    return {
+        "classes": [
+            ClassAccuracy("cat", 50, 0.9, 0.6, True),
+            ClassAccuracy("dog", 50, 0.8, 0.82, False),
+        ],
+        "answers": {"lost": 16, "won": 2, "other": 3, "same": 79},
+        "calibration": {"before": before, "after": after},
+        "changed": [ChangedImage(7, "cat", "cat", "dog", 0.7, 0.8, PICTURE)],
+    }
 
 
 def resnet20() -> Report:
@@ -86,6 +116,16 @@ def resnet20() -> Report:
             FrozenGroup("conv1 (input channels)", "its inputs are the model's inputs", 432, 442_368),
         ],
         history=history(),
+        layers=[
+            LayerCost("conv1", 442_368, 442_368, 0.21, 0.2),
+            LayerCost("layer1.0.conv1", 2_359_296, 1_032_192, 0.4, 0.25),
+            LayerCost("BatchNorm2d (19×)", None, None, 0.6, 0.55),
+            LayerCost("Identity (1×)", None, None, 0.01, None),
+        ],
+        **answered(),
+        files=[OutputFile("model.safetensors", 590_104, "the pruned model")],
+        loading=["import secateur as sc", "model = sc.load(dense, 'run/model.safetensors')"],
+        repeat="secateur prune resnet20 --data cifar10 --method taylor --macs 0.5 --epochs 5 --out run-again",
         versions={
             "secateur": "0.1.0",
             "torch": "2.15.0",
@@ -122,6 +162,17 @@ def faded() -> Report:
     decays[0] = replace(decays[0], rate=None, length=None)
     above = {"rate": 0.6, "length": 2.5}
     return replace(report, method="gradual", pruning_history=history, decays=decays, restore_above=above)
+
+
+def measured() -> Report:
+    """The same, cut along distortion curves."""
+    curves = [
+        LayerCurve(group.name, [group.units, group.kept, 1], [0.0, 0.1 / group.kept, 2.0])
+        for group in resnet20().groups
+    ]
+    return replace(
+        resnet20(), method="rd", curves=curves, distortion_predicted=0.05, distortion_measured=0.04
+    )
 
 
 def deep() -> Report:

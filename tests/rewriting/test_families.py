@@ -25,7 +25,8 @@ FAMILIES: dict[str, dict[str, Function]] = {
         "relu": lambda m, y: y.relu(),
         "maximum": lambda m, y: torch.maximum(y, 0.1 * y),
         "prelu": lambda m, y: F.prelu(y, m.row),
-        "new_zeros": lambda m, y: y.new_zeros(len(y), 1, 4, 4) + 1,
+        "new_zeros": lambda m, y: y.new_zeros(len(y), 8, 4, 4) + 1,
+        "arange": lambda m, y: y + torch.arange(4, dtype=y.dtype),
         "view_as_complex": lambda m, y: torch.view_as_complex(torch.stack([y, 2 * y], -1)).imag,
         "view_as_real": lambda m, y: torch.view_as_real(torch.complex(y, 2 * y)).sum(-1),
     },
@@ -48,6 +49,7 @@ FAMILIES: dict[str, dict[str, Function]] = {
     "fourier": {"fft_irfft2": lambda m, y: torch.fft.irfft2(torch.fft.rfft2(y), s=(4, 4))},
     "image": {
         "max_pool2d": lambda m, y: F.max_pool2d(y, 3, 1, 1),
+        "max_unpool2d": lambda m, y: F.max_unpool2d(*F.max_pool2d(y, 2, return_indices=True), 2),
         "grid_sampler": lambda m, y: F.grid_sample(y, m.places.expand(len(y), 4, 4, 2), align_corners=False),
         "im2col": lambda m, y: F.unfold(y, 1).unflatten(2, (4, 4)),
         "col2im": lambda m, y: F.fold(F.unfold(y, 2, stride=2), (4, 4), 2, stride=2),
@@ -63,8 +65,12 @@ FAMILIES: dict[str, dict[str, Function]] = {
         "outer": lambda m, y: torch.outer(m.row, m.square[0])[:, :, None],
         "addmm": lambda m, y: torch.addmm(m.row, y.mean((2, 3)), m.line.weight)[:, :, None, None],
         "einsum": lambda m, y: torch.einsum("nchw,wv->nchv", y, m.square),
-        "lstm": lambda m, y: m.recurrent(y.mean(1))[0][:, None],
         "scaled_dot_product_attention": lambda m, y: attend(y.flatten(2).mT).mT.unflatten(2, (4, 4)),
+    },
+    "recurrent": {
+        "lstm": lambda m, y: m.lstm(y.mean(1))[0][:, None],
+        "gru": lambda m, y: m.gru(y.flatten(2).mT)[0].mT.unflatten(2, (4, 4)),
+        "lstm_cell": lambda m, y: m.cell(y.mean((2, 3)))[0][:, :, None, None],
     },
     "shape": {
         "reshape": lambda m, y: y.reshape(-1, 8, 16).reshape(-1, 8, 4, 4),
@@ -103,7 +109,10 @@ LAYERS: dict[str, Callable[[], dict[str, nn.Module]]] = {
     },
     "contract": lambda: {
         "row": nn.Parameter(torch.rand(8)), "depthwise": conv(8, 8, groups=8), "line": nn.Linear(8, 8),
-        "transposed": nn.ConvTranspose2d(8, 8, 1), "recurrent": nn.LSTM(4, 4, batch_first=True),
+        "transposed": nn.ConvTranspose2d(8, 8, 1),
+    },
+    "recurrent": lambda: {
+        "lstm": nn.LSTM(4, 4, batch_first=True), "gru": nn.GRU(8, 8, batch_first=True), "cell": nn.LSTMCell(8, 8),
     },
     "shape": lambda: {"row": nn.Parameter(torch.rand(8))},
 }  # fmt: skip
@@ -158,3 +167,34 @@ def test_no_family_is_left_out() -> None:
     callable_rules = {entry.rule for entry in OPERATORS.values() if entry.program}
     tried = {OPERATORS[name].rule for names in FAMILIES.values() for name in names}
     assert {rule.__name__ for rule in callable_rules - tried} == set()
+
+
+CONVERSIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "device": lambda x: x.to(x.device),
+    "device as text": lambda x: x.to("cpu"),
+    "dtype": lambda x: x.to(x.dtype),
+    "device and dtype": lambda x: x.to(x.device, x.dtype, non_blocking=True),
+    "like another": lambda x: x.to(x[:1]),
+    "layout": lambda x: x.to(memory_format=torch.channels_last),
+    "type as": lambda x: x.type_as(x[:1]),
+    "cpu": lambda x: x.cpu(),
+    "new": lambda x: x + x.new_zeros(x.shape[1:]),
+    "copy": lambda x: torch.empty_like(x).copy_(x),
+    "zeros like": lambda x: x + torch.zeros_like(x, device=x.device),
+    "full": lambda x: x * torch.full((1,), 1.0, device=x.device, dtype=x.dtype),
+}
+
+
+@pytest.mark.parametrize("how", CONVERSIONS)
+def test_conversions_of_every_overload_are_rewritten(how: str) -> None:
+    def forward(m: nn.Module, x: Tensor) -> Tensor:
+        y, z = CONVERSIONS[how](m.a(x)).split(8, 1)
+        return m.b(y * z)
+
+    torch.manual_seed(0)
+    inner = Net(forward, a=conv(16, 16), b=conv(8, 16))
+    model = nn.Sequential(conv(3, 16), inner, nn.ReLU(), conv(16, 2)).eval()
+    result = sc.prune(model, torch.randn(1, 3, 4, 4), budget=sc.Budget(macs=0.5))
+    assert result.proof.ok
+    assert result.proof.rewritten == ("1",)
+    assert result.model[1].a.out_channels < 16

@@ -117,3 +117,121 @@ def test_a_wrong_rewrite_is_not_proven() -> None:
     with torch.no_grad():
         cut.blocks[0].attn.qkv.weight[0] += 0.1
     assert not sc.verify(model, cut, graph, plan).ok
+
+
+@torch.library.custom_op("secateur_test::halved", mutates_args=())
+def halved(x: Tensor) -> Tensor:
+    """It has no gradient."""
+    return x / 2
+
+
+@halved.register_fake
+def _(x: Tensor) -> Tensor:
+    return torch.empty_like(x)
+
+
+def in_place(y: Tensor, training: bool) -> Tensor:
+    y = y.sigmoid()
+    y *= 2  # sigmoid needs its result for the gradient
+    return y
+
+
+def in_place_view(y: Tensor, training: bool) -> Tensor:
+    y = y.exp()
+    y[:, :2] *= 2
+    return y
+
+
+def without_gradient(y: Tensor, training: bool) -> Tensor:
+    with torch.no_grad():
+        return y * 2
+
+
+def targets_missing(y: Tensor, training: bool) -> Tensor:
+    assert not training, "targets should not be none when in training mode"
+    return y
+
+
+UNTRAINABLE = {
+    "in place": (in_place, "modified by an inplace operation"),
+    "in place, in a view": (in_place_view, "modified by an inplace operation"),
+    "custom operator": (lambda y, training: halved(y), "secateur_test.halved"),
+    "no gradients": (without_gradient, "its outputs have no gradients"),
+    "needs targets": (targets_missing, "targets should not be none"),
+    "not finite": (lambda y, training: (y * 0).sqrt(), "its gradients are not finite"),
+}
+
+
+@pytest.mark.parametrize("how", UNTRAINABLE)
+def test_what_cannot_be_trained_is_proven_without_a_training_step(how: str) -> None:
+    decode, reason = UNTRAINABLE[how]
+
+    class Decoded(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.o = nn.Conv2d(3, 16, 3), nn.Conv2d(16, 8, 1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return decode(self.o(self.a(x).relu()), self.training)
+
+    torch.manual_seed(0)
+    result = sc.prune(Decoded().eval(), torch.randn(1, 3, 8, 8), budget=sc.Budget(macs=0.5))
+    assert result.model.a.out_channels == 8
+    assert result.proof.ok
+    assert reason in result.proof.untrained
+    assert (
+        f"no training step was compared, since the original cannot be trained ({result.proof.untrained})"
+        in str(result)
+    )
+
+
+def test_a_cut_model_that_alone_cannot_be_trained_is_not_proven() -> None:
+    model, _, graph, plan, cut = cut_once("vit")
+    assert sc.verify(model, cut, graph, plan).untrained == ""
+    spoilt = copy.deepcopy(cut)
+    spoilt.register_forward_hook(lambda module, args, y: y.detach())
+    proof = sc.verify(model, spoilt, graph, plan)
+    assert not proof.trains
+    assert not proof.ok
+    assert "cannot be trained" in str(proof)
+
+
+def test_the_training_step_is_taken_without_gradients_too() -> None:
+    model, _, graph, plan, cut = cut_once("vit")
+    with torch.no_grad():
+        proof = sc.verify(model, cut, graph, plan)
+    assert proof.trains
+    assert not proof.untrained
+
+
+class Places(nn.Module):
+    """Sines of positions, summed up in float32 whatever the default is, as detectors write them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.o, self.p = nn.Conv2d(3, 16, 1), nn.Conv2d(16, 4, 1), nn.Conv2d(2, 16, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        there = torch.ones(len(x), *x.shape[2:], dtype=torch.bool)
+        rows, columns = there.cumsum(1, dtype=torch.float32), there.cumsum(2, dtype=torch.float32)
+        places = torch.stack([rows / 3, columns / 7], 1).sin().to(self.p.weight.dtype)
+        y, z = (self.a(x) + self.p(places)).view(-1, 16, 8, 8).relu().split(16, 1)[0], 1
+        return self.o(y * z)
+
+
+@pytest.mark.parametrize("default", [torch.float64, torch.float32], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+def test_a_precision_that_forward_names_is_judged_in_its_own(
+    default: torch.dtype, dtype: torch.dtype
+) -> None:
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(default)
+    try:
+        torch.manual_seed(0)
+        model = Places().to(dtype).eval()
+        result = sc.prune(model, torch.randn(1, 3, 8, 8, dtype=dtype), budget=sc.Budget(macs=0.5))
+    finally:
+        torch.set_default_dtype(before)
+    assert result.proof.ok
+    assert result.proof.rewritten == ("",)
+    assert result.model.a.out_channels < 16

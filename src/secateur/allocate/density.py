@@ -9,7 +9,6 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 import torch
-from scipy.optimize import brentq
 from torch import Tensor
 
 from secateur.allocate.sparsity import Rule, allocate_weights
@@ -116,6 +115,8 @@ def solve_densities(
     def best(number: int, price: Vector) -> Vector:
         if number == len(rows):
             return np.minimum(cap, 1 / np.maximum(price, 1 / cap / 2))
+        from scipy.optimize import brentq  # slow to import
+
         row = rows[number]
 
         def excess(multiplier: float) -> float:

@@ -6,13 +6,16 @@ ResNets the streams, is searched over, and the rest is solved for each choice.
 """
 
 import itertools
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
+from itertools import pairwise
 
 import numpy as np
 import numpy.typing as npt
 
-from secateur.allocate.knapsack import Curve, Problem, Solution, hull, milp
+from secateur.allocate.knapsack import Curve, Problem, Solution, hull, lower_hull, milp
 from secateur.cost import Cost
 from secateur.errors import BudgetError
 from secateur.graph import Product
@@ -99,18 +102,54 @@ def choose_widths(
             f"{measure} at most {limit:,.6g}: out of reach; within reach are {least:,} to {cost.of(measure):,}"
         )
     fixed = cover(products, len(levels))
-    task = _Inner(cost, tuple(names), tuple(levels), tuple(curves), measure, limit, tuple(fixed))
+    task = _Inner(Costs(cost, measure), tuple(names), tuple(levels), tuple(curves), measure, limit, fixed)
+    if math.prod(len(levels[g]) for g in fixed) <= EXHAUSTIVE:  # each of them: the bound holds for all widths
+        every = list(itertools.product(*(range(len(levels[g])) for g in fixed)))
+        tried = np.array(every, dtype=np.int64).reshape(len(every), len(fixed))
+        found, bounds = task.values(tried)
+        best = task.polished(tried[int(found.argmin())].tolist())
+        return ChosenWidths(best.kept, best.distortion, min(best.distortion, float(bounds.min())))
     most = int(EXHAUSTIVE ** (1 / max(1, len(fixed))) + 1e-9)
     if most >= _FEWEST:
-        tried = [thin(len(levels[g]), most) for g in fixed]
-        found = [task.solved(choice) for choice in itertools.product(*tried)]
-        solved = [choice for choice in found if choice is not None]
-        best = task.polished(min(solved, key=lambda choice: choice.distortion))
-        return ChosenWidths(best.kept, best.distortion, min(choice.bound for choice in solved))
-    best = task.polished(
-        min((task.descended(s) for s in task.starts()), key=lambda choice: choice.distortion)
-    )
+        few = [thin(len(levels[g]), most) for g in fixed]
+        tried = np.array(list(itertools.product(*few)), dtype=np.int64)
+        starts = [tried[int(task.values(tried)[0].argmin())].tolist()]
+    else:
+        starts = list(task.starts())
+    ends = [task.descended(start) for start in starts]
+    best = task.polished(min(ends, key=lambda end: end[1])[0])
     return ChosenWidths(best.kept, best.distortion, float("-inf"))
+
+
+class Costs:
+    """A measure that is a sum of products of widths, and its slopes, for many choices of widths at once.
+
+    Args:
+        cost: of the model.
+        measure: of it.
+    """
+
+    def __init__(self, cost: Cost, measure: str) -> None:
+        formula = cost.sum(measure)
+        self._factor, self._axes = formula.factor.numpy(), formula.axes.numpy()
+        self._base, self._slope = formula.base.numpy(), formula.slope.numpy()
+
+    def of(self, kept: npt.ArrayLike) -> Curve:
+        """(choices, groups) -> (choices,)."""
+        return np.asarray(self._widths(kept).prod(2) @ self._factor)
+
+    def slopes(self, kept: npt.ArrayLike) -> Curve:
+        """How the cost rises with each width: (choices, groups) -> (choices, groups)."""
+        widths = self._widths(kept)
+        total = np.zeros(np.shape(kept))
+        for d in range(self._axes.shape[1]):
+            others = np.delete(widths, d, axis=2).prod(2) * self._factor
+            total += others @ self._slope[self._axes[:, d]]
+        return total
+
+    def _widths(self, kept: npt.ArrayLike) -> npt.NDArray[np.float64]:
+        """(choices, terms, axes)."""
+        return np.asarray((self._base + np.asarray(kept, dtype=np.float64) @ self._slope.T)[:, self._axes])
 
 
 def thin(count: int, most: int) -> list[int]:
@@ -125,72 +164,123 @@ def thin(count: int, most: int) -> list[int]:
 
 @dataclass(frozen=True)
 class _Inner:
-    cost: Cost
+    costs: Costs
     names: tuple[str, ...]
     levels: tuple[Levels, ...]
     curves: tuple[Curve, ...]
     measure: str
     limit: float
-    fixed: tuple[int, ...]
+    fixed: Sequence[int]
 
-    def polished(self, choice: ChosenWidths) -> ChosenWidths:
-        """The same with the exact optimum of all groups that are not searched over, if that is better."""
-        levels = [self.levels[g].tolist().index(choice.kept[g]) for g in self.fixed]
-        exact = self.solved(levels, milp) if choice.gap > POLISHED else None
-        return exact if exact is not None and exact.distortion < choice.distortion else choice
+    @cached_property
+    def free(self) -> list[int]:
+        """The groups that are not searched over."""
+        return [g for g in range(len(self.levels)) if g not in self.fixed]
 
-    def solved(self, choice: Sequence[int], solver: Solver = hull) -> ChosenWidths | None:
-        """The best widths of all other groups, when those searched over take these levels; None if none fit."""
-        free = [g for g in range(len(self.levels)) if g not in self.fixed]
-        kept = [0] * len(self.levels)
-        for group, level in zip(self.fixed, choice, strict=True):
-            kept[group] = int(self.levels[group][level])
+    @cached_property
+    def steps(self) -> tuple[npt.NDArray[np.int64], Curve, Curve, Curve, float]:
+        """The hulls of all free groups: per step its group's place, its widths and what it gains; and where each group
+        starts: its least width, and all distortions there together. A group's cost only scales its hull.
+        """
+        place, width, gain, first, start = list[int](), list[float](), list[float](), list[int](), 0.0
+        for number, group in enumerate(self.free):
+            levels, curve = self.levels[group].astype(np.float64), self.curves[group]
+            hull = lower_hull(levels, curve)
+            first.append(int(levels[hull[0]]))
+            start += float(curve[hull[0]])
+            for a, b in pairwise(hull):
+                place.append(number)
+                width.append(float(levels[b] - levels[a]))
+                gain.append(float(curve[a] - curve[b]))
+        return np.array(place, dtype=np.int64), np.array(width), np.array(gain), np.array(first), start
+
+    def kept(self, choices: npt.NDArray[np.int64]) -> npt.NDArray[np.float64]:
+        """Widths of the groups searched over for some choices of levels, zero elsewhere: (choices, groups)."""
+        kept = np.zeros((len(choices), len(self.levels)))
+        for column, group in enumerate(self.fixed):
+            kept[:, group] = self.levels[group][choices[:, column]]
+        return kept
+
+    def values(self, choices: npt.NDArray[np.int64]) -> tuple[Curve, Curve]:
+        """What the greedy walk along the free groups' hulls reaches, and what no widths do better than.
+
+        Args:
+            choices: (choices, groups searched over), levels.
+        Returns:
+            (choices,) twice; infinite where nothing fits.
+        """
+        kept = self.kept(choices)
+        own = np.zeros(len(choices))
+        for column, group in enumerate(self.fixed):
+            own += self.curves[group][choices[:, column]]
+        left = self.limit - self.costs.of(kept)
+        if not self.free:
+            value = np.where(left >= 0, own, np.inf)
+            return value, value
+        place, width, gain, first, start = self.steps
+        each = self.costs.slopes(kept)[:, self.free]
+        left = left - each @ first
+        price = each[:, place] * width
+        order = np.argsort(-gain / np.maximum(price, 1e-300), axis=1, kind="stable")
+        spent = np.take_along_axis(price, order, 1).cumsum(1)
+        gained = np.concatenate([np.zeros((len(own), 1)), gain[order].cumsum(1)], 1)
+        fits = (spent <= left[:, None]).sum(1)
+        whole = np.take_along_axis(gained, fits[:, None], 1)[:, 0]
+        last = np.minimum(fits, len(gain) - 1)[:, None]
+        if len(gain):
+            next_price = np.take_along_axis(price, np.take_along_axis(order, last, 1), 1)[:, 0]
+            next_gain = gain[np.take_along_axis(order, last, 1)[:, 0]]
+            before = np.take_along_axis(np.concatenate([np.zeros((len(own), 1)), spent], 1), fits[:, None], 1)
+            share = np.where(fits < len(gain), (left - before[:, 0]) / np.maximum(next_price, 1e-300), 0.0)
+            part = share * next_gain
+        else:
+            part = np.zeros(len(own))
+        value = np.where(left >= 0, own + start - whole, np.inf)
+        return value, np.where(left >= 0, value - part, np.inf)
+
+    def polished(self, choice: Sequence[int]) -> ChosenWidths:
+        """The widths for a choice of levels; the groups that are not searched over exactly, if that is better."""
+        best = self.solved(choice, hull)
+        exact = self.solved(choice, milp) if best.gap > POLISHED and self.free else best
+        return exact if exact.distortion < best.distortion else best
+
+    def solved(self, choice: Sequence[int], solver: Solver) -> ChosenWidths:
+        """The best widths of all other groups, when those searched over take these levels, which must fit."""
+        kept = self.kept(np.array([choice], dtype=np.int64).reshape(1, -1))
         own = sum(float(self.curves[g][k]) for g, k in zip(self.fixed, choice, strict=True))
-        base = float(self.cost.of(self.measure, kept))
-        costs = []
-        for group in free:
-            kept[group] = 1
-            each = float(self.cost.of(self.measure, kept)) - base
-            kept[group] = 0
-            costs.append(each * self.levels[group].astype(np.float64))
-        left = self.limit - base
-        if not free:
-            return ChosenWidths(tuple(kept), own, own) if left >= 0 else None
-        if sum(float(c.min()) for c in costs) > left:
-            return None
+        base, each = float(self.costs.of(kept)[0]), self.costs.slopes(kept)[0]
+        found = kept[0].astype(np.int64)
+        if not self.free:
+            return ChosenWidths(tuple(found.tolist()), own, own)
         problem = Problem(
-            tuple(self.names[g] for g in free),
-            tuple(self.curves[g] for g in free),
-            {self.measure: tuple(costs)},
+            tuple(self.names[g] for g in self.free),
+            tuple(self.curves[g] for g in self.free),
+            {self.measure: tuple(each[g] * self.levels[g] for g in self.free)},
         )
-        solution = solver(problem, {self.measure: left})
-        for group, level in zip(free, solution.levels, strict=True):
-            kept[group] = int(self.levels[group][level])
-        return ChosenWidths(tuple(kept), own + solution.distortion, own + solution.bound)
+        solution = solver(problem, {self.measure: self.limit - base})
+        for group, level in zip(self.free, solution.levels, strict=True):
+            found[group] = self.levels[group][level]
+        return ChosenWidths(tuple(found.tolist()), own + solution.distortion, own + solution.bound)
 
     def starts(self) -> Iterator[list[int]]:
         """Choices to start from: the same share of every group, from narrow to wide."""
         for share in np.linspace(0, 1, 5):
             yield [round(share * (len(self.levels[g]) - 1)) for g in self.fixed]
 
-    def descended(self, choice: list[int]) -> ChosenWidths:
-        """Change one level at a time for as long as that helps."""
-        choice = list(choice)
-        best = self.solved(choice)
-        narrow = [int(self.levels[g].argmin()) for g in self.fixed]
-        if best is None:
-            choice = narrow
-            best = self.solved(choice)
-        assert best is not None  # the narrowest fits
+    def descended(self, choice: list[int]) -> tuple[list[int], float]:
+        """Change one level at a time for as long as that helps; the choice, and what it reaches."""
+        best = float(self.values(np.array([choice]))[0][0])
+        if not np.isfinite(best):
+            choice = [int(self.levels[g].argmin()) for g in self.fixed]  # the narrowest fits
+            best = float(self.values(np.array([choice]))[0][0])
         improved = True
         while improved:
             improved = False
             for place, group in enumerate(self.fixed):
-                for step in (-2, -1, 1, 2):
-                    level = choice[place] + step
-                    if not 0 <= level < len(self.levels[group]):
-                        continue
-                    trial = self.solved([*choice[:place], level, *choice[place + 1 :]])
-                    if trial is not None and trial.distortion < best.distortion:
-                        choice[place], best, improved = level, trial, True
-        return best
+                trials = np.tile(choice, (len(self.levels[group]), 1))
+                trials[:, place] = np.arange(len(trials))
+                values, _ = self.values(trials)
+                level = int(values.argmin())
+                if values[level] < best - 1e-12 * abs(best):
+                    choice, best, improved = trials[level].tolist(), float(values[level]), True
+        return choice, best

@@ -8,7 +8,6 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 import numpy as np
 import numpy.typing as npt
 import torch
-from scipy.optimize import least_squares
 
 from secateur.allocate.density import Layer, Vector
 from secateur.allocate.table import list_widths
@@ -264,6 +263,8 @@ def _fitted(
         return np.concatenate([rows, np.diag(pull)])
 
     low, high = np.log(FLOOR), np.log(cap) + 1e-9
+    from scipy.optimize import least_squares  # slow to import
+
     found = least_squares(residual, np.clip(start, low, high - 1e-9), jac=slope, bounds=(low, high))
     return np.asarray(np.exp(found.x), dtype=float)
 

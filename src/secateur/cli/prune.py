@@ -1,7 +1,10 @@
 """`secateur prune`."""
 
+import json
 from inspect import Parameter
 from pathlib import Path
+
+import typer
 
 from secateur.cli.flags import FREEZE, RUN, Flags, Given, RunSettings, argument, command, flag, parse_options
 from secateur.errors import SecateurError
@@ -56,7 +59,8 @@ def _bound(name: str, measure: Measure) -> Parameter:
         shown={"epochs": "0, no training", "lr": "0.01; from scratch 0.1"},
     ),
     Flags(RunSettings),
-    Flags(PruneConfig, only=["latency_batch"]),
+    Flags(PruneConfig, only=["keep", "latency_batch"]),
+    flag("json", bool, "Print the report as one JSON object, and all else on standard error.", panel=RUN),
     flag("no_exports", bool, "Write no ONNX and torch.export files, and measure no latency.", panel=RUN),
 )
 def prune(given: Given) -> None:
@@ -78,7 +82,9 @@ def prune(given: Given) -> None:
         report = prune_run(
             config, run.out, mode=run.mode, command=typed_command(), watch=watch(run.no_progress)
         )
-    if report:
+    if report and "json" in given:
+        typer.echo(json.dumps(report.to_json()))
+    elif report:
         summary(report, run.out)
 
 

@@ -102,7 +102,7 @@ def summary(report: "Report", out: Path) -> None:
             "accuracy, right after the cut", percent(before, 2), percent(cut, 2), points(before, cut)
         )
         if report.finetune_epochs:
-            rows.add_row("accuracy, fine-tuned", percent(before, 2), percent(after, 2), points(before, after))
+            rows.add_row("accuracy, in the end", percent(before, 2), percent(after, 2), points(before, after))
     elif after is not None:
         start = "–" if before is None else percent(before, 2)
         rows.add_row("accuracy", start, percent(after, 2), points(before, after))
@@ -129,3 +129,6 @@ def summary(report: "Report", out: Path) -> None:
     for note in report.notes:
         say(f"Note: {note}")
     say(f"Report: {out / 'report.html'}")
+    say("Load the model:")
+    for line in report.loading:
+        say(f"  {line}")

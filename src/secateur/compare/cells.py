@@ -79,6 +79,7 @@ def _list_cells_of(comparison: Comparison, name: str, arm: Arm, task: Task) -> l
             budget=budget,
             train=train,
             finetune=finetune,
+            keep="last",
             exports=False,
         )
         cells.append(Cell(name, budget, seed, config, arm.against))

@@ -1,8 +1,7 @@
-"""The pictures of a comparison, as the plain dictionaries that Plotly draws."""
+"""The pictures of a comparison."""
 
 import statistics
 from collections.abc import Sequence
-from typing import Any
 
 from secateur.compare.results import Outcome
 from secateur.compare.statistics import (
@@ -13,30 +12,28 @@ from secateur.compare.statistics import (
     rank_arms,
 )
 from secateur.compare.words import MEASURES, describe_budget
-from secateur.report.figures import AFTER, BEFORE, REMOVED, Figure, escape, plain_layout
+from secateur.report.figures import Figure, Strips
+from secateur.report.svg import AFTER, BEFORE, REMOVED, SHAPES, Axis, Chart, box, number, strip
 
 _COLORS = (
     AFTER, REMOVED, "#7a6fd0", "#c94f7c", "#5b9a3c", "#b58a1b", "#3f7fd0", "#a5603c", "#6b7785", "#d0504a"
 )  # fmt: skip
-_SYMBOLS = ("circle", "square", "diamond", "triangle-up", "cross", "triangle-down")
-_LABEL = 24
+_SAID = 2000  # cells at most that say their numbers; the words of more would outweigh the page
 
 LATENCY = "latency"
 
-COSTS = {**{measure: f"{label} kept, %" for measure, label in MEASURES.items()}, LATENCY: "latency, ms"}
-"""What accuracy is drawn over -> the title of that axis; the picture of `macs` is drawn in the element `plot-macs`."""
+COSTS = {LATENCY: "latency, ms", **{measure: f"{label} kept, %" for measure, label in MEASURES.items()}}
+"""What accuracy is drawn over -> the title of that axis; the picture of `macs` stands in the element `plot-macs`."""
 
 
-def draw_figures(outcomes: Sequence[Outcome]) -> dict[str, Figure]:
-    """The pictures for which there is data, by the id of the element that they are drawn in."""
+def draw_fronts(outcomes: Sequence[Outcome]) -> dict[str, Figure]:
+    """Accuracy over each cost that is known, time first, by the id of the element that each stands in."""
     table = rank_arms(outcomes)
-    drawn = {}
-    for cost in COSTS:
-        if any(_cost(line, cost) is not None for line in table if line.budget):
-            drawn[f"plot-{cost}"] = draw_front(outcomes, cost)
-    if any(outcome.widths for outcome in outcomes):
-        drawn["plot-widths"] = draw_widths(outcomes)
-    return drawn
+    return {
+        f"plot-{cost}": draw_front(outcomes, cost)
+        for cost in COSTS
+        if any(_cost(line, cost) is not None for line in table if line.budget)
+    }
 
 
 def list_arms(outcomes: Sequence[Outcome]) -> list[str]:
@@ -52,60 +49,48 @@ def choose_marker(place: int) -> tuple[str, bool]:
 def draw_front(outcomes: Sequence[Outcome], cost: str) -> Figure:
     """Accuracy over a cost: a line per arm over its budgets, bars of one standard deviation, and the dense model.
 
-    The arms are the first traces, in the order of `list_arms`, so that the page can hide them by number.
+    Each arm is a series that bears its place in `list_arms`, so that the page can hide it. The standings are its table.
     """
-    title = COSTS[cost]
-    table, dense = rank_arms(outcomes), find_dense_accuracies(outcomes)
-    data: list[dict[str, Any]] = []
-    for place, arm in enumerate(list_arms(outcomes)):
-        costs = [(_cost(line, cost), line) for line in table if line.arm == arm and line.budget]
-        found = sorted(((x, line) for x, line in costs if x is not None), key=lambda pair: pair[0])
-        color, hollow = choose_marker(place)
-        symbol = _SYMBOLS[place % len(_SYMBOLS)] + ("-open" if hollow else "")
-        data.append(
-            {
-                "type": "scatter",
-                "mode": "lines+markers",
-                "name": escape(arm),
-                "x": [round(x, 4) for x, _ in found],
-                "y": [round(100 * (line.accuracy or 0), 3) for _, line in found],
-                "error_y": {
-                    "type": "data",
-                    "array": [round(100 * (line.spread or 0), 3) for _, line in found],
-                    "thickness": 1,
-                    "width": 3,
-                },
-                "error_x": {
-                    "type": "data",
-                    "array": [
-                        round((line.latency_spread or 0) if cost == LATENCY else 0, 4) for _, line in found
-                    ],
-                    "thickness": 1,
-                    "width": 3,
-                },
-                "line": {"color": color, "width": 1.5, "dash": "dot" if hollow else "solid"},
-                "marker": {"color": color, "size": 8, "symbol": symbol},
-                "hovertemplate": f"{escape(arm)}<br>{title.split(',')[0]} %{{x:.3~f}}<br>accuracy %{{y:.2f}} %"
-                "<extra></extra>",
-            }
-        )
-    at = find_dense_latency(outcomes) if cost == LATENCY else 100.0
+    title, dense = COSTS[cost], find_dense_accuracies(outcomes)
+    lines: dict[str, list[tuple[float, float, Standing]]] = {arm: [] for arm in list_arms(outcomes)}
+    for line in rank_arms(outcomes):
+        if line.budget and line.accuracy is not None and (x := _cost(line, cost)) is not None:
+            lines[line.arm].append((x, 100 * line.accuracy, line))
+    found = [point for points in lines.values() for point in points]
+    at, level = find_dense_latency(outcomes) if cost == LATENCY else 100.0, None
     if dense and at is not None:
-        data.append(
-            {
-                "type": "scatter",
-                "mode": "markers",
-                "name": "dense",
-                "x": [at],
-                "y": [round(100 * statistics.mean(dense.values()), 3)],
-                "marker": {"color": BEFORE, "size": 13, "symbol": "star"},
-                "hovertemplate": "dense<br>accuracy %{y:.2f} %<extra></extra>",
-            }
-        )
-    layout = plain_layout(380)
-    layout["xaxis"] |= {"title": {"text": title}, "fixedrange": False}
-    layout["yaxis"] |= {"title": {"text": "accuracy, %"}, "fixedrange": False}
-    return {"data": data, "layout": layout}
+        level = 100 * statistics.mean(dense.values())
+    chart = Chart(
+        Axis.over([x for x, *_ in found] + ([at] if level is not None and at is not None else []), title),
+        Axis.over([y + side * _spread(line) for _, y, line in found for side in (-1, 1)] + ([level] if level else []),
+                  "accuracy, %"),
+        440 if cost == next(iter(COSTS)) else 360,
+    )  # fmt: skip
+    for place, (arm, points) in enumerate(lines.items()):
+        color, hollow = choose_marker(place)
+        shapes = [
+            chart.line([(x, y) for x, y, _ in sorted(points, key=lambda point: point[0])], arm, dashed=hollow)
+        ]
+        for x, y, line in points:
+            up, across = _spread(line), (line.latency_spread or 0.0) if cost == LATENCY else 0.0
+            shapes += [chart.rule((x, y - up), (x, y + up))] if up else []
+            shapes += [chart.rule((x - across, y), (x + across, y))] if across else []
+            words = (
+                f"{arm}: accuracy {y:.2f}{f' ± {up:.2f}' if up else ''} %, {title.split(',')[0]} {number(x)}"
+            )
+            shapes.append(
+                chart.mark(x, y, words, SHAPES[place % (len(SHAPES) - 1)], "hollow" if hollow else "")
+            )
+        chart.add(color, *shapes, name=str(place))
+    if level is not None and at is not None:
+        chart.add("var(--ink)", chart.mark(at, level, f"dense: accuracy {level:.2f} %", "star"))
+    return Figure(
+        chart.draw(f"Accuracy of each method over {title}; the table below has the numbers"), (), ()
+    )
+
+
+def _spread(line: Standing) -> float:
+    return 100 * (line.spread or 0.0)
 
 
 def _cost(line: Standing, cost: str) -> float | None:
@@ -115,49 +100,37 @@ def _cost(line: Standing, cost: str) -> float | None:
     return line.latency_ms if cost == LATENCY else 100 * line.kept[cost]
 
 
-def draw_widths(outcomes: Sequence[Outcome]) -> Figure:
-    """Share of its units that each layer keeps, a row per arm, mean over the seeds; one trace per budget."""
-    arms = list_arms(outcomes)
+def draw_widths(outcomes: Sequence[Outcome]) -> dict[str, Strips]:
+    """By budget: the share of its units that each layer keeps, a row per arm, mean over the seeds."""
     layers = {width.layer: width.before for outcome in outcomes for width in outcome.widths}
-    data = []
-    for number, budget in enumerate(filter(None, list_budgets(outcomes))):
-        rows, words = [], []
+    budgets = [budget for budget in list_budgets(outcomes) if budget] if layers else []
+    arms = list_arms(outcomes)
+    said = len(layers) * len(arms) * len(budgets) <= _SAID
+    drawn = {}
+    for budget in budgets:
+        rows = []
         for arm in arms:
             found = [o for o in outcomes if o.arm == arm and describe_budget(o.budget) == budget]
-            row, text = [], []
-            for name, before in layers.items():
-                kept = [w.after for o in found for w in o.widths if w.layer == name]
-                mean = statistics.mean(kept) if kept else None
-                row.append(None if mean is None else round(mean / before, 4))
-                share = "" if mean is None else f"{mean:.4g} of {before} units ({100 * mean / before:.0f} %)"
-                text.append(f"{escape(arm)}<br>{escape(name)}: {share or 'not known'}")
-            rows.append(row)
-            words.append(text)
-        data.append(
-            {
-                "type": "heatmap",
-                "x": list(range(1, len(layers) + 1)),
-                "y": list(range(len(arms))),
-                "z": rows,
-                "text": words,
-                "zmin": 0,
-                "zmax": 1,
-                "xgap": 1,
-                "ygap": 2,
-                "showscale": False,
-                "hoverongaps": False,
-                "visible": number == 0,
-                "colorscale": [[0, "rgba(21,154,156,0.04)"], [1, AFTER]],
-                "hovertemplate": "%{text}<extra></extra>",
-            }
-        )
-    layout = plain_layout(70 + 24 * len(arms))
-    layout["xaxis"] |= {"title": {"text": "layer, from input to output"}, "showgrid": False}
-    layout["yaxis"] |= {
-        "autorange": "reversed",
-        "tickvals": list(range(len(arms))),
-        "ticktext": [escape(arm if len(arm) <= _LABEL else arm[: _LABEL - 1] + "…") for arm in arms],
-        "tickfont": {"size": 11},
-        "showgrid": False,
-    }
-    return {"data": data, "layout": layout}
+            kept: dict[str, list[int]] = {}
+            for width in (width for outcome in found for width in outcome.widths):
+                kept.setdefault(width.layer, []).append(width.after)
+            shares = {name: statistics.mean(units) / layers[name] for name, units in kept.items()}
+            cells = [
+                box(
+                    AFTER, place, 0, 0.94, 10, max(0.04, shares[name]),
+                    f"{name}: {number(shares[name] * before)} of {before} units" if said else "",
+                )
+                for place, (name, before) in enumerate(layers.items())
+                if name in shares
+            ]  # fmt: skip
+            least = min(shares, key=lambda name: shares[name], default="")
+            words = f"{least}, {100 * shares[least]:.0f} % kept" if least else "not known"
+            rows.append(
+                (
+                    arm,
+                    strip(len(layers), 10, [box(BEFORE, 0, 4.7, len(layers), 0.6, 0.5), *cells], arm),
+                    words,
+                )
+            )
+        drawn[budget] = Strips(("method", "layers from input to output", "cut most"), rows)
+    return drawn

@@ -4,7 +4,7 @@ import statistics
 from pathlib import Path
 
 from secateur.compare.advice import recommend
-from secateur.compare.figures import COSTS, choose_marker, draw_figures, list_arms
+from secateur.compare.figures import COSTS, choose_marker, draw_fronts, draw_widths, list_arms
 from secateur.compare.results import Results, is_steady
 from secateur.compare.statistics import describe_disturbed, find_dense_accuracies, rank_arms
 from secateur.compare.tables import MASKS
@@ -18,7 +18,7 @@ def render_page(results: Results) -> str:
     outcomes = results.outcomes
     table, dense = rank_arms(outcomes), find_dense_accuracies(outcomes)
     timed = next((o.latency for o in outcomes if o.latency and is_steady(o.latency)), None)
-    figures = draw_figures(outcomes)
+    figures = draw_fronts(outcomes)
     return fill_template(
         "page.html.j2",
         figures,
@@ -31,6 +31,7 @@ def render_page(results: Results) -> str:
             for cost, title in COSTS.items()
             if f"plot-{cost}" in figures
         ],
+        widths=draw_widths(outcomes),
         arms=[(arm, *choose_marker(place)) for place, arm in enumerate(list_arms(outcomes))],
         advice={one.budget: one for one in recommend(outcomes)},
         budgets={line.budget: [row for row in table if row.budget == line.budget] for line in table},

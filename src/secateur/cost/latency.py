@@ -132,10 +132,10 @@ def compare_latency(
         stack.enter_context(torch.no_grad())
         for i in range(warmup + repeats):
             for name, run in order if i % 2 == 0 else reversed(order):
-                _wait_for(device)
+                wait_for(device)
                 start = time.perf_counter_ns()
                 run(*args, **kwargs)
-                _wait_for(device)
+                wait_for(device)
                 if i >= warmup:
                     milliseconds[name].append((time.perf_counter_ns() - start) / 1e6)
         torch_threads = torch.get_num_threads()
@@ -176,6 +176,6 @@ def _torch_threads(threads: int | None) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def _wait_for(device: torch.device) -> None:
+def wait_for(device: torch.device) -> None:
     if device.type != "cpu":
         torch.accelerator.synchronize(device)

@@ -10,7 +10,7 @@ from secateur.cost import Cost
 from secateur.graph import Graph
 from secateur.plan import Plan
 from secateur.proof import Verification
-from secateur.report.data import Ending, FrozenGroup, Group, Width
+from secateur.report.data import Ending, FrozenGroup, Group, LayerCurve, Width
 
 
 def layer_facts(graph: Graph, dense: nn.Module, small: nn.Module) -> dict[str, Any]:
@@ -75,6 +75,11 @@ def describe(pruned: Any) -> dict[str, Any]:
         "groups": _groups(pruned.graph, pruned.plan, pruned.scores),
         "frozen": [FrozenGroup(**row) for row in facts.get("frozen", ())],
         "pruning_history": facts.get("history", ()),
+        "curves": [LayerCurve(**row) for row in facts.get("curves", ())]
+        if isinstance(pruned.plan, Plan)
+        else (),
+        "distortion_predicted": facts.get("predicted"),
+        "distortion_measured": facts.get("measured"),
         "decays": [Ending(**row) for row in facts.get("endings", ())],
     }
 
@@ -107,6 +112,8 @@ def proof_notes(graph: Graph, proof: Verification | None) -> list[str]:
             "The model's answers hardly depend on its input, so cut and masked model were also compared with "
             "random weights."
         )
+    if proof.untrained:
+        notes.append(f"No training step was compared: the original cannot be trained ({proof.untrained}).")
     if graph.unused:
         notes.append(f"No forward pass reads these parameters, which were left alone: {_some(graph.unused)}.")
     return notes

@@ -18,12 +18,15 @@ def remember(session: Session[Any]) -> dict[int, Tensor]:
 
 
 def learning_rates(session: Session[Any], number: int) -> Tensor:
-    """The learning rate of every value of x of a group, (values,), float64."""
+    """The learning rate of every value of x of a group, (values,), float64; 0 where the optimizer moves nothing."""
     assert session.optimizer is not None
-    lr = {p: float(group["lr"]) for group in session.optimizer.param_groups for p in group["params"]}
+    groups = session.optimizer.param_groups
+    lr = {p: float(group["lr"]) for group in groups for p in group["params"] if p.requires_grad}
     parts = session.pool.parts(number)
     sizes = [m.take(p.detach()).shape[1] for m, p in parts]
-    rates = torch.tensor([lr[p] for (_, p), size in zip(parts, sizes, strict=True) for _ in range(size)])
+    rates = torch.tensor(
+        [lr.get(p, 0.0) for (_, p), size in zip(parts, sizes, strict=True) for _ in range(size)]
+    )
     return rates.to(device=session.device, dtype=torch.float64)
 
 

@@ -186,7 +186,17 @@ def producers(group: Group) -> set[str]:
     return {member.module for member in group.members if member.role == "out"}
 
 
-def own_groups(graph: Graph) -> list[int]:
+def own_groups(graph: Graph, model: nn.Module) -> list[int]:
     """Groups with one producer, so not part of a residual sum; without the network's first layer."""
     first = graph.macs[0].name
-    return [n for n, group in enumerate(graph.groups) if len(p := producers(group)) == 1 and p != {first}]
+    return [
+        n
+        for n, group in enumerate(graph.groups)
+        if len(p := producers(group)) == 1 and p != {first} and gateable(group, model)
+    ]
+
+
+def gateable(group: Group, model: nn.Module) -> bool:
+    """Whether a factor on what its layers return acts on its units: recurrent layers use theirs within, too."""
+    within = nn.RNNBase | nn.RNNCellBase
+    return not any(isinstance(model.get_submodule(name), within) for name in producers(group))

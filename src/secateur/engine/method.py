@@ -22,14 +22,48 @@ from secateur.cost import Budget
 from secateur.engine.pruned import Pruned
 from secateur.errors import ScoreError, SecateurError, unknown
 from secateur.graph import Inputs
+from secateur.graph.capture import batch_of
 from secateur.plan import WeightPlan
 from secateur.settings import option, options_of, plain, settings
 
 When: TypeAlias = Literal["before", "during", "after"]
 Removes: TypeAlias = Literal["channels", "weights", "filters"]
-Batch: TypeAlias = tuple[Tensor, Tensor]
+Batch: TypeAlias = tuple[Any, Any]
+"""(inputs, targets), each a tensor or tensors in tuples, lists and dicts."""
+
 Progress: TypeAlias = Callable[[int, int], None]
-"""Is told how many passes are done, of how many."""
+"""Is told how much is done, of how much: in thousandths of the whole, or in passes."""
+
+
+class Meter:
+    """Tells a `Progress` how far a piece of work has got, from its start to its end.
+
+    Args:
+        progress: is told; None: nobody is.
+        total: of the work, in any unit that is proportional to time.
+    """
+
+    def __init__(self, progress: Progress | None, total: float) -> None:
+        self._progress, self._total, self._done, self._told = progress, total, 0.0, -1
+        self.add(0.0)
+
+    def add(self, work: float) -> None:
+        """So much more is done."""
+        self._done += work
+        self._tell(min(999, int(1000 * self._done / max(self._total, 1e-12))))
+
+    def each(self, work: float) -> Callable[[], None]:
+        """What is called once for every piece of so much work."""
+        return lambda: self.add(work)
+
+    def end(self) -> None:
+        """All is done."""
+        self._tell(1000)
+
+    def _tell(self, done: int) -> None:
+        if self._progress and done > self._told:
+            self._told = done
+            self._progress(done, 1000)
 
 
 @dataclass(frozen=True)
@@ -37,15 +71,16 @@ class Context:
     """What a method may use besides the model.
 
     Attributes:
-        data: batches of (inputs, targets), or of inputs where no targets are needed; None: there are none.
-        loss: of (outputs, targets), a mean over the batch.
+        data: batches of (inputs, targets), or of inputs where no targets are needed; None: there are none. Inputs are
+            what `analyze` takes, a dict of keyword arguments among them; a batch that is a dict is its own targets.
+        loss: of (outputs, targets), a mean over the batch; outputs are what the model returns.
         cache: a folder for measurements that serve several budgets, or the file for them; None: they are not kept.
         progress: is told how far a long measurement has got.
         previous: masks of an earlier round: what is gone stays gone.
     """
 
-    data: Iterable[Batch | Tensor] | None = None
-    loss: Callable[[Tensor, Tensor], Tensor] = nn.functional.cross_entropy
+    data: Iterable[Batch | Inputs] | None = None
+    loss: Callable[[Any, Any], Tensor] = nn.functional.cross_entropy
     cache: Path | None = None
     progress: Progress | None = None
     previous: WeightPlan | None = None
@@ -114,18 +149,29 @@ class Method:
         return cls(**nested)
 
 
-def pairs_of(data: Iterable[Batch | Tensor]) -> Iterator[Batch]:
-    """The batches, one by one.
+def pairs_of(data: Iterable[Batch | Inputs]) -> Iterator[Batch]:
+    """The batches, one by one, as (inputs, targets); a dict is both.
 
     Raises:
         ScoreError: one has no targets.
     """
     for batch in data:
-        if isinstance(batch, Tensor) or len(batch) != 2:
+        if isinstance(batch, Mapping):
+            yield batch, batch
+        elif isinstance(batch, Tensor) or len(batch) != 2:
             raise ScoreError("data has batches without targets; pass batches of (inputs, targets)")
-        yield batch
+        else:
+            yield batch[0], batch[1]
 
 
-def images_of(data: Iterable[Batch | Tensor]) -> list[Tensor]:
-    """The inputs of each batch, whether it has targets or not."""
-    return [batch if isinstance(batch, Tensor) else batch[0] for batch in data]
+def images_of(data: Iterable[Batch | Inputs]) -> list[Inputs]:
+    """The inputs of each batch, whether it has targets or not.
+
+    Raises:
+        ScoreError: there is no batch, or fewer than two images in all.
+    """
+    found = [batch[0] if isinstance(batch, tuple | list) else batch for batch in data]
+    images = sum(batch_of(x) for x in found)
+    if images < 2:
+        raise ScoreError(f"data has {images} images to measure on; pass at least 2, better some hundred")
+    return found

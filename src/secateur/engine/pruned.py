@@ -22,7 +22,7 @@ from secateur.surgery import save
 from secateur.surgery.cut import cut_copy
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Pruned:
     """A pruned model and how it came about.
 
@@ -63,6 +63,14 @@ class Pruned:
             versions=current_versions(),
             **describe(self),
         )
+
+    def __repr__(self) -> str:
+        costs = (
+            f"{m}={self.before[m]:,.6g} -> {self.after[m]:,.6g}"
+            for m in ("macs", "params")
+            if m in self.before
+        )
+        return f"<Pruned {type(self.model).__name__}: {', '.join(costs)}>"
 
     def __str__(self) -> str:
         zeros = ", as zeros" if isinstance(self.plan, WeightPlan) else ""

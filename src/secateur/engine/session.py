@@ -40,6 +40,7 @@ from secateur.engine.state import follow_cut, learned, load_state, move, save_st
 from secateur.errors import BudgetError, ModelError, TrainingError
 from secateur.graph import Inputs, analyze
 from secateur.graph.duplicate import duplicate
+from secateur.graph.guard import original
 from secateur.graph.shrink import shrink
 from secateur.plan import Plan
 from secateur.proof import verify
@@ -94,7 +95,7 @@ class Session(Generic[S]):
         budget: Budget | None,
         steps: int,
     ) -> None:
-        self.method, self.model, self.inputs, self.budget = method, model, inputs, budget
+        self.method, self.model, self.inputs, self.budget = method, original(model), inputs, budget
         self.steps, self.step = steps, 0
         if steps < 1:
             raise TrainingError(f"{self.name}: steps is {steps}; expected the training's, at least 1")

@@ -9,9 +9,17 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
-from secateur.errors import CaptureError
+from secateur.errors import CaptureError, first_line
 from secateur.graph.duplicate import duplicate
-from secateur.graph.guard import check_deterministic, check_readable, culprit, plain_outputs, quiet, untouched
+from secateur.graph.guard import (
+    check_deterministic,
+    check_readable,
+    culprit,
+    plain_outputs,
+    quiet,
+    untouched,
+    written_out,
+)
 
 Inputs: TypeAlias = Tensor | tuple[Any, ...] | list[Any] | Mapping[str, Any]
 """Example inputs: one tensor, a tuple of positional arguments, or a mapping of keyword arguments."""
@@ -162,7 +170,7 @@ def capture(
         CaptureError: the inputs do not fit the model, or `forward` depends on the data or on chance.
     """
     check_readable(model)
-    with untouched(model):
+    with untouched(model), written_out():
         model.train(training)
         ways = [(batchings(inputs)[0], batch_of(inputs))] if exact else _candidates(inputs)
         captured = _export(model, inputs, ways, any_batch)
@@ -196,7 +204,7 @@ def _export(
     assert failure is not None
     _check_runs(model, inputs)
     raise CaptureError(
-        f"{culprit(model, failure)}: runs, but its graph cannot be captured: {_first_line(failure)}. Control flow "
+        f"{culprit(model, failure)}: runs, but its graph cannot be captured: {first_line(failure)}. Control flow "
         f"that depends on tensor values must be replaced by torch.where, or moved out of the module that is pruned."
     ) from failure
 
@@ -217,10 +225,5 @@ def _check_runs(model: nn.Module, inputs: Inputs) -> None:
         shapes = [f"{tuple(x.shape)} {x.dtype} on {x.device}".replace("torch.", "") for x in found]
         raise CaptureError(
             f"{culprit(model, error)}: does not run on the example inputs [{', '.join(shapes)}]: "
-            f"{_first_line(error)}. Pass inputs of the shape, dtype and device the model expects."
+            f"{first_line(error)}. Pass inputs of the shape, dtype and device the model expects."
         ) from error
-
-
-def _first_line(error: Exception) -> str:
-    text = str(error).strip() or type(error).__name__
-    return text.splitlines()[0].rstrip(".")[:300]

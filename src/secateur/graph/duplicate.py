@@ -4,9 +4,20 @@ import copy
 from typing import Any
 
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
-from secateur.errors import CutError
+from secateur.errors import CutError, first_line
+
+
+class _WithoutHistory(TorchFunctionMode):
+    """Inside, a deep copy of a tensor that has a history is one that has none, wherever the tensor is kept."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is Tensor.__deepcopy__ and not args[0].is_leaf:
+            tensor, memo = args
+            return memo.setdefault(id(tensor), tensor.detach().clone())
+        return func(*args, **kwargs or {})
 
 
 def duplicate(model: nn.Module, *, share: bool = False) -> nn.Module:
@@ -21,15 +32,12 @@ def duplicate(model: nn.Module, *, share: bool = False) -> nn.Module:
     memo: dict[int, Any] = {}
     for parameter in model.parameters() if share else []:  # not the buffers: a forward may write to them
         memo[id(parameter)] = nn.Parameter(parameter.detach(), parameter.requires_grad)
-    for module in model.modules():
-        for leaf in pytree.tree_leaves(vars(module)):
-            if isinstance(leaf, Tensor) and not leaf.is_leaf:
-                memo[id(leaf)] = leaf.detach().clone()
     try:
-        return copy.deepcopy(model, memo)
+        with _WithoutHistory():
+            return copy.deepcopy(model, memo)
     except Exception as error:
         raise CutError(
-            f"{type(model).__name__} cannot be copied ({str(error).splitlines()[0]}); remove what cannot be copied "
+            f"{type(model).__name__} cannot be copied ({first_line(error)}); remove what cannot be copied "
             f"from its attributes"
         ) from error
 

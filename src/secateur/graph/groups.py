@@ -14,6 +14,7 @@ from secateur.errors import CaptureError
 from secateur.graph.activations import Buffer, find_buffers
 from secateur.graph.axes import Axis, Product
 from secateur.graph.capture import Capture, Inputs, capture
+from secateur.graph.guard import uncompiled
 from secateur.graph.labels import Atoms, Labels, first
 from secateur.graph.modules import pad_attributes
 from secateur.graph.propagate import propagate
@@ -28,7 +29,8 @@ class Member:
     Attributes:
         tensor: name of a parameter or buffer.
         dim: the dim that shrinks.
-        role: "out" (makes the unit), "in" (reads it), "depthwise", "bias", "scale", "shift", "statistic", "other".
+        role: "out" (makes the unit), "in" (reads it), "recurrent" (reads it at the next step),
+            "depthwise", "bias", "scale", "shift", "statistic", "other".
         index: (units, positions), the positions along `dim` of each unit.
     """
 
@@ -97,7 +99,7 @@ class PadSite:
     units: tuple[tuple[int, int], ...]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Graph:
     """What may be cut together in one model, at the shapes it had when it was analysed.
 
@@ -126,7 +128,11 @@ class Graph:
     unused: tuple[str, ...]
     fingerprint: str
     inputs: Inputs
-    trace: Trace | None = field(default=None, repr=False, compare=False)
+    trace: Trace | None = field(default=None, compare=False)
+
+    def __repr__(self) -> str:
+        units = sum(group.units for group in self.groups)
+        return f"<Graph: {len(self.groups)} groups, {units} units, {len(self.frozen)} layers frozen>"
 
     def __str__(self) -> str:
         units = sum(group.units for group in self.groups)
@@ -138,6 +144,7 @@ class Graph:
         return "\n".join(lines)
 
 
+@uncompiled
 def analyze(
     model: nn.Module, inputs: Inputs, *, freeze: Sequence[str] = (), attention: str = "heads"
 ) -> Graph:

@@ -2,12 +2,13 @@
 
 import contextlib
 import dataclasses
+import functools
 import io
 import logging
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor, fx, nn
@@ -15,6 +16,10 @@ from torch.nn.parameter import is_lazy
 from torch.utils import _pytree as pytree
 
 from secateur.errors import CaptureError
+
+P = ParamSpec("P")
+R = TypeVar("R")
+T = TypeVar("T")
 
 NOISY = ("torch.fx.experimental.symbolic_shapes", "torch.export", "torch._subclasses.fake_tensor")
 """Loggers that print what failed in a capture or a trial; the error that is raised says what matters."""
@@ -82,6 +87,47 @@ def quiet() -> Iterator[None]:
     finally:
         for logger, level in zip(loggers, levels, strict=True):
             logger.setLevel(level)
+
+
+def uncompiled(function: Callable[P, R]) -> Callable[P, R]:
+    """A function that takes the modules that `torch.compile` made for those they were made from, and compiles none."""
+
+    @functools.wraps(function)
+    def call(*args: P.args, **kwargs: P.kwargs) -> R:
+        models = [x for x in (*args, *kwargs.values()) if isinstance(x, nn.Module)]
+        if not any(map(is_compiled, models)):
+            return function(*args, **kwargs)
+        with torch.compiler.set_stance("force_eager"):
+            given = {name: original(value) for name, value in kwargs.items()}
+            return function(*map(original, args), **given)  # type: ignore[arg-type]
+
+    return call
+
+
+def is_compiled(model: nn.Module) -> bool:
+    """Whether `torch.compile` would compile any part of a model when it runs."""
+    return any(
+        "_orig_mod" in module._modules or getattr(module, "_compiled_call_impl", None) is not None
+        for module in model.modules()
+    )
+
+
+def original(x: T) -> T:
+    """The module that `torch.compile` was given, where it made this one; anything else as it is."""
+    while isinstance(x, nn.Module) and "_orig_mod" in x._modules:
+        x = x._modules["_orig_mod"]  # type: ignore[assignment]
+    return x
+
+
+@contextmanager
+def written_out() -> Iterator[None]:
+    """Inside, torch's transformer layers run as single operators, as in training, and not as one fused kernel."""
+    fused = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fused)
 
 
 @contextmanager

@@ -213,7 +213,7 @@ class Labels:
         Where a factor varies along other dims too (heads × width), those are tied first.
 
         Args:
-            role: what the dim is for, if the value is a parameter or computed from parameters alone.
+            role: what the dim is for, if the value is a parameter or computed from parameters.
             unit: these atoms may be removed: they are the outputs of a layer.
         """
         size = value.shape[dim]
@@ -232,9 +232,9 @@ class Labels:
                 self.tie(found, rows[:, 0])
         if found is None:
             return np.zeros(size, dtype=np.int64)
-        if value.weight:
-            if unit:
-                self.units.append(found)
+        if unit:
+            self.units.append(found)
+        if role != "other":
             self._assign(found, role)
         return found
 

@@ -21,7 +21,10 @@ from secateur.errors import CutError
 
 Keep = npt.NDArray[np.bool_]
 
-HELD = ("weight", "bias", "running_mean", "in_proj_weight")
+HELD = (
+    *("weight", "bias", "running_mean", "in_proj_weight"),
+    *("weight_ih", "weight_ih_l0", "weight_hr_l0"),
+)
 """Tensors of stock layers whose shapes say what its attributes must be."""
 
 _PADS: dict[type[nn.Module], tuple[str, str]] = {}
@@ -97,16 +100,19 @@ def mirrored(module: nn.Module, keep: Mapping[tuple[str, int], Keep]) -> dict[st
 
     tensors = {name: found[1] for name in HELD if (found := held(module, name))}
 
+    def size(name: str, dim: int) -> int:
+        return tensors[name].shape[dim]
+
     def width(name: str, dim: int) -> int:
-        return int(keep[name, dim].sum()) if (name, dim) in keep else tensors[name].shape[dim]
+        return int(keep[name, dim].sum()) if (name, dim) in keep else size(name, dim)
 
     if isinstance(module, _ConvTransposeNd):
         read = width("weight", 0)
         groups = read if module.groups == module.in_channels else module.groups
         return {"in_channels": read, "out_channels": width("weight", 1) * groups, "groups": groups}
-    if isinstance(module, _ConvNd):
-        whole = np.ones(tensors["weight"].shape[0], dtype=bool)
-        out = keep.get(("weight", 0), whole).reshape(module.groups, -1).sum(1)
+    if isinstance(module, _ConvNd) or _is_convolution(module):
+        whole = np.ones(size("weight", 0), dtype=bool)
+        out = keep.get(("weight", 0), whole).reshape(vars(module)["groups"], -1).sum(1)
         alive = out[out > 0]
         if alive.size == 0 or (alive != alive[0]).any():
             raise CutError(
@@ -134,9 +140,29 @@ def mirrored(module: nn.Module, keep: Mapping[tuple[str, int], Keep]) -> dict[st
         return {"num_embeddings": width("weight", 0), "embedding_dim": width("weight", 1)}
     if isinstance(module, nn.MultiheadAttention):
         return _attention(module, keep)
+    if isinstance(module, nn.RNNBase):
+        gates = size("weight_ih_l0", 0) // module.hidden_size
+        projected = width("weight_hr_l0", 0) if module.proj_size else 0
+        return {
+            "input_size": width("weight_ih_l0", 1),
+            "hidden_size": width("weight_ih_l0", 0) // gates,
+            "proj_size": projected,
+        }
+    if isinstance(module, nn.RNNCellBase):
+        gates = size("weight_ih", 0) // module.hidden_size
+        return {"input_size": width("weight_ih", 1), "hidden_size": width("weight_ih", 0) // gates}
     if isinstance(module, nn.PReLU):
         return {"num_parameters": width("weight", 0)}
     return {}
+
+
+def _is_convolution(module: nn.Module) -> bool:
+    """Whether a layer of another library, such as a deformable convolution, keeps the numbers of a convolution."""
+    weight = (held(module, "weight") or ("", None))[1]
+    out, into, groups = (vars(module).get(name) for name in ("out_channels", "in_channels", "groups"))
+    if not isinstance(weight, Tensor) or weight.ndim < 3 or type(groups) is not int or groups < 1:
+        return False
+    return out == weight.shape[0] and into == weight.shape[1] * groups
 
 
 def _attention(

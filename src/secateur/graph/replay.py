@@ -10,9 +10,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch.utils import _pytree as pytree
 
-from secateur.errors import CaptureError
-from secateur.graph.capture import Capture, capture
+from secateur.errors import CaptureError, first_line
+from secateur.graph.capture import Capture, Inputs, as_call, batch_of, capture
+from secateur.graph.guard import plain
 from secateur.graph.modes import evaluating
 
 Tensors = Mapping[str, Tensor]
@@ -20,6 +22,38 @@ Tensors = Mapping[str, Tensor]
 
 Values = dict[fx.Node, Any]
 """What the calls so far have computed, as far as later ones read it."""
+
+Outputs = Any
+"""What a model returns: a tensor, or tensors in tuples, lists and dicts; dataclasses have become dicts."""
+
+
+def floats(outputs: Outputs) -> list[Tensor]:
+    """The floating-point tensors of a model's outputs, in order."""
+    return [x for x in pytree.tree_leaves(outputs) if isinstance(x, Tensor) and x.is_floating_point()]
+
+
+def some_of(inputs: Any, some: slice, images: int | None = None) -> Any:
+    """Some images of a batch: of every tensor whose first dim counts them, as `images` says or the batch itself."""
+    images = batch_of(inputs) if images is None else images
+
+    def part(x: Any) -> Any:
+        return x[some] if isinstance(x, Tensor) and x.ndim and len(x) == images else x
+
+    return pytree.tree_map(part, inputs)
+
+
+def joined(a: Inputs, b: Inputs) -> Inputs:
+    """The images of two batches as one."""
+    images = batch_of(a)
+
+    def both(x: Any, y: Any) -> Any:
+        return torch.cat([x, y]) if isinstance(x, Tensor) and x.ndim and len(x) == images else x
+
+    return pytree.tree_map(both, a, b)  # type: ignore[no-any-return]
+
+
+PASS = 2**30
+"""Bytes that all that one pass computes may take; larger batches are gone through in parts."""
 
 
 @dataclass(frozen=True)
@@ -38,41 +72,55 @@ class Call:
 
 
 class Replay:
-    """The evaluation-mode forward pass of a model with one input and one output.
+    """The evaluation-mode forward pass of a model, whatever it takes and returns.
 
     Args:
         model: its parameters and buffers are read when a call runs, not copied.
-        x: an example batch, (n, …); n is the only batch size if the graph cannot be captured for all.
+        inputs: an example batch, as for `analyze`; its size is the only one if the graph cannot be captured for all.
     Raises:
-        CaptureError: the graph cannot be captured, or computes something else than the model.
+        CaptureError: the graph cannot be captured, or computes something else than the model, or nothing that floats.
 
     Attributes:
         calls: in the order in which they run.
         batch: the only number of images the graph takes; None: any.
+        bytes_per_image: of all that the calls compute, together.
     """
 
-    def __init__(self, model: nn.Module, x: Tensor) -> None:
+    def __init__(self, model: nn.Module, inputs: Inputs) -> None:
         self.model = model
         failure: Exception | None = None
+        images = batch_of(inputs)
+        self._example = as_call(inputs)
+        self.batch: int | None = None
         for any_batch in (True, False):
+            some = some_of(inputs, slice(0, max(1, images // 2))) if any_batch else inputs
             try:
                 with evaluating(model), torch.no_grad():
-                    self._read(capture(model, x, exact=True, any_batch=any_batch))
-                    some = x[: len(x) // 2] if any_batch else x
-                    if not torch.allclose(self(some), model(some), rtol=1e-3, atol=1e-4, equal_nan=True):
+                    self._read(capture(model, inputs, exact=True, any_batch=any_batch))
+                    args, kwargs = as_call(some)
+                    expected = plain(model(*args, **kwargs))
+                    self._structure = pytree.tree_structure(expected)
+                    if not _alike(self(some), expected):
                         raise CaptureError("the captured graph computes something else")
             except Exception as error:
                 failure = failure or error
             else:
-                self.batch = None if any_batch else len(x)
+                self.batch = None if any_batch else images
                 break
         else:
             assert failure is not None
             raise CaptureError(
-                f"{type(model).__name__}: its forward pass cannot be captured as one tensor in, one tensor out "
-                f"({str(failure).strip().splitlines()[0] if str(failure).strip() else failure!r})."
+                f"{type(model).__name__}: its forward pass cannot be captured to run in steps ({first_line(failure)}). "
+                f"Methods that measure outputs need this; wrap the model in a module that leaves out what depends on "
+                f"tensor values."
             ) from failure
-        self._prefer_channels_last(x)
+        if not floats(expected):
+            raise CaptureError(
+                f"{type(model).__name__}: returns no floating-point tensor, so how far its outputs move cannot be "
+                f"measured. Wrap it in a module that returns its scores."
+            )
+        self._prefer_channels_last(inputs)
+        self.bytes_per_image = self._bytes(some) / batch_of(some)
 
     def _read(self, captured: Capture) -> None:
         self._owned, self._constants = captured.tensors, captured.constants
@@ -81,19 +129,31 @@ class Replay:
         self.calls = self._listed()
         self._layout = torch.contiguous_format
 
-    def _prefer_channels_last(self, x: Tensor) -> None:
+    def _prefer_channels_last(self, inputs: Inputs) -> None:
         """Lay images out n h w c, which convolutions run faster on, unless the captured calls do not take that."""
-        if x.ndim != 4:
+        if not any(isinstance(x, Tensor) and x.ndim == 4 for x in pytree.tree_leaves(inputs)):
             return
         with torch.no_grad():
-            expected = self(x)
+            expected = self(inputs)
             self._layout = torch.channels_last
             try:
-                same = torch.allclose(self(x), expected, rtol=1e-3, atol=1e-4, equal_nan=True)
+                same = _alike(self(inputs), expected)
             except RuntimeError:  # such as a view across dims that are no longer next to one another
                 same = False
         if not same:
             self._layout = torch.contiguous_format
+
+    def _bytes(self, inputs: Inputs) -> int:
+        total = 0
+        with torch.no_grad():
+            values = self.begin(inputs)
+            for call in self.calls:
+                found = self.compute(call, values)
+                total += sum(x.nbytes for x in pytree.tree_leaves(found) if isinstance(x, Tensor))
+                values[call.node] = found
+                for node in call.done:
+                    values.pop(node, None)
+        return total
 
     def _listed(self) -> list[Call]:
         nodes = [n for n in self._module.graph.nodes if n.op not in ("placeholder", "output", "get_attr")]
@@ -115,9 +175,46 @@ class Replay:
             for number, node in enumerate(nodes)
         ]
 
-    def begin(self, x: Tensor) -> Values:
-        """The values before the first call."""
-        return {self._inputs[0]: x.contiguous(memory_format=self._layout)}
+    def leaves(self, inputs: Inputs) -> list[Any]:
+        """The inputs in the order of the graph's.
+
+        Raises:
+            CaptureError: they are not of the kind that was captured.
+        """
+        args, kwargs = as_call(inputs)
+        named = self._example[1]
+        if set(kwargs) != set(named):
+            raise CaptureError(
+                f"a batch of inputs {sorted(kwargs)}; expected {sorted(named)}, as in the first batch"
+            )
+        leaves = pytree.tree_leaves((args, {name: kwargs[name] for name in named}))
+        examples = pytree.tree_leaves(self._example)
+        if len(leaves) != len(examples):
+            raise CaptureError(
+                f"a batch of {len(leaves)} inputs; expected {len(examples)}, as in the first batch"
+            )
+        for x, example in zip(leaves, examples, strict=True):
+            if isinstance(x, Tensor) and isinstance(example, Tensor) and x.shape[1:] != example.shape[1:]:
+                raise CaptureError(
+                    f"a batch of shape {tuple(x.shape)}; expected (n, {', '.join(map(str, example.shape[1:]))}), as "
+                    f"in the first batch: pass batches of one image size"
+                )
+        if self.batch not in (None, batch_of(inputs)):
+            raise CaptureError(
+                f"a batch of {batch_of(inputs)} images; {type(self.model).__name__} takes {self.batch} only, as in the "
+                f"first batch: pass batches of one size (drop_last=True)"
+            )
+        return leaves
+
+    def begin(self, inputs: Inputs) -> Values:
+        """The values before the first call; see `leaves` for what the inputs must be."""
+
+        def laid_out(x: Any) -> Any:
+            if isinstance(x, Tensor) and x.ndim == 4:
+                return x.contiguous(memory_format=self._layout)
+            return x
+
+        return dict(zip(self._inputs, map(laid_out, self.leaves(inputs)), strict=True))
 
     def run(self, call: Call, values: Values, tensors: Tensors | None = None) -> Any:
         """Run one call, with some tensors replaced; `values` gets its result."""
@@ -157,30 +254,30 @@ class Replay:
         owner, _, own = name.rpartition(".")
         return getattr(self.model.get_submodule(owner), own)  # type: ignore[no-any-return]
 
-    def result(self, values: Values) -> Tensor:
-        """The output, after the last call."""
-        found = [values[node] for node in self._output.all_input_nodes]
-        return found[0]  # type: ignore[no-any-return]
+    def result(self, values: Values, tensors: Tensors | None = None) -> Outputs:
+        """The outputs, after the last call."""
+        found = fx.map_arg(self._output.args[0], self.lookup(values, tensors or {}))
+        return pytree.tree_unflatten(pytree.tree_leaves(found), self._structure)
 
-    def __call__(self, x: Tensor, tensors: Tensors | None = None) -> Tensor:
-        """The model's output with some tensors replaced: (n, …) -> (n, …)."""
-        values = self.begin(x)
+    def __call__(self, inputs: Inputs, tensors: Tensors | None = None) -> Outputs:
+        """The model's outputs with some tensors replaced."""
+        values = self.begin(inputs)
         for call in self.calls:
             self.run(call, values, tensors)
-        return self.result(values)
+        return self.result(values, tensors)
 
     def variants(
         self,
-        x: Tensor,
+        inputs: Inputs,
         candidates: Sequence[Sequence[Tensors]],
         base: Tensors | None = None,
         *,
         batched: int = 1,
-    ) -> Iterator[tuple[int, int, Tensor]]:
+    ) -> Iterator[tuple[int, int, Outputs]]:
         """The outputs with each candidate's tensors replaced in turn, running only what each one changes.
 
         Args:
-            x: (n, …).
+            inputs: a batch.
             candidates: sets of variants; all variants of a set replace tensors of the same names.
             base: tensors that are replaced in all of them.
             batched: variants of a set that share one pass.
@@ -195,27 +292,27 @@ class Replay:
             if first is not None:
                 entering.setdefault(first, []).append(number)
         batched = batched if self.batch is None else 1
-        values = self.begin(x)
+        values = self.begin(inputs)
         for position, call in enumerate(self.calls):
             for number in entering.get(position, ()):
                 some = candidates[number]
                 for start in range(0, len(some), batched):
                     chunk = [{**base, **some[i]} for i in range(start, min(start + batched, len(some)))]
-                    outputs = self._suffix(position, values, chunk, len(x))
+                    outputs = self._suffix(position, values, chunk, batch_of(inputs))
                     for offset, output in enumerate(outputs):
                         yield number, start + offset, output
             self.run(call, values, base)
 
     def _suffix(
         self, position: int, values: Values, variants: Sequence[Tensors], images: int
-    ) -> Sequence[Tensor]:
+    ) -> Sequence[Outputs]:
         """The outputs of several variants from one call to the end, all in one batch."""
         count, changed = len(variants), {name for variant in variants for name in variant}
         if count == 1:
             own = dict(values)
             for call in self.calls[position:]:
                 self.run(call, own, variants[0])
-            return [self.result(own)]
+            return [self.result(own, variants[0])]
         shared = dict(values)  # values of the prefix, one for all variants
         stacked: Values = {}  # values of the suffix, variant by variant along the batch
         for call in self.calls[position:]:
@@ -229,7 +326,7 @@ class Replay:
                         for node in reads
                     }
                     parts.append(self.compute(call, seen, variant))
-                stacked[call.node] = torch.cat(parts)
+                stacked[call.node] = pytree.tree_map(lambda *each: torch.cat(each), *parts)
             elif any(node in stacked for node in reads):
                 for node in reads:
                     if node in shared:
@@ -240,7 +337,22 @@ class Replay:
             for node in call.done:
                 shared.pop(node, None)
                 stacked.pop(node, None)
-        return list(torch.split(self.result(stacked), images))
+        outputs = self.result(shared | stacked, variants[0])
+        return [
+            pytree.tree_map(
+                lambda x, part=slice(k * images, (k + 1) * images): _rows(x, part, count * images), outputs
+            )
+            for k in range(count)
+        ]
+
+
+def _alike(a: Outputs, b: Outputs) -> bool:
+    """Whether outputs are equal but for rounding."""
+    pairs = zip(pytree.tree_leaves(a), pytree.tree_leaves(b), strict=True)
+    return all(
+        torch.allclose(x, y, rtol=1e-3, atol=1e-4, equal_nan=True) if isinstance(x, Tensor) else x == y
+        for x, y in pairs
+    )
 
 
 def _rows(value: Any, rows: slice, total: int) -> Any:
@@ -253,3 +365,17 @@ def _repeated(value: Any, count: int, images: int) -> Any:
     if isinstance(value, Tensor) and value.ndim and len(value) == images:
         return value.repeat(count, *[1] * (value.ndim - 1))
     return value * count if isinstance(value, int) and value == images else value
+
+
+def chunks(program: Replay, batches: Sequence[Inputs]) -> list[Inputs]:
+    """The same images in batches of which one pass takes at most `PASS` bytes.
+
+    Raises:
+        CaptureError: a batch is not of the kind that was captured.
+    """
+    for x in batches:
+        program.leaves(x)
+    most = max(1, int(PASS / max(1.0, program.bytes_per_image)))
+    if program.batch is not None:
+        return list(batches)
+    return [some_of(x, slice(start, start + most)) for x in batches for start in range(0, batch_of(x), most)]

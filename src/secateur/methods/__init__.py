@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
 
 from secateur.cost import Budget
 from secateur.engine.decay import Decay, Restore
@@ -21,6 +20,7 @@ from secateur.engine.session import Session
 from secateur.engine.training_method import TrainingMethod
 from secateur.errors import BudgetError, SecateurError, unknown
 from secateur.graph import Inputs
+from secateur.graph.guard import uncompiled
 from secateur.imports import imported
 from secateur.methods.at_init import SNIP, AtInit, GraSP, SynFlow
 from secateur.methods.auto import Auto, Selection, choose
@@ -133,14 +133,15 @@ def method_named(method: MethodLike, options: Mapping[str, Any] | None = None) -
     return Own(function=found, freeze=given.pop("freeze", ()), options=given)
 
 
+@uncompiled
 def prune(
     model: nn.Module,
     inputs: Inputs,
     *,
-    budget: Budget,
+    budget: Budget | float,
     method: MethodLike = "auto",
-    data: Iterable[Batch | Tensor] | None = None,
-    loss: Callable[[Tensor, Tensor], Tensor] = nn.functional.cross_entropy,
+    data: Iterable[Batch | Inputs] | None = None,
+    loss: Callable[[Any, Any], Tensor] = nn.functional.cross_entropy,
     clock: Clock | None = None,
     cache: str | Path | None = None,
     progress: Progress | None = None,
@@ -151,12 +152,12 @@ def prune(
     Args:
         model: any vision network; it is only read.
         inputs: example inputs, such as torch.randn(1, 3, 224, 224).
-        budget: what the result may cost at most.
+        budget: what the result may cost at most; a number is a bound of the MACs, 0.5 for half of them.
         method: as for `method_named`; "auto" takes rd where there is data to measure on, and else the l2 norms of
             filters. Not one that prunes while the model trains.
         data: batches of (inputs, targets) from training, for methods and scores that look at data; a few hundred
-            images will do.
-        loss: of (outputs, targets), a mean over the batch.
+            images will do. Inputs may be what `inputs` may be; a batch that is a dict is both.
+        loss: of (outputs, targets), a mean over the batch; outputs are what the model returns.
         clock: measures the milliseconds of a model for budgets of `latency_ms`, such as with another runtime;
             default: `secateur.methods.latency.here`, PyTorch on the device of `inputs`.
         cache: a folder for measurements that serve several budgets, or the file for them.
@@ -165,18 +166,17 @@ def prune(
     Raises:
         SecateurError: unknown method or option; else what the method raises.
     """
+    if isinstance(budget, int | float):
+        budget = Budget(macs=budget)
     if not isinstance(budget, Budget):
-        raise BudgetError(f"budget is {budget!r}; expected a Budget, such as Budget(macs=0.5)")
+        raise BudgetError(
+            f"budget is {budget!r}; expected a Budget, such as Budget(macs=0.5), or a share of the MACs"
+        )
     chosen = method_named(method, options)
     context = Context(data, loss, None if cache is None else Path(cache), progress)
     if isinstance(chosen, Auto):
-        side = max(
-            (x.shape[-1] for x in pytree.tree_leaves(inputs) if isinstance(x, Tensor) and x.ndim), default=0
-        )
         trained = data is not None
-        chosen = choose(
-            chosen, bounds=budget.given, trained=trained, data=trained, training=False, side=side
-        ).method
+        chosen = choose(chosen, bounds=budget.given, trained=trained, data=trained, training=False).method
     if budget.latency_ms is None or chosen.when == "during":
         return chosen.prune(model, inputs, budget, context)
     if chosen.removes != "channels":

@@ -11,9 +11,6 @@ from secateur.methods.oneshot import OneShot
 from secateur.methods.rd import RD
 from secateur.settings import option, options_of, settings
 
-LARGEST_SIDE = 64
-"""Pixels: rd keeps the activations of all calibration images in memory, and was measured on images of 32."""
-
 
 @settings
 class Auto(Method):
@@ -43,12 +40,11 @@ class Selection:
     why: str
 
 
-def choose(
-    auto: Auto, *, bounds: Collection[str], trained: bool, data: bool, training: bool, side: int
-) -> Selection:
-    """Choose a method for a budget: rd for trained weights, one bound and small images, else oneshot.
+def choose(auto: Auto, *, bounds: Collection[str], trained: bool, data: bool, training: bool) -> Selection:
+    """Choose a method for a budget: rd for trained weights and one bound, else oneshot.
 
-    rd also needs data, and takes not every option that oneshot has. Right after the cut it is ahead of every score at
+    rd also needs data, and takes not every option that oneshot has. Where there are trained weights and data, oneshot
+    solves the remaining weights again. Right after the cut it is ahead of every score at
     every budget (docs/results/rd.md). After training LAPP is level with it or a little ahead on ResNets and far behind
     on ShuffleNetV2; Gate Decorator is level on ShuffleNetV2 down to half the MACs, far behind at less, and behind on
     ResNet-20 (docs/results/compare.md). So `training` only decides when rd protects residual streams.
@@ -59,7 +55,6 @@ def choose(
         trained: whether the weights are.
         data: whether there are images to measure on.
         training: whether the cut model is trained afterwards.
-        side: of the images, in pixels.
     Raises:
         SecateurError: neither of them takes the options.
     """
@@ -69,13 +64,17 @@ def choose(
         ("there is no data to measure on", not data),
         (f"the budget has {len(bounds)} bounds, and rd takes one", len(bounds) != 1),
         ("the budget bounds a peak, and rd needs a sum over layers", any(MEASURES[b].peak for b in bounds)),
-        (f"images of {side} pixels take rd more memory than may be there", side > LARGEST_SIDE),
         (f"rd takes no {', '.join(strange)}", bool(strange)),
     )
     given = {"freeze": auto.freeze, **auto.options}
     for reason, holds in against:
         if holds:
-            return Selection(OneShot.of(given), f"Method auto chose oneshot: {reason}.")
+            if not (trained and data):
+                return Selection(OneShot.of(given), f"Method auto chose oneshot: {reason}.")
+            return Selection(
+                OneShot.of({"compensation": "least-squares", **given}),
+                f"Method auto chose oneshot: {reason}. The remaining weights are solved again on the data.",
+            )
     later = ", and after training no other was ahead on every network measured" if training else ""
     return Selection(
         RD.of(given if training else {"stream_gain": 1.0, **given}),

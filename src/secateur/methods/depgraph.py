@@ -64,7 +64,11 @@ class DepGraph(TrainingMethod):
             gamma = self.strength * self.gammas(session, number)
             for member in session.graph.groups[number].members:
                 p = session.tensors.get(member.tensor)
-                if p is None or p.grad is None or member.role not in ("out", "depthwise", "scale", "in"):
+                if (
+                    p is None
+                    or p.grad is None
+                    or member.role not in ("out", "depthwise", "scale", "in", "recurrent")
+                ):
                     continue
                 along = member.spread(gamma.to(p), p.shape[member.dim], 0.0)
                 shape = [1] * p.ndim
@@ -111,6 +115,7 @@ class DepGraph(TrainingMethod):
         """Without the optimizer's weight decay in the sparse phase."""
         assert session.optimizer is not None
         groups = session.optimizer.param_groups if session.step < session.own.sparse_steps else []
+        groups = [group for group in groups if "weight_decay" in group]
         decays = [group["weight_decay"] for group in groups]
         for group in groups:
             group["weight_decay"] = 0.0

@@ -350,7 +350,7 @@ class LAPP(TrainingMethod):
             found = enumerate(session.whole.groups)
             targets = [n for n, g in found if len(p := producers(g)) == 1 and p <= beside]
         else:
-            targets = own_groups(session.whole)
+            targets = own_groups(session.whole, model)
         groups = session.whole.groups
         session.aim(targets, least=[max(1, math.ceil(self.min_share * group.units)) for group in groups])
         if self.bypass == "shared":
@@ -386,7 +386,9 @@ class LAPP(TrainingMethod):
         if self.bypass == "none":
             return []
         graph = session.whole
-        own = {name for number in own_groups(graph) for name in producers(graph.groups[number])}
+        own = {
+            name for number in own_groups(graph, session.model) for name in producers(graph.groups[number])
+        }
         found = []
         for name in dict.fromkeys(product.name for product in graph.macs):
             conv = session.model.get_submodule(name)

@@ -7,10 +7,12 @@ from torch import nn
 
 from secateur.allocate import ALLOCATIONS, allocate
 from secateur.cost import Budget, Cost
-from secateur.engine.method import Context, Method, pairs_of
+from secateur.engine.method import Context, Method, images_of, pairs_of
 from secateur.engine.pruned import Pruned, cut_and_prove
+from secateur.errors import ScoreError
 from secateur.graph import Inputs, analyze
 from secateur.plan import Plan
+from secateur.reconstruction.plans import COMPENSATIONS, compensated_copy
 from secateur.scores import SCORES, score_groups, score_named
 from secateur.settings import option, settings
 
@@ -41,22 +43,28 @@ class OneShot(Method):
     attention: Literal["heads", "dims"] = option(
         "what attention loses: whole heads, or the same dims of every head", default="heads"
     )
+    compensation: str = option(
+        "what the remaining weights do, without training, on the data", default="none", choices=COMPENSATIONS
+    )
     min_keep: int = option("units that every group keeps at least", default=1, least=1)
     round_to: int = option("kept units per group are a multiple of this, or all of them", default=1, least=1)
     seed: int = option("of random scores and of the images for the proof", default=0, least=0)
 
     @property
     def needs_data(self) -> bool:
-        return score_named(self.score).needs_data
+        return score_named(self.score).needs_data or self.compensation != "none"
 
     def prune(self, model: nn.Module, inputs: Inputs, budget: Budget, context: Context) -> Pruned:
+        data = None if context.data is None else list(context.data)
+        if data is None and self.compensation != "none":
+            raise ScoreError(f"compensation {self.compensation!r} needs data: pass data=, batches of images")
         graph = analyze(model, inputs, freeze=self.freeze, attention=self.attention)
         scores = score_groups(
             model,
             graph,
             self.score,
             seed=self.seed,
-            data=pairs_of(context.data) if context.data is not None else None,
+            data=None if data is None else pairs_of(data),
             loss=context.loss,
         )
         masks = allocate(
@@ -69,4 +77,6 @@ class OneShot(Method):
             round_to=self.round_to,
         )
         plan = Plan.of(graph, masks, self.record() | {"budget": budget.given})
+        if data is not None and self.compensation != "none":
+            model = compensated_copy(model, graph, plan, images_of(data), self.compensation)
         return cut_and_prove(model, graph, plan, scores, seed=self.seed)

@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from secateur.engine.gates import Gates, last_layers, norms_after, own_groups
+from secateur.engine.gates import Gates, gateable, last_layers, norms_after, own_groups
 from secateur.engine.session import Session
 from secateur.engine.state import UNSAVED
 from secateur.engine.training_method import TrainingMethod
@@ -357,8 +357,12 @@ class PAAM(TrainingMethod):
         if (session.budget is None) == (self.mass is None):
             raise SecateurError("PAAM: give either a budget or mass, the share of the scores to keep")
         groups = session.whole.groups
-        able = range(len(groups)) if self.streams else own_groups(session.whole)
-        targets = [n for n in able if any(m.role == "out" for m in groups[n].members)]
+        able = range(len(groups)) if self.streams else own_groups(session.whole, session.model)
+        targets = [
+            n
+            for n in able
+            if any(m.role == "out" for m in groups[n].members) and gateable(groups[n], session.model)
+        ]
         session.aim(targets, least=self.least)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self.seed)

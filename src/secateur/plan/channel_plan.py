@@ -19,7 +19,7 @@ LARGEST = 64 * 2**20
 """Bytes of a plan file that are read at most."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Plan:
     """Which units to remove from which groups of one model.
 
@@ -34,6 +34,11 @@ class Plan:
     removed: Mapping[str, tuple[int, ...]]
     units: Mapping[str, int]
     origin: Mapping[str, Any] = field(default_factory=dict)
+
+    def __repr__(self) -> str:
+        gone = sum(map(len, self.removed.values()))
+        groups = f"{len(self.removed)} of {len(self.units)} groups"
+        return f"<Plan: {gone} of {sum(self.units.values())} units go, from {groups}>"
 
     @classmethod
     def of(cls, graph: Graph, masks: Sequence[Tensor], origin: Mapping[str, Any] | None = None) -> "Plan":

@@ -25,7 +25,7 @@ from secateur.plan.bits import pack, unpack
 FORMAT = "secateur-masks-1"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class WeightPlan:
     """Which single weights of one model go. Like `Plan`, it knows no module.
 
@@ -38,6 +38,10 @@ class WeightPlan:
     fingerprint: str
     masks: Mapping[str, Tensor]
     origin: Mapping[str, Any] = field(default_factory=dict)
+
+    def __repr__(self) -> str:
+        gone = f"{self.weights - self.kept:,} of {self.weights:,} weights"
+        return f"<WeightPlan: {gone} go, from {len(self.masks)} tensors>"
 
     @classmethod
     def of(

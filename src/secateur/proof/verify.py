@@ -7,9 +7,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from secateur.errors import CutError
+from secateur.errors import CutError, first_line
 from secateur.graph import Graph, named_tensors
 from secateur.graph.duplicate import duplicate
+from secateur.graph.guard import uncompiled
 from secateur.graph.modes import evaluating
 from secateur.graph.positions import kept_positions
 from secateur.graph.probe import (
@@ -49,6 +50,7 @@ class Verification:
             on random weights instead.
         trains: one backward pass through the cut model, in training mode, gave finite gradients, or the
             original cannot be trained either.
+        untrained: why the original cannot be trained, so that no training step was compared; "" if it can.
         statistics: "module (operator)" wherever a statistic is taken over channels of which some were removed.
             Empty: the reference is the original with zeros for the removed units. Otherwise it is the
             original's graph with statistics over the survivors.
@@ -68,6 +70,7 @@ class Verification:
     statistics: tuple[str, ...] = ()
     rewritten: tuple[str, ...] = ()
     replayed: bool = False
+    untrained: str = ""
 
     @property
     def ok(self) -> bool:
@@ -93,12 +96,17 @@ class Verification:
         trains = (
             "" if self.trains else "; it cannot be trained: a training-mode pass fails or gives no gradients"
         )
+        if self.untrained:
+            trains = (
+                f"; no training step was compared, since the original cannot be trained ({self.untrained})"
+            )
         return (
             f"{verdict} to the masked original{over}: max error {self.max_abs_error:.1e} in float64 "
             f"({self.max_rel_error:.1e} relative), {self.max_abs_error_float32:.1e} in float32; {self.form}{trains}"
         )
 
 
+@uncompiled
 def verify(model: nn.Module, cut: nn.Module, graph: Graph, plan: Plan, *, seed: int = 0) -> Verification:
     """Compare a cut model with the original without the removed units, in float64 and float32.
 
@@ -133,6 +141,8 @@ def verify(model: nn.Module, cut: nn.Module, graph: Graph, plan: Plan, *, seed: 
         worst = errors if not errors.relative <= worst.relative else worst
     single = compare(*pair, graph, plan, torch.float32, seed)
     names = rewritten_modules(cut)
+    fails = training_fails(cut, graph, seed)
+    untrained = training_fails(model, graph, seed) if fails else ""
     return Verification(
         max_abs_error=worst.absolute,
         max_rel_error=worst.relative,
@@ -140,10 +150,11 @@ def verify(model: nn.Module, cut: nn.Module, graph: Graph, plan: Plan, *, seed: 
         max_rel_error_float32=single.relative,
         sensitivity=errors.sensitivity,
         randomised=randomised,
-        trains=trains(cut, graph, seed) or not trains(model, graph, seed),
+        trains=not fails or bool(untrained),
         statistics=errors.statistics,
         rewritten=tuple(f"{n} (without {m.lost})" if m.lost else n for n, m in names.items()),
         replayed=errors.replayed,
+        untrained=untrained,
     )
 
 
@@ -215,7 +226,7 @@ def run_own(model: nn.Module, given: tuple[tuple[Any, ...], dict[str, Any]]) -> 
         with evaluating(model), torch.no_grad(), torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
             return floats(model(*args, **kwargs))
-    except RuntimeError:
+    except Exception:  # whatever its own code raises
         return None
 
 
@@ -231,22 +242,25 @@ def with_values_of(whole: nn.Module, cut: nn.Module, graph: Graph, plan: Plan) -
     return small
 
 
-def trains(model: nn.Module, graph: Graph, seed: int) -> bool:
-    """Whether one training-mode forward and backward pass of a copy gives finite gradients."""
+def training_fails(model: nn.Module, graph: Graph, seed: int) -> str:
+    """Why a training-mode forward and backward pass of a copy gives no finite gradients; "" if it does."""
     trained = duplicate(model).float().train()
     for parameter in trained.parameters():
         parameter.requires_grad_(True)
         parameter.grad = None
     args, kwargs = random_inputs(graph, torch.float32, seed)
-    with torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng(devices=[]), torch.enable_grad():
         torch.manual_seed(seed)
         try:
             found = floats(trained(*args, **kwargs))
-        except RuntimeError:  # such as an auxiliary head, for training only, that the analysis could not read
-            return False
-    total = torch.stack([t.float().pow(2).mean() for t in found]).sum()
-    if not total.requires_grad:  # forward runs under torch.no_grad
-        return False
-    total.backward()  # type: ignore[no-untyped-call]
+            total = torch.stack([t.float().pow(2).mean() for t in found]).sum()
+            if not total.requires_grad:
+                return "its outputs have no gradients"
+            total.backward()  # type: ignore[no-untyped-call]
+        except (
+            Exception
+        ) as error:  # whatever its own code raises, such as where it writes over what it has read
+            return first_line(error)
     grads = [p.grad for p in trained.parameters() if p.grad is not None]
-    return bool(grads) and all(torch.isfinite(g).all().item() for g in grads)
+    finite = bool(grads) and all(torch.isfinite(g).all().item() for g in grads)
+    return "" if finite else "its gradients are not finite"

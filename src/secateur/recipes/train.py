@@ -10,7 +10,7 @@ import re
 import time
 import zlib
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -19,13 +19,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from secateur.engine.session import Session
-from secateur.errors import ModelError, TrainingError
+from secateur.errors import ModelError, TrainingError, first_line
 from secateur.graph.duplicate import duplicate
 from secateur.graph.modes import device_of, evaluating, modes_kept
 from secateur.recipes.checkpoint import Epoch, State
 from secateur.recipes.data import Batches, Dataset, Split
 from secateur.recipes.parallel import WholeBatchNorm, add_gradients, share_weights
-from secateur.recipes.train_config import TrainConfig, learning_rate
+from secateur.recipes.train_config import TrainConfig, image_side, learning_rate
 from secateur.recipes.train_log import TrainLog
 
 __all__ = [
@@ -50,10 +50,14 @@ class Evaluation:
     Args:
         accuracy: fraction classified correctly, 0..1.
         loss: mean cross-entropy, in nats.
+        answers: (n,), int64, the class that the model names for each image, on the CPU.
+        confidences: (n,), float32, the probability that it gives it.
     """
 
     accuracy: float
     loss: float
+    answers: Tensor = field(repr=False, compare=False)
+    confidences: Tensor = field(repr=False, compare=False)
 
 
 @dataclass(frozen=True)
@@ -98,9 +102,18 @@ def evaluate(
         device=device_of(model),
         channels_last=channels_last,
     )
+    sums, found = torch.zeros(2, device=batches.device), []
     with evaluating(model):
-        loss, correct = _measure(model, batches, len(data.classes)).tolist()
-    return Evaluation(accuracy=correct / len(part), loss=loss / len(part))
+        for logits, y in _tested(model, batches, len(data.classes)):
+            sums += _loss_and_correct(logits, y)
+            found.append((logits.argmax(1).cpu(), logits.softmax(1).amax(1).cpu()))
+    loss, correct = sums.tolist()
+    return Evaluation(
+        accuracy=correct / len(part),
+        loss=loss / len(part),
+        answers=torch.cat([answers for answers, _ in found]),
+        confidences=torch.cat([confidences for _, confidences in found]),
+    )
 
 
 def fit(
@@ -122,8 +135,8 @@ def fit(
     weights may be left in the channels-last layout, which changes no value.
 
     In `folder` the phase leaves `metrics.jsonl`, one line per epoch beside those of other phases;
-    `<phase>.checkpoint.safetensors`; and TensorBoard scalars under `tensorboard/<phase>`. On the CPU a run
-    that was killed and resumed equals an uninterrupted one bit for bit, but for the times.
+    `<phase>.checkpoint.safetensors`; and scalars under `tensorboard/<phase>` if TensorBoard is installed. On the
+    CPU a run that was killed and resumed equals an uninterrupted one bit for bit, but for the times.
 
     Args:
         model: images (n, c, h, w) to logits (n, classes).
@@ -167,6 +180,7 @@ def fit(
         batch_size=config.batch_size,
         augment=data.augment,
         shuffle=True,
+        alternate_flips=config.alternate_flips,
         seed=config.seed,
         **share,
     )
@@ -217,6 +231,7 @@ def fit(
                 for group in optimizer.param_groups:
                     group["lr"] = learning_rate(config, step, steps)
 
+                x = _resized(x, image_side(config, step, steps, x.shape[-1]))
                 with torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bf16"):
                     logits = _logits(model, x, forward(x), classes)
                     target = None
@@ -365,11 +380,24 @@ def _compiled(model: nn.Module) -> Callable[[Tensor], Tensor]:
         except TorchDynamoException as error:
             raise TrainingError(
                 f"fit: torch.compile cannot compile {type(model).__name__} here. Train without compile, or do what "
-                f"it says (on CPUs it needs a C++ compiler): {str(error).strip().splitlines()[0]}"
+                f"it says (on CPUs it needs a C++ compiler): {first_line(error)}"
             ) from error
         return y
 
     return forward
+
+
+def _resized(images: Tensor, side: int) -> Tensor:
+    """Square images, (n, c, h, h), at another side; as they are, if they have it."""
+    if images.shape[-1] == side:
+        return images
+    shape = (round(images.shape[-2] * side / images.shape[-1]), side)
+    layout = (
+        torch.channels_last
+        if images.is_contiguous(memory_format=torch.channels_last)
+        else torch.contiguous_format
+    )
+    return F.interpolate(images, shape, mode="bilinear", antialias=True).contiguous(memory_format=layout)
 
 
 def _logits(model: nn.Module, x: Tensor, logits: Any, classes: int) -> Tensor:
@@ -441,13 +469,22 @@ def _sum_up(state: State, config: TrainConfig, accelerator: Any) -> Tensor:
 
 
 @torch.no_grad()  # not inference_mode: a tensor that the model caches now must serve in training later
+def _tested(model: nn.Module, batches: Batches, classes: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """Logits and labels of this process's part, batch by batch."""
+    for x, y in batches:
+        yield _logits(model, x, model(x), classes), y
+
+
+def _loss_and_correct(logits: Tensor, y: Tensor) -> Tensor:
+    """Sums over a batch: cross-entropy and number correct."""
+    return torch.stack([F.cross_entropy(logits, y, reduction="sum"), (logits.argmax(1) == y).sum()])
+
+
 def _measure(model: nn.Module, batches: Batches, classes: int) -> Tensor:
     """Sums over this process's part: cross-entropy and number correct."""
     sums = torch.zeros(2, device=batches.device)
-    for x, y in batches:
-        logits = _logits(model, x, model(x), classes)
-        loss = F.cross_entropy(logits, y, reduction="sum")
-        sums += torch.stack([loss, (logits.argmax(1) == y).sum()])
+    for logits, y in _tested(model, batches, classes):
+        sums += _loss_and_correct(logits, y)
     return sums
 
 

@@ -14,7 +14,8 @@ class TrainConfig:
     Initial weights are the model's own. With `ema`, early on the decay is (1 + step) / (10 + step), so that the start
     is forgotten.
 
-    Source: one-cycle is Smith & Topin 2017, arXiv:1708.07120; distillation Hinton et al. 2015, arXiv:1503.02531.
+    Source: one-cycle is Smith & Topin 2017, arXiv:1708.07120; distillation Hinton et al. 2015, arXiv:1503.02531;
+        alternating flips Jordan 2024, arXiv:2404.00498.
     Raises:
         TrainingError: a value is out of range.
 
@@ -65,6 +66,15 @@ class TrainConfig:
         below=1,
     )
     clip_norm: float | None = option("largest norm of the gradient", default=None, above=0)
+    initial_size: float = option(
+        "progressive resizing: side of the images at first, as a share; it is whole from half of the steps on",
+        default=1.0,
+        above=0,
+        most=1,
+    )
+    alternate_flips: bool = option(
+        "where images are mirrored, mirror each in every second epoch, and not by chance", default=False
+    )
     seed: int = option("of order, augmentation and dropout", default=0, least=0)
     test_every: int = option(
         "epochs between looks at the test images; the last is always tested", default=1, least=1
@@ -121,6 +131,22 @@ def learning_rate(config: TrainConfig, step: int, steps: int) -> float:
             return _cosine(start, config.lr, step / peak)
         return _cosine(config.lr, start / 1e4, (step - peak) / (last - peak))
     return config.lr
+
+
+def image_side(config: TrainConfig, step: int, steps: int, side: int) -> int:
+    """The side of the images in one step, in pixels: a multiple of 4 until it is whole.
+
+    Args:
+        config: says how small they are at first.
+        step: which step, from 0.
+        steps: how many the run has.
+        side: of the images as they are.
+
+    >>> [image_side(TrainConfig(epochs=8, initial_size=0.5), step, 8, 32) for step in range(8)]
+    [16, 20, 24, 28, 32, 32, 32, 32]
+    """
+    share = min(1.0, config.initial_size + (1 - config.initial_size) * 2 * step / steps)
+    return side if share == 1 else min(side, max(4, 4 * round(share * side / 4)))
 
 
 def _cosine(start: float, end: float, progress: float) -> float:

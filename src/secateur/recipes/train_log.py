@@ -1,9 +1,10 @@
-"""Where a training shows itself: metrics, TensorBoard, a progress bar."""
+"""Where a training shows itself: metrics, TensorBoard if it is installed, a progress bar."""
 
 import json
 from dataclasses import asdict
+from importlib.util import find_spec
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
 
 from secateur.errors import FileError
 from secateur.files import atomic_write, explained
@@ -11,7 +12,7 @@ from secateur.recipes.checkpoint import Epoch, State
 
 
 class TrainLog:
-    """Where a run shows itself: `metrics.jsonl`, TensorBoard, a progress bar.
+    """Where a run shows itself: `metrics.jsonl`, TensorBoard if it is installed, a progress bar.
 
     Lines of the phase that its history lacks, left by a run that was killed after its last checkpoint, are
     dropped; lines of other phases stay.
@@ -20,16 +21,13 @@ class TrainLog:
     def __init__(self, folder: Path, phase: str, state: State, epochs: int, progress: bool) -> None:
         from rich.console import Console
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-        from torch.utils.tensorboard import SummaryWriter
 
         self.phase, self.epochs, self.metrics = phase, epochs, folder / "metrics.jsonl"
         batches = state.tally.shape[1]
         with explained(folder):
             folder.mkdir(parents=True, exist_ok=True)
             lines = self.metrics.read_text().splitlines() if self.metrics.exists() else []
-            self.scalars = SummaryWriter(
-                str(folder / "tensorboard" / phase), purge_step=state.epoch * batches + 1
-            )
+            self.scalars = _writer(folder / "tensorboard" / phase, purge_step=state.epoch * batches + 1)
         phases = [self._phase_of(line) for line in lines]
         place = phases.index(phase) if phase in phases else len(phases)
         self.before = lines[:place]
@@ -56,7 +54,8 @@ class TrainLog:
     def __exit__(self, *_: object) -> None:
         self.bar.stop()
         with explained(self.metrics.parent):
-            self.scalars.close()
+            if self.scalars is not None:
+                self.scalars.close()
 
     def step(self) -> None:
         self.bar.advance(self.task)
@@ -66,7 +65,7 @@ class TrainLog:
         last = history[-1]
         with explained(self.metrics.parent):
             for name in ("loss", "train_accuracy", "accuracy", "lr", "images_per_second"):
-                if (value := getattr(last, name)) is not None:
+                if self.scalars is not None and (value := getattr(last, name)) is not None:
                     self.scalars.add_scalar(name, value, last.step)
         accuracy = "" if last.accuracy is None else f", accuracy {last.accuracy:.2%}"
         self.bar.update(self.task, description=f"{self.phase}: epoch {last.epoch} of {self.epochs}{accuracy}")
@@ -83,3 +82,12 @@ class TrainLog:
                 f"{self.metrics}: {line[:60]!r} is not a line of metrics (JSON with a phase). Remove "
                 f"the line, or use another folder."
             ) from error
+
+
+def _writer(folder: Path, purge_step: int) -> Any:
+    """What writes scalars for TensorBoard; None where that is not installed."""
+    if find_spec("tensorboard") is None:
+        return None
+    from torch.utils.tensorboard import SummaryWriter
+
+    return SummaryWriter(str(folder), purge_step=purge_step)

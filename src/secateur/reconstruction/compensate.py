@@ -9,16 +9,22 @@ branch, the target is such that the sum is right.
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from tempfile import TemporaryDirectory
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, fx
 
+from secateur.graph import Inputs
 from secateur.graph.replay import Call, Replay, Tensors, Values
+from secateur.reconstruction.held import Held
 from secateur.reconstruction.leastsquares import Moments, choose, solve
 
 POSITIONS = 32
 """Positions of each image that a convolution is fitted on: more of one image add little."""
+
+WIDEST = 8192
+"""Inputs per output above which a layer is not solved again: its moments alone would take half a gigabyte."""
 
 _FLOOR = 1e-2  # of a norm's scale, where its inverse amplifies what other branches got wrong
 
@@ -61,6 +67,7 @@ class Fitted:
         moments: one per group of the layer.
         dense: what the tensor that holds the offset was before.
         device: where the model is; moments are on the CPU.
+        columns: the inputs that the moments are of; None: all.
     """
 
     layer: Layer
@@ -68,17 +75,23 @@ class Fitted:
     dense: Tensor | None
     device: torch.device
 
+    columns: Tensor | None = None
+
     def solved(self, mask: Tensor) -> dict[str, Tensor]:
         """The layer's tensors for a mask of its weight, (o, i, …)."""
-        rows = mask.cpu().flatten(1).chunk(len(self.moments))
+        flat = mask.cpu().flatten(1)
+        rows = (flat if self.columns is None else flat[:, self.columns]).chunk(len(self.moments))
         weights = [solve(m, part) for m, part in zip(self.moments, rows, strict=True)]
         return self.tensors(torch.cat(weights), mask.shape)
 
     def tensors(self, w: Tensor, shape: torch.Size) -> dict[str, Tensor]:
         """Weight and offset as they go into the model, for solved weights (o, k)."""
+        wide = w
+        if self.columns is not None:
+            wide = w.new_zeros(len(w), shape[1:].numel()).index_copy_(1, self.columns, w)
         layout = torch.channels_last if len(shape) == 4 else torch.contiguous_format
         dtype = self.moments[0].before.dtype
-        found = {self.layer.weight: w.view(shape).to(self.device, dtype).contiguous(memory_format=layout)}
+        found = {self.layer.weight: wide.view(shape).to(self.device, dtype).contiguous(memory_format=layout)}
         if self.layer.offset and self.dense is not None:
             offset = torch.cat(
                 [m.offset(part) for m, part in zip(self.moments, w.chunk(len(self.moments)), strict=True)]
@@ -123,7 +136,8 @@ ChooseMask = Callable[[Fitted], Tensor]
 def layers(replay: Replay, names: Sequence[str] | None = None) -> list[Layer]:
     """The convolutions and linear layers of a forward pass whose weight is a parameter, in order of execution.
 
-    A weight that several calls share is left out: no one least-squares problem is its own.
+    A weight that several calls share is left out: no one least-squares problem is its own. So is one of more than
+    `WIDEST` inputs.
     """
     users: dict[fx.Node, list[Call]] = {}
     for call in replay.calls:
@@ -152,81 +166,220 @@ def layers(replay: Replay, names: Sequence[str] | None = None) -> list[Layer]:
             beside = other if isinstance(other, fx.Node) else None
         found.append(Layer(call, weight, groups, bias or mean, 1 if bias else -1, norm, beside))
     times = [layer.weight for layer in found]
-    return [layer for layer in found if times.count(layer.weight) == 1]
+    return [
+        layer
+        for layer in found
+        if times.count(layer.weight) == 1 and replay.tensor(layer.weight)[0].numel() <= WIDEST
+    ]
 
 
 @torch.no_grad()
 def compensate(
     replay: Replay,
-    batches: Sequence[Tensor],
+    batches: Sequence[Inputs],
     choices: Mapping[str, Tensor | ChooseMask],
     *,
     start: Tensors | None = None,
     keep: Mapping[str, Tensor] | None = None,
+    tick: Callable[[], None] | None = None,
 ) -> Compensated:
     """Prune the layers of a network one after the other, and solve what remains of each again.
 
+    Memory is bounded: what the two networks have computed of each batch lies on the disk where it is too much.
+
     Args:
         replay: of the dense model, whose outputs are the target.
-        batches: calibration images, (n, …) each.
+        batches: calibration images.
         choices: weight name -> its mask, or how to choose it at the point where it is solved.
         start: tensors that the pruned network already differs in.
-        keep: name -> bool of a tensor's shape; where it is False the tensor is zero and stays so.
+        keep: name -> bool of a tensor's shape; where it is False the tensor is zero and stays so. Inputs of a layer
+            that are zero for all of its outputs are left out of its problem, and the layer out of `fitted`.
+        tick: is called after every layer.
     Source: layerwise reconstruction as in He et al. 2017, arXiv:1707.06168, with the pruned network's inputs and
         the dense network's targets.
     Differs: the targets of branches that are added up make up for one another; offsets go into biases or norms.
     """
     result = Compensated(dict(start or {}), {}, {})
     at = {layer.call.node: layer for layer in layers(replay, list(choices))}
-    dense, pruned = [replay.begin(x) for x in batches], [replay.begin(x) for x in batches]
-    for call in replay.calls:
-        if call.node in at:
+    last: Layer | None = None
+    begun = 0
+    with TemporaryDirectory(prefix="secateur-") as folder:
+        held = Held(folder)
+        for number, call in enumerate(replay.calls):
+            if call.node not in at:
+                continue
             layer = at[call.node]
-            fitted = measure(replay, layer, dense, pruned, result.tensors)
             choice = choices[layer.weight]
-            mask = choice if isinstance(choice, Tensor) else choice(fitted)
-            result.fitted[layer.weight], result.masks[layer.weight] = fitted, mask
-            found = fitted.solved(mask)
+            columns = None
+            if keep is not None and isinstance(choice, Tensor) and layer.groups == 1:
+                read = choice.flatten(1).any(0).cpu()
+                columns = None if read.all() else read.nonzero().flatten()
+            sums = Sums(replay, layer, columns)
+            for batch, x in enumerate(batches):
+                theirs, ours = held.take(batch) if begun else (replay.begin(x), replay.begin(x))
+                if last is not None:  # the dense network has run it already
+                    replay.run(last.call, ours, result.tensors)
+                for between in replay.calls[begun:number]:
+                    replay.run(between, theirs)
+                    replay.run(between, ours, result.tensors)
+                target = replay.run(call, theirs) + correction(replay, layer, theirs, ours)
+                sums.add(ours[call.node.args[0]], target, batch)  # type: ignore[index]
+                held.put(batch, (theirs, ours))
+            fitted = sums.fitted(result.tensors)
+            if columns is None:
+                mask = choice if isinstance(choice, Tensor) else choice(fitted)
+                result.fitted[layer.weight], result.masks[layer.weight] = fitted, mask
+                found = fitted.solved(mask)
+            else:
+                assert isinstance(choice, Tensor)
+                found = fitted.solved(choice)
             result.tensors.update({n: t * keep[n] if keep and n in keep else t for n, t in found.items()})
-        for ours, theirs in zip(pruned, dense, strict=True):
-            replay.run(call, theirs)
-            replay.run(call, ours, result.tensors)
+            last, begun = layer, number + 1
+            if tick:
+                tick()
     return result
 
 
-def measure(
-    replay: Replay, layer: Layer, dense: Sequence[Values], pruned: Sequence[Values], tensors: Tensors
-) -> Fitted:
-    """The moments of a layer's inputs in the pruned network and of its targets."""
-    weight = replay.tensor(layer.weight)
-    before = tensors.get(layer.weight, weight).flatten(1)
-    parts = before.chunk(layer.groups)
-    sums: list[list[Tensor]] = [[] for _ in parts]
-    count = 0
-    for number, (theirs, ours) in enumerate(zip(dense, pruned, strict=True)):
-        target = replay.compute(layer.call, theirs) + correction(replay, layer, theirs, ours)
-        x, t = rows_of(layer, ours[layer.call.node.args[0]], target, weight, number)  # type: ignore[index]
-        count += x.shape[1]
-        for total, xg, tg in zip(sums, x, t.chunk(layer.groups, 1), strict=True):
+class Sums:
+    """The moments of a layer's inputs and targets, batch by batch.
+
+    Args:
+        replay: of the dense model.
+        layer: one of its layers.
+        columns: the inputs that count; None: all.
+    """
+
+    def __init__(self, replay: Replay, layer: Layer, columns: Tensor | None = None) -> None:
+        self.replay, self.layer, self.columns = replay, layer, columns
+        self.weight = replay.tensor(layer.weight).detach()
+        self._sums: list[list[Tensor]] = [[] for _ in range(layer.groups)]
+        self.rows = 0
+
+    def add(self, x: Tensor, target: Tensor | None, number: int) -> None:
+        """Take in a batch: the layer's input, and what its output is to be, unless only inputs are asked for."""
+        rows, targets = rows_of(self.layer, x, target, self.weight, number)
+        if self.columns is not None:
+            rows = rows[..., self.columns.to(rows.device)]
+        self.rows += rows.shape[1]
+        parts = [None] * len(rows) if targets is None else targets.chunk(self.layer.groups, 1)
+        for total, xg, tg in zip(self._sums, rows, parts, strict=True):
             # float32 products of one batch, summed up in float64
-            new = [xg.T @ xg, tg.T @ xg, tg.square().sum(0), xg.sum(0), tg.sum(0)]
+            new = [xg.T @ xg, xg.sum(0)]
+            if tg is not None:
+                new += [tg.T @ xg, tg.square().sum(0), tg.sum(0)]
             for i, value in enumerate(new):
                 if len(total) <= i:
                     total.append(value.double())
                 else:
                     total[i] += value
-    offset = layer.offset is not None
-    moments = []
-    for (a, b, power, mean_x, mean_t), part in zip(sums, parts, strict=True):
-        a, b, power, mean_x, mean_t = (value.cpu() / count for value in (a, b, power, mean_x, mean_t))
-        if offset:
-            a, b = a - torch.outer(mean_x, mean_x), b - torch.outer(mean_t, mean_x)
-            power = power - mean_t.square()
-        else:
-            mean_x, mean_t = torch.zeros_like(mean_x), torch.zeros_like(mean_t)
-        moments.append(Moments(a, b, power, mean_x, mean_t, part.cpu()))
-    before_offset = replay.tensor(layer.offset).cpu() if layer.offset else None
-    return Fitted(layer, tuple(moments), before_offset, weight.device)
+
+    def inputs(self) -> list[tuple[Tensor, Tensor]]:
+        """Per group of the layer: second moments of the inputs, centred if it has an offset, and their means."""
+        found = []
+        for a, mean, *_ in self._sums:
+            a, mean = a.div_(self.rows).cpu(), mean.div_(self.rows).cpu()
+            if self.layer.offset is None:
+                mean = torch.zeros_like(mean)
+            found.append((a.addr_(mean, mean, alpha=-1), mean))
+        self._sums = []
+        return found
+
+    def fitted(self, tensors: Tensors) -> Fitted:
+        """The layer's problem, for weights that are drawn towards those it has now."""
+        before = tensors.get(self.layer.weight, self.weight).flatten(1)
+        before = before.cpu() if self.columns is None else before.cpu()[:, self.columns]
+        others = [[value.cpu() / self.rows for value in total[2:]] for total in self._sums]
+        moments = []
+        parts = before.chunk(self.layer.groups)
+        for (a, mean_x), (b, power, mean_t), part in zip(self.inputs(), others, parts, strict=True):
+            if self.layer.offset is None:
+                mean_t = torch.zeros_like(mean_t)
+            b, power = b.addr_(mean_t, mean_x, alpha=-1), power - mean_t.square()
+            moments.append(Moments(a, b, power, mean_x, mean_t, part, self.rows))
+        return Fitted(self.layer, tuple(moments), self.dense_offset, self.weight.device, self.columns)
+
+    @property
+    def dense_offset(self) -> Tensor | None:
+        """What the tensor that holds the offset is in the dense network."""
+        return self.replay.tensor(self.layer.offset).detach().cpu() if self.layer.offset else None
+
+
+@dataclass(frozen=True)
+class Seen:
+    """The inputs of one layer of the dense network.
+
+    Attributes:
+        layer: which.
+        inputs: per group of the layer: second moments (k, k), centred if it has an offset, and means (k,).
+        rows: that these are means over.
+        weight: of the layer, (o, k).
+        offset: the tensor that holds its offset, if it has one.
+        shape: of the weight in the model.
+        device: where the model is; the rest is on the CPU.
+    """
+
+    layer: Layer
+    inputs: tuple[tuple[Tensor, Tensor], ...]
+    rows: int
+    weight: Tensor
+    offset: Tensor | None
+    shape: torch.Size
+    device: torch.device
+
+    def fitted(self) -> Fitted:
+        """The layer's problem: its own outputs are the target."""
+        moments: list[Moments] = []
+        for (a, mean), part in zip(self.inputs, self.weight.chunk(len(self.inputs)), strict=True):
+            w = part.double()
+            b = w @ a
+            mean_t = w @ mean
+            if self.layer.sign > 0 and self.offset is not None:
+                mean_t = mean_t + self.offset.chunk(len(self.inputs))[len(moments)]
+            moments.append(Moments(a, b, (b * w).sum(1), mean, mean_t, part, self.rows))
+        return Fitted(self.layer, tuple(moments), self.offset, self.device)
+
+    def tensors(self, w: Tensor) -> dict[str, Tensor]:
+        """Weight and offset as they go into the model, for weights (o, k) of a layer of one group."""
+        layout = torch.channels_last if len(self.shape) == 4 else torch.contiguous_format
+        weight = w.view(self.shape).to(self.device, self.weight.dtype)
+        found = {self.layer.weight: weight.contiguous(memory_format=layout)}
+        if self.layer.offset and self.offset is not None:
+            missing = (self.weight.double() - w.double()) @ self.inputs[0][1]
+            found[self.layer.offset] = (self.offset.double() + self.layer.sign * missing).to(
+                self.device, self.offset.dtype
+            )
+        return found
+
+    def damping(self, group: int = 0) -> float:
+        """As `Moments.damping`."""
+        a, mean = self.inputs[group]
+        return Moments(a, a[:0], mean[:0], mean, mean[:0], self.weight[:0], self.rows).damping
+
+
+@torch.no_grad()
+def see(replay: Replay, batches: Sequence[Inputs], tick: Callable[[], None] | None = None) -> dict[str, Seen]:
+    """What goes into every layer of the dense network, batch by batch: weight name -> its moments."""
+    sums = {layer.call.node: Sums(replay, layer) for layer in layers(replay)}
+    for number, x in enumerate(batches):
+        values = replay.begin(x)
+        for call in replay.calls:
+            if call.node in sums:
+                sums[call.node].add(values[call.node.args[0]], None, number)  # type: ignore[index]
+            replay.run(call, values)
+        if tick:
+            tick()
+    return {
+        s.layer.weight: Seen(
+            s.layer,
+            tuple(s.inputs()),
+            s.rows,
+            s.weight.flatten(1).cpu(),
+            s.dense_offset,
+            s.weight.shape,
+            s.weight.device,
+        )
+        for s in sums.values()
+    }
 
 
 def correction(replay: Replay, layer: Layer, dense: Values, pruned: Values) -> Tensor | float:
@@ -247,20 +400,27 @@ def correction(replay: Replay, layer: Layer, dense: Values, pruned: Values) -> T
     return result
 
 
-def rows_of(layer: Layer, x: Tensor, t: Tensor, weight: Tensor, phase: int) -> tuple[Tensor, Tensor]:
-    """Inputs and targets of some positions: (groups, rows, k) and (rows, o).
+def rows_of(
+    layer: Layer, x: Tensor, t: Tensor | None, weight: Tensor, phase: int
+) -> tuple[Tensor, Tensor | None]:
+    """Inputs and targets of some positions: (groups, rows, k) and (rows, o); no targets if none are given.
 
     Positions lie on a grid that moves with `phase`.
     """
     if layer.call.node.target in _LINEAR:
-        return x.reshape(1, -1, x.shape[-1]), t.reshape(-1, t.shape[-1])
+        return x.reshape(1, -1, x.shape[-1]), None if t is None else t.reshape(-1, t.shape[-1])
     args = [*layer.call.node.args, *[None] * 7]
     if x.ndim == 3:  # a convolution of lines is one of images of height 1
-        x, t, weight = x[:, :, None], t[:, :, None], weight[:, :, None]
+        x, t, weight = x[:, :, None], None if t is None else t[:, :, None], weight[:, :, None]
     stride, padding, dilation = (
         _pair(value, default, weight) for value, default in ((args[3], 1), (args[4], 0), (args[5], 1))
     )
-    h, w = t.shape[2:]
+    h, w = (
+        (size + 2 * pad - gap * (kernel - 1) - 1) // jump + 1
+        for size, pad, gap, kernel, jump in zip(
+            x.shape[2:], padding, dilation, weight.shape[2:], stride, strict=True
+        )
+    )
     steps = (
         max(1, round((h * w / POSITIONS) ** 0.5)) if h > 1 else 1,
         max(1, round((h * w / POSITIONS) ** 0.5)),
@@ -270,13 +430,13 @@ def rows_of(layer: Layer, x: Tensor, t: Tensor, weight: Tensor, phase: int) -> t
     padded = padded[:, :, begin[0] * stride[0] :, begin[1] * stride[1] :]
     jump = stride[0] * steps[0], stride[1] * steps[1]
     some = F.unfold(padded, weight.shape[2:], dilation=dilation, stride=jump)  # n, i * kh * kw, positions
-    targets = t[:, :, begin[0] :: steps[0], begin[1] :: steps[1]]
     n, size, positions = some.shape
     rows = some.view(n, layer.groups, size // layer.groups, positions).permute(1, 0, 3, 2)
-    return (
-        rows.reshape(layer.groups, -1, size // layer.groups),
-        targets.permute(0, 2, 3, 1).reshape(-1, t.shape[1]),
-    )
+    rows = rows.reshape(layer.groups, -1, size // layer.groups)
+    if t is None:
+        return rows, None
+    targets = t[:, :, begin[0] :: steps[0], begin[1] :: steps[1]]
+    return rows, targets.permute(0, 2, 3, 1).reshape(-1, t.shape[1])
 
 
 def _pair(value: object, default: int, weight: Tensor) -> tuple[int, int]:
@@ -289,29 +449,61 @@ def _pair(value: object, default: int, weight: Tensor) -> tuple[int, int]:
 
 
 @torch.no_grad()
-def reestimate(replay: Replay, batches: Sequence[Tensor], tensors: Tensors) -> dict[str, Tensor]:
-    """Means and variances of all batch norms, measured in the pruned network; `tensors` with these replaced."""
+def reestimate(replay: Replay, batches: Sequence[Inputs], tensors: Tensors) -> dict[str, Tensor]:
+    """Means and variances of all batch norms, measured in the pruned network; `tensors` with these replaced.
+
+    Memory is bounded as in `compensate`.
+    """
     result = dict(tensors)
-    values = [replay.begin(x) for x in batches]
-    for call in replay.calls:
-        if call.node.target in _NORMS:
+    begun = 0
+    with TemporaryDirectory(prefix="secateur-") as folder:
+        held = Held(folder)
+        for number, call in enumerate(replay.calls):
+            if call.node.target not in _NORMS:
+                continue
             names = [replay.owner(call.node.args[i]) for i in (3, 4)]
-            inputs = [v[call.node.args[0]] for v in values]  # type: ignore[index]
-            if None not in names:
-                found = statistics(inputs)
-                for name, value in zip(names, found, strict=True):
-                    assert name is not None
-                    result[name] = value.to(replay.tensor(name).dtype)
-        for v in values:
-            replay.run(call, v, result)
+            if None in names:
+                continue
+            statistics = Statistics()
+            for batch, x in enumerate(batches):
+                values = held.take(batch) if begun else replay.begin(x)
+                for between in replay.calls[begun:number]:
+                    replay.run(between, values, result)
+                statistics.add(values[call.node.args[0]])  # type: ignore[index]
+                held.put(batch, values)
+            for name, value in zip(names, (statistics.mean, statistics.variance), strict=True):
+                assert name is not None
+                result[name] = value.to(replay.tensor(name).dtype)
+            begun = number
     return result
 
 
-def statistics(inputs: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-    """Mean and variance per channel over batches (n, c, …), in float64."""
-    dims = [d for d in range(inputs[0].ndim) if d != 1]
-    count = sum(x.numel() // x.shape[1] for x in inputs)
-    mean = torch.stack([x.double().sum(dims) for x in inputs]).sum(0) / count
-    shape = [1, -1, *[1] * (inputs[0].ndim - 2)]
-    spread = [(x.double() - mean.view(shape)).square().sum(dims) for x in inputs]
-    return mean, torch.stack(spread).sum(0) / count
+class Statistics:
+    """Mean and variance per channel over batches (n, c, …), in float64.
+
+    Attributes:
+        mean: (c,).
+    """
+
+    def __init__(self) -> None:
+        self.count = 0
+        self.mean: Tensor = torch.zeros(())
+        self._spread: Tensor = torch.zeros(())
+
+    def add(self, x: Tensor) -> None:
+        """Take in a batch."""
+        dims = [d for d in range(x.ndim) if d != 1]
+        shape = [1, -1, *[1] * (x.ndim - 2)]
+        count, x = x.numel() // x.shape[1], x.double()
+        mean = x.mean(dims)
+        total = self.count + count
+        away = mean - self.mean.to(mean)
+        spread = (x - mean.view(shape)).square().sum(dims)
+        self._spread = self._spread.to(mean) + spread + away.square() * (self.count * count / total)
+        self.mean = self.mean.to(mean) + away * (count / total)
+        self.count = total
+
+    @property
+    def variance(self) -> Tensor:
+        """(c,), not corrected for the number of values."""
+        return self._spread / self.count

@@ -14,10 +14,15 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from secateur.errors import ScoreError
 from secateur.plan.weight_plan import top
 
 DAMPING = 1e-3
-"""d as a share of the mean of A's diagonal."""
+"""d as a share of the mean of A's diagonal, where there are at least as many rows as inputs."""
+
+_WIDE = (
+    1024  # inputs above which units are ranked in float32, which is twice as fast and enough to compare them
+)
 
 _ROWS = 16  # outputs solved at a time: k * k numbers each
 
@@ -33,6 +38,7 @@ class Moments:
         mean_x: (k,), mean input; zero if the layer has no offset.
         mean_t: (o,), mean target; zero likewise.
         before: (o, k), the weights the layer came with: the solution is drawn towards them, weakly.
+        rows: how many the moments are means over; with fewer than k, the solution is drawn more.
     """
 
     a: Tensor
@@ -41,10 +47,12 @@ class Moments:
     mean_x: Tensor
     mean_t: Tensor
     before: Tensor
+    rows: int | None = None
 
     @property
     def damping(self) -> float:
-        return DAMPING * float(self.a.diagonal().mean()) or DAMPING
+        scarce = max(1.0, len(self.a) / self.rows) if self.rows else 1.0
+        return DAMPING * scarce * float(self.a.diagonal().mean()) or DAMPING
 
     def error(self, w: Tensor) -> float:
         """Mean squared error of the outputs, summed over them, as a share of their power."""
@@ -107,31 +115,82 @@ def prices(moments: Moments, mask: Tensor) -> Tensor:
     return price.masked_fill(~mask, -1.0)
 
 
-def block_prices(moments: Moments, alive: Tensor, blocks: Tensor) -> Tensor:
-    """What removing blocks of inputs costs all outputs together, each block alone, the rest solved again.
+class Elimination:
+    """A layer's solution while blocks of its inputs leave: what each costs, and what is left of the weights.
 
-        sum over outputs of w[c]^T inverse(inverse(A[S, S])[c, c]) w[c]
+    Removing inputs c costs the outputs together
+
+        sum over outputs of importance * w[c]^T inverse(H[c, c]) w[c],    H = inverse(A[S, S] + d I)
+
+    and leaves, on the others, w - H[:, c] inverse(H[c, c]) w[c] and H - H[:, c] inverse(H[c, c]) H[c, :]. So there is
+    one inverse, and it is downdated.
 
     Args:
-        alive: (k,) bool, S.
-        blocks: (units, positions), the inputs c of each unit; all alive, or none.
-    Returns:
-        (units,), a share of the targets' power; infinite for blocks that are gone.
+        a: (k, k), float64, second moments of the inputs.
+        damping: d.
+        weights: (o, k), the solution with all inputs.
+        blocks: (units, positions), the inputs of each unit; other inputs stay.
+        importance: (o,), what the squared error of each output counts; default: 1.
+    Source: Hassibi & Stork 1993, second-order derivatives for network pruning. Differs: blocks of weights, of all
+        outputs together.
+
+    Attributes:
+        weights: (o, inputs that are left), float64, or float32 in wide layers.
+        columns: (inputs that are left,), their places in the layer.
     """
-    columns = alive.nonzero().flatten()
-    place = torch.full(alive.shape, -1, dtype=torch.long)
-    place[columns] = torch.arange(len(columns))
-    eye = moments.damping * torch.eye(len(columns), dtype=torch.float64)
-    inverse = torch.cholesky_inverse(torch.linalg.cholesky(moments.a[columns[:, None], columns] + eye))
-    w = (moments.b + moments.damping * moments.before.double())[:, columns] @ inverse
-    live = alive[blocks].all(1)
-    at = place[blocks[live]]  # live units, positions
-    inner = inverse[at[:, :, None], at[:, None, :]]
-    parts = w[:, at].permute(1, 2, 0)  # live units, positions, outputs
-    cost = (parts * torch.linalg.solve(inner, parts)).sum((1, 2))
-    price = torch.full((len(blocks),), float("inf"), dtype=torch.float64)
-    price[live] = cost / moments.power.sum().clamp_min(1e-30)
-    return price
+
+    def __init__(
+        self, a: Tensor, damping: float, weights: Tensor, blocks: Tensor, importance: Tensor | None = None
+    ) -> None:
+        dtype = torch.float32 if len(a) > _WIDE else torch.float64
+        self.weights, self.columns = weights.to(dtype), torch.arange(len(a))
+        self._blocks, self._size = blocks, len(a)
+        self._importance = torch.ones(len(weights)) if importance is None else importance
+        self._importance = self._importance.to(dtype)
+        self._gone = torch.zeros(len(blocks), dtype=torch.bool)
+        system = a.to(dtype, copy=True)
+        system.diagonal().add_(damping)
+        self._inverse = torch.cholesky_inverse(_factor(system))
+
+    def prices(self) -> Tensor:
+        """What removing each block alone costs, (units,); infinite for blocks that are gone."""
+        at = self._places()[self._blocks[~self._gone]]  # live units, positions
+        price = torch.full((len(self._blocks),), float("inf"), dtype=torch.float64)
+        price[~self._gone] = self._costs(at).double()
+        return price
+
+    def remove(self, units: Tensor) -> float:
+        """Remove blocks together; what that costs."""
+        gone = self._places()[self._blocks[units]].flatten()
+        self._gone[units] = True
+        stays = torch.ones(len(self.columns), dtype=torch.bool)
+        stays[gone] = False
+        h, w = self._inverse, self.weights
+        factor = _factor(h[gone[:, None], gone])
+        cross, lost = h[gone][:, stays], w[:, gone].T  # (gone, stays), (gone, outputs)
+        solved = torch.cholesky_solve(torch.cat([cross, lost], 1), factor)
+        cross_solved, lost_solved = solved[:, : cross.shape[1]], solved[:, cross.shape[1] :]
+        self.weights = w[:, stays] - lost_solved.T @ cross
+        self._inverse = h[stays][:, stays].addmm_(cross.T, cross_solved, alpha=-1)
+        self.columns = self.columns[stays]
+        return float((lost * lost_solved).sum(0) @ self._importance)
+
+    def full(self) -> Tensor:
+        """The weights with zeros where inputs are gone, (o, k)."""
+        return self.weights.new_zeros(len(self.weights), self._size).index_copy_(
+            1, self.columns, self.weights
+        )
+
+    def _places(self) -> Tensor:
+        place = torch.full((self._size,), -1, dtype=torch.long)
+        place[self.columns] = torch.arange(len(self.columns))
+        return place
+
+    def _costs(self, at: Tensor) -> Tensor:
+        inner = self._inverse[at[:, :, None], at[:, None, :]]
+        parts = self.weights[:, at].permute(1, 2, 0)  # live units, positions, outputs
+        each: Tensor = (parts * torch.linalg.solve(inner, parts)).sum(1)
+        return each @ self._importance
 
 
 def _systems(
@@ -178,10 +237,19 @@ def _systems(
 
 
 def _factor(system: Tensor) -> Tensor:
-    """The Cholesky factor; where rounding has made a system indefinite, of the system with more damping."""
+    """The Cholesky factor; where rounding has made a system indefinite, of the system with more damping.
+
+    Raises:
+        ScoreError: no damping helps, as where numbers are not finite.
+    """
     factor, info = torch.linalg.cholesky_ex(system)
     share = 1e-4
     while bool(info.any()):
+        if share > 1e3 or not bool(system.isfinite().all()):
+            raise ScoreError(
+                "least squares: a layer's moments on the calibration images are not finite or not those of real "
+                "numbers; check the weights and the images for NaN, and pass more images"
+            )
         mean = system.diagonal(dim1=-2, dim2=-1).mean(-1)[..., None, None]
         eye = torch.eye(system.shape[-1], dtype=system.dtype)
         factor, info = torch.linalg.cholesky_ex(system + share * mean * eye)

@@ -118,6 +118,120 @@ class LayerCurve:
 
 
 @dataclass(frozen=True)
+class LayerCost:
+    """What one layer takes of a forward pass; work that belongs to no layer stands in rows of its own.
+
+    Attributes:
+        layer: its name; or which others, or what else, are summed up here.
+        macs_before, macs_after: multiply-adds of one image; None: it has none, or is not there.
+        ms_before, ms_after: milliseconds of its own, without those of layers inside it.
+    """
+
+    layer: str
+    macs_before: int | None
+    macs_after: int | None
+    ms_before: float | None
+    ms_after: float | None
+
+
+@dataclass(frozen=True)
+class ClassAccuracy:
+    """How well both models know one class.
+
+    Attributes:
+        name: of the class.
+        images: of this class that were looked at.
+        before, after: accuracies, 0..1.
+        suffered: the answers that it lost are more than chance explains: three standard errors of their difference.
+    """
+
+    name: str
+    images: int
+    before: float
+    after: float
+    suffered: bool
+
+
+@dataclass(frozen=True)
+class Bin:
+    """Answers of about equal confidence: how many, how sure the model was of them on average, how many were right."""
+
+    images: int
+    confidence: float
+    accuracy: float
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """Whether a model is as sure of its answers as it may be.
+
+    Attributes:
+        bins: of equal width, from confidence 0 to 1.
+    """
+
+    bins: Sequence[Bin]
+
+    @property
+    def error(self) -> float:
+        """Expected calibration error, 0..1: mean distance of confidence and accuracy.
+
+        Source: Guo et al. 2017, arXiv:1706.04599, eq. 3.
+        """
+        total = sum(one.images for one in self.bins) or 1
+        return sum(one.images * abs(one.confidence - one.accuracy) for one in self.bins) / total
+
+    def to_json(self) -> dict[str, Any]:
+        """The error and the bins."""
+        return {"error": self.error, "bins": list(self.bins)}
+
+
+@dataclass(frozen=True)
+class ChangedImage:
+    """A test image of which both models think differently.
+
+    Attributes:
+        index: its place among the test images.
+        label, before, after: its class, and what the models say.
+        confidence_before, confidence_after: how sure they are.
+        picture: a data URI.
+    """
+
+    index: int
+    label: str
+    before: str
+    after: str
+    confidence_before: float
+    confidence_after: float
+    picture: str
+
+    def to_json(self) -> dict[str, Any]:
+        """All but the picture."""
+        return {f.name: getattr(self, f.name) for f in fields(self) if f.name != "picture"}
+
+
+@dataclass(frozen=True)
+class OutputFile:
+    """A file beside the report, and what it is for."""
+
+    name: str
+    bytes: int
+    what: str
+
+
+@dataclass(frozen=True)
+class Bound:
+    """One bound of the budget.
+
+    Attributes:
+        text: what was asked for, and what came out.
+        met: None: it was not measured.
+    """
+
+    text: str
+    met: bool | None
+
+
+@dataclass(frozen=True)
 class WeightFacts:
     """What became of single weights.
 
@@ -170,6 +284,7 @@ class Report:
         budget: what was asked for, such as {"macs": 0.5}.
         before, after: cost by measure, such as {"macs": …, "params": …}; MACs per image.
         accuracy_before, accuracy_cut, accuracy_after: of the original, right after the cut, and in the end.
+        undone: fine-tuning made the cut model worse, so the final model is the one before it.
         verify_max_abs_error: the largest difference between the outputs of the cut and the masked model,
             in float64 if that was run, else in float32.
         verify_rel_error_float32, verify_rel_error_float64: the same, relative to the largest output.
@@ -188,6 +303,17 @@ class Report:
         decays: of the units that faded while the model was trained, in the order of their ends.
         restore_above: the thresholds of the test for restoring, by its measures "rate" and "length", if it was used.
         versions: see `current_versions`.
+        curves: how far the output moves when one group alone is cut, if the method measured that.
+        distortion_predicted, distortion_measured: by the sum of the curves, and of the pruned model.
+        layers: what each layer takes of a pass, in order, if latency was measured.
+        classes: accuracy by class.
+        answers: test images by what became of their answers: "lost" and "won" (right before or after only), "other"
+            (wrong in another way), "same".
+        calibration: of the models "before" and "after".
+        changed: some of the images whose answer changed.
+        files: what lies beside the report.
+        loading: lines of Python that load the pruned model.
+        repeat: a command that does the same again, into another folder.
     """
 
     model: str
@@ -201,6 +327,7 @@ class Report:
     accuracy_before: float | None = None
     accuracy_cut: float | None = None
     accuracy_after: float | None = None
+    undone: bool = False
     verify_max_abs_error: float | None = None
     verify_rel_error_float32: float | None = None
     verify_rel_error_float64: float | None = None
@@ -221,6 +348,17 @@ class Report:
     decays: Sequence[Ending] = ()
     restore_above: Mapping[str, float] = field(default_factory=dict)
     versions: Mapping[str, str | int] = field(default_factory=dict)
+    curves: Sequence[LayerCurve] = ()
+    distortion_predicted: float | None = None
+    distortion_measured: float | None = None
+    layers: Sequence[LayerCost] = ()
+    classes: Sequence[ClassAccuracy] = ()
+    answers: Mapping[str, int] = field(default_factory=dict)
+    calibration: Mapping[str, Calibration] = field(default_factory=dict)
+    changed: Sequence[ChangedImage] = ()
+    files: Sequence[OutputFile] = ()
+    loading: Sequence[str] = ()
+    repeat: str = ""
 
     def __post_init__(self) -> None:
         for name in ("accuracy_before", "accuracy_cut", "accuracy_after"):
@@ -242,6 +380,31 @@ class Report:
         ]
 
     @property
+    def bounds(self) -> list[Bound]:
+        """Each bound of the budget, and whether it is met."""
+        return [self._bound(name, asked) for name, asked in self.budget.items()]
+
+    def _bound(self, name: str, asked: float) -> Bound:
+        if name not in MEASURES:
+            return Bound(f"{name}: at most {asked:g} asked for", None)
+        measure, facts, found = MEASURES[name], self.weights, self.after.get(name)
+        before = self.before.get(name)
+        if measure.timed and self.latency_pytorch is not None:
+            found = self.latency_pytorch.after.median_ms
+        elif facts is not None:
+            found = {"macs": facts.macs, "params": facts.params, "units": facts.kept}.get(name, found)
+            before = facts.total if name == "units" else before
+        label = "weights" if facts is not None and name == "units" else measure.label
+        if found is None or (before is None and not measure.timed):
+            return Bound(f"{label}: at most {asked:g} asked for", None)
+        if measure.timed or asked >= 1 or not before:
+            words = measure.show(found), measure.show(asked)
+            return Bound(f"{label} {words[0]}, at most {words[1]} asked for", found <= asked + 1e-9)
+        share = found / before
+        text = f"{100 * share:.2f} % of the {label} kept, at most {100 * asked:g} % asked for"
+        return Bound(text, share <= asked + 1e-9)
+
+    @property
     def is_proven(self) -> bool:
         """Whether the cut and the masked model agree up to rounding, in float64."""
         return self.verify_rel_error_float64 is not None and self.verify_rel_error_float64 <= PROVEN
@@ -257,14 +420,16 @@ class Report:
         return f"{self.model} on {self.dataset}" if self.dataset else self.model
 
     @property
-    def outcome(self) -> str:
-        """What came of it, in half a sentence."""
+    def outcomes(self) -> list[str]:
+        """What came of it: what is kept, the accuracy, and the proof, as far as they are known."""
         parts = [f"{100 * self.share('macs'):.1f} % of the MACs kept"]
         if self.weights is not None:
             parts = [f"{100 * self.weights.kept / self.weights.total:.1f} % of the weights kept"]
         if self.accuracy_before is not None and self.accuracy_after is not None:
             accuracy = f"accuracy {100 * self.accuracy_before:.2f} % → {100 * self.accuracy_after:.2f} %"
-            if n := self.finetune_epochs:
+            if self.undone:
+                accuracy += " (fine-tuning made it worse, so the cut model was kept)"
+            elif n := self.finetune_epochs:
                 accuracy += f" (after {n} {'epoch' if n == 1 else 'epochs'} of fine-tuning)"
             parts.append(accuracy)
         if self.weights is not None:
@@ -275,7 +440,12 @@ class Report:
             parts.append(f"proven equal to the masked model (max error {self.verify_max_abs_error:.0e})")
         else:
             parts.append(f"within {self.verify_max_abs_error:.0e} of the masked model")
-        return ", ".join(parts)
+        return parts
+
+    @property
+    def outcome(self) -> str:
+        """The same, in half a sentence."""
+        return ", ".join(self.outcomes)
 
     @property
     def headline(self) -> str:

@@ -1,34 +1,72 @@
-"""The report's pictures, as the plain dictionaries that Plotly draws.
+"""The report's pictures, each with the numbers it shows as a table."""
 
-Text and grid lines take their colours from the page's style sheet, so that they follow its light and dark
-themes; the colours here are readable on both.
-"""
-
-from collections.abc import Iterator, Mapping
-from typing import Any, TypeAlias
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
+from markupsafe import Markup
 
-from secateur.report.data import Group, Report, WeightFacts
+from secateur.report.data import Ending, Group, LayerCurve, Report
+from secateur.report.svg import AFTER, BEFORE, REMOVED, Axis, Chart, box, cells, number, steps, strip
 
-Figure: TypeAlias = dict[str, Any]
+_BINS = 48
+_MARKS = 40  # a line of more points shows them only when pointed at
+FEW = 10  # answers of about equal confidence that say little
+_COLUMNS = 24  # points of a history that are shown
 
-BEFORE, AFTER, REMOVED = "#9aa7b8", "#159a9c", "#e07a3f"
-_BINS = 60
-_LABEL = 26
+
+@dataclass(frozen=True)
+class Figure:
+    """A picture with axes.
+
+    Attributes:
+        svg: the picture.
+        heads, rows: its numbers.
+        about: what must be said of the numbers.
+    """
+
+    svg: Markup
+    heads: Sequence[str]
+    rows: Sequence[Sequence[str]]
+    about: str = ""
 
 
-def figures(report: Report) -> dict[str, Figure]:
-    """The pictures for which there is data, by the id of the element that they are drawn in."""
-    drawn: dict[str, Figure] = {}
+@dataclass(frozen=True)
+class Strips:
+    """A table with small pictures in its rows.
+
+    Attributes:
+        heads: of the columns.
+        rows: name, then pictures and texts.
+        about: what must be said of the pictures.
+    """
+
+    heads: Sequence[str]
+    rows: Sequence[Sequence[str | Markup]]
+    about: str = ""
+
+
+Picture = Figure | Strips
+
+
+def figures(report: Report) -> dict[str, Picture]:
+    """The pictures for which there is data, by the id of the element that they stand in."""
+    drawn: dict[str, Picture] = {}
     if report.widths:
         drawn["plot-widths"] = widths(report)
-    if scored := [group for group in report.groups if group.scores is not None]:
+    if report.layers:
+        drawn["plot-time"] = time_and_macs(report)
+    if report.classes:
+        drawn["plot-classes"] = classes(report)
+    if report.calibration:
+        drawn["plot-calibration"] = calibration(report)
+    if found := curves_of(report):
+        drawn["plot-curves"] = curves(*found)
+    elif scored := [group for group in report.groups if group.scores is not None]:
         drawn["plot-scores"] = scores(scored)
     if report.weights is not None:
-        drawn["plot-densities"] = densities(report.weights)
-        if report.weights.curves:
-            drawn["plot-curves"] = curves(report.weights)
+        drawn["plot-densities"] = densities(report.weights.layers)
     if report.pruning_history:
         drawn["plot-cost"] = cost(report)
         drawn["plot-units"] = over_time(report, "units")
@@ -46,394 +84,349 @@ def figures(report: Report) -> dict[str, Figure]:
     return drawn
 
 
+def widths(report: Report) -> Figure:
+    """The network from input to output: each layer as thick as it is wide, before and after."""
+    most = max(width.before for width in report.widths)
+    chart = Chart(Axis(0, len(report.widths)), Axis(-most / 2, most / 2), 220)
+    for place, width in enumerate(report.widths):
+        title = f"{width.layer}: {width.before} → {width.after} units ({100 * width.after / width.before:.1f} % kept)"
+        for color, units in ((BEFORE, width.before), (AFTER, width.after)):
+            chart.add(color, chart.bar(place + 0.14, place + 0.86, -units / 2, units / 2, title))
+    return Figure(
+        chart.draw("Width of each layer before and after, from input to output", axes=False), (), ()
+    )
+
+
+def time_and_macs(report: Report) -> Strips:
+    """What each layer takes of a pass, in order: its multiply-adds and its time, before and after."""
+    ms = max((v for layer in report.layers for v in (layer.ms_before, layer.ms_after) if v), default=1.0)
+    macs = max((v for layer in report.layers for v in (layer.macs_before, layer.macs_after) if v), default=1)
+    rows = []
+    for layer in report.layers:
+        row: list[str | Markup] = [layer.layer]
+        for old, new, most in (
+            (layer.macs_before, layer.macs_after, macs),
+            (layer.ms_before, layer.ms_after, ms),
+        ):
+            known = old is not None or new is not None
+            row += [_two_bars(old, new, most), f"{_brief(old)} → {_brief(new)}"] if known else ["", ""]
+        rows.append(row)
+    return Strips(("layer", "", "MACs", "", "milliseconds"), rows)
+
+
+def _two_bars(old: float | None, new: float | None, most: float) -> Markup:
+    pairs = ((BEFORE, old, 1), (AFTER, new, 6))
+    return strip(100, 11, (box(color, 0, y, 100 * value / most, 4) for color, value, y in pairs if value))
+
+
+def _brief(value: float | None) -> str:
+    """A count or a time in little room.
+
+    >>> _brief(0.01234), _brief(1234567), _brief(0), _brief(None)
+    ('0.012', '1.23M', '0', '–')
+    """
+    if value is None:
+        return "–"
+    for factor, prefix in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if value >= factor:
+            return f"{value / factor:.3g}{prefix}"
+    return f"{value:.3f}" if 0 < value < 1 else f"{value:.3g}"
+
+
+def classes(report: Report, shown: int = 20) -> Strips:
+    """Accuracy of each class before and after, those that lost most first."""
+    rows: list[Sequence[str | Markup]] = []
+    for one in sorted(report.classes, key=lambda one: one.after - one.before)[:shown]:
+        bars = strip(100, 11, [box(BEFORE, 0, 1, 100 * one.before, 4), box(AFTER, 0, 6, 100 * one.after, 4)])
+        change = f"{100 * (one.after - one.before):+.1f}".replace("-", "−")
+        rows.append(
+            (one.name, bars, f"{100 * one.before:.1f} → {100 * one.after:.1f} %", change, f"{one.images:,}")
+        )
+    return Strips(("class", "", "accuracy", "points", "images"), rows)
+
+
+def calibration(report: Report) -> Figure:
+    """Accuracy of the answers over how sure the models were of them."""
+    chart = Chart(Axis(0, 100, "confidence", unit=" %"), Axis(0, 100, "accuracy", unit=" %"), 300)
+    chart.add(BEFORE, chart.rule((0, 0), (100, 100), "thin dashed"))
+    rows = []
+    for name, color in (("before", BEFORE), ("after", AFTER)):
+        if (one := report.calibration.get(name)) is None:
+            continue
+        points = [(100 * b.confidence, 100 * b.accuracy, b.images) for b in one.bins if b.images]
+        marks = (
+            chart.mark(
+                x,
+                y,
+                f"{n:,} answers {name}: {x:.1f} % sure, {y:.1f} % right",
+                kind="" if n >= FEW else "hollow",
+            )
+            for x, y, n in points
+        )
+        chart.add(color, chart.line([(x, y) for x, y, n in points if n >= FEW]), *marks)
+        rows += [(name, f"{x:.1f} %", f"{y:.1f} %", f"{n:,}") for x, y, n in points]
+    label = "Accuracy over confidence, before and after; on the dotted line both are equal"
+    return Figure(chart.draw(label), ("model", "mean confidence", "accuracy", "answers"), rows)
+
+
+def curves_of(report: Report) -> tuple[Sequence[LayerCurve], Mapping[str, tuple[int, int]]] | None:
+    """Distortion curves of weights or of units, with (all, kept) of each layer or group; None: not measured."""
+    if report.weights is not None and report.weights.curves:
+        return report.weights.curves, report.weights.layers
+    counts = {group.name: (group.units, group.kept) for group in report.groups}
+    found = [curve for curve in report.curves if curve.layer in counts]
+    return (found, counts) if found else None
+
+
+def curves(found: Sequence[LayerCurve], counts: Mapping[str, tuple[int, int]]) -> Figure:
+    """One line per layer: distortion over the share kept, and a mark where the plan left it."""
+    lines, marks, rows = [], [], []
+    for curve in found:
+        total, kept = counts[curve.layer]
+        points = [
+            (100 * k / total, d) for k, d in zip(curve.kept, curve.distortion, strict=True) if d > 0 and k > 0
+        ]
+        if not points:
+            continue
+        share, values = np.log([x for x, _ in points][::-1]), np.log([y for _, y in points][::-1])
+        there = float(np.exp(np.interp(np.log(100 * kept / total), share, values))) if kept else points[-1][1]
+        lines.append((curve.layer, points))
+        if kept:
+            marks.append((100 * kept / total, there, f"{curve.layer}: {kept:,} of {total:,} kept"))
+        rows.append((curve.layer, f"{kept:,} of {total:,}", number(there), number(points[-1][1])))
+    chart = Chart(
+        Axis.over(
+            [x for _, points in lines for x, _ in points] + [x for x, *_ in marks],
+            "kept",
+            log=True,
+            unit=" %",
+        ),
+        Axis.over([y for _, points in lines for _, y in points], "distortion", log=True),
+        360,
+    )
+    chart.add(AFTER, *(chart.line(points, name, thin=True) for name, points in lines))
+    chart.add(REMOVED, *(chart.mark(*mark) for mark in marks))
+    heads = ("layer", "kept", "distortion there", "at the last level")
+    return Figure(chart.draw("Distortion of each layer alone over the share that it keeps"), heads, rows)
+
+
+def densities(layers: Mapping[str, tuple[int, int]]) -> Strips:
+    """One bar per layer: the share of its weights that stays."""
+    rows = []
+    for name, (total, kept) in layers.items():
+        share = kept / total
+        bars = [box(BEFORE, 0, 1, 100, 8, 0.35), box(AFTER, 0, 1, 100 * share, 8)]
+        rows.append((name, strip(100, 10, bars), f"{100 * share:.1f} %", f"{kept:,} of {total:,}"))
+    return Strips(("layer", "", "weights kept", "in numbers"), rows)
+
+
+def scores(groups: Sequence[Group]) -> Strips:
+    """One row per group: where its kept units' scores lie, above the line, and the removed ones', below it.
+
+    Each group's scores are spread from its lowest to its highest; the square root of the counts keeps single units
+    visible.
+    """
+    rows: list[Sequence[str | Markup]] = []
+    for group in groups:
+        values = np.asarray(group.scores, dtype=np.float64)
+        kept, finite = np.asarray(group.mask, dtype=bool), np.isfinite(values)
+        parts = [values[finite & part] for part in (kept, ~kept)]
+        low, high = (values[finite].min(), values[finite].max()) if finite.any() else (0.0, 0.0)
+        middle = high <= low
+        spread = [np.full_like(part, 0.5) if middle else (part - low) / (high - low) for part in parts]
+        counts = [np.histogram(part, _BINS, (0, 1))[0] for part in spread]
+        most = max(count.max() for count in counts) or 1
+        shapes = [box(BEFORE, 0, 9.8, _BINS, 0.4)]
+        for color, count, sign in zip((AFTER, REMOVED), counts, (-1, 1), strict=True):
+            shapes.append(steps(color, 10, [10 + sign * 9.5 * (n / most) ** 0.5 for n in count.tolist()]))
+        words = [
+            f"{part.min():.3g} … {part.max():.3g}" if len(part) else "–" for part in parts
+        ]  # fmt: skip
+        rows.append((group.name, strip(_BINS, 20, shapes), f"{group.kept} of {group.units}", *words))
+    return Strips(("group", "lowest to highest score", "kept", "scores kept", "scores removed"), rows)
+
+
 def cost(report: Report) -> Figure:
     """MACs and parameters over the steps of the training, as shares of the dense model."""
-    layout = plain_layout(300)
-    layout["xaxis"] |= {"title": {"text": "optimizer step"}}
-    layout["yaxis"] |= {"ticksuffix": " %", "rangemode": "tozero"}
-    lines = [
-        {
-            "type": "scatter",
-            "mode": "lines",
-            "name": name,
-            "x": [point["step"] for point in report.pruning_history],
-            "y": [100 * point[key] for point in report.pruning_history],
-            "line": {"color": color},
-            "hovertemplate": f"step %{{x}}: %{{y:.1f}} of the {name}<extra></extra>",
-        }
-        for key, name, color in (("params", "parameters", BEFORE), ("macs", "MACs", AFTER))
-    ]
-    return {"data": lines, "layout": layout}
+    history = _thinned(report.pruning_history)
+    at = [point["step"] for point in history]
+    lines = {key: [100 * point[key] for point in history] for key in ("params", "macs")}
+    chart = Chart(
+        Axis(at[0], max(at[-1], at[0] + 1), "optimizer step", whole=True),
+        Axis.over([y for values in lines.values() for y in values], zero=True, unit=" %"),
+    )
+    for (key, values), color in zip(lines.items(), (BEFORE, AFTER), strict=True):
+        said = "MACs" if key == "macs" else "parameters"
+        points = list(zip(at, values, strict=True))
+        marks = (chart.mark(x, y, f"step {x}: {y:.1f} % of the {said}", kind="faint") for x, y in points)
+        chart.add(color, chart.line(points), *marks)
+    rows = [(f"{x:,}", f"{m:.1f} %", f"{p:.1f} %") for x, p, m in zip(at, *lines.values(), strict=True)]
+    label = "MACs and parameters over the steps of the training"
+    return Figure(chart.draw(label), ("step", "MACs", "parameters"), rows)
 
 
-def over_time(report: Report, key: str) -> Figure:
-    """One row per group or layer, one column per point of the history; darker is more.
+def over_time(report: Report, key: str) -> Strips:
+    """One row per group or layer, one cell per point of the history; a stronger colour is more.
 
     Units and the MACs of layers are shares of their first; of several scores of one group the mean is shown.
     """
-    names, counted = list(report.pruning_history[0][key]), key in ("units", "layers")
+    history, counted = _thinned(report.pruning_history), key in ("units", "layers")
+    names = list(history[0][key])
+    values = np.array(
+        [[np.mean(point[key][name]) if point[key].get(name) else 0.0 for point in history] for name in names]
+    )
+    values = np.nan_to_num(values, posinf=0, neginf=0)
+    if counted:
+        shares = values / np.where(values[:, :1] > 0, values[:, :1], 1)
+    else:
+        shares = (values - values.min()) / (np.ptp(values) or 1)
+    first, last = history[0]["step"], history[-1]["step"]
     rows = []
-    for name in names:
-        values = [
-            np.mean(point[key][name]) if point[key].get(name) else 0.0 for point in report.pruning_history
-        ]
-        first = values[0] if counted and values[0] else 1.0
-        rows.append([round(float(value / first), 4) for value in values])
-    layout = plain_layout(60 + 18 * len(names))
-    layout["xaxis"] |= {"title": {"text": "optimizer step"}, "showgrid": False}
-    layout["yaxis"] |= {
-        "autorange": "reversed",
-        "tickvals": list(range(len(names))),
-        "ticktext": [escape(shorten(name)) for name in names],
-        "tickfont": {"size": 11},
-        "showgrid": False,
-    }
-    scale = [[0, "rgba(21,154,156,0.05)"], [1, AFTER]] if counted else [[0, AFTER], [1, REMOVED]]
-    heat = {
-        "type": "heatmap",
-        "x": [point["step"] for point in report.pruning_history],
-        "y": list(range(len(names))),
-        "z": rows,
-        "text": [[escape(name)] * len(report.pruning_history) for name in names],
-        "colorscale": scale,
-        "showscale": not counted,
-        "hovertemplate": "%{text}<br>step %{x}: %{z:.3~f}<extra></extra>",
-    }
-    return {"data": [heat | ({"zmin": 0, "zmax": 1} if counted else {})], "layout": layout}
+    for name, row, share in zip(names, values, shares, strict=True):
+        said = ", ".join(f"step {history[n]['step']:,}: {number(row[n])}" for n in _spread(len(history), 5))
+        picture = strip(len(history), 10, [cells(AFTER, share.tolist())], said)
+        rows.append((name, picture, f"{number(row[0])} → {number(row[-1])}"))
+    return Strips(("", f"step {first:,} to {last:,}", "first → last"), rows)
 
 
-def decays(report: Report) -> Figure:
+def _thinned(history: Sequence[Mapping[str, Any]]) -> Sequence[Mapping[str, Any]]:
+    """So many points of a history as a picture can show, the first and the last among them."""
+    return [history[place] for place in _spread(len(history), _COLUMNS)]
+
+
+def _spread(count: int, most: int) -> list[int]:
+    """Some of so many places, evenly spread, the first and the last among them.
+
+    >>> _spread(10, 4), _spread(2, 4)
+    ([0, 3, 6, 9], [0, 1])
+    """
+    return [round(place) for place in np.linspace(0, count - 1, min(most, count)).tolist()]
+
+
+def decays(report: Report) -> Strips:
     """One row per group; in it one line per decay, from its start to its end, units from top to bottom."""
-    counts = {group.name: group.units for group in report.groups}
-    faded = {decay.group for decay in report.decays}
-    names = [name for name in counts if name in faded]
-    row = {name: number for number, name in enumerate(names)}
-    layout = plain_layout(80 + 26 * len(names))
-    layout["xaxis"] |= {"title": {"text": "optimizer step"}}
-    layout["yaxis"] |= {
-        "range": [len(names) - 0.4, -0.6],
-        "tickvals": list(range(len(names))),
-        "ticktext": [escape(shorten(name)) for name in names],
-        "tickfont": {"size": 11},
-        "showgrid": False,
-    }
-    lines = []
-    for restored, color in ((False, BEFORE), (True, REMOVED)):
-        ended = [decay for decay in report.decays if decay.restored == restored]
-        places = [
-            row[decay.group] + 0.8 * ((decay.unit + 0.5) / counts[decay.group] - 0.5) for decay in ended
-        ]
-        what = "restored" if restored else "zero"
-        said = [f"{escape(d.group)}<br>unit {d.unit}: steps {d.start} to {d.end}, {what}" for d in ended]
-        lines.append(
-            {
-                "type": "scatter",
-                "mode": "lines",
-                "x": [x for d in ended for x in (d.start, d.end, None)],
-                "y": [y for place in places for y in (round(place, 3), round(place, 3), None)],
-                "text": [text for text in said for _ in range(3)],
-                "hovertemplate": "%{text}<extra></extra>",
-                "line": {"color": color, "width": 2 + restored},
-            }
-        )
-    return {"data": lines, "layout": layout}
+    units = {group.name: group.units for group in report.groups}
+    first, last = min(d.start for d in report.decays), max(d.end for d in report.decays)
+    span, every = max(last - first, 1), _one_in(report)
+    rows = []
+    for name, count in units.items():
+        ended = [decay for decay in report.decays if decay.group == name]
+        if not ended:
+            continue
+        thick = min(max(24 / count, 1), 3)
+        lines = [
+            box(
+                REMOVED if d.restored else BEFORE, d.start - first, 30 * (d.unit + 0.5) / count - thick / 2,
+                max(d.end - d.start, span / 200), thick,
+                title=f"unit {d.unit}: steps {d.start} to {d.end}, {_ended(d)}",
+            )
+            for d in ended[::every]
+        ]  # fmt: skip
+        restored = sum(d.restored for d in ended)
+        rows.append((name, strip(span, 30, lines), f"{len(ended) - restored:,}", f"{restored:,}"))
+    about = f"Drawn is one decay in {every} of each group." if every > 1 else ""
+    return Strips(("group", f"step {first:,} to {last:,}", "zero", "restored"), rows, about)
+
+
+def _one_in(report: Report) -> int:
+    """Of so many decays one is drawn: where the page has rows for many groups, it has less room for them."""
+    return 1 + len(report.decays) // max(250, 1500 - 12 * len(report.groups))
+
+
+def _ended(decay: Ending) -> str:
+    return "restored" if decay.restored else "zero"
 
 
 def resistance(report: Report) -> Figure:
     """What the test for restoring last measured of each unit that faded, and its thresholds."""
-    layout = plain_layout(320)
-    layout["xaxis"] |= {"title": {"text": "rate"}}
-    layout["yaxis"] |= {"title": {"text": "length"}}
-    edges = (("rate", "x", "y"), ("length", "y", "x"))
-    layout["shapes"] = [
-        {
-            "type": "line",
-            f"{axis}0": report.restore_above[name],
-            f"{axis}1": report.restore_above[name],
-            f"{other}0": 0,
-            f"{other}1": 1,
-            f"{other}ref": "paper",
-            "line": {"color": BEFORE, "dash": "dot", "width": 1},
-        }
-        for name, axis, other in edges
-        if name in report.restore_above
-    ]
-    points = []
+    found = [(d.rate, d.length, d) for d in report.decays if d.rate is not None and d.length is not None]
+    every = _one_in(report)
+    edges = report.restore_above
+    chart = Chart(
+        Axis.over([rate for rate, *_ in found] + [edges.get("rate", 0.0)], "rate"),
+        Axis.over([length for _, length, _ in found] + [edges.get("length", 0.0)], "length"),
+        320,
+    )
+    x, y = chart.x, chart.y
+    if "rate" in edges:
+        chart.add(BEFORE, chart.rule((edges["rate"], y.low), (edges["rate"], y.high), "thin dashed"))
+    if "length" in edges:
+        chart.add(BEFORE, chart.rule((x.low, edges["length"]), (x.high, edges["length"]), "thin dashed"))
     for restored, color in ((False, BEFORE), (True, REMOVED)):
-        ended = [d for d in report.decays if d.restored == restored and d.rate is not None]
-        points.append(
-            {
-                "type": "scatter",
-                "mode": "markers",
-                "x": [d.rate for d in ended],
-                "y": [d.length for d in ended],
-                "text": [f"{escape(d.group)}, unit {d.unit}" for d in ended],
-                "hovertemplate": "%{text}<br>rate %{x:.3~f}, length %{y:.3~f}<extra></extra>",
-                "marker": {"color": color, "size": 6, "opacity": 0.7},
-            }
+        chart.add(
+            color,
+            *(
+                chart.mark(a, b, f"{d.group}, unit {d.unit}: rate {number(a)}, length {number(b)}")
+                for a, b, d in found[::every]
+                if d.restored == restored
+            ),
         )
-    return {"data": points, "layout": layout}
-
-
-def widths(report: Report) -> Figure:
-    """One bar per layer: the width before, and in front of it the width after."""
-    x = list(range(1, len(report.widths) + 1))
-    hover = [
-        f"{escape(w.layer)}<br>{w.before} → {w.after} units ({100 * w.after / w.before:.1f} % kept)"
-        for w in report.widths
-    ]
-    shared = {"type": "bar", "x": x, "hovertext": hover, "hoverinfo": "text"}
-    layout = plain_layout(300)
-    layout["barmode"] = "overlay"
-    layout["bargap"] = 0.15
-    layout["xaxis"] |= _whole("layer, from input to output", len(x)) | {"showgrid": False}
-    layout["yaxis"] |= {"title": {"text": "units"}, "rangemode": "tozero"}
-    return {
-        "data": [
-            {**shared, "name": "before", "y": [w.before for w in report.widths], "marker": {"color": BEFORE}},
-            {**shared, "name": "after", "y": [w.after for w in report.widths], "marker": {"color": AFTER}},
-        ],
-        "layout": layout,
-    }
-
-
-def densities(facts: WeightFacts) -> Figure:
-    """One bar per layer: the share of its weights that stays."""
-    names, counts = list(facts.layers), list(facts.layers.values())
-    layout = plain_layout(300)
-    layout["bargap"] = 0.15
-    layout["xaxis"] |= _whole("layer, from input to output", len(names)) | {"showgrid": False}
-    layout["yaxis"] |= {"title": {"text": "weights kept"}, "ticksuffix": " %", "range": [0, 100]}
-    hover = [
-        f"{escape(name)}<br>{kept:,} of {total:,} weights ({100 * kept / total:.1f} %)"
-        for name, (total, kept) in zip(names, counts, strict=True)
-    ]
-    bars = {
-        "type": "bar",
-        "x": list(range(1, len(names) + 1)),
-        "y": [round(100 * kept / total, 3) for total, kept in counts],
-        "hovertext": hover,
-        "hoverinfo": "text",
-        "marker": {"color": AFTER},
-    }
-    return {"data": [bars], "layout": layout}
-
-
-def curves(facts: WeightFacts) -> Figure:
-    """One line per layer: distortion over the share kept, and a mark where the plan left it."""
-    data = []
-    for curve in facts.curves:
-        total, kept = facts.layers[curve.layer]
-        x = [100 * k / total for k in curve.kept]
-        positive = [(a, d) for a, d in zip(x, curve.distortion, strict=True) if d > 0]
-        if not positive:
-            continue
-        name = escape(shorten(curve.layer))
-        line = {
-            "type": "scatter", "mode": "lines", "name": name, "x": [a for a, _ in positive],
-            "y": [d for _, d in positive], "line": {"color": AFTER, "width": 1}, "opacity": 0.6,
-            "hovertemplate": f"{name}<br>%{{x:.3~g}} % kept: %{{y:.3~g}}<extra></extra>",
-        }  # fmt: skip
-        share = np.log([a for a, _ in positive][::-1])
-        there = np.exp(np.interp(np.log(100 * kept / total), share, np.log([d for _, d in positive][::-1])))
-        mark = {
-            "type": "scatter", "mode": "markers", "x": [100 * kept / total], "y": [float(there)],
-            "marker": {"color": REMOVED, "size": 6},
-            "hovertemplate": f"{name}<br>chosen: %{{x:.3~g}} % kept<extra></extra>",
-        }  # fmt: skip
-        data += [line, mark]
-    layout = plain_layout(340)
-    layout["xaxis"] |= {"type": "log", "title": {"text": "weights kept, %"}}
-    layout["yaxis"] |= {"type": "log", "title": {"text": "distortion"}, "exponentformat": "power"}
-    return {"data": data, "layout": layout}
-
-
-def scores(groups: list[Group]) -> Figure:
-    """Two strips per group: where its kept units' scores lie, and below it the removed ones'.
-
-    Each group's scores are spread from its lowest to its highest, and a darker cell holds more units; the
-    square root of the count keeps single units visible.
-    """
-    z: list[list[float | None]] = []
-    text: list[list[str]] = []
-    for group in groups:
-        for row, words in _strips(group):
-            z.append(row)
-            text.append(words)
-        z.append([None] * _BINS)  # a gap between this group and the next
-        text.append([""] * _BINS)
-
-    track = [[None if i % 3 == 2 else 0] for i in range(len(z))]
-    rows = list(range(len(z)))
-    layout = plain_layout(16 + 21 * len(groups))
-    layout["margin"] |= {"t": 8}
-    layout["xaxis"] |= {"range": [0, 1], "visible": False}
-    layout["yaxis"] |= {
-        "autorange": "reversed",
-        "tickvals": [3 * i + 0.5 for i in range(len(groups))],
-        "ticktext": [escape(shorten(group.name)) for group in groups],
-        "tickfont": {"size": 11},
-        "showgrid": False,
-    }
-    faint = "rgba(128,128,128,0.13)"
-    heat = {"type": "heatmap", "y": rows, "showscale": False, "hoverongaps": False, "zmin": -1, "zmax": 1}
-    return {
-        "data": [
-            {**heat, "x": [0, 1], "z": track, "colorscale": [[0, faint], [1, faint]], "hoverinfo": "skip"},
-            {
-                **heat,
-                "x": [round(edge, 4) for edge in np.linspace(0, 1, _BINS + 1).tolist()],
-                "z": z,
-                "text": text,
-                "hovertemplate": "%{text}<extra></extra>",
-                "colorscale": [
-                    [0, REMOVED],
-                    [0.5, "rgba(224,122,63,0.1)"],
-                    [0.5, "rgba(21,154,156,0.1)"],
-                    [1, AFTER],
-                ],
-            },
-        ],
-        "layout": layout,
-    }
-
-
-def _strips(group: Group) -> Iterator[tuple[list[float | None], list[str]]]:
-    values = np.asarray(group.scores, dtype=np.float64)
-    kept = np.asarray(group.mask, dtype=bool)
-    finite = np.isfinite(values)
-    low, high = (values[finite].min(), values[finite].max()) if finite.any() else (0.0, 0.0)
-    position = (values - low) / (high - low) if high > low else np.full_like(values, 0.5)
-    counts = [np.histogram(position[finite & part], _BINS, (0, 1))[0] for part in (kept, ~kept)]
-    most = max(count.max() for count in counts) or 1
-    edges = low + (high - low) * np.linspace(0, 1, _BINS + 1)
-    name = escape(group.name)
-    for count, sign, word in zip(counts, (1, -1), ("kept", "removed"), strict=True):
-        row = [sign * round(float((n / most) ** 0.5), 3) if n else None for n in count]
-        words = [
-            f"{name}<br>{n} {word}, score {edges[i]:.3g} … {edges[i + 1]:.3g}" if n else ""
-            for i, n in enumerate(count)
-        ]
-        yield row, words
+    rows = [(d.group, f"{d.unit}", number(a), number(b), _ended(d)) for a, b, d in found[:100]]
+    return Figure(
+        chart.draw("Rate and length of the resistance of each unit that faded"),
+        ("group", "unit", "rate", "length", "ended"),
+        rows,
+        f"Of {len(found):,} decays, one in {every} is drawn, and the first 100 are listed."
+        if len(found) > 100
+        else "",
+    )
 
 
 def accuracy(report: Report) -> Figure:
     """Accuracy over the epochs, with the drop at the cut."""
-    layout = _curve_layout(report)
-    layout["yaxis"] |= {"ticksuffix": " %"}
-    data = [
-        _curve(report, "train_accuracy", "training images", BEFORE, scale=100),
-        _curve(report, "accuracy", "test images", AFTER, scale=100),
-    ]
-    x = next((i for i, line in enumerate(report.history) if line.get("phase") == "finetune"), None)
-    if report.accuracy_cut is not None and x is not None:
-        data.append(
-            {
-                "type": "scatter",
-                "mode": "markers",
-                "name": "right after the cut",
-                "x": [x + 0.5],
-                "y": [100 * report.accuracy_cut],
-                "marker": {"color": REMOVED, "size": 10, "symbol": "diamond"},
-            }
-        )
-    return {"data": data, "layout": layout}
+    lines = {
+        "training images": [(x, 100 * v) for x, v in _known(report, "train_accuracy")],
+        "test images": [(x, 100 * v) for x, v in _known(report, "accuracy")],
+    }
+    start = next((i for i, line in enumerate(report.history) if line.get("phase") == "finetune"), None)
+    cut = None
+    if report.accuracy_cut is not None and start is not None:
+        cut = (start + 0.5, 100 * report.accuracy_cut)
+    values = [y for points in lines.values() for _, y in points] + ([cut[1]] if cut else [])
+    chart = _over_epochs(report, Axis.over(values, unit=" %"))
+    for (name, points), color in zip(lines.items(), (BEFORE, AFTER), strict=True):
+        _curve(chart, points, color, f"{name}: {{:.2f}} %")
+    if cut:
+        chart.add(REMOVED, chart.mark(*cut, f"right after the cut: {cut[1]:.2f} %", "diamond"))
+    heads = ("epoch", *lines)
+    return Figure(chart.draw("Accuracy over the epochs"), heads, _by_epoch(report, *lines.values()))
 
 
 def loss(report: Report) -> Figure:
     """Training loss over the epochs."""
-    return {
-        "data": [_curve(report, "loss", "training loss", AFTER)],
-        "layout": _curve_layout(report),
-    }
+    points = _known(report, "loss")
+    chart = _over_epochs(report, Axis.over([y for _, y in points], zero=True))
+    _curve(chart, points, AFTER, "loss {:.4g}")
+    return Figure(chart.draw("Training loss over the epochs"), ("epoch", "loss"), _by_epoch(report, points))
 
 
-def _curve(report: Report, key: str, name: str, color: str, scale: float = 1) -> Figure:
+def _known(report: Report, key: str) -> list[tuple[float, float]]:
+    """(epoch, value) where a finite value is known."""
     values = [line.get(key) for line in report.history]
-    points = [(x, v) for x, v in enumerate(values, start=1) if v is not None]
-    return {
-        "type": "scatter",
-        "mode": "lines+markers" if len(points) <= 30 else "lines",
-        "name": name,
-        "x": [x for x, _ in points],
-        "y": [scale * v if np.isfinite(v) else None for _, v in points],
-        "hovertemplate": "epoch %{x}: %{y:.4~f}<extra></extra>",
-        "line": {"color": color, "width": 2},
-    }
+    return [(float(x), v) for x, v in enumerate(values, start=1) if v is not None and np.isfinite(v)]
 
 
-def _curve_layout(report: Report) -> Figure:
-    layout = plain_layout(300)
-    layout["xaxis"] |= _whole("epoch", len(report.history))
-    layout["shapes"], layout["annotations"] = [], []
-    for start, phase in _phases(report.history):
-        if start > 0:
-            layout["shapes"].append(
-                {
-                    "type": "line",
-                    "x0": start + 0.5,
-                    "x1": start + 0.5,
-                    "yref": "paper",
-                    "y0": 0,
-                    "y1": 1,
-                    "line": {"color": BEFORE, "width": 1, "dash": "dot"},
-                }
-            )
-        layout["annotations"].append(
-            {
-                "text": escape(phase),
-                "x": start + 0.5,
-                "xanchor": "left",
-                "yref": "paper",
-                "y": 1,
-                "yanchor": "bottom",
-                "showarrow": False,
-            }
-        )
-    return layout
-
-
-def _phases(history: Any) -> Iterator[tuple[int, str]]:
+def _over_epochs(report: Report, y: Axis) -> Chart:
+    """A chart over the epochs, with the names of the phases above it and a line between them."""
+    chart = Chart(Axis(0.5, len(report.history) + 0.5, "epoch", whole=True), y)
     previous = None
-    for i, line in enumerate(history):
+    for start, line in enumerate(report.history):
         if (phase := str(line.get("phase", ""))) != previous:
-            yield i, phase
-        previous = phase
+            if start:
+                chart.add(BEFORE, chart.rule((start + 0.5, y.low), (start + 0.5, y.high), "thin dashed"))
+            chart.add(BEFORE, chart.note(start + 0.5, phase))
+            previous = phase
+    return chart
 
 
-def _whole(title: str, n: int) -> dict[str, Any]:
-    """An axis of the numbers from 1 to n, without fractions between them."""
-    step = {"dtick": 1} if n <= 10 else {}
-    return {"title": {"text": title}, "range": [0.5, n + 0.5], "tick0": 1} | step
+def _curve(chart: Chart, points: Sequence[tuple[float, float]], color: str, words: str) -> None:
+    kind = "faint" if len(points) > _MARKS else ""
+    few = points[:: 1 + len(points) // 100]
+    marks = (chart.mark(x, y, f"epoch {x:g}, {words.format(y)}", kind=kind) for x, y in few)
+    chart.add(color, chart.line(points), *marks)
 
 
-def plain_layout(height: int) -> dict[str, Any]:
-    axis: Mapping[str, Any] = {"automargin": True, "fixedrange": True, "zeroline": False}
-    return {
-        "height": height,
-        "margin": {"l": 8, "r": 8, "t": 24, "b": 8},
-        "paper_bgcolor": "rgba(0,0,0,0)",
-        "plot_bgcolor": "rgba(0,0,0,0)",
-        "font": {"family": "system-ui, sans-serif", "size": 12},
-        "showlegend": False,  # the page names the colours, in text that wraps
-        "xaxis": dict(axis),
-        "yaxis": dict(axis),
-        "hovermode": "closest",
-    }
-
-
-def shorten(name: str, length: int = _LABEL) -> str:
-    """A name that fits beside a plot: its end says more than its beginning.
-
-    >>> shorten("features.denseblock4.denselayer24.conv1", 20)
-    '…denselayer24.conv1'
-    """
-    if len(name) <= length:
-        return name
-    end = name[-(length - 1) :]
-    return "…" + (end.partition(".")[2] or end)
-
-
-def escape(name: str) -> str:
-    """Plotly reads some HTML in its labels; a name is to be shown as it is."""
-    return name.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
+def _by_epoch(report: Report, *lines: Sequence[tuple[float, float]]) -> list[list[str]]:
+    found = [dict(points) for points in lines]
+    epochs = range(1, len(report.history) + 1)
+    return [[f"{n}", *(number(one[n]) if n in one else "–" for one in found)] for n in epochs]

@@ -1,4 +1,4 @@
-"""The report as one HTML page: style, pictures and the library that draws them are all inside it."""
+"""The report as one HTML page: style and pictures are all inside it."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -6,8 +6,9 @@ from typing import Any
 
 from secateur.cost.latency import Latency
 from secateur.cost.training import TrainingCost
+from secateur.measures import MEASURES
 from secateur.report.data import LatencyPair, Report
-from secateur.report.figures import Figure, figures
+from secateur.report.figures import Picture, figures
 
 
 @dataclass(frozen=True)
@@ -32,13 +33,16 @@ def render(report: Report) -> str:
         rows=_rows(report),
         timings=[pair for pair in (report.latency_pytorch, report.latency_onnxruntime) if pair],
         budget=_budget(report),
+        verdict=_verdict(report),
+        headline=_headline(report),
+        slow=_where_time_goes(report),
         unscored=sum(1 for group in report.groups if group.scores is None),
     )
 
 
 def fill_template(
     template: str,
-    pictures: dict[str, Figure],
+    pictures: Mapping[str, Picture],
     *,
     room: str = "report",
     filters: Mapping[str, Callable[..., str]] | None = None,
@@ -49,13 +53,11 @@ def fill_template(
 
     Args:
         template: a file of `room`, the folder of the package that it lies in.
-        pictures: by the id of the element that each is drawn in.
+        pictures: by the id of the element that each stands in.
         filters: further ones by name.
         values: what the template names.
     """
     import jinja2
-    import markupsafe
-    import plotly.offline
 
     environment = jinja2.Environment(
         loader=jinja2.ChoiceLoader([jinja2.PackageLoader("secateur", name) for name in (room, "report")]),
@@ -65,8 +67,7 @@ def fill_template(
         lstrip_blocks=True,
     )
     environment.filters |= {"si": si, "percent": percent, "duration": duration, **(filters or {})}
-    plotly_js = markupsafe.Markup(plotly.offline.get_plotlyjs())
-    return environment.get_template(template).render(figures=pictures, plotly=plotly_js, **values)
+    return environment.get_template(template).render(figures=pictures, **values)
 
 
 def si(value: float, unit: str = "") -> str:
@@ -137,6 +138,38 @@ def _tiles(report: Report) -> list[tuple[str, str, str]]:
     if pair := report.latency_pytorch:
         tiles.append(("latency in PyTorch", f"{pair.after.median_ms:.3g} ms", speed(pair)))
     return tiles
+
+
+def _verdict(report: Report) -> tuple[str, bool | None]:
+    """Whether the budget is met, in words and as a fact; None: not all of it is known."""
+    met = [bound.met for bound in report.bounds]
+    if not met or (None in met and False not in met):
+        return "", None
+    if all(met):
+        return "Budget met", True
+    return "Budget not met", False
+
+
+def _headline(report: Report) -> str:
+    """What came of it, without what the verdict says."""
+    parts = report.outcomes[1:] if _verdict(report)[0] else report.outcomes
+    if pair := report.latency_pytorch:
+        parts = [*parts[:-1], f"{speed(pair)} in PyTorch", parts[-1]]
+    text = ", ".join(parts)
+    return text[:1].upper() + text[1:]
+
+
+def _where_time_goes(report: Report) -> str:
+    """What became of the time of layers with and without multiply-adds, in a sentence."""
+    told = []
+    for said, rows in (
+        ("layers with multiply-adds", [row for row in report.layers if row.macs_before or row.macs_after]),
+        ("all else", [row for row in report.layers if not (row.macs_before or row.macs_after)]),
+    ):
+        old, new = sum(row.ms_before or 0 for row in rows), sum(row.ms_after or 0 for row in rows)
+        if old and new:
+            told.append(f"{said} took {old:.3g} ms before and {new:.3g} ms after ({percent(new / old)})")
+    return "; ".join(told)
 
 
 def _rows(report: Report) -> list[Row]:
@@ -210,8 +243,9 @@ def _extremes(cost: TrainingCost) -> str:
 def _budget(report: Report) -> str:
     parts = []
     for key, value in report.budget.items():
+        label = MEASURES[key].label if key in MEASURES else key
         if key == "latency_ms":
-            parts.append(f"latency ≤ {value:g} ms")
+            parts.append(f"{label} ≤ {value:g} ms")
         else:
-            parts.append(f"{key} ≤ {percent(value) if value < 1 else format(value, ',')}")
+            parts.append(f"{label} ≤ {format(100 * value, 'g') + ' %' if value < 1 else format(value, ',')}")
     return ", ".join(parts)

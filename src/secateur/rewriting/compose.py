@@ -65,7 +65,7 @@ def choose_calls(
         # all calls of a submodule or none, so that they keep their numbers
         chosen = {n: given for n, given in possible.items() if sites[0][n].module not in refused}
         owners = {step: n for n in chosen for step in lines.calls[n].steps}
-        first = len(lines.nodes) - len(lines.steps)
+        first = len(lines.inputs) + len(lines.tensors)
         steps = [lines.steps[i].args for i in outside(lines, chosen)]
         open_ = {
             owners[ref.index - first]
@@ -129,7 +129,7 @@ def outline(lines: Listing, chosen: Collection[int]) -> list[Step | int]:
 def aligned(lines: Listing, chosen: Collection[int]) -> list[fx.Node]:
     """The inputs, and what the operators outside of some calls and these calls compute, in order."""
     nodes = list(lines.inputs)
-    first = len(lines.nodes) - len(lines.steps)
+    first = len(lines.inputs) + len(lines.tensors)
     places = {id(step): first + i for i, step in enumerate(lines.steps)}
     for line in outline(lines, chosen):
         found = (
@@ -146,7 +146,7 @@ def tensors_read(lines: Listing, chosen: Collection[int]) -> list[int]:
     ]
     found = [resolve(ref, chosen) for ref in references([*read, lines.output])]
     plain = {ref.index for ref in found if not isinstance(ref, Via)}
-    inputs, first = len(lines.inputs), len(lines.nodes) - len(lines.steps)
+    inputs, first = len(lines.inputs), len(lines.inputs) + len(lines.tensors)
     used = [i for i in range(inputs, first) if i in plain]
     if any(isinstance(x, Named) and x.name == "same" for _, x in leaves_of(read)):
         floating = [i for i in range(first) if is_floating(lines, i)]
@@ -163,7 +163,7 @@ def compose(lines: Listing, sites: Sequence[Site], chosen: Calls, output: Any) -
         chosen: calls that are made, with their arguments.
         output: what it returns, with references of the listing.
     """
-    inputs, first = len(lines.inputs), len(lines.nodes) - len(lines.steps)
+    inputs, first = len(lines.inputs), len(lines.inputs) + len(lines.tensors)
     order = outline(lines, chosen)
     read = [line.args if isinstance(line, Step) else chosen[line] for line in order]
     found = [resolve(ref, chosen) for ref in references([*read, output])]

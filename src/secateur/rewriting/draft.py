@@ -49,6 +49,7 @@ from secateur.rewriting.program import (
     Named,
     Program,
     Ref,
+    Size,
     Training,
     operator_named,
     refs,
@@ -132,11 +133,16 @@ class Writer:
         """Note the calls of a module, and of all others of its class, for inputs of every size."""
         kind = type(self._model.get_submodule(name))
         names = [n for n, module in self._model.named_modules() if type(module) is kind]
-        runs = []
+        runs: list[dict[str, list[Arguments]]] = []
         for given in itertools.chain(*self._samples):
             args, kwargs = as_call(given)
             with recorded(self._model, names) as calls, torch.no_grad():
-                self._model(*args, **kwargs)
+                try:
+                    self._model(*args, **kwargs)
+                except Exception:  # whatever its own code raises at a size it was not made for
+                    if not runs:
+                        raise
+                    calls = {n: [] for n in names}
             runs.append(calls)
         for n in names:
             self._runs[n] = [run[n] for run in runs]
@@ -163,7 +169,11 @@ class Writer:
         values = self._match(name, number, captured)
         cut = self._cut_dims(captured, values)
         sites, chosen = captures.base.sites_of(captured), captures.choose(captured, cut)
-        switches, lost = training_switches(captures.training, captured, sites, chosen)
+        training = in_training(captures.training, captured, sites, chosen)
+        if chosen and training and training.same and any(ours is None for _, ours in training.steps):
+            return self._draft(name, number, calls, None)  # dropouts come in between
+        captures.complete(captured, chosen)
+        switches, lost = training_switches(training, captured, chosen)
         called = {sites[n].module for n in chosen}
         unheard = [n for n in dict.fromkeys(captures.written_out(sites)) if n not in called]
         if unheard:
@@ -180,6 +190,8 @@ class Writer:
             step.args |= {
                 key: Training(m, yes, step.args.get(key, no)) for key, (m, yes, no) in changes.items()
             }
+        insert_dropouts(captured, training)
+        output = follow([output], captured.output, lambda leaf, _: leaf)
         composed = compose(captured, sites, chosen, output)
         return self._finish(captures, composed, captures.limits(cut), lost)
 
@@ -364,21 +376,24 @@ class Captured:
         return cls(captured, call.arguments, call.returned.tree, sites)
 
     @classmethod
-    def of_double(
+    def in_another_precision(
         cls, module: nn.Module, args: Any, kwargs: Any, apart: Collection[str] | None
     ) -> "Captured | None":
-        """Capture one call in float64; None for a module that does not run in it."""
+        """Capture one call in float64, or float32 if it is in that; None for a module that does not run in it."""
 
         known: dict[int, Tensor] = {}  # a tensor that is passed twice stays one
+        leaves = [*module.parameters(), *module.buffers(), *pytree.tree_leaves((args, kwargs))]
+        given = next((x.dtype for x in leaves if isinstance(x, Tensor) and x.is_floating_point()), None)
+        other = torch.float32 if given is torch.float64 else torch.float64
 
-        def double(x: Any) -> Any:
+        def convert(x: Any) -> Any:
             if not isinstance(x, Tensor) or not x.is_floating_point():
                 return x
-            return known.setdefault(id(x), x.double())
+            return known.setdefault(id(x), x.to(other))
 
         try:
-            twin = duplicate(module).double()
-            return cls.of(twin, *pytree.tree_map(double, (args, kwargs)), apart=apart)
+            twin = duplicate(module).to(other)
+            return cls.of(twin, *pytree.tree_map(convert, (args, kwargs)), apart=apart)
         except (CaptureError, CutError):
             return None
 
@@ -503,10 +518,10 @@ class Captures:
         return tuple(tuple(t.shape) for t in own.tensors)
 
     def _add(self, number: int) -> bool:
-        """Capture a call, the first in float64; False if it does other things than in the analysis."""
+        """Capture a call, the first in another precision; False if it does other things than in the analysis."""
         call = self._calls[number]
         assert call is not None
-        found = None if self.variants else Captured.of_double(self._module, *call, self._apart)
+        found = None if self.variants else Captured.in_another_precision(self._module, *call, self._apart)
         if found is None and number:
             try:
                 found = Captured.of(self._module, *call, apart=self._apart)
@@ -562,7 +577,9 @@ class Captures:
                 operator_named(lines.steps[i].target)
             except ValueError as error:
                 raise CutError(f"its forward cannot be saved: {error}") from None
+        self.complete(lines, chosen)
         output = self.symbolic(lines, [copy.copy(step.args) for step in lines.steps], set(), chosen)
+        output = follow([output], lines.output, lambda leaf, _: leaf)
         composed = compose(lines, self.base.sites_of(lines), chosen, output)
         return Program(
             self.arguments, composed.inputs, tuple(composed.tensors), tuple(composed.ops), composed.output
@@ -633,7 +650,7 @@ class Captures:
             cut: (register, dim) of every tensor that loses positions.
             chosen: calls of submodules that the program makes.
         Returns:
-            the output.
+            the output, in which `Ref` counts those of the listing's.
         Raises:
             CutError: a number follows no size.
         """
@@ -655,7 +672,18 @@ class Captures:
                 step.args[key] = sizes.symbolic(arg, before[i].get(key), [other.get(key) for other in others])
         sizes = Sizes(Expressions(self._symbols(lines, (), cut, chosen), literals), "output")
         output = sizes.symbolic(self.base.output, self.base.output, [v.output for v in self.variants])
-        return follow([output], lines.output, lambda leaf, _: leaf)
+        return output
+
+    def complete(self, lines: Listing, chosen: Calls) -> None:
+        """Give the steps of all captures, outside of some calls, the arguments that any of them has."""
+        sites = self.base.sites_of(lines)
+        steps = [[lines.steps[i] for i in outside(lines, chosen)]]
+        for variant, other in zip(self.variants, self._listings, strict=True):
+            theirs = outside(other, same_calls(chosen, sites, variant.sites_of(other)))
+            steps.append([other.steps[i] for i in theirs])
+        if len({len(own) for own in steps}) > 1:
+            raise CutError("its forward does other things for another batch size or precision")
+        complete(*steps)
 
     def _symbols(
         self, lines: Listing, registers: Sequence[int], cut: set[tuple[int, int]], chosen: Calls
@@ -803,8 +831,76 @@ def likeness(x: Any, known: dict[int, int]) -> Any:
     return ("set", frozenset(x)) if type(x) is set else ("object", id(x))
 
 
-def training_switches(
+def complete(*steps: Sequence[Step]) -> None:
+    """Give each step the arguments that any of its counterparts has: the default, where it is left out."""
+    for counterparts in zip(*steps, strict=True):
+        for key in {key for step in counterparts for key in step.args}:
+            for step in counterparts:
+                step.args.setdefault(key, step.default(key))
+
+
+DROPOUTS = frozenset("dropout dropout_ feature_dropout alpha_dropout feature_alpha_dropout".split())
+"""Operators that change nothing in evaluation mode, so that a program may call them there too."""
+
+
+@dataclass(frozen=True)
+class InTraining:
+    """What a module does in training mode.
+
+    Attributes:
+        listing: its operators.
+        steps: those that do not only count batches, with the same step in evaluation mode; None: it runs in
+            training mode only.
+        same: whether nothing but dropout comes to what it does in evaluation mode.
+    """
+
+    listing: Listing
+    steps: list[tuple[Step, Step | None]]
+    same: bool
+
+
+def in_training(
     training: Captured | None, lines: Listing, sites: Sequence[Site], chosen: Collection[int]
+) -> InTraining | None:
+    """The operators in training mode beside those in evaluation mode; None: they are not known.
+
+    Args:
+        training: captured in training mode.
+        lines: in evaluation mode.
+        sites: of its calls.
+        chosen: calls that the program makes; what happens in them does not count.
+    """
+    try:
+        listing = training.listing() if training else None
+    except CutError:
+        listing = None
+    if listing is None or training is None:
+        return None
+    found = training.sites_of(listing)
+    rest = lines_of(lines, sites, chosen)
+    pairs: list[tuple[Step | str, Step | str | None]] = []
+    for line in lines_of(listing, found, same_calls(chosen, sites, found)):
+        if isinstance(line, str) or not counts(line):
+            pairs.append((line, rest.pop(0) if rest and known(rest[0]) == known(line) else None))
+    steps = [
+        (theirs, ours)
+        for theirs, ours in pairs
+        if isinstance(theirs, Step) and (ours is None or isinstance(ours, Step))
+    ]
+    both = [(theirs, ours) for theirs, ours in steps if ours]
+    if not rest:
+        complete(*zip(*both, strict=True))
+    same = (
+        not rest
+        and all(ours for theirs, ours in pairs if isinstance(theirs, str))
+        and all(len(refs(theirs.args)) == len(refs(ours.args)) for theirs, ours in both)
+        and all(ours or theirs.op in DROPOUTS for theirs, ours in steps)
+    )
+    return InTraining(listing, steps, same)
+
+
+def training_switches(
+    training: InTraining | None, lines: Listing, chosen: Collection[int]
 ) -> tuple[dict[int, dict[str, tuple[str, Any, Any]]], str]:
     """What changes in training mode outside of the calls that a program makes.
 
@@ -812,40 +908,72 @@ def training_switches(
         step -> argument -> (module, value in training, value otherwise); and what cannot be expressed this way, in
         words.
     """
-    theirs: list[Step | str] = []
-    try:
-        if training:
-            other = training.listing()
-            found = training.sites_of(other)
-            theirs = lines_of(other, found, same_calls(chosen, sites, found))
-            theirs = [line for line in theirs if isinstance(line, str) or not counts(line)]
-    except CutError:
-        pass
-    ours = lines_of(lines, sites, chosen)
     number = {id(step): i for i, step in enumerate(lines.steps)}
     switches = {}
-    if [known(line) for line in theirs] == [known(line) for line in ours]:
-        for step, twin in zip(ours, theirs, strict=True):
-            if isinstance(step, str) or isinstance(twin, str):
+    if training and training.same:
+        for theirs, ours in training.steps:
+            if ours is None:
                 continue
             changed = {}
-            for key in step.args.keys() | twin.args.keys():
-                no, yes = step.args.get(key), twin.args.get(key)
+            for key, no in ours.args.items():
+                yes = theirs.args.get(key, no)
                 if isinstance(no, bool | float | None) and isinstance(yes, bool | float | None) and no != yes:
-                    changed[key] = (owner(step), yes, no)
-            switches[number[id(step)]] = changed
+                    changed[key] = (owner(ours), yes, no)
+            switches[number[id(ours)]] = changed
         return switches, ""
-    only = sorted({s.op for s in theirs if isinstance(s, Step)} - {s.op for s in ours if isinstance(s, Step)})
+    own = [lines.steps[i] for i in outside(lines, chosen)]
+    only = sorted({theirs.op for theirs, _ in training.steps} - {s.op for s in own}) if training else []
     lost = (
         f"what it does in training mode only ({', '.join(only)})"
         if only
         else "what it does in training mode only"
     )
-    for step in ours:
-        if isinstance(step, Step):
-            switch = OPERATORS[step.op].trains if step.op in OPERATORS else None
-            switches[number[id(step)]] = {switch: (owner(step), True, False)} if switch else {}
+    for step in own:
+        switch = OPERATORS[step.op].trains if step.op in OPERATORS else None
+        switches[number[id(step)]] = {switch: (owner(step), True, False)} if switch else {}
     return switches, lost
+
+
+def insert_dropouts(lines: Listing, training: InTraining | None) -> None:
+    """Put the dropouts that run in training mode only into the steps; registers are numbered anew."""
+    if training is None or not training.same or all(ours for _, ours in training.steps):
+        return
+    start = len(lines.inputs) + len(lines.tensors)
+    names = training.listing.names
+    known = {i: i for i in range(len(lines.inputs))}
+    known |= {
+        len(known) + i: len(known) + lines.names.index(n) for i, n in enumerate(names) if n in lines.names
+    }
+    place = {id(step): number for number, step in enumerate(training.listing.steps)}
+    first = len(training.listing.inputs) + len(names)
+    old = {id(step): start + number for number, step in enumerate(lines.steps)}
+    moved = {i: i for i in range(start)}
+    steps: list[Step] = []
+    for theirs, ours in training.steps:
+        step = ours or theirs
+        moved |= {old[id(ours)]: start + len(steps)} if ours else {}
+        step.args = renumbered(step.args, iter([known[index] for index in refs(theirs.args)]), moved)
+        if ours is None:
+            step.args["train"] = Training(owner(theirs), True, False)
+        known[first + place[id(theirs)]] = start + len(steps)
+        steps.append(step)
+    lines.steps[:] = steps
+    lines.output = renumbered(lines.output, iter([known[i] for i in refs(training.listing.output)]), moved)
+
+
+def renumbered(arg: Any, numbers: Iterator[int], moved: Mapping[int, int]) -> Any:
+    """An argument with the next number in each of its references, in the order of `refs`, and sizes of what moved."""
+    if isinstance(arg, Ref):
+        return Ref(next(numbers))
+    if isinstance(arg, Dim):
+        return Dim(moved.get(arg.register, arg.register), arg.dim)
+    if isinstance(arg, Size):
+        return Size(arg.op, renumbered(arg.left, numbers, moved), renumbered(arg.right, numbers, moved))
+    if isinstance(arg, list | tuple):
+        return type(arg)(renumbered(part, numbers, moved) for part in arg)
+    if isinstance(arg, dict):
+        return arg | {name: renumbered(arg[name], numbers, moved) for name in sorted(arg)}
+    return arg
 
 
 def lines_of(lines: Listing, sites: Sequence[Site], chosen: Collection[int]) -> list[Step | str]:

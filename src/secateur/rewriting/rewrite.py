@@ -213,20 +213,29 @@ def cut_listing(trace: Trace, survivors: Survivors) -> tuple[Listing, list[tuple
     return lines, cut_steps(lines, trace.values, survivors)
 
 
-def fixed_program(lines: Listing) -> Program:
-    """A captured graph as a program for the sizes it was captured at; its precision is that of the tensors."""
-    for step in lines.steps:
+def fixed_program(lines: Listing, *, named: bool = False) -> Program:
+    """A captured graph as a program for the sizes it was captured at.
+
+    Args:
+        lines: of the graph.
+        named: the precisions that forward names stay; else they become that of the tensors.
+    """
+    for step in lines.steps if not named else ():
         step.args = _widen(step.args)
     ops = tuple(as_op(step) for step in lines.steps)
     return Program(None, len(lines.inputs), tuple(lines.names), ops, lines.output)
 
 
-def tensors_of(lines: Listing, named: Mapping[str, Tensor]) -> list[Tensor]:
-    """What a fixed program reads: named tensors, and the graph's constants in their precision."""
+def tensors_of(lines: Listing, named: Mapping[str, Tensor], *, own: bool = False) -> list[Tensor]:
+    """What a fixed program reads: named tensors, and the graph's constants in their precision, or in its own."""
     like = next((t for t in named.values() if t.is_floating_point()), None)
 
     def constant(t: Tensor) -> Tensor:
-        return t if like is None else t.to(like.device, like.dtype if t.is_floating_point() else None)
+        return (
+            t
+            if like is None
+            else t.to(like.device, like.dtype if t.is_floating_point() and not own else None)
+        )
 
     constants = lines.captured.constants
     return [named[name] if name in named else constant(constants[name]) for name in lines.names]

@@ -123,14 +123,15 @@ class Judge:
         assert graph.trace is not None
         self.model = model
         self.lines, self.shapes = cut_listing(graph.trace, survivors)
-        dtype = precision(model) if fixes_precision(self.lines) else torch.float64
+        own = fixes_precision(self.lines)
+        dtype = precision(model) if own else torch.float64
         self.tolerance = TOLERANCE.get(dtype, 0.1)
-        self.program = fixed_program(self.lines)
+        self.program = fixed_program(self.lines, named=own)
         self.values = random_values(model, 0, dtype)
-        self._tensors = tensors_of(self.lines, aliases(model, self.values))
+        self._tensors = tensors_of(self.lines, aliases(model, self.values), own=own)
         self._named = dict(zip(self.lines.names, self._tensors, strict=True))
         self._buffers = {name for name, _ in model.named_buffers(remove_duplicate=False)}
-        self.dtype = dtype
+        self.dtype, self.own_precision = dtype, own
         self._given = random_inputs(graph, dtype, seed=0)
 
     @property
@@ -332,7 +333,7 @@ class CheckedPass:
             return run_program(module, draft.program, args, kwargs)
 
     def _like(self, t: Tensor) -> Tensor:
-        return t.to(self._judge.dtype) if t.is_floating_point() else t
+        return t.to(self._judge.dtype) if t.is_floating_point() and not self._judge.own_precision else t
 
     def _agree(self, found: Sequence[Tensor], known: Sequence[Tensor]) -> bool:
         """Whether every tensor equals one of those known."""

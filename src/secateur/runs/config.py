@@ -7,7 +7,7 @@ import math
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from secateur.errors import BudgetError, DataError, FileError, ModelError, SecateurError, unknown
 from secateur.recipes.normalisation import Normalisation
@@ -142,6 +142,11 @@ class PruneConfig:
     )
     finetune: TrainConfig | None = option(
         "how to train the pruned model; with a method that prunes before training, how to train", default=None
+    )
+    keep: Literal["better", "last"] = option(
+        "which model to write if fine-tuning made the cut one worse on the test images",
+        default="better",
+        panel=RUN,
     )
     latency_batch: int = option("images per pass where latency is measured", default=1, least=1, panel=RUN)
     exports: bool = option("write ONNX and torch.export files, and measure latency", default=True)

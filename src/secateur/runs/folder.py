@@ -1,6 +1,7 @@
 """The folder of one run: who may write it, what is in it, and what a resumed run need not do again."""
 
 import contextlib
+import errno
 import json
 import os
 import re
@@ -20,7 +21,7 @@ Mode = Literal["new", "resume", "overwrite"]
 
 _LARGEST = 64 * 2**20  # bytes of a JSON file that are read at most
 _OWN = re.compile(
-    r"(config|plan|progress|report)\.json|report\.html|metrics\.jsonl|(dense|model|cut|masks)\.safetensors|model\.(onnx|pt2)"
+    r"(config|plan|progress|report)\.json|report\.html|metrics\.jsonl|(dense|model|cut|finetuned|masks)\.safetensors|model\.(onnx|pt2)"
     r"|(train|finetune)\.checkpoint\.safetensors|\.[\w.]+\.[0-9a-f]{8}\.tmp\.\w+"
     r"|tensorboard(/(train|finetune)(/events\.out\.tfevents\.[^/]+)?)?"
 )
@@ -137,6 +138,9 @@ class RunFolder:
         with explained(self.path):
             foreign = self._foreign()
             exists = (self.path / "config.json").is_file()
+            parent = next(p for p in (self.path, *self.path.absolute().parents) if p.exists())
+            if not os.access(parent, os.W_OK | os.X_OK):
+                raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(parent))
         if foreign:
             shown = ", ".join(foreign[:3]) + (", …" if len(foreign) > 3 else "")
             raise FileError(
@@ -166,6 +170,8 @@ class RunFolder:
             self.path.mkdir(parents=True, exist_ok=True)
             if self.resumed:
                 self.command = self.resumed.command
+                for path in self.path.glob(".*.tmp.*"):  # what a killed write left
+                    path.unlink()
                 return
             # config.json goes last: until then the folder is known to hold a run
             paths = sorted(_walk(self.path), key=lambda path: (path.name == "config.json", -len(path.parts)))

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from secateur.cost.latency import Latency, compare_latency
+from secateur.cost.layers import time_layers
 from secateur.cost.training import Holding, TrainingCost, compare_training
 from secateur.errors import ExportError
 from secateur.export import export_onnx, export_program, onnx_runner
@@ -55,15 +56,17 @@ def export_and_time(
         batch: images per timed pass.
         folder: where the files go.
     Returns:
-        plain JSON: sizes in bytes and latencies, each as [before, after], and notes.
+        plain JSON: sizes in bytes and latencies, each as [before, after]; times of layers; and notes.
     """
     found: dict[str, Any] = {"notes": []}
     images, home = timed_images(inputs, batch), device()
     try:
         pair = {"before": dense.to(home), "after": small.to(home)}
         timed = compare_latency(pair, images.to(home), repeats=_REPEATS)
+        layers = time_layers(pair, images.to(home))
     finally:
         dense.cpu(), small.cpu()
+    found["layers"] = {name: [asdict(row) for row in rows] for name, rows in layers.items()}
     found["latency_pytorch"] = [timed["before"].to_json(), timed["after"].to_json()]
     with tempfile.TemporaryDirectory() as temporary:
         before = Path(temporary) / "dense.safetensors"
@@ -92,8 +95,18 @@ def measure_accuracy(what: str, model: nn.Module, data: Dataset, folder: RunFold
     name = f"accuracy of the {what}"
     if name not in folder.known:
         with watch.doing(f"Measuring the {what} on {len(data.test):,} images"):
-            folder.once(name, lambda: evaluate_once(model, data).accuracy)
+            folder.once(name, lambda: _accuracy(what, model, data, folder))
         watch.tell(f"Accuracy of the {what}: {100 * folder.known[name]:.2f} %")
+
+
+def _accuracy(what: str, model: nn.Module, data: Dataset, folder: RunFolder) -> float:
+    """Evaluate a model, and keep its answers for `tell_answers`."""
+    found = evaluate_once(model, data)
+    confidences = [round(value, 4) for value in found.confidences.tolist()]
+    folder.once(
+        f"answers of the {what}", lambda: {"answers": found.answers.tolist(), "confidences": confidences}
+    )
+    return found.accuracy
 
 
 def measure_training(

@@ -30,8 +30,8 @@ from secateur.report import Report, write_report
 from secateur.runs.config import PruneConfig, TrainRunConfig
 from secateur.runs.folder import Mode, RunFolder, Watch, is_main_process
 from secateur.runs.measure import clock_of, export_and_time, measure_accuracy, measure_training
-from secateur.runs.summary import summarise
-from secateur.runs.task import load_task
+from secateur.runs.summary import is_worse, summarise
+from secateur.runs.task import load_task, seeded
 from secateur.surgery import load, save
 
 PLANS = {Plan: "plan.json", WeightPlan: "masks.safetensors"}
@@ -149,7 +149,6 @@ class Run:
             trained=config.task.weights is not None or config.train is not None,
             data=True,
             training=config.finetune is not None,
-            side=self.task.inputs.shape[-1],
         )
         self.task = replace(self.task, notes=(*self.task.notes, choice.why))
         record = choice.method.record()
@@ -201,7 +200,7 @@ def _prune_at_once(
     before, masks = method.when == "before", method.removes != "channels"
 
     def choose_now() -> Pruned:
-        with watch.doing("Choosing what to mask" if masks else "Choosing what to remove"):
+        with watch.doing("Choosing what to mask" if masks else "Choosing what to remove"), seeded(run.seed):
             return _choose(run, config, method, graph, curves)
 
     if config.train is not None:
@@ -234,7 +233,22 @@ def _prune_at_once(
             first_epoch=config.train.epochs if config.train else 0,
             within=pruned.plan.holding(small) if isinstance(pruned.plan, WeightPlan) else None,
         )
-    return pruned, "pruned model" if before else "fine-tuned model" if config.finetune else "cut model"
+    if before or config.finetune is None:
+        return pruned, "pruned model" if before else "cut model"
+    return _better(run, config, pruned)
+
+
+def _better(run: Run, config: PruneConfig, pruned: Pruned) -> tuple[Pruned, str]:
+    """The fine-tuned model, or the cut one if fine-tuning made it worse."""
+    folder, images = run.folder, len(run.task.data.test)
+    if folder:
+        measure_accuracy("fine-tuned model", pruned.model, run.task.data, folder, run.watch)
+        cut, tuned = (folder.known[f"accuracy of the {name} model"] for name in ("cut", "fine-tuned"))
+        if config.keep == "better" and is_worse(cut, tuned, images):
+            save(pruned.model, folder / "finetuned.safetensors")
+            model = load(duplicate(run.task.model), folder / "cut.safetensors")
+            return replace(pruned, model=model), "cut model"
+    return pruned, "fine-tuned model"
 
 
 def _prune_during(run: Run, config: PruneConfig, method: TrainingMethod) -> tuple[Pruned, str]:
@@ -244,9 +258,10 @@ def _prune_during(run: Run, config: PruneConfig, method: TrainingMethod) -> tupl
     original = duplicate(model)
     with run.watch.doing("Looking at what may go"):
         budget = _in_closed_form(run, config, method)
-        session = method.start(
-            model, run.task.inputs, budget=budget, steps=training_steps(run.task.data, how)
-        )
+        with seeded(run.seed):
+            session = method.start(
+                model, run.task.inputs, budget=budget, steps=training_steps(run.task.data, how)
+            )
     run.begin()
     if run.folder and config.task.weights is not None:
         measure_accuracy("dense model", original, run.task.data, run.folder, run.watch)

@@ -1,16 +1,18 @@
 """The model and the data of a run, loaded."""
 
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-from secateur.errors import FileError
+from secateur.errors import FileError, ModelError, first_line
 from secateur.files import read_tensors
 from secateur.recipes.data import Batches, Dataset, Normalisation, load_data
 from secateur.recipes.models import build_model, list_models
-from secateur.recipes.models.weights import load_weights, normalisation_for
+from secateur.recipes.models.weights import load_weights, name_in, normalisation_for
 from secateur.recipes.train import Evaluation, evaluate
 from secateur.runs.config import Task
 from secateur.runs.folder import SavedRun
@@ -75,6 +77,7 @@ def load_task(task: Task) -> LoadedTask:
     notes = []
     if task.weights is not None and (note := load_into(model, task.weights)):
         notes.append(f"The weights: {note}.")
+    _check_fit(model, data.subset(test_images=min(2, len(data.test))))
     if len(data.test) < len(whole.test):
         notes.append(f"Accuracies are of {len(data.test):,} of the {len(whole.test):,} test images.")
     if len(data.train) < len(whole.train):
@@ -82,11 +85,31 @@ def load_task(task: Task) -> LoadedTask:
     return LoadedTask(model, data, tuple(notes))
 
 
+def _check_fit(model: nn.Module, few: Dataset) -> None:
+    """Raise ModelError unless the model turns images into one logit per class: before anything else is done."""
+    try:
+        evaluate(model, few)
+    except ModelError:
+        raise
+    except Exception as error:
+        raise ModelError(
+            f"{type(model).__name__}: does not run on images {tuple(few.test.images.shape)}: {first_line(error)}. "
+            f"Build it for such images, or give another image_size."
+        ) from error
+
+
 def fresh_model(name: str, classes: int | None, in_channels: int, seed: int) -> nn.Module:
     """Build a model; the same seed gives the same weights."""
+    with seeded(seed):
+        return build_model(name, classes=classes, in_channels=in_channels)
+
+
+@contextmanager
+def seeded(seed: int) -> Iterator[None]:
+    """Inside the block, what is drawn without a generator follows from the seed; outside, nothing changes."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return build_model(name, classes=classes, in_channels=in_channels)
+        yield
 
 
 def load_into(model: nn.Module, weights: Path) -> str:
@@ -100,8 +123,23 @@ def load_into(model: nn.Module, weights: Path) -> str:
     if weights.suffix == ".safetensors" and "recipe" in read_tensors(weights)[1]:
         load(model, weights)
         return ""
-    info = load_weights(model, weights)
+    try:
+        info = load_weights(model, weights)
+    except ModelError as error:
+        fitting = [name for name in list_models() if _has_convolutions_of(name, read_tensors(weights)[0])]
+        if not fitting:
+            raise
+        raise ModelError(f"{error} Its convolutions are those of {' and '.join(fitting)}.") from None
     return info.note if info else ""
+
+
+def _has_convolutions_of(name: str, tensors: Mapping[str, Tensor]) -> bool:
+    """Whether a built-in model has the convolution kernels of a weights file, name by name."""
+    with torch.device("meta"):
+        own = build_model(name).state_dict()
+    named = {name_in(own, key): tensor for key, tensor in tensors.items()}
+    kernels = [{(key, *t.shape) for key, t in one.items() if t.ndim == 4} for one in (own, named)]
+    return kernels[0] == kernels[1]
 
 
 def evaluate_once(model: nn.Module, data: Dataset) -> Evaluation:

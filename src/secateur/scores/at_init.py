@@ -10,12 +10,14 @@ from torch.utils import _pytree as pytree
 
 from secateur.errors import ScoreError
 from secateur.graph import Inputs
-from secateur.graph.capture import as_call, with_images
+from secateur.graph.capture import as_call, batch_of, with_images
 from secateur.graph.duplicate import duplicate
+from secateur.graph.replay import some_of
 from secateur.imports import look_up
+from secateur.scores.table import loss_of, on_device
 
-Batches = Sequence[tuple[Tensor, Tensor]]
-Loss = Callable[[Tensor, Tensor], Tensor]
+Batches = Sequence[tuple[Any, Any]]
+Loss = Callable[[Any, Any], Tensor]
 
 
 class Synflow:
@@ -114,7 +116,7 @@ def snip(
     copied, own = _trained_copy(model, names)
     total = {name: torch.zeros_like(p) for name, p in own.items()}
     for x, y in _batches("snip", data, own):
-        for name, g in zip(own, _grads(loss(copied(x), y), own), strict=True):
+        for name, g in zip(own, _grads(_loss(loss, copied, x, y), own), strict=True):
             total[name] += g
     return checked("snip", {name: (total[name] * p.detach()).abs() for name, p in own.items()})
 
@@ -141,18 +143,14 @@ def grasp(
     Differs: not divided by the sum of all scores, which changes no ranking.
     """
     copied, own = _trained_copy(model, names)
-    halves = [
-        half
-        for x, y in _batches("grasp", data, own)
-        for half in zip(x.tensor_split(min(2, len(x))), y.tensor_split(min(2, len(x))), strict=True)
-    ]
+    halves = [half for x, y in _batches("grasp", data, own) for half in _halves(x, y)]
     mean = {name: torch.zeros_like(p) for name, p in own.items()}
     for x, y in halves:
-        for name, g in zip(own, _grads(loss(copied(x) / temperature, y), own), strict=True):
+        for name, g in zip(own, _grads(_loss(loss, copied, x, y, temperature), own), strict=True):
             mean[name] += g
     total = {name: torch.zeros_like(p) for name, p in own.items()}
     for x, y in halves:
-        found = _grads(loss(copied(x) / temperature, y), own, create_graph=True)
+        found = _grads(_loss(loss, copied, x, y, temperature), own, create_graph=True)
         z = torch.stack([(mean[name] * g).sum() for name, g in zip(own, found, strict=True)]).sum()
         for name, h in zip(own, _grads(z, own), strict=True):
             total[name] += h
@@ -178,14 +176,33 @@ def _trained_copy(model: nn.Module, names: Sequence[str]) -> tuple[nn.Module, di
     return copied, own
 
 
-def _batches(score: str, data: Batches, own: Mapping[str, Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
+def _batches(score: str, data: Batches, own: Mapping[str, Tensor]) -> Iterator[tuple[Any, Any]]:
     device = next(iter(own.values())).device
     empty = True
     for x, y in data:
         empty = False
-        yield x.to(device), y.to(device)
+        yield on_device(x, device), on_device(y, device)
     if empty:
         raise ScoreError(f"score {score!r} needs data: pass at least one batch of (inputs, targets)")
+
+
+def _halves(x: Any, y: Any) -> Iterator[tuple[Any, Any]]:
+    images = batch_of(x)
+    middle = (images + 1) // 2
+    for half in (slice(0, middle), slice(middle, images)):
+        if half.start < half.stop:
+            yield some_of(x, half, images), some_of(y, half, images)
+
+
+def _loss(loss: Loss, model: nn.Module, x: Any, y: Any, temperature: float = 1.0) -> Tensor:
+    """The loss of one batch, with all floating-point outputs divided by the temperature."""
+    args, kwargs = as_call(x)
+    outputs = model(*args, **kwargs)
+    if temperature != 1:
+        outputs = pytree.tree_map(
+            lambda z: z / temperature if isinstance(z, Tensor) and z.is_floating_point() else z, outputs
+        )
+    return loss_of(loss, outputs, y)
 
 
 def _grads(total: Tensor, own: Mapping[str, Tensor], *, create_graph: bool = False) -> list[Tensor]:

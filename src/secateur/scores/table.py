@@ -2,12 +2,15 @@
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
 from secateur.errors import ScoreError
 from secateur.graph import Graph, Group
+from secateur.graph.capture import as_call
 from secateur.graph.modes import evaluating
 from secateur.imports import look_up
 
@@ -141,7 +144,9 @@ def group_l2(slices: Sequence[Slice], generator: torch.Generator) -> Tensor:
     >>> group_l2([Slice("out", torch.tensor([[3., -4.]])), Slice("in", torch.tensor([[1., 2.]]))], torch.Generator())
     tensor([15.])
     """
-    parts = [s.weight.square().sum(1) for s in slices if s.role in ("out", "depthwise", "scale", "in")]
+    parts = [
+        s.weight.square().sum(1) for s in slices if s.role in ("out", "depthwise", "scale", "in", "recurrent")
+    ]
     if not parts:
         raise ScoreError(f"a group of roles {[s.role for s in slices]} has no weights to measure")
     return torch.stack(parts).mean(0)
@@ -194,8 +199,8 @@ def score_groups(
     score: str | ScoreFunction,
     *,
     seed: int = 0,
-    data: Iterable[tuple[Tensor, Tensor]] | None = None,
-    loss: Callable[[Tensor, Tensor], Tensor] = nn.functional.cross_entropy,
+    data: Iterable[tuple[Any, Any]] | None = None,
+    loss: Callable[[Any, Any], Tensor] = nn.functional.cross_entropy,
 ) -> list[Tensor]:
     """Score the units of every group.
 
@@ -203,8 +208,9 @@ def score_groups(
         model: the model the graph was made from; it is only read (gradients are taken aside).
         score: as for `score_named`.
         seed: for scores that draw random numbers.
-        data: (inputs, targets) batches, for scores that need gradients.
-        loss: of (outputs, targets), a mean over the batch.
+        data: (inputs, targets) batches, for scores that need gradients; inputs are what `analyze` takes, targets what
+            the loss takes: tensors, or tensors in tuples, lists and dicts.
+        loss: of (outputs, targets), a mean over the batch; outputs are what the model returns.
     Returns:
         one (units,) float32 tensor per group, on the CPU; higher = keep.
     Raises:
@@ -254,11 +260,14 @@ def group_slices(group: Group, parameters: Mapping[str, Tensor], grads: Mapping[
 
 
 def gradients(
-    model: nn.Module, data: Iterable[tuple[Tensor, Tensor]], loss: Callable[[Tensor, Tensor], Tensor]
+    model: nn.Module, data: Iterable[tuple[Any, Any]], loss: Callable[[Any, Any], Tensor]
 ) -> Iterator[dict[str, Tensor]]:
     """Gradient of each batch's mean loss, in evaluation mode, per parameter.
 
     `.grad`, `requires_grad` and the modes of the user's model are as they were after every batch.
+
+    Raises:
+        ScoreError: the loss does not take what the model returns, or is no number with a gradient.
     """
     named = {name: p for name, p in model.named_parameters() if p.is_floating_point()}
     required = {p: p.requires_grad for p in named.values()}
@@ -268,10 +277,42 @@ def gradients(
             try:
                 for p in required:
                     p.requires_grad_(True)
-                found = torch.autograd.grad(
-                    loss(model(x.to(device)), y.to(device)), list(required), allow_unused=True
-                )
+                args, kwargs = as_call(on_device(x, device))
+                value = loss_of(loss, model(*args, **kwargs), on_device(y, device))
+                found = torch.autograd.grad(value, list(required), allow_unused=True)
             finally:
                 for p, flag in required.items():
                     p.requires_grad_(flag)
         yield {name: g for name, g in zip(named, found, strict=True) if g is not None}
+
+
+def on_device(tree: Any, device: torch.device) -> Any:
+    """The same tree of tensors on a device."""
+    return pytree.tree_map(lambda x: x.to(device) if isinstance(x, Tensor) else x, tree)
+
+
+def loss_of(loss: Callable[[Any, Any], Tensor], outputs: Any, targets: Any) -> Tensor:
+    """The loss of one batch.
+
+    Raises:
+        ScoreError: it cannot be computed from these outputs, or is no number with a gradient.
+    """
+    what = f"outputs {_described(outputs)} and targets {_described(targets)}"
+    help_ = "Pass loss=, a function of (outputs, targets) that gives one number, such as lambda outputs, targets: …"
+    try:
+        value = loss(outputs, targets)
+    except Exception as error:
+        raise ScoreError(f"the loss fails on {what} ({type(error).__name__}: {error}). {help_}") from error
+    if not (isinstance(value, Tensor) and value.numel() == 1 and value.requires_grad):
+        raise ScoreError(f"the loss of {what} is {_described(value)}, no number with a gradient. {help_}")
+    return value
+
+
+def _described(tree: Any) -> str:
+    if isinstance(tree, Tensor):
+        return f"{tuple(tree.shape)}"
+    if isinstance(tree, Mapping):
+        return "{" + ", ".join(f"{name}: {_described(x)}" for name, x in tree.items()) + "}"
+    if isinstance(tree, tuple | list):
+        return "(" + ", ".join(map(_described, tree)) + ")"
+    return type(tree).__name__

@@ -8,10 +8,11 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from secateur.errors import CutError, PlanError
+from secateur.errors import CutError, PlanError, first_line
 from secateur.graph import Graph, fingerprint, mirrored, named_tensors
 from secateur.graph.duplicate import duplicate
 from secateur.graph.groups import PadSite
+from secateur.graph.guard import uncompiled
 from secateur.graph.modules import HELD, Keep, held, worked_out
 from secateur.graph.positions import kept_positions
 from secateur.plan import Plan
@@ -21,6 +22,7 @@ from secateur.rewriting.settle import settle
 from secateur.surgery.edit import Edit, select, select_states
 
 
+@uncompiled
 def cut_(model: nn.Module, graph: Graph, plan: Plan, *, optimizer: Optimizer | None = None) -> nn.Module:
     """Remove the units of a plan from the model's tensors, and let its layers' attributes follow.
 
@@ -62,9 +64,8 @@ def cut_(model: nn.Module, graph: Graph, plan: Plan, *, optimizer: Optimizer | N
         edit.undo()
         if isinstance(error, CutError):
             raise
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise CutError(
-            f"{type(model).__name__}: the plan cannot be applied ({reason}). The model is unchanged."
+            f"{type(model).__name__}: the plan cannot be applied ({first_line(error)}). The model is unchanged."
         ) from error
     return model
 
@@ -137,6 +138,7 @@ def tensor_cuts(
     return [(tensors[name], dims) for name, dims in cuts.items()]
 
 
+@uncompiled
 def cut_copy(model: nn.Module, graph: Graph, plan: Plan) -> nn.Module:
     """A cut copy; the model stays whole."""
     return cut_(duplicate(model), graph, plan)

@@ -6,9 +6,11 @@ from torch.nn.utils import parametrizations
 from torch.nn.utils.weight_norm import WeightNorm
 
 from secateur.graph import Graph
+from secateur.graph.guard import uncompiled
 from secateur.plan import Plan
 
 
+@uncompiled
 def mask_(model: nn.Module, graph: Graph, plan: Plan) -> nn.Module:
     """Set every parameter position of the removed units to zero; shapes stay.
 

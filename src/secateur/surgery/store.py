@@ -15,6 +15,7 @@ from secateur import __version__
 from secateur.errors import FileError, ModelError
 from secateur.files import read_tensors, write_tensors
 from secateur.graph import mirrored, named_tensors
+from secateur.graph.guard import uncompiled
 from secateur.graph.modules import pad_attributes
 from secateur.plan.bits import pack, unpack
 from secateur.rewriting.known import known_attributes
@@ -30,6 +31,7 @@ _VALUES, _PLACES = ":values", ":places"
 _OVERHEAD = 200  # bytes that one more tensor takes in the header of the file
 
 
+@uncompiled
 def save(model: nn.Module, path: str | Path) -> None:
     """Write a model, cut, masked or neither, as one safetensors file that `load` can rebuild bit for bit.
 
@@ -84,6 +86,7 @@ def filled(tensor: Tensor) -> Tensor | None:
     return places if saved > tensor.numel() / 8 + _OVERHEAD else None
 
 
+@uncompiled
 def load(model: nn.Module, path: str | Path) -> nn.Module:
     """Turn a freshly made original model into the saved one, bit for bit.
 

@@ -1,6 +1,6 @@
 """One table of operators (table.py), entered by a file per family."""
 
-from secateur.graph.operators import contract, elementwise, image, norm, select, shape
+from secateur.graph.operators import contract, elementwise, image, norm, recurrent, select, shape
 from secateur.graph.operators.site import Site, module_of, shapes_of
 from secateur.graph.operators.step import CutSite, LiveSite, Shape, Step
 from secateur.graph.operators.table import OPERATORS, Constants, Operator, label
@@ -20,6 +20,7 @@ __all__ = [
     "label",
     "module_of",
     "norm",
+    "recurrent",
     "select",
     "shape",
     "shapes_of",

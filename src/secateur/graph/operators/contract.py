@@ -8,10 +8,10 @@ import numpy as np
 import torch
 
 from secateur.graph.join import Joint, broadcast, join
-from secateur.graph.labels import Atoms, Value, along
+from secateur.graph.labels import Alternatives, Atoms, Value, along
 from secateur.graph.operators.site import Result, Site, pin_all, resized, without_rule
 from secateur.graph.operators.step import CutSite, LiveSite, Step, cut_groups, varies
-from secateur.graph.operators.table import PLAIN, Constants, operator
+from secateur.graph.operators.table import FORBIDDEN, PLAIN, Constants, operator
 
 OVER_IMAGE = "a convolution over a labelled image or batch dim"
 
@@ -86,6 +86,27 @@ def convolution(site: Site) -> Result:
     return site.value([*rest, along(out, channel, rank)])
 
 
+# A file is to load wherever torch alone is installed.
+@operator("torchvision.deform_conv2d", FORBIDDEN.but(constants=CONVOLUTION, survivors=product_of_survivors))
+def deformable_convolution(site: Site) -> Result:
+    """A convolution that reads from places which two more tensors give, for each of some equal runs of channels."""
+    labels, groups, runs = site.labels, site["groups"], site["offset_groups"]
+    for name in ("offset", "mask"):
+        site.restrict(labels.exposed(site[name]), [], "places that a deformable convolution reads from")
+    x, weight = labels.exposed(site["input"]), site["weight"]
+    site.restrict(weight, [0, 1], "positions of a convolution kernel")
+    read = labels.axis(Value(x.shape, tuple(site.restrict(x, [1], OVER_IMAGE))), 1)
+    if runs > 1:
+        labels.tie(read.reshape(runs, -1), read.reshape(runs, -1)[:1])
+    depthwise = groups > 1 and weight.shape[1] == 1
+    out = labels.axis(weight, 0, "depthwise" if depthwise else "out", unit=not depthwise)
+    into = labels.axis(weight, 1, "in")
+    connect(site, read, out, into, groups)
+    add_bias(site, out)
+    site.count(math.prod(site.shape) // site.shape[1] * math.prod(weight.shape), out, into)
+    return site.value([along(out, 1, 4)])
+
+
 def _pointwise(site: Site, number: int) -> bool:
     """Whether an image dim is neither summed over nor resized."""
     stride, padding = site["stride"], site["padding"]
@@ -114,8 +135,9 @@ def transposed_convolution(site: Site) -> Result:
     made = np.tile(out, groups)
     if depthwise:
         made = into
-    elif groups > 1:  # every group shares the positions of dim 1, so whole groups stay
-        labels.pin(into, "grouped transposed convolution")
+    elif groups > 1:  # every group makes the same positions, so all of them stay and lose equally many inputs
+        positions = into.reshape(groups, -1)
+        labels.tie(positions, positions[:1])
     add_bias(site, made)
     return site.value([along(made, channel, len(site.shape))])
 
@@ -130,12 +152,14 @@ def connect(site: Site, x: Atoms, out: Atoms, into: Atoms, groups: int) -> None:
     if source.shape[1] == 1:
         labels.tie(source, sink)
         return
-    labels.choose(
-        {
-            "groups": [(source, source[:, :1]), (sink, source[:, :1])],
-            "positions": [(source, into[None]), (sink, sink[:1])],
-        }
+    whole = labels.option(
+        "groups",
+        [(source, source[:, :1]), (sink, source[:, :1])],
+        [into],  # every group has the same positions
+        "whole groups are removed instead",
     )
+    positions = labels.option("positions", [(source, into[None]), (sink, sink[:1])])
+    labels.alternatives.append(Alternatives((whole, positions)))
 
 
 def add_bias(site: Site, out: Atoms) -> None:
@@ -212,18 +236,6 @@ def einsum(site: Site) -> Result:
     if len(terms) == 1:
         value = contract(site, [(value, letters)], target)
     return value
-
-
-@operator("lstm gru rnn_tanh rnn_relu", PLAIN.but(trains="train"))
-def recurrent(site: Site) -> Result:
-    """A recurrent layer stays whole; for every step of every sequence it multiplies by each weight once."""
-    rows = math.prod(site.operands[0].shape[:-1])
-    parameters = (value for value in site.operands if value.tensor in site.labels.parameters)
-    weights = [value for value in parameters if len(value.shape) == 2]
-    site.count(rows * sum(math.prod(weight.shape) for weight in weights))
-    if weights:  # so that the layer is on the list of what stays
-        site.labels.pin(site.labels.axis(weights[0], 0, "out", unit=True), f"no rule for {site.op}")
-    return without_rule(site)
 
 
 def write_scale(step: Step) -> Step:

@@ -1,8 +1,9 @@
 """Operators that work on every element by itself."""
 
 from secateur.graph.join import broadcast
+from secateur.graph.labels import along
 from secateur.graph.operators.site import Result, Site
-from secateur.graph.operators.step import as_target, with_shape
+from secateur.graph.operators.step import as_target, cut_shape, with_shape
 from secateur.graph.operators.table import FORBIDDEN, PLAIN, Constants, operator
 
 
@@ -53,9 +54,17 @@ def nothing(site: Site) -> Result:
 
 
 @operator(
-    "zeros ones full empty new_zeros new_ones new_full new_empty",
-    PLAIN.but(constants=Constants(with_shape("size"))),
+    "zeros ones full new_zeros new_ones new_full",
+    PLAIN.but(constants=Constants(with_shape("size"), cut_shape("size"))),
 )
+def uniform(site: Site) -> Result:
+    """A new tensor whose elements are all equal, so that it may become smaller along any dim."""
+    rank = len(site.shape)
+    sizes = [(dim, size) for dim, size in enumerate(site.shape) if size > 1]
+    return site.value([along(site.labels.fresh(size), dim, rank) for dim, size in sizes])
+
+
+@operator("empty new_empty", PLAIN.but(constants=Constants(with_shape("size"))))
 @operator("linspace arange eye", PLAIN)
 # Strides may ask for any amount of memory.
 @operator("new_empty_strided", FORBIDDEN)

@@ -4,6 +4,7 @@ import re
 
 import numpy as np
 
+from secateur.graph.join import join
 from secateur.graph.labels import Atoms, Value, along
 from secateur.graph.operators.site import Result, Site, resized
 from secateur.graph.operators.step import cut_groups
@@ -33,6 +34,17 @@ def grid_sampler(site: Site) -> Result:
     x, grid = site.first, site.labels.exposed(site["grid"])
     site.restrict(grid, [], "sampling positions")
     return site.value(site.restrict(x, [0, 1], "sampled over a labelled image dim"))
+
+
+@operator("max_unpool2d max_unpool3d", PLAIN)
+def max_unpool(site: Site) -> Result:
+    """Values go back to where a pooling took them from: both lose the same channels."""
+    lead = len(site.shape) - int(site.op[-2])
+    operands = []
+    for value in (site.first, site.labels.exposed(site["indices"])):
+        factors = site.restrict(value, range(lead), "places in a labelled image dim")
+        operands.append(Value(value.shape[:lead] + (1,) * (len(value.shape) - lead), tuple(factors)))
+    return site.value(join(site.labels, operands).factors)
 
 
 # A file is to load wherever torch alone is installed.

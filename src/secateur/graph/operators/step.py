@@ -51,6 +51,11 @@ class Step:
         name, overload = self.target.removeprefix("aten.").split(".")
         return getattr(getattr(torch.ops.aten, name), overload)  # type: ignore[no-any-return]
 
+    def default(self, name: str) -> Any:
+        """What an argument is where it is left out."""
+        schema = getattr(self.function, "_schema", None)
+        return next((a.default_value for a in (schema.arguments if schema else ()) if a.name == name), None)
+
     def shape_of(self, name: str) -> Shape:
         """The shape that the tensor of this argument had at capture."""
         names = [argument.name for argument in self.node.target._schema.arguments]  # type: ignore[union-attr]

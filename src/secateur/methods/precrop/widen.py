@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import numpy as np
 from torch import nn
 
-from secateur.errors import CutError, PlanError
+from secateur.errors import CutError, PlanError, first_line
 from secateur.graph import Graph, fingerprint, named_tensors
 from secateur.graph.groups import Member
 from secateur.graph.modules import resized
@@ -64,7 +64,7 @@ def widen_(model: nn.Module, graph: Graph, widths: Sequence[int]) -> nn.Module:
     except Exception as error:
         edit.undo()
         raise CutError(
-            f"{type(model).__name__}: its forward does not run at larger widths ({str(error).splitlines()[0]}). A "
+            f"{type(model).__name__}: its forward does not run at larger widths ({first_line(error)}). A "
             f"size is probably written into forward; allow no growth (cap=1). The model is unchanged."
         ) from error
     return model

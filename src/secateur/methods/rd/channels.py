@@ -1,28 +1,44 @@
 """Rate–distortion pruning of channels: curves per group, widths as one problem, consumers solved again."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, ClassVar
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar, Literal, Self
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
-from secateur.allocate.products import ChosenWidths, choose_widths
+from secateur.allocate.knapsack import Curve
+from secateur.allocate.products import ChosenWidths, Costs, choose_widths
 from secateur.allocate.table import list_widths
 from secateur.cost import Budget, Cost
-from secateur.engine.method import Context, Method, Progress, images_of
+from secateur.engine.method import Context, Meter, Method, Progress, images_of
 from secateur.engine.pruned import Pruned, cut_and_prove
 from secateur.errors import BudgetError, ScoreError, SecateurError
 from secateur.graph import Graph, Group, Inputs, Member, analyze
+from secateur.graph.capture import batch_of
 from secateur.graph.duplicate import duplicate
-from secateur.graph.replay import Replay, Tensors
-from secateur.methods.rd.curves import DISTORTIONS, Curves, interpolated, joint, key_of, measure
-from secateur.methods.rd.single_weights import COMPENSATIONS, passes
+from secateur.graph.replay import Outputs, Replay, chunks, joined, some_of
+from secateur.methods.rd.curves import (
+    DISTANCES,
+    Curves,
+    at_levels,
+    joint,
+    key_of,
+    measure,
+    references,
+)
+from secateur.methods.rd.importance import by_power, importances
+from secateur.methods.rd.single_weights import passes
 from secateur.plan import Plan
-from secateur.reconstruction.compensate import Fitted, compensate, layers, reestimate
-from secateur.reconstruction.leastsquares import block_prices
+from secateur.reconstruction.compensate import Seen, layers, see
+from secateur.reconstruction.leastsquares import Elimination
+from secateur.reconstruction.plans import COMPENSATIONS, compensated, positions
 from secateur.settings import option, settings
+
+GRID = 36
+"""Widths of a group that the search over widths sees at most."""
 
 
 @settings
@@ -50,7 +66,7 @@ class RD(Method):
     compensation: str = option(
         "what the remaining weights do, without training", default="least-squares", choices=COMPENSATIONS
     )
-    distortion: str = option("distance between outputs", default="kl", choices=DISTORTIONS)
+    distortion: str = option("distance between outputs", default="auto", choices=DISTANCES)
     exponents: tuple[float, ...] = option(
         "of the mean distortion before curves are added up; of several, the best is taken",
         default=(0.5, 1.0),
@@ -67,7 +83,18 @@ class RD(Method):
         above=0,
         most=1,
     )
-    levels: int = option("widths measured per group", default=9, least=2)
+    curves: Literal["estimated", "measured"] = option(
+        "estimated: by the readers' error, scaled to what is measured at some widths; measured: at all levels",
+        default="estimated",
+    )
+    shares: tuple[float, ...] = option(
+        "of a group's units, at which an estimate is scaled to what is measured",
+        default=(0.75, 0.4),
+        above=0,
+        below=1,
+    )
+    part: int = option("estimates are measured on one of so many calibration images", default=4, least=1)
+    levels: int = option("widths measured per group, where curves are measured", default=9, least=2)
     min_keep: int = option("units that every group keeps at least", default=1, least=1)
     round_to: int = option("kept units per group are a multiple of this, or all of them", default=1, least=1)
     seed: int = option("of the images for the proof", default=0, least=0)
@@ -75,10 +102,17 @@ class RD(Method):
     def check(self) -> None:
         if not self.exponents:
             raise SecateurError("RD: exponents is empty; give at least one, such as (0.5, 1.0)")
+        if not self.shares:
+            raise SecateurError("RD: shares is empty; give at least one, such as (0.75, 0.4)")
 
     @property
     def needs_data(self) -> bool:
         return True
+
+    @property
+    def estimates(self) -> bool:
+        """Whether curves are estimated: the readers' error says nothing where they are not solved again."""
+        return self.curves == "estimated" and self.compensation == "least-squares"
 
     @torch.no_grad()
     def prune(self, model: nn.Module, inputs: Inputs, budget: Budget, context: Context) -> Pruned:
@@ -88,7 +122,7 @@ class RD(Method):
             raise BudgetError(
                 f"method 'rd' takes one bound, got {', '.join(budget.bounds)}; give one of them"
             )
-        batches = images_of(context.data)
+        given = images_of(context.data)
         model = duplicate(model).eval()
         graph = analyze(model, inputs, freeze=self.freeze)
         if not graph.groups:
@@ -99,15 +133,17 @@ class RD(Method):
         ((bound, _),) = budget.bounds.items()
         cost.sum(bound)  # or it is refused here, before anything is measured
         limit = budget.limits({bound: cost.of(bound)})[bound]
-        program = Replay(model, batches[0])
-        orders, widths = rank_units(program, graph, batches, self)
-        key = key_of(model, batches, self.measured_with())
-        curves = Curves.once(
-            context.cache,
-            key,
-            lambda: measure_curves(program, graph, batches, orders, widths, self, key, context.progress),
-        )
-        best = self._best(program, cost, batches, orders, curves, bound, limit, budget)
+        program = Replay(model, given[0])
+        task = Task.of(program, graph, chunks(program, given), self, context.progress)
+        key = key_of(model, given, self.measured_with())
+        seen = task.see()
+        rankings = task.rank(seen)
+        curves = Curves.once(context.cache, key, lambda: measure_curves(task, rankings, seen, key))
+        orders = [ranking.order for ranking in rankings]
+        seen.clear()  # moments and weights that are no longer needed
+        rankings.clear()
+        best = self._best(task, cost, orders, curves, bound, limit, budget)
+        task.meter.end()
         for name, tensor in best.tensors.items():
             program.tensor(name).copy_(tensor)
         facts = {
@@ -122,17 +158,21 @@ class RD(Method):
 
     def measured_with(self) -> dict[str, Any]:
         """What curves depend on."""
+        how = (
+            {"shares": list(self.shares), "part": self.part, "seed": self.seed}
+            if self.estimates
+            else {"levels": self.levels}
+        )
         return {
-            "compensation": self.compensation, "distortion": self.distortion, "levels": self.levels,
+            "compensation": self.compensation, "distortion": self.distortion, **how,
             "freeze": list(self.freeze), "min_keep": self.min_keep, "round_to": self.round_to,
             "granularity": "channels",
         }  # fmt: skip
 
     def _best(
         self,
-        program: Replay,
+        task: "Task",
         cost: Cost,
-        batches: Sequence[Tensor],
         orders: Sequence[Tensor],
         curves: Curves,
         bound: str,
@@ -140,7 +180,7 @@ class RD(Method):
         budget: Budget,
     ) -> "Trial":
         """Of the widths that the sums ask for, those whose measured distortion is lowest."""
-        graph = cost.graph
+        graph, few = task.graph, task.few
         best, seen = None, set()
         weights = (1.0, self.stream_weight) if any(map(is_stream, graph.groups)) else (1.0,)
         for weight in weights:
@@ -148,6 +188,7 @@ class RD(Method):
             for exponent in self.exponents:
                 choice = choose_widths_by(cost, curves, exponent, weight, bound, limit, self)
                 if choice.kept in seen:
+                    task.meter.add(task.solving(few))
                     continue
                 seen.add(choice.kept)
                 masks = [keep_first(order, kept) for order, kept in zip(orders, choice.kept, strict=True)]
@@ -155,14 +196,103 @@ class RD(Method):
                     "exponent": exponent, "stream_weight": weight, "budget": dict(budget.bounds)
                 }  # fmt: skip
                 plan = Plan.of(graph, masks, origin)
-                tensors = compensated(program, graph, plan, batches, self.compensation)
-                moved = float(joint(program, batches, tensors, distortion=self.distortion).mean())
-                if rival is None or moved < rival.measured:
-                    rival = Trial(moved, summed(curves, choice.kept, exponent), choice.gap, plan, tensors)
+                measured, tensors = task.tried(plan, few)
+                if rival is None or measured < rival.measured:
+                    rival = Trial(measured, summed(curves, choice.kept, exponent), choice.gap, plan, tensors)
             if best is None or (rival is not None and rival.measured < self.stream_gain * best.measured):
                 best = rival
         assert best is not None
+        if few is not task.batches:
+            measured, tensors = task.tried(best.plan, task.batches)
+            best = replace(best, measured=measured, tensors=tensors)
         return best
+
+
+@dataclass(frozen=True)
+class Task:
+    """One network and its calibration images.
+
+    Attributes:
+        program: of a copy of the dense model.
+        graph: of it.
+        batches: all calibration images.
+        few: those that curves are measured on.
+        others: those that what is tried is measured on.
+        dense: the dense model's outputs on these; None: too much to keep.
+        how: the method.
+        macs: of one image.
+        meter: is told how much is done; a unit is one image's way through the network.
+    """
+
+    program: Replay
+    graph: Graph
+    batches: list[Inputs]
+    few: list[Inputs]
+    others: list[Inputs]
+    dense: list[Outputs] | None
+    how: RD
+    macs: int
+    meter: Meter
+
+    @classmethod
+    def of(
+        cls, program: Replay, graph: Graph, batches: list[Inputs], how: RD, progress: Progress | None
+    ) -> Self:
+        few = others = batches
+        if how.estimates:
+            few, others = (part_of(program, batches, how.part, first) for first in (0, 1))
+        dense, macs = references(program, others), max(1, Cost(graph).macs())
+        task = cls(program, graph, batches, few, others, dense, how, macs, Meter(None, 1.0))
+        levels = len(how.shares) if how.estimates else how.levels - 1
+        tries = len(how.exponents) * (2 if any(map(is_stream, graph.groups)) else 1)
+        total = (
+            2 * count(batches) + 4 * count(few) + 0.5 * levels * len(graph.groups) * count(few)
+            + tries * task.solving(few) + how.estimates * task.solving(batches)
+            + sum(map(task.ranking, graph.groups))
+        )  # fmt: skip
+        return replace(task, meter=Meter(progress, total))
+
+    def solving(self, batches: Sequence[Inputs]) -> float:
+        """About what solving all layers again takes, in images' ways through the network."""
+        return 6.0 * count(batches)
+
+    def see(self) -> dict[str, Seen]:
+        """What goes into every layer."""
+        return see(self.program, self.batches, self.meter.each(2 * count(self.batches) / len(self.batches)))
+
+    def rank(self, seen: Mapping[str, Seen]) -> list["Ranking"]:
+        """The order in which the units of each group leave."""
+        how, program = self.how, self.program
+        if how.estimates:
+            importance = importances(program, self.few, seen, distortion=how.distortion, seed=how.seed)
+        else:
+            importance = by_power(seen)
+        self.meter.add(4 * count(self.few))
+        shares = how.shares if how.estimates else ()
+        found = []
+        for group in self.graph.groups:
+            found.append(rank_units(program, group, seen, importance, shares))
+            self.meter.add(self.ranking(group))
+        return found
+
+    def ranking(self, group: Group) -> float:
+        """About what ranking the units of a group takes, in images' ways through the network."""
+        wide = {m.tensor: self.program.tensor(m.tensor)[0].numel() for m in group.members if m.role == "in"}
+        return sum(5.0 * k**3 for k in wide.values()) / (2 * self.macs)
+
+    def tried(self, plan: Plan, batches: Sequence[Inputs]) -> tuple[float, dict[str, Tensor]]:
+        """The mean distortion that a plan leads to when it is made up for on some batches, and the tensors."""
+        each = self.solving(batches) / max(1, len(layers(self.program)))
+        tensors = compensated(
+            self.program, self.graph, plan, batches, self.how.compensation, self.meter.each(each)
+        )
+        found = joint(self.program, self.others, tensors, distortion=self.how.distortion, dense=self.dense)
+        return float(found.mean()), tensors
+
+
+def count(batches: Sequence[Inputs]) -> int:
+    """Images in all batches."""
+    return sum(map(batch_of, batches))
 
 
 @dataclass(frozen=True)
@@ -178,52 +308,91 @@ class Trial:
     tensors: dict[str, Tensor]
 
 
-def rank_units(
-    program: Replay, graph: Graph, batches: Sequence[Tensor], how: RD
-) -> tuple[list[Tensor], list[Any]]:
-    """Per group: its units in the order in which they stay, best first; and the widths to measure, descending."""
-    whole = {
-        layer.weight: torch.ones_like(program.tensor(layer.weight), dtype=torch.bool)
-        for layer in layers(program)
-    }
-    fitted = compensate(program, batches, whole).fitted
-    orders, widths = [], []
-    for group in graph.groups:
-        orders.append(order_units(program, group, fitted))
-        possible = np.array(list_widths(group.units, how.min_keep, how.round_to))
-        wanted = np.geomspace(group.units, possible[0], how.levels)
-        nearest = possible[np.abs(possible[None] - wanted[:, None]).argmin(1)]
-        widths.append(np.unique(nearest)[::-1].astype(np.int64))
-    return orders, widths
+@dataclass(frozen=True)
+class Ranking:
+    """In which order the units of a group leave, and what that costs the layers that read them.
 
-
-def order_units(program: Replay, group: Group, fitted: Mapping[str, Fitted]) -> Tensor:
-    """The units of a group, the one that is hardest to do without first.
-
-    Units leave one at a time, the one whose loss costs its consumers least once these are solved again.
-    Without a consumer, units with the smallest filters leave first.
+    Attributes:
+        order: (units,), the one that is hardest to do without first.
+        kept: widths after each step, descending, from all units to one.
+        cost: the importance-weighted squared error of the readers' outputs at these widths, or what stands for it.
+        solved: width -> readers' weights there, (o, k), by name.
     """
-    consumers = [m for m in group.members if m.role == "in" and m.tensor in fitted and m.dim == 1]
-    consumers = [m for m in consumers if len(fitted[m.tensor].moments) == 1]
-    if not consumers:
+
+    order: Tensor
+    kept: npt.NDArray[np.int64]
+    cost: npt.NDArray[np.float64]
+    solved: Mapping[int, Mapping[str, Tensor]]
+
+
+def rank_units(
+    program: Replay,
+    group: Group,
+    seen: Mapping[str, Seen],
+    importance: Mapping[str, Tensor],
+    shares: Sequence[float] = (),
+) -> Ranking:
+    """Let the units of a group leave, some at a time, those whose loss costs their readers least.
+
+    Without a reader that can be solved again, units with the smallest filters leave first.
+
+    Args:
+        program: of the dense model.
+        group: of its graph.
+        seen: what goes into its layers.
+        importance: weight name -> what the squared error of each output counts, (o,).
+        shares: of the units, at which the readers' weights are kept.
+    """
+    readers = [m for m in group.members if m.role == "in" and m.tensor in seen and m.dim == 1]
+    readers = [m for m in readers if len(seen[m.tensor].inputs) == 1]
+    if not readers:
         producers = [m for m in group.members if m.role == "out"] or list(group.members)
         norm = sum(m.take(program.tensor(m.tensor)).square().sum(1) for m in producers)
         assert isinstance(norm, Tensor)
-        return norm.cpu().sort(descending=True, stable=True).indices
-    blocks = [columns_of(m, program.tensor(m.tensor)) for m in consumers]
-    alive = [torch.ones(fitted[m.tensor].moments[0].a.shape[0], dtype=torch.bool) for m in consumers]
+        values, order = norm.cpu().double().sort(descending=True, stable=True)
+        lost = values.flip(0).cumsum(0)[:-1]
+        return Ranking(order, np.arange(group.units, 0, -1), np.array([0.0, *lost.tolist()]), {})
+    left = {}
+    for name in dict.fromkeys(m.tensor for m in readers):
+        found = seen[name]
+        blocks = [columns_of(m, program.tensor(name)) for m in readers if m.tensor == name]
+        left[name] = Elimination(
+            found.inputs[0][0], found.damping(), found.weight, torch.cat(blocks, 1), importance[name]
+        )
     gone: list[int] = []
+    kept, cost, solved = [group.units], [0.0], {}
     at_once = max(1, group.units // 32)
+    wanted = {max(1, round(share * group.units)) for share in shares}
     while len(gone) < group.units - 1:
-        price = torch.zeros(group.units, dtype=torch.float64)
-        for m, block, live in zip(consumers, blocks, alive, strict=True):
-            price += block_prices(fitted[m.tensor].moments[0], live, block)
-        for unit in price.sort(stable=True).indices[: min(at_once, group.units - 1 - len(gone))].tolist():
-            gone.append(unit)
-            for block, live in zip(blocks, alive, strict=True):
-                live[block[unit]] = False
+        price = torch.stack([layer.prices() for layer in left.values()]).sum(0)
+        units = price.sort(stable=True).indices[: min(at_once, group.units - 1 - len(gone))]
+        gone += units.tolist()
+        cost.append(cost[-1] + sum(layer.remove(units) for layer in left.values()))
+        kept.append(group.units - len(gone))
+        if any(kept[-1] <= width < kept[-2] for width in wanted):
+            solved[kept[-1]] = {name: layer.full() for name, layer in left.items()}
     last = [unit for unit in range(group.units) if unit not in set(gone)]
-    return torch.tensor([*last, *gone[::-1]])
+    return Ranking(torch.tensor([*last, *gone[::-1]]), np.array(kept), np.array(cost), solved)
+
+
+def part_of(program: Replay, batches: Sequence[Inputs], part: int, first: int) -> list[Inputs]:
+    """One of every `part` images, in batches as large; whole batches if the graph takes one size only."""
+    if program.batch is not None:
+        return list(batches[first % len(batches) :: part])
+    if sum(batch_of(x) for x in batches) < 2 * part:
+        return list(batches)
+    found: list[Inputs] = []
+    size, before = max(batch_of(x) for x in batches), 0
+    for x in batches:
+        some = some_of(x, slice((first - before) % part, None, part))
+        before += batch_of(x)
+        if not batch_of(some):
+            continue
+        if found and batch_of(found[-1]) + batch_of(some) <= size:
+            found[-1] = joined(found[-1], some)
+        else:
+            found.append(some)
+    return found
 
 
 def columns_of(member: Member, weight: Tensor) -> Tensor:
@@ -247,73 +416,141 @@ def score_ranks(order: Tensor) -> Tensor:
     return score
 
 
-def measure_curves(
-    program: Replay,
-    graph: Graph,
-    batches: Sequence[Tensor],
-    orders: Sequence[Tensor],
-    widths: Sequence[Any],
-    how: RD,
-    key: str,
-    progress: Progress | None,
-) -> Curves:
-    """The distortion of each group at each width, every other group whole."""
-    whole = {
-        layer.weight: torch.ones_like(program.tensor(layer.weight), dtype=torch.bool)
-        for layer in layers(program)
-    }
-    fitted = compensate(program, batches, whole).fitted if how.compensation == "least-squares" else {}
-    candidates: list[Sequence[Tensors]] = []
-    for group, order, width in zip(graph.groups, orders, widths, strict=True):
-        variants: list[Tensors] = []
-        for kept in width[1:].tolist():
-            keep = positions(program, [group], [keep_first(order, kept)])
-            tensors = {n: program.tensor(n) * k for n, k in keep.items()}
-            for name in keep.keys() & fitted.keys():
-                found = fitted[name].solved(keep[name])
-                tensors |= {n: t * keep[n] if n in keep else t for n, t in found.items()}
-            variants.append(tensors)
-        candidates.append(variants)
-    images = measure(
-        program, batches, candidates, distortion=how.distortion, batched=passes(batches[0]), tick=progress
+def measure_curves(task: Task, rankings: Sequence[Ranking], seen: Mapping[str, Seen], key: str) -> Curves:
+    """The distortion of each group at several widths, every other group whole."""
+    how, groups = task.how, task.graph.groups
+    grids = [(grid_of if how.estimates else measured_widths)(group.units, how) for group in groups]
+    if how.estimates:
+        widths = [anchors_of(ranking, how.shares) for ranking in rankings]
+    else:
+        widths = [grid[1:].tolist() for grid in grids]
+    found = measure(
+        task.program,
+        task.few,
+        [
+            [pruned_alone(task, group, ranking, width, seen) for width in some]
+            for group, ranking, some in zip(groups, rankings, widths, strict=True)
+        ],
+        distortion=how.distortion,
+        batched=passes(task.program),
+        tick=task.meter.each(0.5 * count(task.few) / len(task.few)),
     )
-    zero = np.zeros((1, sum(len(x) for x in batches)))
-    names = tuple(group.name for group in graph.groups)
-    return Curves(names, tuple(widths), tuple(np.concatenate([zero, v]) for v in images), key)
+    if how.estimates:
+        images = [
+            estimate(ranking, some, moved.mean(1).tolist(), grid)[:, None]
+            for ranking, some, moved, grid in zip(rankings, widths, found, grids, strict=True)
+        ]
+    else:
+        images = [np.concatenate([np.zeros((1, moved.shape[1])), moved]) for moved in found]
+    return Curves(tuple(group.name for group in groups), tuple(grids), tuple(images), key)
+
+
+def measured_widths(units: int, how: RD) -> npt.NDArray[np.int64]:
+    """Widths by equal ratios, descending, from all units to the least."""
+    return nearest(np.geomspace(units, 1, how.levels), units, how)
+
+
+def grid_of(units: int, how: RD) -> npt.NDArray[np.int64]:
+    """The widths that the search over widths sees, descending: all that may be, or some of them by equal ratios."""
+    possible = list_widths(units, how.min_keep, how.round_to)
+    if len(possible) <= GRID:
+        return np.array(possible[::-1], dtype=np.int64)
+    return nearest(np.geomspace(units, possible[0], GRID), units, how)
+
+
+def nearest(wanted: npt.NDArray[np.float64], units: int, how: RD) -> npt.NDArray[np.int64]:
+    """The widths that may be nearest to those wanted, descending."""
+    possible = np.array(list_widths(units, how.min_keep, how.round_to))
+    wanted = np.clip(wanted, possible[0], None)
+    return np.unique(possible[np.abs(possible[None] - wanted[:, None]).argmin(1)])[::-1].astype(np.int64)
+
+
+def anchors_of(ranking: Ranking, shares: Sequence[float]) -> list[int]:
+    """The widths that are measured to scale an estimate, descending; the readers' weights there are known."""
+    known = ranking.kept[1:]
+    wanted = [share * ranking.kept[0] for share in shares]
+    return (
+        sorted({int(known[np.abs(known - w).argmin()]) for w in wanted}, reverse=True) if len(known) else []
+    )
+
+
+def estimate(
+    ranking: Ranking, anchors: Sequence[int], measured: Sequence[float], grid: npt.NDArray[np.int64]
+) -> Curve:
+    """The distortion at each width of a grid: the readers' error, scaled to what was measured at some widths.
+
+    Between the widths that were measured the logarithm of the scale is linear in that of the width.
+
+    Args:
+        ranking: of the group.
+        anchors: widths that were measured, descending.
+        measured: the distortion there.
+        grid: widths, descending.
+    """
+    cost = np.interp(-grid, -ranking.kept, ranking.cost)
+    if not anchors:
+        return cost
+    at = np.interp(-np.array(anchors), -ranking.kept, ranking.cost)
+    scale = np.log(np.maximum(measured, 1e-12) / np.maximum(at, 1e-30))
+    values = cost * np.exp(np.interp(-np.log(grid), -np.log(anchors), scale))
+    return np.asarray(np.maximum.accumulate(values))
+
+
+def pruned_alone(
+    task: Task, group: Group, ranking: Ranking, width: int, seen: Mapping[str, Seen]
+) -> dict[str, Tensor]:
+    """The tensors of a network in which only this group is narrower, its readers solved again."""
+    program = task.program
+    keep = positions(program, [group], [keep_first(ranking.order, width)])
+    tensors = {n: program.tensor(n) * k for n, k in keep.items()}
+    if task.how.compensation != "least-squares":
+        return tensors
+    readers = {m.tensor for m in group.members if m.role == "in"} & seen.keys()
+    known = ranking.solved.get(width, {})
+    for name in readers:
+        if name in known:
+            found = seen[name].tensors(known[name])
+        else:
+            found = seen[name].fitted().solved(keep[name])
+        tensors |= {n: t * keep[n] if n in keep else t for n, t in found.items()}
+    return tensors
 
 
 def choose_widths_by(
     cost: Cost, curves: Curves, exponent: float, stream_weight: float, bound: str, limit: float, how: RD
 ) -> ChosenWidths:
-    """Widths of least summed distortion within the limit, then single units as long as one more fits."""
-    graph, levels, values = cost.graph, [], []
-    for group, kept, curve in zip(graph.groups, curves.kept, curves.reduced(), strict=True):
+    """Widths of least summed distortion within the limit, then single steps as long as one more fits."""
+    levels, values, possible = [], [], []
+    for group, kept, curve in zip(cost.graph.groups, curves.kept, curves.reduced(), strict=True):
         factor = stream_weight if is_stream(group) else 1.0
-        grid, value = interpolated(kept, (factor * curve) ** exponent, 4 * len(kept))
-        possible = np.isin(grid, list_widths(group.units, how.min_keep, how.round_to))
-        levels.append(grid[possible])
-        values.append(value[possible])
+        levels.append(grid_of(group.units, how))
+        values.append(at_levels(kept, (factor * curve) ** exponent, levels[-1]))
+        possible.append(np.array(list_widths(group.units, how.min_keep, how.round_to), dtype=np.int64))
     choice = choose_widths(cost, curves.names, levels, values, bound, limit)
-    kept_now = list(choice.kept)
-    while True:  # widths between the levels
-        best: tuple[float, int, int] | None = None
-        for g, group in enumerate(graph.groups):
-            wider = [w for w in list_widths(group.units, how.min_keep, how.round_to) if w > kept_now[g]]
-            if not wider:
-                continue
-            trial = [*kept_now[:g], wider[0], *kept_now[g + 1 :]]
-            if cost.of(bound, trial) > limit:
-                continue
-            now, then = (float(np.interp(-w, -levels[g], values[g])) for w in (kept_now[g], wider[0]))
-            price = cost.of(bound, trial) - cost.of(bound, kept_now)
-            gain = (now - then) / max(price, 1)
-            if best is None or gain > best[0]:
-                best = gain, g, wider[0]
-        if best is None:
-            break
-        kept_now[best[1]] = best[2]
-    total = sum(float(np.interp(-k, -lv, v)) for k, lv, v in zip(kept_now, levels, values, strict=True))
-    return ChosenWidths(tuple(kept_now), min(total, choice.distortion), choice.bound)
+    along = [np.interp(-w, -level, value) for w, level, value in zip(possible, levels, values, strict=True)]
+    place = [int(np.searchsorted(w, k)) for w, k in zip(possible, choice.kept, strict=True)]
+    price = Costs(cost, bound)
+    open_ = [g for g, w in enumerate(possible) if place[g] + 1 < len(w)]
+    while open_:  # widths between the levels
+        kept_now = np.array([w[i] for w, i in zip(possible, place, strict=True)])
+        slopes = price.slopes(kept_now[None])[0]
+
+        def gain(g: int, slopes: Curve = slopes) -> float:
+            i = place[g]
+            saved, wider = along[g][i] - along[g][i + 1], possible[g][i + 1] - possible[g][i]
+            return float(saved / max(slopes[g] * wider, 1))
+
+        best = max(open_, key=gain)
+        kept_now[best] = possible[best][place[best] + 1]
+        if price.of(kept_now[None])[0] <= limit:
+            place[best] += 1
+            if place[best] + 1 == len(possible[best]):
+                open_.remove(best)
+        else:  # nor will it later: others only make its units dearer
+            open_.remove(best)
+    kept_last = tuple(int(w[i]) for w, i in zip(possible, place, strict=True))
+    total = float(sum(value[i] for value, i in zip(along, place, strict=True)))
+    return ChosenWidths(kept_last, min(total, choice.distortion), choice.bound)
 
 
 def is_stream(group: Group) -> bool:
@@ -327,44 +564,3 @@ def summed(curves: Curves, kept: Sequence[int], exponent: float) -> float:
     for width, levels, curve in zip(kept, curves.kept, curves.reduced(), strict=True):
         total += float(np.interp(-width, -levels, curve**exponent))
     return float(total ** (1 / exponent))
-
-
-def positions(program: Replay, groups: Sequence[Group], masks: Sequence[Tensor]) -> dict[str, Tensor]:
-    """Parameter name -> bool of its shape, False where a removed unit lies."""
-    owned = dict(program.model.named_parameters())
-    keep: dict[str, Tensor] = {}
-    for group, mask in zip(groups, masks, strict=True):
-        if mask.all():
-            continue
-        for member in group.members:
-            if member.tensor in owned:
-                if member.tensor not in keep:
-                    keep[member.tensor] = torch.ones_like(owned[member.tensor], dtype=torch.bool)
-                member.fill_(keep[member.tensor], ~mask, 0)
-    return keep
-
-
-@torch.no_grad()
-def compensated(
-    program: Replay, graph: Graph, plan: Plan, batches: Sequence[Tensor], compensation: str
-) -> dict[str, Tensor]:
-    """The tensors of the masked network that make up for what a plan removes; removed units stay zero.
-
-    Args:
-        program: of the dense model.
-        graph: of the same model.
-        plan: any plan for it, whatever chose it.
-        batches: calibration images, (n, …) each.
-        compensation: a name in `secateur.methods.rd.single_weights.COMPENSATIONS`.
-    """
-    keep = positions(program, graph.groups, plan.masks(graph))
-    start = {name: program.tensor(name) * k for name, k in keep.items()}
-    if compensation == "none":
-        return start
-    if compensation == "batch-norm":
-        return reestimate(program, batches, start)
-    masks = {
-        layer.weight: keep.get(layer.weight, torch.ones_like(program.tensor(layer.weight), dtype=torch.bool))
-        for layer in layers(program)
-    }
-    return compensate(program, batches, masks, start=start, keep=keep).tensors

@@ -11,21 +11,23 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
 from secateur.allocate.knapsack import Curve
-from secateur.errors import FileError, SecateurError, unknown
+from secateur.errors import FileError, ScoreError, SecateurError, unknown
 from secateur.files import read_tensors, write_tensors
-from secateur.graph import named_tensors
-from secateur.graph.replay import Replay, Tensors
+from secateur.graph import Inputs, named_tensors
+from secateur.graph.capture import batch_of
+from secateur.graph.replay import Outputs, Replay, Tensors, floats
+
+KEPT = 2**28
+"""Bytes of outputs that are kept; where they are more, they are computed again."""
 
 FORMAT = "secateur-curves-1"
 
-Tick = Callable[[int, int], None]
-"""Is told (forward passes done, of how many)."""
-
 
 def squared(dense: Tensor, pruned: Tensor) -> Tensor:
-    """Mean over the logits of the squared difference: (n, classes) twice -> (n,).
+    """Mean over the logits of the squared difference: (n, …) twice -> (n,).
 
     Source: Xu et al. 2023, arXiv:2308.10438. Differs: nothing.
     """
@@ -35,14 +37,16 @@ def squared(dense: Tensor, pruned: Tensor) -> Tensor:
 def divergence(dense: Tensor, pruned: Tensor) -> Tensor:
     """Kullback–Leibler divergence of the pruned network's class probabilities from the dense one's.
 
+    (n, classes, …) twice -> (n,), a mean over positions where there are any.
+
     Source: none of its own; the logits' distance as the loss of distillation sees it. Differs: nothing.
     """
     p, q = dense.log_softmax(1), pruned.log_softmax(1)
-    return (p.exp() * (p - q)).sum(1).clamp_min(0)
+    return (p.exp() * (p - q)).sum(1, keepdim=True).clamp_min(0).flatten(1).mean(1)
 
 
 def variation(dense: Tensor, pruned: Tensor) -> Tensor:
-    """Total variation between the class probabilities of the two networks, 0 to 1.
+    """Total variation between the class probabilities of the two networks, 0 to 1; shapes as for `divergence`.
 
         1/2 * sum over classes of |p - q|
 
@@ -51,15 +55,63 @@ def variation(dense: Tensor, pruned: Tensor) -> Tensor:
 
     Source: none of its own. Differs: nothing.
     """
-    return 0.5 * (dense.softmax(1) - pruned.softmax(1)).abs().sum(1)
+    return 0.5 * (dense.softmax(1) - pruned.softmax(1)).abs().sum(1, keepdim=True).flatten(1).mean(1)
+
+
+def relative(dense: Tensor, pruned: Tensor) -> Tensor:
+    """Mean squared difference as a share of the variance of the dense output: (n, …) twice -> (n,).
+
+    Source: none of its own. Differs: nothing.
+    """
+    return squared(dense, pruned) / dense.var(correction=0).clamp_min(1e-12)
 
 
 DISTORTIONS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "kl": divergence,
     "logits": squared,
     "variation": variation,
+    "relative": relative,
 }
-"""(dense outputs, pruned outputs) -> one number per image."""
+"""(dense output, pruned output), one tensor each -> one number per image."""
+
+DISTANCES = ("auto", *DISTORTIONS)
+"""What the option `distortion` may be: "auto" is kl for one tensor of class scores, (n, classes), else relative."""
+
+
+def distance_named(name: str, outputs: Outputs) -> str:
+    """The distance that a name stands for, given outputs of the model.
+
+    Raises:
+        SecateurError: there is none of this name.
+        ScoreError: it needs class scores, and an output has none.
+    """
+    found = floats(outputs)
+    if name == "auto":
+        name = "kl" if len(found) == 1 and found[0].ndim == 2 and found[0].shape[1] > 1 else "relative"
+    if name not in DISTORTIONS:
+        raise SecateurError(unknown("distortion", name, DISTORTIONS))
+    if name in ("kl", "variation") and any(x.ndim < 2 for x in found):
+        shapes = ", ".join(str(tuple(x.shape)) for x in found)
+        raise ScoreError(
+            f"distortion {name!r} compares class scores (n, classes, …), and the outputs are {shapes}; take 'relative'"
+        )
+    return name
+
+
+def moved(name: str, dense: Outputs, pruned: Outputs, images: int) -> Tensor:
+    """How far the outputs moved, per image, (n,): summed over all floating-point tensors.
+
+    A tensor whose first dim does not count the images counts as a whole, alike for each of them.
+    """
+    total = torch.zeros(images, dtype=torch.float64)
+    for a, b in zip(floats(dense), floats(pruned), strict=True):
+        each = a.ndim > 0 and len(a) == images
+        a, b = (x.float() if each else x.float()[None] for x in (a, b))
+        if a.ndim == 1:
+            a, b = a[:, None], b[:, None]
+        total += DISTORTIONS[name](a, b).double().cpu()
+    return total
+
 
 REDUCTIONS: dict[str, Callable[[npt.NDArray[np.float64]], float]] = {
     "max": lambda values: float(values.max()),
@@ -159,14 +211,14 @@ class Curves:
         return found
 
 
-def key_of(model: nn.Module, batches: Sequence[Tensor], settings: Mapping[str, Any]) -> str:
+def key_of(model: nn.Module, batches: Sequence[Inputs], settings: Mapping[str, Any]) -> str:
     """Hash of all weights and buffers, all calibration images, and the settings."""
     found = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
     for name, tensor in sorted(named_tensors(model), key=lambda pair: pair[0]):
         found.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
         found.update(_bytes(tensor))
-    for x in batches:
-        found.update(_bytes(x))
+    for x in pytree.tree_leaves(list(batches)):
+        found.update(_bytes(x) if isinstance(x, Tensor) else repr(x).encode())
     return found.hexdigest()
 
 
@@ -177,13 +229,13 @@ def _bytes(tensor: Tensor) -> bytes:
 
 def measure(
     program: Replay,
-    batches: Sequence[Tensor],
+    batches: Sequence[Inputs],
     candidates: Sequence[Sequence[Tensors]],
     *,
-    distortion: str = "kl",
+    distortion: str = "auto",
     base: Tensors | None = None,
     batched: int = 1,
-    tick: Tick | None = None,
+    tick: Callable[[], None] | None = None,
 ) -> list[npt.NDArray[np.float64]]:
     """The distortion of every candidate on every image; the reference is always the dense model.
 
@@ -191,43 +243,65 @@ def measure(
 
     Args:
         program: of the dense model.
-        batches: calibration images, (n, …) each.
+        batches: calibration images.
         candidates: per layer, the tensors of each level.
-        distortion: a name in `DISTORTIONS`.
+        distortion: a name in `DISTANCES`.
         base: tensors that the network already differs in.
         batched: levels of one layer that share a pass.
+        tick: is called after every pass.
     Returns:
         (levels, images) per layer.
     """
-    if distortion not in DISTORTIONS:
-        raise SecateurError(unknown("distortion", distortion, DISTORTIONS))
-    distance = DISTORTIONS[distortion]
-    total = len(batches) * sum(len(levels) for levels in candidates)
     found: list[list[list[Tensor]]] = [[[] for _ in levels] for levels in candidates]
-    done = 0
     with torch.no_grad():
         for x in batches:
             reference = program(x)
+            name = distance_named(distortion, reference)
             for layer, level, output in program.variants(x, candidates, base, batched=batched):
-                found[layer][level].append(distance(reference.float(), output.float()).double().cpu())
-                done += 1
+                found[layer][level].append(moved(name, reference, output, batch_of(x)))
                 if tick:
-                    tick(done, total)
-    images = sum(len(x) for x in batches)
+                    tick()
+    images = sum(batch_of(x) for x in batches)
     return [
         np.stack([torch.cat(level).numpy() for level in levels]) if levels else np.zeros((0, images))
         for levels in found
     ]
 
 
-def joint(
-    program: Replay, batches: Sequence[Tensor], tensors: Tensors, *, distortion: str = "kl"
-) -> npt.NDArray[np.float64]:
-    """The distortion of one pruned network on every image, (n,)."""
-    distance = DISTORTIONS[distortion]
+def references(program: Replay, batches: Sequence[Inputs]) -> list[Outputs] | None:
+    """The dense model's outputs, for `joint`; None if they are too many bytes to keep."""
+    found, size = [], 0
     with torch.no_grad():
-        values = [distance(program(x).float(), program(x, tensors).float()) for x in batches]
-    return np.asarray(torch.cat(values).double().cpu().numpy())
+        for x in batches:
+            found.append(program(x))
+            size += sum(z.nbytes for z in floats(found[-1]))
+            if size > KEPT:
+                return None
+    return found
+
+
+def joint(
+    program: Replay,
+    batches: Sequence[Inputs],
+    tensors: Tensors,
+    *,
+    distortion: str = "auto",
+    dense: Sequence[Outputs] | None = None,
+) -> npt.NDArray[np.float64]:
+    """The distortion of one pruned network on every image, (n,).
+
+    Args:
+        program, batches, distortion: as for `measure`.
+        tensors: of the pruned network.
+        dense: from `references`, or computed here.
+    """
+    values = []
+    with torch.no_grad():
+        for number, x in enumerate(batches):
+            reference = program(x) if dense is None else dense[number]
+            name = distance_named(distortion, reference)
+            values.append(moved(name, reference, program(x, tensors), batch_of(x)))
+    return np.asarray(torch.cat(values).numpy())
 
 
 def geometric(size: int, levels: int, least: int) -> npt.NDArray[np.int64]:
@@ -263,9 +337,14 @@ def interpolated(
     """
     grid = np.unique(
         np.concatenate([np.round(np.geomspace(kept[0], kept[-1], points)).astype(np.int64), kept])
-    )[::-1]
+    )[::-1].copy()
+    return grid, at_levels(kept, curve, grid)
+
+
+def at_levels(kept: npt.NDArray[np.int64], curve: Curve, grid: npt.NDArray[np.int64]) -> Curve:
+    """A curve at other levels, descending, the first of which keeps all; see `interpolated`."""
     positive = curve[curve > 0]
     floor = (positive.min() if len(positive) else 1.0) * 1e-2
     values = np.exp(np.interp(-np.log(grid), -np.log(kept), np.log(curve + floor))) - floor
     values[0] = curve[0]  # exactly, which a logarithm is not
-    return grid.copy(), np.maximum.accumulate(np.clip(values, 0.0, None))
+    return np.asarray(np.maximum.accumulate(np.clip(values, 0.0, None)))

@@ -12,14 +12,15 @@ from torch import Tensor, nn
 from secateur.allocate.knapsack import SOLVERS, Problem, Solution, solve
 from secateur.allocate.sparsity import WEIGHT_ALLOCATIONS, Counts, allocate_weights, meet_total
 from secateur.cost import Budget
-from secateur.engine.method import Context, Method, Progress, Removes, images_of
+from secateur.engine.method import Context, Meter, Method, Progress, Removes, images_of
 from secateur.engine.pruned import Pruned, costs_left
 from secateur.errors import BudgetError, PlanError, ScoreError, SecateurError
 from secateur.graph import Graph, Inputs, analyze, is_frozen
+from secateur.graph.capture import batch_of
 from secateur.graph.duplicate import duplicate
-from secateur.graph.replay import Replay, Tensors
+from secateur.graph.replay import Replay, Tensors, chunks
 from secateur.methods.rd.curves import (
-    DISTORTIONS,
+    DISTANCES,
     REDUCTIONS,
     Curves,
     even,
@@ -32,6 +33,7 @@ from secateur.methods.rd.curves import (
 from secateur.plan import WeightPlan
 from secateur.plan.weight_plan import pattern_mask, top
 from secateur.reconstruction.compensate import ChooseMask, Fitted, compensate, layers, reestimate
+from secateur.reconstruction.plans import COMPENSATIONS
 from secateur.settings import option, plain, settings
 
 SELECTIONS = {
@@ -40,20 +42,13 @@ SELECTIONS = {
 }
 """Which weights of a layer stay -> one line for lists of choices."""
 
-COMPENSATIONS = {
-    "none": "the remaining weights stay as they are",
-    "batch-norm": "means and variances of batch norms are measured again",
-    "least-squares": "the remaining weights of each layer are solved again, on the pruned network's inputs",
-}
-"""What is done after pruning, without training -> one line for lists of choices."""
-
 
 @settings
 class _WeightMethod(Method):
     """Base class for methods that set single weights of a trained model to zero.
 
-    Takes models of one image tensor in and logits out; the budget is `units`: the weights of convolutions and linear
-    layers that stay, as a share or a number. Noise will do as data where there are no images.
+    The budget is `units`: the weights of convolutions and linear layers that stay, as a share or a number. Noise will
+    do as data where there are no images.
     """
 
     removes: ClassVar[Removes] = "weights"
@@ -62,7 +57,7 @@ class _WeightMethod(Method):
     compensation: str = option(
         "what the remaining weights do, without training", default="least-squares", choices=COMPENSATIONS
     )
-    distortion: str = option("distance between outputs", default="kl", choices=DISTORTIONS)
+    distortion: str = option("distance between outputs", default="auto", choices=DISTANCES)
     min_density: float = option("share of each layer that stays at least", default=0.01, least=0, below=1)
     steps: int = option("in which a layer's weights are eliminated", default=8, least=1)
     pattern: tuple[int, int] | None = option(
@@ -82,12 +77,12 @@ class _WeightMethod(Method):
                 f"method {self.name!r}: the budget is units, the weights that stay, such as units=0.2; got "
                 f"{', '.join(budget.bounds)}"
             )
-        batches = images_of(context.data)
+        given = images_of(context.data)
         graph = analyze(model, inputs, freeze=self.freeze)
         model = duplicate(model).eval()
         if context.previous is not None:
             context.previous.apply_(model)
-        program = Replay(model, batches[0])
+        program = Replay(model, given[0])
         weights = {
             layer.weight: program.tensor(layer.weight).detach()
             for layer in layers(program)
@@ -99,7 +94,9 @@ class _WeightMethod(Method):
             )
         total = budget.limits({"units": sum(w.numel() for w in weights.values())})["units"]
         alive = _alive(weights, context.previous)
-        return Task(graph, program, tuple(batches), weights, alive, total, self, context.progress)
+        return Task(
+            graph, program, tuple(chunks(program, given)), weights, alive, total, self, context.progress
+        )
 
 
 @settings
@@ -257,7 +254,7 @@ class Task:
 
     graph: Graph
     program: Replay
-    batches: tuple[Tensor, ...]
+    batches: tuple[Inputs, ...]
     weights: dict[str, Tensor]
     alive: dict[str, Tensor]
     total: int
@@ -278,15 +275,17 @@ class Task:
     def measure_curves(self, how: RDWeights, key: str) -> Curves:
         """The distortion of every layer at every level."""
         kept, candidates = self.levels(how)
+        meter = Meter(self.progress, len(self.batches) * sum(map(len, candidates)))
         images = measure(
             self.program,
             self.batches,
             candidates,
             distortion=self.how.distortion,
-            batched=passes(self.batches[0]),
-            tick=self.progress,
+            batched=passes(self.program),
+            tick=meter.each(1),
         )
-        zero = np.zeros((1, sum(len(x) for x in self.batches)))
+        meter.end()
+        zero = np.zeros((1, sum(batch_of(x) for x in self.batches)))
         return Curves(tuple(self.weights), kept, tuple(np.concatenate([zero, v]) for v in images), key)
 
     def allocate(self, allocation: str) -> Counts:
@@ -477,9 +476,9 @@ class MaskedLevels(Sequence[Tensors]):
         return {self.name: self.weight * self.masks[level].to(self.weight.device)}
 
 
-def passes(x: Tensor) -> int:
+def passes(program: Replay) -> int:
     """Levels that share a pass: a CPU gains nothing from larger batches, an accelerator does."""
-    return 1 if x.device.type == "cpu" else 8
+    return 1 if next(program.model.parameters()).device.type == "cpu" else 8
 
 
 Retrain = Callable[[nn.Module, WeightPlan, int], None]

@@ -1,5 +1,6 @@
 """Batches: any run, on any number of ranks, sees the same images in the same order."""
 
+import functools
 from collections.abc import Iterator
 
 import numpy as np
@@ -30,6 +31,8 @@ class Batches:
             32×32 images is the usual pad-by-4-and-crop; "shift+flip" also mirrors half of the images;
             "crop+flip" takes crops of all sizes out of images that lie in files, and mirrors half of them.
         shuffle: draw a new order for each epoch; else the order of the split.
+        alternate_flips: mirror each image in every second epoch, in place of by chance: one half of them, which the
+            seed chooses, in even epochs, the others in odd ones.
         drop_last: leave out the last batch if it is smaller than `batch_size`.
         seed: of order and augmentation, at least 0.
         rank: which part of each global batch to yield; it may be empty if the last one is very small.
@@ -53,6 +56,7 @@ class Batches:
         normalisation: Normalisation,
         augment: str = "none",
         shuffle: bool = False,
+        alternate_flips: bool = False,
         drop_last: bool = False,
         seed: int = 0,
         rank: int = 0,
@@ -76,6 +80,7 @@ class Batches:
         self.normalisation = normalisation
         self.augment = augment
         self.shuffle = shuffle
+        self.alternate_flips = alternate_flips
         self.drop_last = drop_last
         self.seed = seed
         self.rank = rank
@@ -111,7 +116,8 @@ class Batches:
         numbers = range(start_batch, len(self))
         parts = self.split.batches(self._request(order, epoch, batch) for batch in numbers)
         for batch, (images, labels) in zip(numbers, parts, strict=True):
-            images = self._shifted(images.to(self.device), epoch, batch)
+            chosen = order[batch * self.batch_size :][: self.batch_size]
+            images = self._shifted(images.to(self.device), epoch, batch, chosen)
             yield self.normalisation(images, self.memory_format), labels.to(self.device)
 
     def _request(self, order: Tensor, epoch: int, batch: int) -> tuple[Tensor, Crops | None]:
@@ -119,16 +125,31 @@ class Batches:
         indices, mine = order[batch * self.batch_size :][: self.batch_size], self._mine(batch)
         if self.augment != "crop+flip":
             return indices[mine], None
-        return indices[mine], draw_crops(_stream(self.seed, epoch, 1 + batch), len(indices))[mine.numpy()]
+        crops = draw_crops(_stream(self.seed, epoch, 1 + batch), len(indices))
+        if self.alternate_flips:
+            crops[:, 4] = self._mirrored(indices, epoch).numpy()
+        return indices[mine], crops[mine.numpy()]
 
-    def _shifted(self, images: Tensor, epoch: int, batch: int) -> Tensor:
+    def _shifted(self, images: Tensor, epoch: int, batch: int, chosen: Tensor) -> Tensor:
         if not self.augment.startswith("shift"):
             return images
         reach, mine = (images.shape[2] // 8, images.shape[3] // 8), self._mine(batch)
         down, right, mirror = _draw(_stream(self.seed, epoch, 1 + batch), self._images(batch), reach)
         if self.augment == "shift":
             mirror[:] = False
+        elif self.alternate_flips:
+            mirror = self._mirrored(chosen, epoch)
         return shift(images, down[mine], right[mine], mirror[mine])
+
+    def _mirrored(self, chosen: Tensor, epoch: int) -> Tensor:
+        """Which of the chosen images are mirrored in an epoch, where flips alternate, (n,), bool."""
+        return self._halves[chosen] ^ bool(epoch % 2)
+
+    @functools.cached_property
+    def _halves(self) -> Tensor:
+        """Which images are mirrored in even epochs, (images,), bool."""
+        drawn = np.random.default_rng((self.seed, 0, 0, 1)).integers(0, 2, len(self.split))
+        return torch.from_numpy(drawn.astype(bool))
 
     def _images(self, batch: int) -> int:
         """How many images a global batch has."""

@@ -6,6 +6,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 
@@ -53,7 +54,7 @@ def load_data(
 ) -> Dataset:
     """Load a data set: into memory, or for image folders the list of its files.
 
-    - `digits`: scikit-learn's 1,797 handwritten digits, which need no folder, enlarged to `image_size` (16).
+    - `digits`: 1,797 handwritten digits that come with the package, enlarged to `image_size` (16).
     - `cifar10`, `fashion-mnist`: from `folder`, as compressed arrays (`cifar10_train_images.npy.xz`, …;
       decoded once into the user's cache folder) or in torchvision's layout.
     - `imagefolder`: `folder/train/CLASS/*.jpg` and `folder/val/…` or `folder/test/…`, read batch by
@@ -99,12 +100,11 @@ def load_data(
 
 
 def _load_digits(image_size: int) -> Dataset:
-    from sklearn.datasets import load_digits
-
-    pixels, labels = load_digits(return_X_y=True)
-    images = torch.from_numpy(pixels).view(-1, 1, 8, 8) * (255 / 16)  # stored as 0..16
+    with np.load(Path(__file__).with_name("digits.npz"), allow_pickle=False) as arrays:
+        pixels, labels = arrays["images"].astype(np.float64), arrays["labels"].astype(np.int64)
+    images = torch.from_numpy(pixels).unsqueeze(1) * (255 / 16)  # stored as 0..16
     images = F.interpolate(images, size=(image_size, image_size), mode="bilinear", align_corners=False)
-    split = Split(images.round().to(torch.uint8), torch.from_numpy(labels).to(torch.int64))
+    split = Split(images.round().to(torch.uint8), torch.from_numpy(labels))
     train, test = stratified_split(split, 0.2, seed=0)
     classes = tuple(str(digit) for digit in range(10))
     return Dataset("digits", train, test, classes, Normalisation((0.305,), (0.320,)), "shift")

@@ -54,7 +54,7 @@ def load_weights(model: nn.Module, path: str | Path) -> WeightsInfo | None:
         )
     own = model.state_dict()
     file = read_tensors(path)[0]
-    tensors = {_name_in(own, name): tensor for name, tensor in file.items()}
+    tensors = {name_in(own, name): tensor for name, tensor in file.items()}
     if len(tensors) < len(file):
         raise ModelError(f"{path}: several of its names mean the same weight. Keep one of each.")
     _check_fit(path, own, tensors)
@@ -83,10 +83,10 @@ def _published(path: Path) -> WeightsInfo | None:
         raise FileError(f"{path}: cannot be read: {error.strerror}. Check the path.") from error
 
 
-def _name_in(own: Mapping[str, Tensor], name: str) -> str:
+def name_in(own: Mapping[str, Tensor], name: str) -> str:
     """The model's name of a tensor that the file calls `name`; `name` itself if nothing fits.
 
-    >>> _name_in({"layer2.0.shortcut.0.weight": torch.ones(1)}, "module.layer2.0.downsample.0.weight")
+    >>> name_in({"layer2.0.shortcut.0.weight": torch.ones(1)}, "module.layer2.0.downsample.0.weight")
     'layer2.0.shortcut.0.weight'
     """
     name = name.removeprefix("module.") if name not in own else name

@@ -1,0 +1,100 @@
+"""The guides' Python runs as it stands, their commands exist, and every page of the site can be reached."""
+
+import json
+import re
+import runpy
+import shlex
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import typer
+
+from secateur.cli import app
+
+ROOT = Path(__file__).parents[1]
+DOCS = ROOT / "docs"
+PAGES = sorted(str(page.relative_to(DOCS)) for page in DOCS.rglob("*.md"))
+RUN = ["index.md", *(page for page in PAGES if page.startswith("guides/"))]
+LIMIT = 40
+"""Seconds of processor time that one page may take; all together stay within a minute."""
+
+
+def within(pruned: Any, share: float, measure: str = "macs") -> bool:
+    return 0.85 * share <= pruned.after[measure] / pruned.before[measure] <= share
+
+
+CHECKS: dict[str, Callable[[dict[str, Any]], bool]] = {
+    "index.md": lambda it: within(it["pruned"], 0.3) and it["tuned"] > 0.6,
+    "guides/too-slow.md": lambda it: (
+        it["deployed"].after["latency_ms"] <= it["limit"]
+        and all(m.out_channels % 8 == 0 for m in it["even"].model if isinstance(m, it["nn"].Conv2d))
+        and 0 < (it["exact"] - it["rounded"]).abs().max() < 0.2 * it["exact"].abs().max()
+    ),
+    "guides/own-loop.md": lambda it: within(it["pruned"], 0.5) and it["right_after"] > 0.5 * it["dense"],
+    "guides/while-training.md": lambda it: within(it["pruned"], 0.4) and it["pruned"].proof.ok,
+    "guides/detector.md": lambda it: (
+        all(within(it[name], 0.5) for name in ("pruned", "ranked")) and it["after"] < it["before"]
+    ),
+    "guides/transformer.md": lambda it: all(within(it[name], 0.6) for name in ("narrow", "dims")),
+    "guides/budget.md": lambda it: within(it["both"], 0.4, "params"),
+    "guides/compare-fairly.md": lambda it: (
+        len(it["outcomes"]) == 6 and not any(o.error for o in it["outcomes"])
+    ),
+    "guides/many-machines.md": lambda it: len(it["cells"]) == 3 * (2 + 2 + 1) and within(it["front"][1], 0.5),
+    "guides/add-a-method.md": lambda it: within(it["result"], 0.5) and within(it["pruned"], 0.5),
+    "guides/without-secateur.md": lambda it: within(it["pruned"], 0.5),
+    "guides/frozen-or-refused.md": lambda it: all(
+        any(all(part.strip() in message for part in heading.split("…")) for message in it["seen"])
+        for heading in re.findall("^### “(.*)”$", (DOCS / "guides/frozen-or-refused.md").read_text(), re.M)
+    ),
+}
+"""Page -> whether what it computed is as it says, from its names."""
+
+
+def fences(page: str, language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```", (DOCS / page).read_text(), re.S | re.M)
+
+
+@pytest.mark.parametrize("page", [page for page in RUN if page != "guides/index.md"])
+def test_its_python_runs(page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("torchvision")
+    monkeypatch.chdir(tmp_path)
+    start, scope = time.process_time(), {"__name__": "guide"}
+    for number, fence in enumerate(fences(page, "python"), 1):
+        exec(compile(fence, f"{page}, fence {number}", "exec"), scope)
+    assert CHECKS[page](scope)
+    assert time.process_time() - start < LIMIT
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_its_commands_exist(page: str) -> None:
+    commands: dict[str, Any] = typer.main.get_command(app).commands
+    text = (DOCS / page).read_text().replace("\\\n", " ")
+    for line in re.findall(r"^(?: {4})?(secateur .*|.* -m secateur\.cli .*)$", text, re.M):
+        words = shlex.split(line.replace("…", ""), comments=True)
+        words = words[words.index("secateur" if "secateur" in words else "secateur.cli") + 1 :]
+        if not words or words[0].startswith("--"):
+            continue
+        able = {name for parameter in commands[words[0]].params for name in parameter.opts}
+        for word in words[1 : words.index("|") if "|" in words else None]:
+            assert not word.startswith("--") or word.partition("=")[0] in able, f"{line}: {word}"
+
+
+@pytest.mark.parametrize("name", ["first-pruning", "comparing-methods"])
+def test_a_notebook_holds_its_page(name: str) -> None:
+    make = runpy.run_path(str(DOCS / "notebooks" / "make.py"))
+    file = DOCS / "notebooks" / f"{name}.ipynb"
+    found = json.loads(file.read_text())
+    code = [cell for cell in found["cells"] if cell["cell_type"] == "code"]
+    printed = ["".join(line for out in cell["outputs"] for line in out["text"]) for cell in code]
+    assert found == make["notebook"](name, printed), f"python docs/notebooks/make.py writes {file.name} again"
+    assert all(text for cell, text in zip(code, printed, strict=True) if "print(" in "".join(cell["source"]))
+    assert file.stat().st_size < 20_000
+
+
+def test_every_page_is_in_the_navigation() -> None:
+    named = re.findall(r"^ +- (?:.*: )?([\w/-]+\.md)$", (ROOT / "mkdocs.yml").read_text(), re.M)
+    assert sorted(named) == sorted([*PAGES, "contributing.md", "changelog.md"])
