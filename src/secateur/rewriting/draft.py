@@ -27,19 +27,9 @@ from secateur.graph.operators import OPERATORS, Step
 from secateur.graph.probe import aliases, difference, floats, random_values
 from secateur.graph.samples import sampled
 from secateur.graph.trace import Survivors, Trace
-from secateur.rewriting.calls import Site, Sites, entries_in, leaves_of, marked, strip
-from secateur.rewriting.compose import (
-    Calls,
-    Composed,
-    aligned,
-    choose_calls,
-    compose,
-    follow,
-    outline,
-    outside,
-    tensors_read,
-)
-from secateur.rewriting.listing import Listing, find_calls, list_operators
+from secateur.rewriting.calls import Sites, entries_in, leaves_of, marked, strip
+from secateur.rewriting.compose import calls_of, collapse, placed
+from secateur.rewriting.listing import Listing, as_op, find_calls, is_call, list_operators
 from secateur.rewriting.program import (
     ANYTHING,
     Dim,
@@ -166,34 +156,27 @@ class Writer:
         except CutError as error:
             raise CutError(f"{name}: {error}") from None
         captured = captures.base.listing()
-        values = self._match(name, number, captured)
+        values = self._match(name, number, captures.base.operators())
         cut = self._cut_dims(captured, values)
-        sites, chosen = captures.base.sites_of(captured), captures.choose(captured, cut)
-        training = in_training(captures.training, captured, sites, chosen)
-        if chosen and training and training.same and any(ours is None for _, ours in training.steps):
-            return self._draft(name, number, calls, None)  # dropouts come in between
-        captures.complete(captured, chosen)
-        switches, lost = training_switches(training, captured, chosen)
-        called = {sites[n].module for n in chosen}
-        unheard = [n for n in dict.fromkeys(captures.written_out(sites)) if n not in called]
+        training = in_training(captures.training, captured)
+        captures.complete(captured)
+        switches, lost = training_switches(training, captured)
+        unheard = captures.base.unheard()
         if unheard:
             hooks = f"hooks on {', '.join(unheard[:4])}{' …' * (len(unheard) > 4)}"
             lost = " and ".join([hooks, lost] if lost else [hooks])
         before = [copy.copy(step.args) for step in captured.steps]
-        cut_steps(captured, values, self._survivors, outside(captured, chosen))
+        cut_steps(captured, values, self._survivors)
         try:
-            output = captures.symbolic(captured, before, cut, chosen)
+            output = captures.symbolic(captured, before, cut)
         except CutError as error:
             raise CutError(f"{name}: {error}") from None
-        for i, changes in switches.items():
-            step = captured.steps[i]
+        for i, step in enumerate(captured.steps):
             step.args |= {
-                key: Training(m, yes, step.args.get(key, no)) for key, (m, yes, no) in changes.items()
+                key: Training(m, yes, step.args.get(key, no)) for key, (m, yes, no) in switches[i].items()
             }
         insert_dropouts(captured, training)
-        output = follow([output], captured.output, lambda leaf, _: leaf)
-        composed = compose(captured, sites, chosen, output)
-        return self._finish(captures, composed, captures.limits(cut), lost)
+        return self._finish(captured, captures, output, captures.limits(cut), lost)
 
     def _cut_dims(self, lines: Listing, values: Mapping[fx.Node, Any]) -> set[tuple[int, int]]:
         """(register, dim) of every tensor that loses positions."""
@@ -216,18 +199,18 @@ class Writer:
             self._captures[alike] = captures
         return captures
 
-    def _finish(self, captures: "Captures", composed: Composed, limits: Any, lost: str) -> Draft:
+    def _finish(self, lines: Listing, captures: "Captures", output: Any, limits: Any, lost: str) -> Draft:
         base = captures.base
         named = {*base.captured.tensors.values()}
-        unnamed = [name for name in composed.tensors if name in base.captured.constants]
+        unnamed = [name for name in lines.names if name in base.captured.constants]
         free = (f"{CONSTANT}{i}" for i in itertools.count() if f"module.{CONSTANT}{i}" not in named)
         buffers = dict(zip(unnamed, free, strict=False))
         program = Program(
             arguments=captures.arguments,
-            inputs=composed.inputs,
-            tensors=tuple(buffers.get(name) or name.removeprefix("module.") for name in composed.tensors),
-            ops=tuple(composed.ops),
-            output=composed.output,
+            inputs=len(lines.inputs),
+            tensors=tuple(buffers.get(name) or name.removeprefix("module.") for name in lines.names),
+            ops=tuple(as_op(step) for step in lines.steps),
+            output=placed(output, lines.output),
             limits=limits,
         )
         constants = {buffers[name]: base.captured.constants[name].detach().clone() for name in unnamed}
@@ -397,13 +380,24 @@ class Captured:
         except (CaptureError, CutError):
             return None
 
-    def listing(self) -> Listing:
-        """Its operators."""
+    def operators(self) -> Listing:
+        """Its operators, those of submodules that are called included."""
         return list_operators(self.captured)
 
-    def sites_of(self, lines: Listing) -> list[Site]:
-        """What is known about each call of its listing."""
-        return [self.sites[call.site] for call in lines.calls]
+    def listing(self) -> Listing:
+        """Its operators and the calls of submodules that can be made as they are."""
+        lines = self.operators()
+        return collapse(lines, [self.sites[call.site] for call in lines.calls])
+
+    def refused(self) -> set[str]:
+        """Submodules whose calls were marked and cannot be made as they are."""
+        return {site.module for site in self.sites} - {*calls_of(self.listing())}
+
+    def unheard(self) -> list[str]:
+        """The submodules that the module calls and whose operators are written out."""
+        called = calls_of(self.listing())
+        names = [*self.sites.passed, *(site.module for site in self.sites)]
+        return [name for name in dict.fromkeys(names) if name not in called]
 
 
 class Captures:
@@ -430,12 +424,8 @@ class Captures:
         self._alike = alike
         while True:
             self.base = Captured.of(module, *calls[0], apart=self._apart)
-            lines = self.base.listing()
-            sites = self.base.sites_of(lines)
-            chosen = choose_calls(lines, [sites], lambda leaf, _: leaf)
-            passed = self.base.sites.passed
-            refused = {s.module for n, s in enumerate(sites) if n not in chosen or s.module in passed}
-            if self._apart is None or not refused:
+            refused = self.base.refused() | {*calls_of(self.base.listing())} & {*self.base.sites.passed}
+            if self._apart is None or refused <= {*self._apart}:
                 break
             self._apart = {*self._apart, *refused}  # what they call is looked at instead
         self.tied = ""
@@ -530,60 +520,35 @@ class Captures:
         if found is None:
             return True
         lines, other = self.base.listing(), found.listing()
-        sites = self.base.sites_of(lines)
-        chosen = choose_calls(lines, [sites], lambda leaf, _: leaf)
-        others = found.sites_of(other)
-        twin = same_calls(chosen, sites, others)
-        if not same_operators(lines, other, chosen, twin, (sites, others)):
+        if not same_operators(lines, other):
             return False
         self.variants.append(found)
         self._listings.append(other)
         self._captured.add(number)
         return True
 
-    def written_out(self, sites: Sequence[Site]) -> list[str]:
-        """The submodules that the module calls and whose calls are not marked, and those of some sites."""
-        return [*self.base.sites.passed, *(site.module for site in sites)]
-
-    def choose(self, lines: Listing, cut: set[tuple[int, int]]) -> Calls:
-        """The calls of submodules that the program makes.
-
-        Args:
-            lines: of `base`.
-            cut: (register, dim) of every tensor that loses positions.
-        """
-        sites = [
-            one.sites_of(of)
-            for one, of in zip((self.base, *self.variants), (lines, *self._listings), strict=True)
-        ]
-
-        def express(number: Any, others: Sequence[Any]) -> Any:
-            return Sizes(Expressions(self._symbols(lines, (), cut, {})), "a call").symbolic(
-                number, number, others
-            )
-
-        return choose_calls(lines, sites, express)
-
     def _whole(self) -> Program:
         """The program of the module before any cut.
 
         Raises:
-            CutError: a number follows no size.
+            CutError: a number follows no size, or an operator cannot be saved.
         """
         lines = self.base.listing()
-        chosen = self.choose(lines, set())
-        for i in outside(lines, chosen):
-            try:
-                operator_named(lines.steps[i].target)
-            except ValueError as error:
-                raise CutError(f"its forward cannot be saved: {error}") from None
-        self.complete(lines, chosen)
-        output = self.symbolic(lines, [copy.copy(step.args) for step in lines.steps], set(), chosen)
-        output = follow([output], lines.output, lambda leaf, _: leaf)
-        composed = compose(lines, self.base.sites_of(lines), chosen, output)
-        return Program(
-            self.arguments, composed.inputs, tuple(composed.tensors), tuple(composed.ops), composed.output
-        )
+        for step in lines.steps:
+            if not is_call(step):
+                try:
+                    operator_named(step.target)
+                except ValueError as error:
+                    raise CutError(f"its forward cannot be saved: {error}") from None
+        self.complete(lines)
+        output = self.symbolic(lines, [copy.copy(step.args) for step in lines.steps], set())
+        ops = tuple(as_op(step) for step in lines.steps)
+        output = placed(output, lines.output)
+        return Program(self.arguments, len(lines.inputs), tuple(lines.names), ops, output)
+
+    def complete(self, lines: Listing) -> None:
+        """Give the steps of all captures the arguments that any of them has."""
+        complete(*(listing.steps for listing in (lines, *self._listings)))
 
     def _right(self, program: Program, number: int) -> bool:
         """Whether the program computes what the module does, on random weights and the tensors of a call."""
@@ -639,78 +604,43 @@ class Captures:
             result.append(tuple(limits))
         return tuple(result)
 
-    def symbolic(
-        self, lines: Listing, before: Sequence[dict[str, Any]], cut: set[tuple[int, int]], chosen: Calls
-    ) -> Any:
+    def symbolic(self, lines: Listing, before: Sequence[dict[str, Any]], cut: set[tuple[int, int]]) -> Any:
         """Express the numbers of all steps, and of the output, that differ between captures by sizes.
 
         Args:
             lines: of `base`, after a cut; changed in place.
             before: the arguments of its steps before the cut.
             cut: (register, dim) of every tensor that loses positions.
-            chosen: calls of submodules that the program makes.
         Returns:
             the output, in which `Ref` counts those of the listing's.
         Raises:
             CutError: a number follows no size.
         """
-        sites = self.base.sites_of(lines)
-        others_ = [
-            [other.steps[i].args for i in outside(other, same_calls(chosen, sites, variant.sites_of(other)))]
-            for variant, other in zip(self.variants, self._listings, strict=True)
-        ]
-        ours = outside(lines, chosen)
-        if any(len(theirs) != len(ours) for theirs in others_):
-            raise CutError("its forward does other things for another batch size or precision")
-        literals = named_numbers([before[i] for i in ours], others_)
-        for number, i in enumerate(ours):
-            step, others = lines.steps[i], [theirs[number] for theirs in others_]
-            if all(other == before[i] for other in others):
-                continue
-            sizes = Sizes(Expressions(self._symbols(lines, refs(before[i]), cut, chosen), literals), step.op)
-            for key, arg in step.args.items():
-                step.args[key] = sizes.symbolic(arg, before[i].get(key), [other.get(key) for other in others])
-        sizes = Sizes(Expressions(self._symbols(lines, (), cut, chosen), literals), "output")
-        output = sizes.symbolic(self.base.output, self.base.output, [v.output for v in self.variants])
-        return output
+        everything = (lines, *self._listings)
 
-    def complete(self, lines: Listing, chosen: Calls) -> None:
-        """Give the steps of all captures, outside of some calls, the arguments that any of them has."""
-        sites = self.base.sites_of(lines)
-        steps = [[lines.steps[i] for i in outside(lines, chosen)]]
-        for variant, other in zip(self.variants, self._listings, strict=True):
-            theirs = outside(other, same_calls(chosen, sites, variant.sites_of(other)))
-            steps.append([other.steps[i] for i in theirs])
-        if len({len(own) for own in steps}) > 1:
-            raise CutError("its forward does other things for another batch size or precision")
-        complete(*steps)
-
-    def _symbols(
-        self, lines: Listing, registers: Sequence[int], cut: set[tuple[int, int]], chosen: Calls
-    ) -> dict[Dim, tuple[int, ...]]:
-        """What varies of the sizes of some registers, of the numbers given, and of the sizes of the inputs."""
-        columns: list[tuple[int, ...]] = []
-        varying(self.base.arguments, [variant.arguments for variant in self.variants], columns)
-        sites = self.base.sites_of(lines)
-        nodes = [aligned(lines, chosen)]
-        for variant, other in zip(self.variants, self._listings, strict=True):
-            nodes.append(aligned(other, same_calls(chosen, sites, variant.sites_of(other))))
-        place = {node: number for number, node in enumerate(nodes[0])}
-
-        def symbols(some: Sequence[int]) -> dict[Dim, tuple[int, ...]]:
+        def symbols(registers: Sequence[int]) -> dict[Dim, tuple[int, ...]]:
             found = {}
-            for register in dict.fromkeys(some):
-                number = place.get(lines.nodes[register], -1)
-                if number < 0 or any(number >= len(theirs) for theirs in nodes):
-                    continue
-                shapes = [size_of(theirs[number]) for theirs in nodes]
+            for register in dict.fromkeys(registers):
+                shapes = [size_of(listing.nodes[register]) for listing in everything]
                 for dim, sizes in enumerate(zip(*shapes, strict=False)):
                     if len(set(sizes)) > 1 and (register, dim) not in cut:
                         found[Dim(register, dim)] = sizes
             return found
 
+        columns: list[tuple[int, ...]] = []
+        varying(self.base.arguments, [variant.arguments for variant in self.variants], columns)
         given = {Dim(-1, index): column for index, column in enumerate(columns)}
-        return symbols(registers) | given | symbols(range(len(lines.inputs)))
+        given |= symbols(range(len(lines.inputs)))
+        literals = named_numbers(before, [[step.args for step in other.steps] for other in self._listings])
+        for i, step in enumerate(lines.steps):
+            others = [other.steps[i].args for other in self._listings]
+            if all(other == before[i] for other in others):
+                continue
+            sizes = Sizes(Expressions(symbols(refs(before[i])) | given, literals), step.op)
+            for key, arg in step.args.items():
+                step.args[key] = sizes.symbolic(arg, before[i].get(key), [other.get(key) for other in others])
+        sizes = Sizes(Expressions(given, literals), "output")
+        return sizes.symbolic(self.base.output, self.base.output, [v.output for v in self.variants])
 
     @functools.cached_property
     def training(self) -> Captured | None:
@@ -722,31 +652,16 @@ class Captures:
             return None
 
 
-def same_operators(
-    lines: Listing,
-    other: Listing,
-    chosen: Collection[int],
-    twin: Collection[int],
-    names: Sequence[Sequence[Site]],
-) -> bool:
-    """Whether two captures of a module do the same things outside of some calls, whatever the sizes.
-
-    Args:
-        lines, other: of the captures.
-        chosen, twin: the calls in each.
-        names: the sites of each.
-    """
-    ours, theirs = lines_of(lines, names[0], chosen), lines_of(other, names[1], twin)
-    pairs = ((lines, chosen), (other, twin))
-    read, also = ([of.names[i - len(of.inputs)] for i in tensors_read(of, calls)] for of, calls in pairs)
+def same_operators(lines: Listing, other: Listing) -> bool:
+    """Whether two captures of a module do the same things, whatever the sizes."""
     a, b = lines.captured.constants, other.captured.constants
     return (
-        [known(line) for line in ours] == [known(line) for line in theirs]
-        and read == also
+        [step.target for step in lines.steps] == [step.target for step in other.steps]
+        and lines.names == other.names
         and all(
             name not in a
             or (a[name].shape == b[name].shape and torch.equal(a[name].double(), b[name].double()))
-            for name in read
+            for name in lines.names
         )
     )
 
@@ -836,7 +751,8 @@ def complete(*steps: Sequence[Step]) -> None:
     for counterparts in zip(*steps, strict=True):
         for key in {key for step in counterparts for key in step.args}:
             for step in counterparts:
-                step.args.setdefault(key, step.default(key))
+                if key not in step.args:
+                    step.args[key] = step.default(key)
 
 
 DROPOUTS = frozenset("dropout dropout_ feature_dropout alpha_dropout feature_alpha_dropout".split())
@@ -859,78 +775,62 @@ class InTraining:
     same: bool
 
 
-def in_training(
-    training: Captured | None, lines: Listing, sites: Sequence[Site], chosen: Collection[int]
-) -> InTraining | None:
-    """The operators in training mode beside those in evaluation mode; None: they are not known.
-
-    Args:
-        training: captured in training mode.
-        lines: in evaluation mode.
-        sites: of its calls.
-        chosen: calls that the program makes; what happens in them does not count.
-    """
+def in_training(training: Captured | None, lines: Listing) -> InTraining | None:
+    """The operators in training mode beside those in evaluation mode; None: they are not known."""
     try:
         listing = training.listing() if training else None
     except CutError:
         listing = None
-    if listing is None or training is None:
+    if listing is None:
         return None
-    found = training.sites_of(listing)
-    rest = lines_of(lines, sites, chosen)
-    pairs: list[tuple[Step | str, Step | str | None]] = []
-    for line in lines_of(listing, found, same_calls(chosen, sites, found)):
-        if isinstance(line, str) or not counts(line):
-            pairs.append((line, rest.pop(0) if rest and known(rest[0]) == known(line) else None))
-    steps = [
-        (theirs, ours)
-        for theirs, ours in pairs
-        if isinstance(theirs, Step) and (ours is None or isinstance(ours, Step))
-    ]
-    both = [(theirs, ours) for theirs, ours in steps if ours]
+    rest = list(lines.steps)
+    steps: list[tuple[Step, Step | None]] = []
+    for step in listing.steps:
+        if counts(step):
+            continue
+        steps.append((step, rest.pop(0) if rest and rest[0].target == step.target else None))
+    pairs = [(theirs, ours) for theirs, ours in steps if ours]
     if not rest:
-        complete(*zip(*both, strict=True))
-    same = (
-        not rest
-        and all(ours for theirs, ours in pairs if isinstance(theirs, str))
-        and all(len(refs(theirs.args)) == len(refs(ours.args)) for theirs, ours in both)
-        and all(ours or theirs.op in DROPOUTS for theirs, ours in steps)
+        complete(*zip(*pairs, strict=True))
+    same = not rest and all(
+        len(refs(theirs.args)) == len(refs(ours.args))
+        and (not is_call(ours) or literals_of(theirs.args) == literals_of(ours.args))
+        for theirs, ours in pairs
     )
-    return InTraining(listing, steps, same)
+    return InTraining(listing, steps, same and all(ours or theirs.op in DROPOUTS for theirs, ours in steps))
 
 
 def training_switches(
-    training: InTraining | None, lines: Listing, chosen: Collection[int]
-) -> tuple[dict[int, dict[str, tuple[str, Any, Any]]], str]:
-    """What changes in training mode outside of the calls that a program makes.
+    training: InTraining | None, lines: Listing
+) -> tuple[list[dict[str, tuple[str, Any, Any]]], str]:
+    """What changes in training mode: per step, argument -> (module, value in training, value otherwise).
 
     Returns:
-        step -> argument -> (module, value in training, value otherwise); and what cannot be expressed this way, in
-        words.
+        also what cannot be expressed this way, in words.
     """
-    number = {id(step): i for i, step in enumerate(lines.steps)}
-    switches = {}
     if training and training.same:
+        result = []
         for theirs, ours in training.steps:
             if ours is None:
                 continue
             changed = {}
             for key, no in ours.args.items():
-                yes = theirs.args.get(key, no)
+                yes = theirs.args[key]
                 if isinstance(no, bool | float | None) and isinstance(yes, bool | float | None) and no != yes:
                     changed[key] = (owner(ours), yes, no)
-            switches[number[id(ours)]] = changed
-        return switches, ""
-    own = [lines.steps[i] for i in outside(lines, chosen)]
-    only = sorted({theirs.op for theirs, _ in training.steps} - {s.op for s in own}) if training else []
+            result.append(changed)
+        return result, ""
+    found = {theirs.op for theirs, _ in training.steps} if training else set()
+    only = sorted(found - {s.op for s in lines.steps})
     lost = (
         f"what it does in training mode only ({', '.join(only)})"
         if only
         else "what it does in training mode only"
     )
-    for step in own:
+    switches = []
+    for step in lines.steps:
         switch = OPERATORS[step.op].trains if step.op in OPERATORS else None
-        switches[number[id(step)]] = {switch: (owner(step), True, False)} if switch else {}
+        switches.append({switch: (owner(step), True, False)} if switch else {})
     return switches, lost
 
 
@@ -976,25 +876,9 @@ def renumbered(arg: Any, numbers: Iterator[int], moved: Mapping[int, int]) -> An
     return arg
 
 
-def lines_of(lines: Listing, sites: Sequence[Site], chosen: Collection[int]) -> list[Step | str]:
-    """The operators of a listing, and in between the names of the submodules that are called."""
-    return [line if isinstance(line, Step) else sites[line].module for line in outline(lines, chosen)]
-
-
-def same_calls(chosen: Collection[int], sites: Sequence[Site], others: Sequence[Site]) -> list[int]:
-    """Numbers of the same calls in another capture."""
-    wanted = {(sites[n].module, occurrence(sites, n)) for n in chosen}
-    return [n for n, site in enumerate(others) if (site.module, occurrence(others, n)) in wanted]
-
-
-def occurrence(sites: Sequence[Site], number: int) -> int:
-    """How many calls of the same submodule come before a call."""
-    return sum(site.module == sites[number].module for site in sites[:number])
-
-
-def known(line: Step | str) -> str:
-    """A line of a program by its operator, or by the submodule that it calls."""
-    return line if isinstance(line, str) else line.target
+def literals_of(arg: Any) -> list[Any]:
+    """What an argument holds besides references."""
+    return [leaf for _, leaf in leaves_of(arg) if not isinstance(leaf, Ref)]
 
 
 def counts(step: Step) -> bool:

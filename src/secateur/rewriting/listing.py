@@ -20,11 +20,22 @@ from secateur.graph.operators import OPERATORS, CutSite, Shape, Step, module_of,
 from secateur.graph.propagate import BODIES
 from secateur.graph.trace import Survivors
 from secateur.rewriting.calls import CALLED, RETURNED
-from secateur.rewriting.program import DEVICE, Named, Op, Ref
+from secateur.rewriting.program import DEVICE, Call, Named, Op, Ref
+
+CALL = "call "
+"""How the target of a step begins that is a call of a submodule."""
 
 
-def as_op(step: Step) -> Op:
-    """A step as the operator of a program."""
+def is_call(step: Step) -> bool:
+    """Whether a step is a call of a submodule."""
+    return step.target.startswith(CALL)
+
+
+def as_op(step: Step) -> Op | Call:
+    """A step as a line of a program."""
+    if is_call(step):
+        kwargs = tuple(step.args["kwargs"].items())
+        return Call(step.target.removeprefix(CALL), tuple(step.args["args"]), kwargs)
     if step.target == "getitem":
         return Op("getitem", (step.args["items"], step.args["index"]))
     positional, keywords = [], []

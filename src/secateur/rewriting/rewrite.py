@@ -6,7 +6,7 @@ its class as a base. Only `forward` is another.
 
 import functools
 import inspect
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from torch import Tensor, fx, nn
@@ -16,7 +16,7 @@ from secateur.graph.labels import Value
 from secateur.graph.operators import Shape
 from secateur.graph.trace import Survivors, Trace
 from secateur.rewriting.calls import entries_in
-from secateur.rewriting.listing import Listing, as_op, cut_step, list_operators
+from secateur.rewriting.listing import Listing, as_op, cut_step, is_call, list_operators
 from secateur.rewriting.program import ANYTHING, NAMES, Given, Made, Named, Program, Ref
 
 CONSTANT = "rewritten_constant_"
@@ -241,16 +241,14 @@ def tensors_of(lines: Listing, named: Mapping[str, Tensor], *, own: bool = False
     return [named[name] if name in named else constant(constants[name]) for name in lines.names]
 
 
-def cut_steps(
-    lines: Listing, values: Mapping[fx.Node, Any], survivors: Survivors, among: Iterable[int] | None = None
-) -> list[tuple[Shape, ...]]:
-    """Let steps follow a cut, all or those of some numbers; returns the shapes of their results."""
+def cut_steps(lines: Listing, values: Mapping[fx.Node, Any], survivors: Survivors) -> list[tuple[Shape, ...]]:
+    """Let every operator follow a cut; returns the shapes of their results."""
 
     def value_of(ref: Ref) -> Value | None:
         value = values.get(lines.nodes[ref.index])
         return value if isinstance(value, Value) else None
 
-    steps = lines.steps if among is None else [lines.steps[i] for i in among]
+    steps = [step for step in lines.steps if not is_call(step)]
     return [cut_step(step, value_of, values.get(step.node), survivors) for step in steps]
 
 
