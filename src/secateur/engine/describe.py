@@ -102,6 +102,10 @@ def proof_notes(graph: Graph, proof: Verification | None) -> list[str]:
     notes = []
     if proof.rewritten:
         notes.append(f"The model's own forward cannot express the new widths: {proof.form}.")
+    if proof.sizes:
+        notes.append(f"Cut and masked model were also compared at {proof.sizes}.")
+    if proof.uncompared:
+        notes.append(f"They were not compared at every size: {proof.uncompared}.")
     if proof.statistics:
         notes.append(
             f"Statistics change: {len(proof.statistics)} operators take them over channels of which some are "

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.func import functional_call
 from torch.utils import _pytree as pytree
 
 from secateur.graph.capture import Batching, Inputs, as_call, as_inputs
@@ -18,9 +19,12 @@ SMALL = 128
 STEPS = (1, 8, 32)
 """Sizes tried are multiples of these: many a network takes only multiples of its strides."""
 
-GROWN = ((1.62, 1.31), (1.27, 1.9), (2.13, 1.55), (0.79, 1.21))
-SHRUNK = ((0.72, 0.57), (0.51, 0.89), (0.87, 0.66), (1.19, 0.79))
-"""Heights and widths to try, as shares of those given; none is square, or a multiple of another."""
+GROWN = ((1.62, 1.31), (1.27, 1.9), (2.13, 1.55), (0.79, 1.21), (0.3, 0.4))
+SHRUNK = ((0.72, 0.57), (0.51, 0.89), (0.87, 0.66), (1.19, 0.79), (0.12, 0.1))
+"""Heights and widths to try, as shares of those given; none is square, or a multiple of another.
+
+The last is where windows and pools no longer fit into the image.
+"""
 
 AXES: dict[int, tuple[tuple[int, ...], ...]] = {
     5: ((3, 4), (2, 3)),
@@ -81,12 +85,13 @@ Size = tuple[tuple[int, ...], tuple[int, ...]]
 """Dims of the main tensor, and a size for each."""
 
 
-def other_sizes(inputs: Inputs, runs: Callable[[Inputs], bool]) -> list[Size]:
+def other_sizes(inputs: Inputs, runs: Callable[[Inputs], bool], most: int = 5) -> list[Size]:
     """Other image sizes that a model takes.
 
     Args:
         inputs: at the size given.
         runs: whether the model takes inputs; asked at most a few dozen times.
+        most: how many sizes are enough.
     """
     main = main_leaf(inputs)
     for dims in AXES.get(main.ndim, ()) if main is not None else ():
@@ -102,7 +107,7 @@ def other_sizes(inputs: Inputs, runs: Callable[[Inputs], bool]) -> list[Size]:
                 candidate = at_size(inputs, dims, size) if size != given else None
                 if candidate is not None and runs(candidate):
                     found[size] = None
-                elif number == 1 and not found:
+                if len(found) == most or (number == 1 and not found):
                     break
             if found:
                 return [(dims, size) for size in found]
@@ -110,7 +115,7 @@ def other_sizes(inputs: Inputs, runs: Callable[[Inputs], bool]) -> list[Size]:
 
 
 def sampled(
-    model: nn.Module, inputs: Inputs, batching: Batching, batch: int
+    model: nn.Module, inputs: Inputs, batching: Batching, batch: int, most: int = 5
 ) -> tuple[list[Inputs], list[Inputs]]:
     """Random inputs that a model takes in evaluation mode, at several sizes.
 
@@ -119,6 +124,7 @@ def sampled(
         inputs: example inputs.
         batching: how they hold images.
         batch: images in the analysis.
+        most: how many other image sizes are enough.
     Returns:
         with the image size given: first as in the analysis, then, if the model takes them, with more images; and at
         other image sizes, with different numbers of images.
@@ -133,10 +139,10 @@ def sampled(
     base = batching.resized(inputs, batch)
     more = at_batch(inputs, batch + 1, batch + batching.images, 2 * batch)
     others = []
-    for number, (dims, size) in enumerate(other_sizes(base, lambda given: takes(model, given))):
+    for number, (dims, size) in enumerate(other_sizes(base, lambda given: takes(model, given), most)):
         changed = at_size(inputs, dims, size)
         assert changed is not None
-        count = (3, 2, 1, 1)[number] if more is not None else batch
+        count = (3, 2, 1, 1, 2)[number] if more is not None else batch
         found = at_batch(changed, count)
         others.append(batching.resized(changed, batch) if found is None else found)
     given = [base] if more is None else [base, more]
@@ -154,7 +160,11 @@ def takes(model: nn.Module, inputs: Inputs) -> bool:
                 args, kwargs = pytree.tree_map(
                     lambda x: mode.from_tensor(x) if isinstance(x, Tensor) else x, as_call(inputs)
                 )
-                model(*args, **kwargs)
+                named = [
+                    (name, mode.from_tensor(t)) for name, t in model.named_buffers()
+                ]  # it may write to them
+                buffers: dict[str, Tensor] = dict(named)
+                functional_call(model, buffers, args, kwargs)
         except Exception:  # whatever the model's own code raises
             return False
     return True

@@ -98,3 +98,14 @@ class Survivors:
             dead = self.dead[factor]
             if dead.any():
                 yield ~dead
+
+
+def repeated(keep: Keep, size: int) -> Keep | None:
+    """The mask of a dim, such as images × heads, where the dim has another size; None if it cannot be.
+
+    >>> repeated(np.array([True, False, True, False]), 6).tolist()
+    [True, False, True, False, True, False]
+    """
+    lengths = (n for n in range(1, len(keep) + 1) if len(keep) % n == 0)
+    part = next(keep[:n] for n in lengths if (keep.reshape(-1, n) == keep[:n]).all())
+    return None if size % len(part) else np.tile(part, size // len(part))

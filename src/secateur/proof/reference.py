@@ -13,9 +13,12 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from secateur.errors import CutError
+from secateur.graph.capture import Capture
 from secateur.graph.labels import Value
-from secateur.graph.operators import OPERATORS, LiveSite, Step
-from secateur.graph.trace import Survivors, Trace
+from secateur.graph.operators import OPERATORS, LiveSite, Step, shapes_of
+from secateur.graph.trace import Survivors, Trace, repeated
+from secateur.rewriting.align import align
 from secateur.rewriting.listing import list_operators
 from secateur.rewriting.program import Ref
 from secateur.rewriting.rewrite import fixed_program, tensors_of
@@ -28,10 +31,24 @@ class Reference:
         sites: "module (operator)" wherever zeros alone would have given something else; known after a run.
     """
 
-    def __init__(self, trace: Trace, survivors: Survivors) -> None:
+    def __init__(self, trace: Trace, survivors: Survivors, captured: Capture | None = None) -> None:
+        """From the graph of the analysis, or from one at other sizes.
+
+        Raises:
+            CutError: at those sizes, the model does other things than in the analysis.
+        """
         self._lines = list_operators(trace.captured)
+        self._values = trace.values
+        if captured is not None:
+            aligned = align([self._lines, list_operators(captured)])
+            if aligned is None:
+                raise CutError("the model does other things at other sizes")
+            known, self._lines = aligned.listings
+            self._values = {
+                ours: trace.values.get(theirs)
+                for ours, theirs in zip(self._lines.nodes, known.nodes, strict=True)
+            }
         self._program = fixed_program(self._lines)
-        self._trace = trace
         self._survivors = survivors
         self.sites: dict[str, None] = {}
 
@@ -65,13 +82,20 @@ class Reference:
         result = {}
         for name, arg in step.args.items():
             for i, ref in enumerate(arg if isinstance(arg, list) else [arg]):
-                value = self._trace.values.get(self._lines.nodes[ref.index]) if isinstance(ref, Ref) else None
+                if not isinstance(ref, Ref):
+                    continue
+                node = self._lines.nodes[ref.index]
+                value = self._values.get(node)
                 keep = self._survivors.keep(value) if isinstance(value, Value) else {}
-                if isinstance(value, Value) and keep:
-                    mask = torch.ones([1] * len(value.shape), dtype=torch.bool)
+                if keep:
+                    shape = shapes_of(node)[0]
+                    mask = torch.ones([1] * len(shape), dtype=torch.bool)
                     for dim, line in keep.items():
-                        mask = mask & torch.from_numpy(line).reshape(
-                            [-1 if d == dim else 1 for d in range(len(value.shape))]
+                        fits = repeated(line, shape[dim])
+                        if fits is None:
+                            raise CutError("the model's channels mean something else at other sizes")
+                        mask = mask & torch.from_numpy(fits).reshape(
+                            [-1 if d == dim else 1 for d in range(len(shape))]
                         )
                     result[f"{name}.{i}" if isinstance(arg, list) else name] = mask
         return result

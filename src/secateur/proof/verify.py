@@ -7,8 +7,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from secateur.errors import CutError, first_line
-from secateur.graph import Graph, named_tensors
+from secateur.errors import CutError, SecateurError, first_line
+from secateur.graph import Graph, analyze, named_tensors
+from secateur.graph.capture import Inputs, as_call, capture
 from secateur.graph.duplicate import duplicate
 from secateur.graph.guard import uncompiled
 from secateur.graph.modes import evaluating
@@ -21,6 +22,7 @@ from secateur.graph.probe import (
     random_inputs,
     randomise_,
 )
+from secateur.graph.samples import main_leaf, sampled
 from secateur.plan import Plan
 from secateur.proof.reference import Reference
 from secateur.rewriting.rewrite import cut_listing, fixed_program, rewritten_modules, tensors_of
@@ -58,6 +60,11 @@ class Verification:
             "" is the model itself. Where training mode loses something, the name is followed by what.
         replayed: True when float64 was compared on the captured graphs, because forward itself computes in
             another precision.
+        tied: "module takes … only: why" for rewritten modules that take fewer image sizes than before.
+        sizes: shapes of the images of the further comparison, with another batch and, where the original takes it,
+            another image size, such as "3 × 3 × 160 × 128".
+        elsewhere: relative error of that comparison; 0 if there was none.
+        uncompared: why another batch or image size was not compared, in words; "" if both were.
     """
 
     max_abs_error: float
@@ -70,6 +77,10 @@ class Verification:
     statistics: tuple[str, ...] = ()
     rewritten: tuple[str, ...] = ()
     replayed: bool = False
+    tied: tuple[str, ...] = ()
+    sizes: str = ""
+    elsewhere: float = 0.0
+    uncompared: str = ""
     untrained: str = ""
 
     @property
@@ -78,6 +89,7 @@ class Verification:
         return (
             self.max_rel_error <= TOLERANCE[torch.float64]
             and self.max_rel_error_float32 <= TOLERANCE[torch.float32]
+            and self.elsewhere <= TOLERANCE[torch.float32]
             and self.trains
         )
 
@@ -88,7 +100,9 @@ class Verification:
             return "the model's own forward runs at the new widths"
         names = ", ".join(name or "the whole model" for name in self.rewritten[:4])
         more = f" and {len(self.rewritten) - 4} more" if len(self.rewritten) > 4 else ""
-        return f"forward was rewritten for the new widths in {names}{more}"
+        tied = f"; of these, {'; '.join(self.tied[:2])}" if self.tied else ""
+        also = f" and {len(self.tied) - 2} more are tied to sizes" if len(self.tied) > 2 else ""
+        return f"forward was rewritten for the new widths in {names}{more}{tied}{also}"
 
     def __str__(self) -> str:
         verdict = "equal" if self.ok else "NOT equal"
@@ -102,8 +116,14 @@ class Verification:
             )
         return (
             f"{verdict} to the masked original{over}: max error {self.max_abs_error:.1e} in float64 "
-            f"({self.max_rel_error:.1e} relative), {self.max_abs_error_float32:.1e} in float32; {self.form}{trains}"
+            f"({self.max_rel_error:.1e} relative), {self.max_abs_error_float32:.1e} in float32{self._further}; "
+            f"{self.form}{trains}"
         )
+
+    @property
+    def _further(self) -> str:
+        at = f", {self.elsewhere:.1e} relative at {self.sizes}" if self.sizes else ""
+        return f"{at} ({self.uncompared})" if self.uncompared else at
 
 
 @uncompiled
@@ -141,6 +161,7 @@ def verify(model: nn.Module, cut: nn.Module, graph: Graph, plan: Plan, *, seed: 
         worst = errors if not errors.relative <= worst.relative else worst
     single = compare(*pair, graph, plan, torch.float32, seed)
     names = rewritten_modules(cut)
+    sizes, further, uncompared = compare_elsewhere(*pair, graph, plan, errors, seed)
     fails = training_fails(cut, graph, seed)
     untrained = training_fails(model, graph, seed) if fails else ""
     return Verification(
@@ -154,6 +175,10 @@ def verify(model: nn.Module, cut: nn.Module, graph: Graph, plan: Plan, *, seed: 
         statistics=errors.statistics,
         rewritten=tuple(f"{n} (without {m.lost})" if m.lost else n for n, m in names.items()),
         replayed=errors.replayed,
+        tied=tuple(f"{n or 'the whole model'} {m.tied}" for n, m in names.items() if m.tied),
+        sizes=sizes,
+        elsewhere=further,
+        uncompared=uncompared,
         untrained=untrained,
     )
 
@@ -209,6 +234,87 @@ def compare(
     scale = max((a.abs().max().item() for a in expected), default=0.0)
     spread = max(((a[:1] - a[1:]).abs().max().item() for a in expected if len(a) > 1), default=0.0)
     return Errors(error, relative, spread / scale if scale else 0.0, tuple(reference.sites), replayed)
+
+
+def compare_elsewhere(
+    model: nn.Module, cut: nn.Module, graph: Graph, plan: Plan, errors: Errors, seed: int
+) -> tuple[str, float, str]:
+    """Compare once more, with another batch and, where the original takes it, another image size.
+
+    Args:
+        errors: of the comparison at the size of the analysis.
+    Returns:
+        the shape of the images, or ""; the relative error; and what could not be compared, in words.
+    """
+    assert graph.trace is not None
+    captured = graph.trace.captured
+    given, others = sampled(model, graph.inputs, captured.batching, captured.batch, most=1)
+    reason = "" if others else "the original takes no other image size"
+    dtype = torch.float32 if errors.replayed else torch.float64
+    for inputs in [*others, *given[1:]]:
+        call = pytree.tree_map(
+            lambda x: x.to(dtype) if isinstance(x, Tensor) and x.is_floating_point() else x, as_call(inputs)
+        )
+        try:
+            expected = expected_at(call, inputs, model, graph, plan, errors, dtype)
+            found = run_own(duplicate(cut).to(dtype), call)
+        except SecateurError as error:
+            reason = (
+                reason or f"not compared at another image size: {str(error).partition(';')[0].rstrip('.')}"
+            )
+            continue
+        if expected is None:
+            reason = reason or "the original takes no other image size"
+            continue
+        apart = difference(expected, found)[1] if found is not None else float("inf")
+        if not apart <= TOLERANCE[torch.float32] and not same_groups(model, inputs, graph):
+            reason = (
+                reason
+                or f"at {sizes_of(inputs)} its channels mean something else, and this cut does not hold"
+            )
+            continue
+        return sizes_of(inputs), apart, reason
+    return "", 0.0, "the original takes no other batch" if not reason else f"{reason}, and no other batch"
+
+
+def expected_at(
+    call: Any, inputs: Inputs, model: nn.Module, graph: Graph, plan: Plan, errors: Errors, dtype: torch.dtype
+) -> list[Tensor] | None:
+    """The outputs of the original without the removed units; None if it does not run.
+
+    Raises:
+        SecateurError: its graph at these sizes is not that of the analysis.
+    """
+    assert graph.trace is not None
+    masked = mask_(duplicate(model).to(dtype), graph, plan)
+    if not errors.statistics:
+        return run_own(masked, call)
+    captured = capture(model, inputs, exact=True)
+    reference = Reference(graph.trace, graph.trace.survivors(plan.masks(graph)), captured)
+    try:
+        return floats(reference.run(call, dict(named_tensors(masked))))
+    except RuntimeError as error:
+        raise CutError(f"the original's graph does not run at this size ({first_line(error)})") from error
+
+
+def same_groups(model: nn.Module, inputs: Inputs, graph: Graph) -> bool:
+    """Whether the groups of an analysis are also groups for inputs of another size."""
+
+    def described(some: Graph) -> set[frozenset[tuple[str, int, bytes]]]:
+        return {
+            frozenset((m.tensor, m.dim, m.index.tobytes()) for m in group.members) for group in some.groups
+        }
+
+    try:
+        return described(graph) <= described(analyze(model, inputs))
+    except SecateurError:
+        return False
+
+
+def sizes_of(inputs: Inputs) -> str:
+    """The shape of the images in words."""
+    main = main_leaf(inputs)
+    return " × ".join(map(str, main.shape)) if main is not None else ""
 
 
 def agree(expected: list[Tensor] | None, found: list[Tensor] | None) -> bool:

@@ -8,11 +8,12 @@ these captures is a size, a precision, or a switch of the training mode; all els
 import copy
 import functools
 import itertools
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, fx, nn
 from torch.func import functional_call
@@ -22,16 +23,19 @@ from secateur.errors import CaptureError, CutError
 from secateur.graph.capture import Capture, Inputs, as_call, capture
 from secateur.graph.duplicate import cloned, duplicate
 from secateur.graph.guard import opened
-from secateur.graph.labels import Value
+from secateur.graph.labels import Atoms, Value, along, compress, reshape
+from secateur.graph.modules import Keep
 from secateur.graph.operators import OPERATORS, Step
 from secateur.graph.probe import aliases, difference, floats, random_values
 from secateur.graph.samples import sampled
-from secateur.graph.trace import Survivors, Trace
+from secateur.graph.trace import Survivors, Trace, repeated
+from secateur.rewriting.align import Aligned, align, counts
 from secateur.rewriting.calls import Sites, entries_in, leaves_of, marked, strip
 from secateur.rewriting.compose import calls_of, collapse, placed
 from secateur.rewriting.listing import Listing, as_op, find_calls, is_call, list_operators
 from secateur.rewriting.program import (
     ANYTHING,
+    LARGEST,
     Dim,
     Given,
     Limit,
@@ -39,15 +43,16 @@ from secateur.rewriting.program import (
     Named,
     Program,
     Ref,
-    Size,
     Training,
     operator_named,
     refs,
+    sizes_in_words,
 )
 from secateur.rewriting.rewrite import CONSTANT, arguments_of, cut_steps, inputs_of, tensor_named
 from secateur.rewriting.sizes import Expressions
 
-Arguments = tuple[tuple[Any, ...], dict[str, Any]]
+Call = tuple[tuple[Any, ...], dict[str, Any]]
+Calls = list[Call]
 Shapes = tuple[tuple[int, ...], ...]
 
 FEWEST = 2
@@ -76,6 +81,10 @@ class Draft:
     tied: str
 
 
+class MixedError(CutError):
+    """At some size, a view takes channels apart in another way than in the analysis."""
+
+
 class Writer:
     """Writes programs for the submodules of a model.
 
@@ -93,7 +102,7 @@ class Writer:
         self._inputs = inputs
         self._whole = list_operators(trace.captured)
         self._regions = find_calls(self._whole, self._model)
-        self._runs: dict[str, list[list[Arguments]]] = {}
+        self._runs: dict[str, list[Calls]] = {}
         self._captures: dict[Any, Captures] = {}
 
     def draft(self, name: str, apart: Collection[str] | None = ()) -> Draft:
@@ -110,20 +119,27 @@ class Writer:
         runs = self._runs[name]
         if not runs[0]:
             raise CutError(f"{name}: it is not called in evaluation mode")
-        given = len(self._samples[0])
+        given, tied = len(self._samples[0]), ""
         for some in dict.fromkeys((len(runs), given)):  # at least at the image size of the analysis
             calls = [[run[i] if i < len(run) else None for run in runs[:some]] for i in range(len(runs[0]))]
-            drafts = [self._draft(name, number, each, apart) for number, each in enumerate(calls)]
-            if all(draft.program == drafts[0].program for draft in drafts):
-                tied = "it is called several times, in different ways" if some < len(runs) else ""
-                return replace(drafts[0], tied=drafts[0].tied or tied)
+            try:
+                drafts = [self._draft(name, number, each, apart) for number, each in enumerate(calls)]
+            except MixedError as error:
+                if some == given:
+                    raise
+                tied = str(error)
+                continue
+            first = drafts[0]
+            if all(draft.program == first.program for draft in drafts):
+                return replace(first, tied=first.tied or (tied and told(first.program, tied)))
+            tied = f"it is called {len(drafts)} times, in different ways"
         raise CutError(f"{name}: it is called {len(drafts)} times, in ways that need different programs")
 
     def _record(self, name: str) -> None:
         """Note the calls of a module, and of all others of its class, for inputs of every size."""
         kind = type(self._model.get_submodule(name))
         names = [n for n, module in self._model.named_modules() if type(module) is kind]
-        runs: list[dict[str, list[Arguments]]] = []
+        runs: list[dict[str, Calls]] = []
         for given in itertools.chain(*self._samples):
             args, kwargs = as_call(given)
             with recorded(self._model, names) as calls, torch.no_grad():
@@ -143,7 +159,7 @@ class Writer:
         return sampled(self._model, self._inputs, captured.batching, captured.batch)
 
     def _draft(
-        self, name: str, number: int, calls: Sequence[Arguments | None], apart: Collection[str] | None
+        self, name: str, number: int, calls: Sequence[Call | None], apart: Collection[str] | None
     ) -> Draft:
         module = self._model.get_submodule(name)
         prefix = f"{name}." if name else ""
@@ -155,40 +171,41 @@ class Writer:
             raise CutError(f"{name}: its forward cannot be captured by itself ({error})") from None
         except CutError as error:
             raise CutError(f"{name}: {error}") from None
-        captured = captures.base.listing()
+        aligned, training = captures.in_both_modes()
+        captured, *others = aligned.listings
         values = self._match(name, number, captures.base.operators())
-        cut = self._cut_dims(captured, values)
-        training = in_training(captures.training, captured)
-        captures.complete(captured)
-        switches, lost = training_switches(training, captured)
+        switches, lost = training_switches(training, captured, captures.training)
         unheard = captures.base.unheard()
         if unheard:
             hooks = f"hooks on {', '.join(unheard[:4])}{' …' * (len(unheard) > 4)}"
             lost = " and ".join([hooks, lost] if lost else [hooks])
+        cut = self._cut_dims(captured, values)
+        if not all(same_views(captured, other, cut) for other in others):
+            raise MixedError("its channels mean something else at other image sizes")
         before = [copy.copy(step.args) for step in captured.steps]
         cut_steps(captured, values, self._survivors)
         try:
-            output = captures.symbolic(captured, before, cut)
+            output = captures.symbolic(captured, before, others, cut)
         except CutError as error:
             raise CutError(f"{name}: {error}") from None
         for i, step in enumerate(captured.steps):
             step.args |= {
                 key: Training(m, yes, step.args.get(key, no)) for key, (m, yes, no) in switches[i].items()
             }
-        insert_dropouts(captured, training)
-        return self._finish(captured, captures, output, captures.limits(cut), lost)
+        limits = captures.limits(cut)
+        return self._finish(captured, captures, output, limits, lost)
 
-    def _cut_dims(self, lines: Listing, values: Mapping[fx.Node, Any]) -> set[tuple[int, int]]:
-        """(register, dim) of every tensor that loses positions."""
-        found = set()
+    def _cut_dims(self, lines: Listing, values: Mapping[fx.Node, Any]) -> dict[tuple[int, int], Keep]:
+        """(register, dim) of every tensor that loses positions -> which it keeps."""
+        found: dict[tuple[int, int], Keep] = {}
         for register, node in enumerate(lines.nodes):
             value = values.get(node)
             if isinstance(value, Value):
-                found |= {(register, dim) for dim in self._survivors.keep(value)}
+                found |= {(register, dim): keep for dim, keep in self._survivors.keep(value).items()}
         return found
 
     def _capture(
-        self, module: nn.Module, calls: Sequence[Arguments | None], apart: Collection[str] | None
+        self, module: nn.Module, calls: Sequence[Call | None], apart: Collection[str] | None
     ) -> "Captures":
         """The captures of one call; networks repeat their blocks, so those of a module like it will do."""
         alike = likeness((module, calls), {}), apart
@@ -210,11 +227,12 @@ class Writer:
             inputs=len(lines.inputs),
             tensors=tuple(buffers.get(name) or name.removeprefix("module.") for name in lines.names),
             ops=tuple(as_op(step) for step in lines.steps),
-            output=placed(output, lines.output),
+            output=output,
             limits=limits,
         )
         constants = {buffers[name]: base.captured.constants[name].detach().clone() for name in unnamed}
-        return Draft(program, constants, lost, captures.tied)
+        tied = captures.tied and told(program, captures.tied)
+        return Draft(program, constants, lost, tied)
 
     def _match(self, name: str, number: int, lines: Listing) -> dict[fx.Node, Any]:
         """What the analysis knows about the nodes of a module that was captured by itself."""
@@ -267,10 +285,8 @@ class Sizes:
         if isinstance(base, Ref):
             return arg
         if isinstance(base, Made):
-            return Made(
-                base.cls,
-                self.symbolic(dict(arg.entries), dict(base.entries), [dict(o.entries) for o in others]),
-            )
+            entries = [dict(made.entries) for made in (arg, base, *others)]
+            return Made(base.cls, self.symbolic(entries[0], entries[1], entries[2:]))
         if isinstance(base, Named):
             return Named(base.kind, "same")
         if all(type(n) is int for n in (arg, base, *others)):
@@ -344,8 +360,8 @@ class Captured:
         module: nn.Module,
         args: Any,
         kwargs: Any,
-        *,
         apart: Collection[str] | None = None,
+        *,
         training: bool = False,
     ) -> "Captured":
         """Capture one call; calls of submodules are marked, those of some submodules are not, with None no call."""
@@ -360,7 +376,7 @@ class Captured:
 
     @classmethod
     def in_another_precision(
-        cls, module: nn.Module, args: Any, kwargs: Any, apart: Collection[str] | None
+        cls, module: nn.Module, args: Any, kwargs: Any, apart: Collection[str] | None = None
     ) -> "Captured | None":
         """Capture one call in float64, or float32 if it is in that; None for a module that does not run in it."""
 
@@ -376,7 +392,8 @@ class Captured:
 
         try:
             twin = duplicate(module).to(other)
-            return cls.of(twin, *pytree.tree_map(convert, (args, kwargs)), apart=apart)
+            given, named = pytree.tree_map(convert, (args, kwargs))
+            return cls.of(twin, given, named, apart)
         except (CaptureError, CutError):
             return None
 
@@ -411,11 +428,7 @@ class Captures:
     """
 
     def __init__(
-        self,
-        module: nn.Module,
-        calls: Sequence[Arguments | None],
-        alike: int,
-        apart: Collection[str] | None,
+        self, module: nn.Module, calls: Sequence[Call | None], alike: int, apart: Collection[str] | None
     ) -> None:
         assert calls[0] is not None
         self._module = module
@@ -423,19 +436,20 @@ class Captures:
         self._calls = calls
         self._alike = alike
         while True:
-            self.base = Captured.of(module, *calls[0], apart=self._apart)
+            self.base = Captured.of(module, *calls[0], self._apart)
             refused = self.base.refused() | {*calls_of(self.base.listing())} & {*self.base.sites.passed}
             if self._apart is None or refused <= {*self._apart}:
                 break
             self._apart = {*self._apart, *refused}  # what they call is looked at instead
         self.tied = ""
+        self._found: dict[tuple[int, bool], Captured | None] = {}
         self._forget()
 
     @classmethod
     def of(
         cls,
         module: nn.Module,
-        calls: Sequence[Arguments | None],
+        calls: Sequence[Call | None],
         alike: int,
         apart: Collection[str] | None = None,
     ) -> "Captures":
@@ -451,29 +465,53 @@ class Captures:
             CutError: it does other things for another batch or precision.
         """
         captures = cls(module, calls, alike, apart)
-        try:
-            captures._compare(range(1, len(calls)))
-            captures.tied = captures._why_tied()
-        except (CutError, CaptureError) as error:
-            if alike == len(calls):
-                raise
-            captures.tied = str(error)
-        if captures.tied:
+        sized, batches = range(alike, len(calls)), range(1, alike)
+        if not sized or not captures._settle([[*sized, *batches], [*reversed(sized), *batches]]):
             captures._forget()
-            captures._compare(range(1, alike))
+            captures._compare(batches)
         if captures._unfit & set(range(alike)):
             raise CutError("its forward does other things for another batch size or precision")
         return captures
 
+    def _settle(self, orders: Sequence[Sequence[int]]) -> bool:
+        """Compare the calls in the order that makes the numbers right at most of them, then with least arithmetic.
+
+        A size at which the forward does something special may be among the first; then others fit badly.
+
+        Returns:
+            whether enough is known about other image sizes.
+        """
+        best: tuple[tuple[int, int], dict[str, Any]] | None = None
+        for order in orders:
+            self._forget()
+            try:
+                length = self._compare(order)
+            except CutError as error:
+                self._reason = str(error)
+                continue
+            if best is None or (len(self._fit), -length) > best[0]:
+                best = (len(self._fit), -length), dict(vars(self))
+            if not self._unfit:
+                break
+        vars(self).update(best[1] if best else {})
+        self.tied = self._reason if best is None or self._unfit else ""
+        return best is not None and self._tells()
+
     def _forget(self) -> None:
         self.variants: list[Captured] = []
-        self._listings: list[Listing] = []
-        self._captured: set[int] = {0}
+        self._captured = [0]
+        self._reason = "it does other things at other image sizes"
         self._fit: set[int] = {0}
         self._unfit: set[int] = set()
 
-    def _compare(self, numbers: Sequence[int]) -> None:
-        """Sort these calls into those at which the numbers are right and others, and capture what that takes."""
+    def _compare(self, numbers: Sequence[int]) -> int:
+        """Sort these calls into those at which the numbers are right and others, and capture what that takes.
+
+        Returns:
+            the length of the program, written out.
+        Raises:
+            CutError: a number follows no size.
+        """
         known = {self._sizes(0)}
         for number in numbers:
             sizes = self._sizes(number)
@@ -487,11 +525,21 @@ class Captures:
         if not self.variants:
             self._add(0)
         while True:
-            program = self._whole()
+            try:
+                program = self._whole()
+            except CutError as error:
+                if len(self.variants) == 1:
+                    raise
+                self.variants.pop()
+                last = self._captured.pop()
+                self._fit.remove(last)
+                self._unfit.add(last)
+                self._reason = str(error)
+                continue
             wrong = (n for n in sorted(self._fit - {0}) if not self._right(program, n))
             found = next(wrong, None)
             if found is None:
-                return
+                return len(repr(program.ops))
             if found in self._captured or not self._add(found):
                 self._fit.remove(found)
                 self._unfit.add(found)
@@ -508,24 +556,48 @@ class Captures:
         return tuple(tuple(t.shape) for t in own.tensors)
 
     def _add(self, number: int) -> bool:
-        """Capture a call, the first in another precision; False if it does other things than in the analysis."""
-        call = self._calls[number]
-        assert call is not None
-        found = None if self.variants else Captured.in_another_precision(self._module, *call, self._apart)
+        """Capture a call, the first in float64; False if it does other things than in the analysis."""
+        found = None if self.variants else self._capture(number, True)
         if found is None and number:
-            try:
-                found = Captured.of(self._module, *call, apart=self._apart)
-            except (CaptureError, CutError):
-                return False
+            found = self._capture(number, False)
         if found is None:
-            return True
-        lines, other = self.base.listing(), found.listing()
-        if not same_operators(lines, other):
+            return not number
+        if align([capture.listing() for capture in (self.base, *self.variants, found)]) is None:
             return False
         self.variants.append(found)
-        self._listings.append(other)
-        self._captured.add(number)
+        self._captured.append(number)
         return True
+
+    def _capture(self, number: int, double: bool) -> Captured | None:
+        """A call captured by itself, in float64 or as it is; None where it cannot be."""
+        if (number, double) not in self._found:
+            call = self._calls[number]
+            assert call is not None
+            try:
+                self._found[number, double] = (Captured.in_another_precision if double else Captured.of)(
+                    self._module, *call, self._apart
+                )
+            except (CaptureError, CutError):
+                self._found[number, double] = None
+        return self._found[number, double]
+
+    def listings(self) -> Aligned:
+        """The operators of all captures; the first is that of the analysis."""
+        found = align([captured.listing() for captured in (self.base, *self.variants)])
+        assert found is not None
+        return found
+
+    def in_both_modes(self) -> tuple[Aligned, Listing | None]:
+        """The same with every step of the training mode, and beside it the steps in that; None: they are others."""
+        captures = [captured.listing() for captured in (self.base, *self.variants)]
+        try:
+            found = align([*captures, self.training.listing()]) if self.training else None
+        except CutError:
+            found = None
+        if found is None:
+            return self.listings(), None
+        *listings, training = found.listings
+        return Aligned(listings, found.added), training
 
     def _whole(self) -> Program:
         """The program of the module before any cut.
@@ -533,22 +605,16 @@ class Captures:
         Raises:
             CutError: a number follows no size, or an operator cannot be saved.
         """
-        lines = self.base.listing()
+        lines, *others = self.listings().listings
         for step in lines.steps:
             if not is_call(step):
                 try:
                     operator_named(step.target)
                 except ValueError as error:
                     raise CutError(f"its forward cannot be saved: {error}") from None
-        self.complete(lines)
-        output = self.symbolic(lines, [copy.copy(step.args) for step in lines.steps], set())
+        output = self.symbolic(lines, [copy.copy(step.args) for step in lines.steps], others, set())
         ops = tuple(as_op(step) for step in lines.steps)
-        output = placed(output, lines.output)
         return Program(self.arguments, len(lines.inputs), tuple(lines.names), ops, output)
-
-    def complete(self, lines: Listing) -> None:
-        """Give the steps of all captures the arguments that any of them has."""
-        complete(*(listing.steps for listing in (lines, *self._listings)))
 
     def _right(self, program: Program, number: int) -> bool:
         """Whether the program computes what the module does, on random weights and the tensors of a call."""
@@ -569,54 +635,64 @@ class Captures:
         )
         return literals == found and difference(floats(expected), floats(result))[1] <= CLOSE.get(dtype, 0.1)
 
-    def _why_tied(self) -> str:
-        """Why the sizes that are right say nothing about others, in words; "" if they do."""
+    def _tells(self) -> bool:
+        """Whether the sizes at which the numbers are right say anything about those between them."""
         sized = set(range(self._alike, len(self._calls)))
-        if sized and not self._fit & sized:
-            return "it does other things at other image sizes"
         lost = [self._sizes(number) for number in self._unfit & sized]
         fit = [self._sizes(number) or () for number in self._fit]
-        if any(sizes is None or within(sizes, fit) for sizes in lost):
-            return "it does other things at some image sizes"
-        return ""
+        return len(self._fit & sized) >= min(FEWEST, len(sized)) and not any(
+            sizes is None or within(sizes, fit) for sizes in lost
+        )
 
     @property
     def arguments(self) -> Any:
         """See `Captures`."""
         return varying(self.base.arguments, [variant.arguments for variant in self.variants], [])
 
-    def limits(self, cut: set[tuple[int, int]]) -> tuple[tuple[Limit, ...], ...]:
+    def limits(self, cut: Collection[tuple[int, int]]) -> tuple[tuple[Limit, ...], ...]:
         """What the dims of each input may be: one size, those between sizes that were tried, or any.
 
         Args:
             cut: (input, dim) that lose positions, which nothing depends on.
         """
-        columns = list(zip(*(self._sizes(number) or () for number in sorted(self._fit)), strict=True))
+        fit = [self._sizes(number) or () for number in sorted(self._fit)]
         batches = [self._sizes(number) or () for number in self._fit if number < self._alike]
+        unfit = [self._sizes(number) for number in self._unfit]
+        below, above = any_beyond(unfit, fit, min), any_beyond(unfit, fit, max)
         result = []
-        for i, shapes in enumerate(columns):
+        for i, shapes in enumerate(zip(*fit, strict=True)):
             limits: list[Limit] = []
             for dim, sizes in enumerate(zip(*shapes, strict=True)):
-                free = len(set(sizes)) > 1 and (
-                    not self._unfit or len({shape[i][dim] for shape in batches}) > 1
-                )
-                limits.append(None if free or (i, dim) in cut else (min(sizes), max(sizes)))
+                if (i, dim) in cut or len({shape[i][dim] for shape in batches}) > 1:
+                    limits.append(None)
+                elif len(set(sizes)) == 1:
+                    limits.append((sizes[0], sizes[0]))
+                else:
+                    limit = min(sizes) if below else 0, max(sizes) if above else LARGEST
+                    limits.append(limit if below or above else None)
             result.append(tuple(limits))
         return tuple(result)
 
-    def symbolic(self, lines: Listing, before: Sequence[dict[str, Any]], cut: set[tuple[int, int]]) -> Any:
+    def symbolic(
+        self,
+        lines: Listing,
+        before: Sequence[dict[str, Any]],
+        others: Sequence[Listing],
+        cut: Collection[tuple[int, int]],
+    ) -> Any:
         """Express the numbers of all steps, and of the output, that differ between captures by sizes.
 
         Args:
             lines: of `base`, after a cut; changed in place.
             before: the arguments of its steps before the cut.
+            others: of the variants.
             cut: (register, dim) of every tensor that loses positions.
         Returns:
-            the output, in which `Ref` counts those of the listing's.
+            the output.
         Raises:
             CutError: a number follows no size.
         """
-        everything = (lines, *self._listings)
+        everything = (lines, *others)
 
         def symbols(registers: Sequence[int]) -> dict[Dim, tuple[int, ...]]:
             found = {}
@@ -631,38 +707,71 @@ class Captures:
         varying(self.base.arguments, [variant.arguments for variant in self.variants], columns)
         given = {Dim(-1, index): column for index, column in enumerate(columns)}
         given |= symbols(range(len(lines.inputs)))
-        literals = named_numbers(before, [[step.args for step in other.steps] for other in self._listings])
+        literals = named_numbers(before, [[step.args for step in other.steps] for other in others])
         for i, step in enumerate(lines.steps):
-            others = [other.steps[i].args for other in self._listings]
-            if all(other == before[i] for other in others):
+            args = [other.steps[i].args for other in others]
+            if all(other == before[i] for other in args):
                 continue
             sizes = Sizes(Expressions(symbols(refs(before[i])) | given, literals), step.op)
             for key, arg in step.args.items():
-                step.args[key] = sizes.symbolic(arg, before[i].get(key), [other.get(key) for other in others])
+                step.args[key] = sizes.symbolic(arg, before[i].get(key), [other.get(key) for other in args])
         sizes = Sizes(Expressions(given, literals), "output")
-        return sizes.symbolic(self.base.output, self.base.output, [v.output for v in self.variants])
+        output = sizes.symbolic(self.base.output, self.base.output, [v.output for v in self.variants])
+        return placed(output, lines.output)
 
     @functools.cached_property
     def training(self) -> Captured | None:
         """As `base`, in training mode; None where that cannot be captured."""
         assert self._calls[0] is not None
         try:
-            return Captured.of(self._module, *self._calls[0], apart=self._apart, training=True)
+            return Captured.of(self._module, *self._calls[0], self._apart, training=True)
         except (CaptureError, CutError):
             return None
 
 
-def same_operators(lines: Listing, other: Listing) -> bool:
-    """Whether two captures of a module do the same things, whatever the sizes."""
-    a, b = lines.captured.constants, other.captured.constants
-    return (
-        [step.target for step in lines.steps] == [step.target for step in other.steps]
-        and lines.names == other.names
-        and all(
-            name not in a
-            or (a[name].shape == b[name].shape and torch.equal(a[name].double(), b[name].double()))
-            for name in lines.names
-        )
+def same_views(lines: Listing, other: Listing, cut: Mapping[tuple[int, int], Keep]) -> bool:
+    """Whether every view does the same to the dims that lose positions, at the sizes of two captures."""
+    for step, theirs in zip(lines.steps, other.steps, strict=True):
+        source = step.args.get("self")
+        if step.op not in VIEWS or not isinstance(source, Ref):
+            continue
+        for (register, dim), keep in cut.items():
+            if register != source.index:
+                continue
+            moved = []
+            for listing, own in ((lines, step), (other, theirs)):
+                shape = size_of(listing.nodes[register])
+                line = repeated(keep, shape[dim])
+                if line is None:
+                    return False
+                factor = along(line.astype(np.int64), dim, len(shape))
+                moved.append(compress(reshape(factor, shape, own.shapes[0])))
+            if moved[0].ndim != moved[1].ndim or not agree(*moved):
+                return False
+    return True
+
+
+def agree(a: Atoms, b: Atoms) -> bool:
+    """Whether two arrays of as many dims are equal as far as both reach; a dim of size 1 reaches everywhere."""
+    ends = [max(m, n) if 1 in (m, n) else min(m, n) for m, n in zip(a.shape, b.shape, strict=True)]
+    box = tuple(slice(end) for end in ends)
+    return bool((a[box] == b[box]).all())
+
+
+def told(program: Program, reason: str) -> str:
+    """What sizes a program takes and why no others, in words."""
+    limits = [sizes_in_words(limits) for limits in program.limits if any(limits[1:])]
+    return f"takes {' and '.join(dict.fromkeys(limits)) or 'these sizes'} only: {reason}"
+
+
+def any_beyond(sizes: Sequence[Shapes | None], others: Sequence[Shapes], end: Callable[..., int]) -> bool:
+    """Whether some size is beyond all others, below for `min` and above for `max`; an unknown one is."""
+    return any(
+        found is None
+        or (size != (most := end(other[i][dim] for other in others)) and end(size, most) == size)
+        for found in sizes
+        for i, shape in enumerate(found or ((0,),))
+        for dim, size in enumerate(shape)
     )
 
 
@@ -746,144 +855,48 @@ def likeness(x: Any, known: dict[int, int]) -> Any:
     return ("set", frozenset(x)) if type(x) is set else ("object", id(x))
 
 
-def complete(*steps: Sequence[Step]) -> None:
-    """Give each step the arguments that any of its counterparts has: the default, where it is left out."""
-    for counterparts in zip(*steps, strict=True):
-        for key in {key for step in counterparts for key in step.args}:
-            for step in counterparts:
-                if key not in step.args:
-                    step.args[key] = step.default(key)
-
-
-DROPOUTS = frozenset("dropout dropout_ feature_dropout alpha_dropout feature_alpha_dropout".split())
-"""Operators that change nothing in evaluation mode, so that a program may call them there too."""
-
-
-@dataclass(frozen=True)
-class InTraining:
-    """What a module does in training mode.
-
-    Attributes:
-        listing: its operators.
-        steps: those that do not only count batches, with the same step in evaluation mode; None: it runs in
-            training mode only.
-        same: whether nothing but dropout comes to what it does in evaluation mode.
-    """
-
-    listing: Listing
-    steps: list[tuple[Step, Step | None]]
-    same: bool
-
-
-def in_training(training: Captured | None, lines: Listing) -> InTraining | None:
-    """The operators in training mode beside those in evaluation mode; None: they are not known."""
-    try:
-        listing = training.listing() if training else None
-    except CutError:
-        listing = None
-    if listing is None:
-        return None
-    rest = list(lines.steps)
-    steps: list[tuple[Step, Step | None]] = []
-    for step in listing.steps:
-        if counts(step):
-            continue
-        steps.append((step, rest.pop(0) if rest and rest[0].target == step.target else None))
-    pairs = [(theirs, ours) for theirs, ours in steps if ours]
-    if not rest:
-        complete(*zip(*pairs, strict=True))
-    same = not rest and all(
-        len(refs(theirs.args)) == len(refs(ours.args))
-        and (not is_call(ours) or literals_of(theirs.args) == literals_of(ours.args))
-        for theirs, ours in pairs
-    )
-    return InTraining(listing, steps, same and all(ours or theirs.op in DROPOUTS for theirs, ours in steps))
-
-
 def training_switches(
-    training: InTraining | None, lines: Listing
+    training: Listing | None, lines: Listing, captured: Captured | None
 ) -> tuple[list[dict[str, tuple[str, Any, Any]]], str]:
     """What changes in training mode: per step, argument -> (module, value in training, value otherwise).
 
+    Args:
+        training: the same steps in training mode; None: they are others.
+        lines: in evaluation mode.
+        captured: in training mode, to say what is lost; None: it is not known.
     Returns:
         also what cannot be expressed this way, in words.
     """
-    if training and training.same:
+    calls = (
+        [(a, b) for a, b in zip(training.steps, lines.steps, strict=True) if is_call(b)] if training else []
+    )
+    if any(literals_of(a.args) != literals_of(b.args) for a, b in calls):
+        training = None
+    if training is not None:
         result = []
-        for theirs, ours in training.steps:
-            if ours is None:
-                continue
+        for theirs, ours in zip(training.steps, lines.steps, strict=True):
             changed = {}
             for key, no in ours.args.items():
                 yes = theirs.args[key]
                 if isinstance(no, bool | float | None) and isinstance(yes, bool | float | None) and no != yes:
-                    changed[key] = (owner(ours), yes, no)
+                    changed[key] = (owner(theirs), yes, no)
             result.append(changed)
         return result, ""
-    found = {theirs.op for theirs, _ in training.steps} if training else set()
+    try:
+        found = {step.op for step in captured.listing().steps if not counts(step)} if captured else set()
+    except CutError:
+        found = set()
     only = sorted(found - {s.op for s in lines.steps})
-    lost = (
-        f"what it does in training mode only ({', '.join(only)})"
-        if only
-        else "what it does in training mode only"
-    )
     switches = []
     for step in lines.steps:
         switch = OPERATORS[step.op].trains if step.op in OPERATORS else None
         switches.append({switch: (owner(step), True, False)} if switch else {})
-    return switches, lost
-
-
-def insert_dropouts(lines: Listing, training: InTraining | None) -> None:
-    """Put the dropouts that run in training mode only into the steps; registers are numbered anew."""
-    if training is None or not training.same or all(ours for _, ours in training.steps):
-        return
-    start = len(lines.inputs) + len(lines.tensors)
-    names = training.listing.names
-    known = {i: i for i in range(len(lines.inputs))}
-    known |= {
-        len(known) + i: len(known) + lines.names.index(n) for i, n in enumerate(names) if n in lines.names
-    }
-    place = {id(step): number for number, step in enumerate(training.listing.steps)}
-    first = len(training.listing.inputs) + len(names)
-    old = {id(step): start + number for number, step in enumerate(lines.steps)}
-    moved = {i: i for i in range(start)}
-    steps: list[Step] = []
-    for theirs, ours in training.steps:
-        step = ours or theirs
-        moved |= {old[id(ours)]: start + len(steps)} if ours else {}
-        step.args = renumbered(step.args, iter([known[index] for index in refs(theirs.args)]), moved)
-        if ours is None:
-            step.args["train"] = Training(owner(theirs), True, False)
-        known[first + place[id(theirs)]] = start + len(steps)
-        steps.append(step)
-    lines.steps[:] = steps
-    lines.output = renumbered(lines.output, iter([known[i] for i in refs(training.listing.output)]), moved)
-
-
-def renumbered(arg: Any, numbers: Iterator[int], moved: Mapping[int, int]) -> Any:
-    """An argument with the next number in each of its references, in the order of `refs`, and sizes of what moved."""
-    if isinstance(arg, Ref):
-        return Ref(next(numbers))
-    if isinstance(arg, Dim):
-        return Dim(moved.get(arg.register, arg.register), arg.dim)
-    if isinstance(arg, Size):
-        return Size(arg.op, renumbered(arg.left, numbers, moved), renumbered(arg.right, numbers, moved))
-    if isinstance(arg, list | tuple):
-        return type(arg)(renumbered(part, numbers, moved) for part in arg)
-    if isinstance(arg, dict):
-        return arg | {name: renumbered(arg[name], numbers, moved) for name in sorted(arg)}
-    return arg
+    return switches, "what it does in training mode only" + (f" ({', '.join(only)})" if only else "")
 
 
 def literals_of(arg: Any) -> list[Any]:
     """What an argument holds besides references."""
     return [leaf for _, leaf in leaves_of(arg) if not isinstance(leaf, Ref)]
-
-
-def counts(step: Step) -> bool:
-    """Whether a step only counts batches, as batch norm does in training mode."""
-    return step.op == "add_" and not step.node.args[0].meta["val"].is_floating_point()  # type: ignore[union-attr]
 
 
 def owner(step: Step) -> str:
@@ -939,13 +952,13 @@ def size_of(node: fx.Node) -> tuple[int, ...]:
 
 
 @contextmanager
-def recorded(model: nn.Module, names: Sequence[str]) -> Iterator[dict[str, list[Arguments]]]:
+def recorded(model: nn.Module, names: Sequence[str]) -> Iterator[dict[str, Calls]]:
     """Inside the block, the arguments of every call of some submodules are noted."""
-    calls: dict[str, list[Arguments]] = {name: [] for name in names}
+    calls: dict[str, Calls] = {name: [] for name in names}
     handles = []
     for name in names:
 
-        def note(_: nn.Module, args: Any, kwargs: Any, to: list[Arguments] = calls[name]) -> None:
+        def note(_: nn.Module, args: Any, kwargs: Any, to: Calls = calls[name]) -> None:
             to.append((args, kwargs))
 
         handles.append(model.get_submodule(name).register_forward_pre_hook(note, with_kwargs=True))

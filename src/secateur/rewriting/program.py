@@ -294,10 +294,20 @@ def value_of(number: Number, registers: Sequence[Any], numbers: Mapping[int, int
 def sizes_in_words(limits: Sequence[Limit]) -> str:
     """What the dims of an input may be.
 
-    >>> sizes_in_words([None, (3, 3), (7, 14)])
-    'any × 3 × 7…14'
+    >>> sizes_in_words([None, (3, 3), (7, 14), (7, LARGEST), (0, 7)])
+    'any × 3 × 7…14 × 7 or more × at most 7'
     """
-    words = ["any" if x is None else str(x[0]) if x[0] == x[1] else f"{x[0]}…{x[1]}" for x in limits]
+    words = []
+    for limit in limits:
+        least, most = limit or (0, LARGEST)
+        if (least, most) == (0, LARGEST):
+            words.append("any")
+        elif least == most:
+            words.append(str(least))
+        elif most == LARGEST:
+            words.append(f"{least} or more")
+        else:
+            words.append(f"{least}…{most}" if least else f"at most {most}")
     return " × ".join(words)
 
 

@@ -29,6 +29,8 @@ class Rewritten(nn.Module):
     program: Program
     lost: str
     """What the original forward does and this one does not, in words."""
+    tied: str
+    """What image sizes it takes, where the original took more, and why, in words."""
     own_forward: Callable[..., Any] | None
     """The forward that the instance had in place of its class's."""
     owners: dict[str, type[nn.Module]]
@@ -105,7 +107,7 @@ def _rebuild(cls: type[nn.Module]) -> nn.Module:
 
 
 def rewrite_(
-    module: nn.Module, program: Program, constants: Mapping[str, Tensor], lost: str = ""
+    module: nn.Module, program: Program, constants: Mapping[str, Tensor], lost: str = "", tied: str = ""
 ) -> Callable[[], None]:
     """Let a module run a program instead of its own forward.
 
@@ -114,6 +116,7 @@ def rewrite_(
         program: what it runs.
         constants: tensors that the program reads and that become buffers, outside of the state dict.
         lost: what the program leaves out, in words.
+        tied: what image sizes it takes and why no others, in words.
     Returns:
         takes the change back.
     """
@@ -133,7 +136,7 @@ def rewrite_(
     for name, tensor in constants.items():
         module.register_buffer(name, tensor, persistent=False)
     module.__class__ = rewritten_class(original_class(module))
-    module.program, module.lost = program, lost  # type: ignore[assignment]
+    module.program, module.lost, module.tied = program, lost, tied  # type: ignore[assignment]
     names = {name.rpartition(".")[0] for name in program.tensors} - {""}
     module.owners = {n: original_class(module.get_submodule(n)) for n in sorted(names)}  # type: ignore[assignment]
     module.own_forward = module.__dict__.pop("forward", module.__dict__.get("own_forward"))

@@ -86,14 +86,14 @@ class Expressions:
                     yield plus(Size("+", a, times(b, sign)), rest.pop())
 
     def _divided(self, column: Column, divisors: Sequence[int] = ()) -> Iterator[Number]:
-        """(size + b) // c, rounded down or up before anything between."""
-        for c in divisors or self._divisors():
-            for symbol, sizes in self.symbols.items():
-                least = max(n * c - s for n, s in zip(column, sizes, strict=True))
-                most = min(n * c + c - 1 - s for n, s in zip(column, sizes, strict=True))
-                if least <= most:
-                    shift = 0 if least <= 0 <= most else c - 1 if least <= c - 1 <= most else most
-                    yield over(plus(symbol, shift), c)
+        """(size + b) // c: what is rounded down or up comes first, by a number that the forward names."""
+        for usual, named in ((True, True), (True, False), (False, True), (False, False)):
+            for c in divisors or self._divisors(named):
+                for symbol, sizes in self.symbols.items():
+                    least = max(n * c - s for n, s in zip(column, sizes, strict=True))
+                    most = min(n * c + c - 1 - s for n, s in zip(column, sizes, strict=True))
+                    shifts = [0, c - 1] if usual else [most]
+                    yield from (over(plus(symbol, b), c) for b in shifts if least <= b <= most)
 
     def _padding(self, column: Column) -> Iterator[Number]:
         """(b - size) % c."""

@@ -93,7 +93,7 @@ def _settle(model: nn.Module, graph: Graph, masks: list[Tensor], edit: Edit) -> 
     drafts = settle(model, graph, masks, whole)
     for name, draft in drafts.items():
         module = model.get_submodule(name)
-        edit.done(rewrite_(module, draft.program, draft.constants, draft.lost))
+        edit.done(rewrite_(module, draft.program, draft.constants, draft.lost, draft.tied))
 
 
 def layer_attributes(

@@ -49,7 +49,7 @@ def save(model: nn.Module, path: str | Path) -> None:
         "class": f"{type(model).__module__}.{type(model).__qualname__}",
         "attributes": shape_attributes(model),
         "rewritten": {
-            name: {"program": to_json(module.program), "lost": module.lost}
+            name: {"program": to_json(module.program), "lost": module.lost, "tied": module.tied}
             for name, module in rewritten_modules(model).items()
         },
         "bypasses": {
@@ -162,9 +162,11 @@ def _load(
     renew_(model, edit)
     for name, (program, found) in programs.items():
         rewritten = model.get_submodule(name)
-        lost = str(recipe["rewritten"][name].get("lost", ""))[:200]
+        lost, tied = (str(recipe["rewritten"][name].get(key, ""))[:300] for key in ("lost", "tied"))
         device = next((t.device for t in rewritten.parameters()), None)
-        edit.done(rewrite_(rewritten, program, {c: t.clone().to(device) for c, t in found.items()}, lost))
+        edit.done(
+            rewrite_(rewritten, program, {c: t.clone().to(device) for c, t in found.items()}, lost, tied)
+        )
     wrong = [name for name, values in shape_attributes(model).items() if attributes.get(name, {}) != values]
     if wrong:
         edit.undo()
