@@ -209,4 +209,5 @@ def complete(*steps: Sequence[Step]) -> None:
     for counterparts in zip(*steps, strict=True):
         for key in {key for step in counterparts for key in step.args}:
             for step in counterparts:
-                step.args.setdefault(key, step.default(key))
+                if key not in step.args:
+                    step.args[key] = step.default(key)
