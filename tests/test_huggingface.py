@@ -9,6 +9,8 @@ from torch import nn
 import secateur as sc
 from secateur.graph import Graph
 from secateur.proof.verify import randomise_
+from secateur.rewriting.program import Call
+from secateur.rewriting.rewrite import rewritten_modules
 from tests.oracles import random_masks, tensors_of, twin, without_units
 
 transformers = pytest.importorskip("transformers")
@@ -129,3 +131,25 @@ def test_most_of_the_network_is_prunable(case: Case) -> None:
     """With one unit left in every group, less than a quarter of the multiply-adds remain."""
     cost = sc.Cost(case.graph)
     assert cost.macs([1] * len(cost.full)) < 0.25 * cost.macs()
+
+
+@pytest.mark.slow
+def test_a_model_whose_own_forward_reads_widths_from_its_configuration(tmp_path) -> None:
+    """Of the root only its own reshape is written out: the encoder, which returns a dataclass, is called."""
+    torch.manual_seed(0)
+    model = transformers.SegformerForImageClassification(transformers.SegformerConfig()).eval()
+    x = torch.randn(1, 3, 128, 128)
+    pruned = sc.prune(model, {"pixel_values": x}, budget=sc.Budget(macs=0.5))
+    assert pruned.proof.ok
+    assert pruned.after["macs"] <= 0.5 * pruned.before["macs"]
+    rewritten = rewritten_modules(pruned.model)
+    calls = [op.module for op in rewritten[""].program.ops if isinstance(op, Call)]
+    assert calls == ["segformer", "classifier"]
+    assert all(not name or ".attention" in name for name in rewritten)
+    pruned.save(tmp_path / "m.safetensors")
+    fresh = transformers.SegformerForImageClassification(transformers.SegformerConfig()).eval()
+    loaded = sc.load(fresh, tmp_path / "m.safetensors")
+    with torch.no_grad():
+        expected, found = pruned.model(pixel_values=x), loaded(pixel_values=x)
+    assert type(expected) is type(found) is type(model(pixel_values=x))
+    assert torch.equal(expected.logits, found.logits)

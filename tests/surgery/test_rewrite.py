@@ -1,6 +1,7 @@
 """Forwards with sizes written into them: rewritten where they must be, proven, and as usable as before."""
 
 import copy
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,6 +12,7 @@ import secateur as sc
 from secateur.errors import CutError
 from secateur.graph import named_tensors
 from secateur.graph.capture import capture
+from secateur.graph.shrink import shrink
 from secateur.rewriting import draft
 from secateur.rewriting.rewrite import Rewritten, rewritten_modules
 from tests.oracles import random_masks
@@ -21,6 +23,7 @@ from tests.surgery.fixed_sizes import (
     TinyViT,
     cut_down,
     cut_once,
+    make,
 )
 
 pytestmark = pytest.mark.xdist_group("rewritten")  # one process cuts each network
@@ -142,6 +145,64 @@ def test_copies_autocast_and_two_cuts() -> None:
     twice = sc.cut_(copy.deepcopy(cut), graph, plan)
     assert twice.patch.out_channels < cut.patch.out_channels
     assert sc.verify(cut, twice, graph, plan).ok
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_cut_again_by_the_graph_of_the_first_cut(name: str) -> None:
+    """As methods do that remove in steps: the graph is derived, not captured again."""
+    model, x = make(name)
+    graph = now = sc.analyze(model, x)
+    kept = [torch.arange(group.units) for group in graph.groups]
+    cut = copy.deepcopy(model)
+    for seed in range(3):
+        masks = random_masks(now, seed)
+        sc.cut_(cut, now, sc.Plan.of(now, masks))
+        now = shrink(now, cut, masks)
+        kept = [units[mask] for units, mask in zip(kept, masks, strict=True)]
+    whole = [torch.zeros(group.units, dtype=torch.bool) for group in graph.groups]
+    for mask, units in zip(whole, kept, strict=True):
+        mask[units] = True
+    plan = sc.Plan.of(graph, whole)
+    assert sc.verify(model, cut, graph, plan).ok
+    at_once = sc.cut_(copy.deepcopy(model), graph, plan)
+    assert rewritten_modules(cut).keys() == rewritten_modules(at_once).keys()
+    with torch.no_grad():
+        torch.testing.assert_close(cut(x), at_once(x))
+
+
+def test_what_was_pruned_can_be_pruned_again(tmp_path: Path) -> None:
+    model, x = make("vit")
+    first = sc.prune(model, x, budget=sc.Budget(macs=0.7), score="l2")
+    second = sc.prune(first.model, x, budget=sc.Budget(macs=0.7), score="l2")
+    third = sc.prune(second.model, x, budget=sc.Budget(macs=0.7), score="l2")
+    assert all(pruned.proof.ok for pruned in (first, second, third))
+    assert third.after["macs"] <= 0.35 * first.before["macs"]
+    assert third.proof.rewritten == ("blocks.0.attn", "blocks.1.attn")
+    third.save(tmp_path / "m.safetensors")
+    loaded = sc.load(TinyViT(), tmp_path / "m.safetensors").eval()
+    with torch.no_grad():
+        assert torch.equal(loaded(x), third.model(x))
+
+
+@pytest.mark.parametrize("name", ["vit", "splits", "grouped"])
+def test_a_method_that_removes_in_steps(name: str) -> None:
+    model, x = make(name)
+    session = sc.methods.Gradual(rounds=3).start(model, x, budget=sc.Budget(macs=0.5), steps=20)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9)
+    widths = set()
+    with session.attach(optimizer):
+        for _ in range(20):
+            model.train()(torch.randn(4, *x.shape[1:])).square().mean().backward()
+            session.before_step()
+            optimizer.step()
+            session.after_step()
+            optimizer.zero_grad()
+            widths.add(sum(p.numel() for p in model.parameters()))
+    pruned = session.finish()
+    assert len(widths) > 2
+    assert pruned.proof.ok
+    assert pruned.proof.rewritten
+    assert pruned.after["macs"] <= 0.5 * pruned.before["macs"]
 
 
 def test_the_original_call_signature_stays() -> None:

@@ -5,7 +5,7 @@ import json
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 import secateur as sc
 from secateur.errors import FileError
@@ -72,6 +72,14 @@ def op(index: int, value):
     return lambda r: r[""]["program"]["ops"].__setitem__(index, value)
 
 
+def call(name, args):
+    return op(0, {"call": [name, args, {"dict": {}}]})
+
+
+def output(value):
+    return lambda r: r[""]["program"].update(output=value)
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -88,6 +96,22 @@ def op(index: int, value):
         (op(0, ["aten.dropout.default", [{"ref": 0}, 0.5, {"training": ["x.y", True, False]}], {"dict": {}}]), "can"),
         (op(0, ["aten.relu.default", [{"ref": 0}], {"dict": {"out": {"ref": 0}}}]), "takes other arguments"),
         (op(0, "aten.relu.default"), "an operator is a name"),
+        (call(".", [{"ref": 0}]), "which is no submodule"),
+        (call("", [{"ref": 0}]), "which is no submodule"),
+        (call("..a", [{"ref": 0}]), "which is no submodule"),
+        (call("a.forward", [{"ref": 0}]), "which is no submodule"),
+        (call("__class__", [{"ref": 0}]), "which is no submodule"),
+        (call("a", [{"ref": 0}, "/etc/passwd"]), "may be given tensors and numbers only"),
+        (call("a", [{"ref": 0}, {"named": ["dtype", "float32"]}]), "may be given tensors and numbers only"),
+        (call("a", [{"ref": 0}, 2**15, 2**15]), "larger than any a vision network needs"),
+        (call("a", {"ref": 0}), "arguments must be a list"),
+        (call(5, []), "a call is a submodule, arguments and keyword arguments"),
+        (op(0, {"call": ["a", []]}), "a call is a submodule, arguments and keyword arguments"),
+        (output({"made": ["os:PathLike", {"dict": {}}]}), "is no class of the package"),
+        (output({"made": ["subprocess:Popen", {"dict": {"args": {"ref": 0}}}]}), "is no class of the package"),
+        (output({"made": ["tests.surgery.fixed_sizes:FixedView", {"dict": {}}]}), "is no dataclass or named tuple"),
+        (output({"made": ["collections:OrderedDict", {"dict": {"a": "b"}}]}), "may hold tensors and numbers only"),
+        (output({"made": ["collections:OrderedDict", [1]]}), "no object can be made"),
         (lambda r: r[""]["program"].update(tensors=["__class__", "a.bias", "b.weight", "b.bias"]), "does not have"),
         (lambda r: r[""]["program"].update(ops=5), "must be a list"),
         (lambda r: r[""]["program"].update(inputs=10**9), "expected a number in 0…1000"),
@@ -98,6 +122,7 @@ def op(index: int, value):
 )  # fmt: skip
 def test_hostile_programs_are_refused(change, message: str, tmp_path) -> None:
     sc.save(cut_once("view")[-1], tmp_path / "m.safetensors")
+    assert sc.load(FixedView(), tmp_path / "m.safetensors").program.calls == {"a", "b"}
     damaged(tmp_path / "m.safetensors", change)
     fresh = FixedView()
     before = copy.deepcopy(fresh.state_dict())
@@ -105,3 +130,30 @@ def test_hostile_programs_are_refused(change, message: str, tmp_path) -> None:
         sc.load(fresh, tmp_path / "m.safetensors")
     assert type(fresh) is FixedView
     torch.testing.assert_close(fresh.state_dict(), before, rtol=0, atol=0)
+
+
+def test_calls_that_multiply_are_refused(tmp_path) -> None:
+    """A few lines that call one another many times would run for ever."""
+
+    class Chain(nn.Module):
+        def __init__(self, depth: int) -> None:
+            super().__init__()
+            self.body = Chain(depth - 1) if depth else FixedView()
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.body(x)
+
+    def multiply(programs: dict) -> None:
+        (_, entry), *_ = programs.items()
+        for depth in range(3):
+            name = ".".join(["body"] * depth)
+            ops = [{"call": ["body", [{"ref": 0}], {"dict": {}}]}] * 100
+            arguments = {"dict": {"x": {"ref": 0}}}
+            program = {"arguments": arguments, "inputs": 1, "tensors": [], "ops": ops, "output": {"ref": 100}}
+            programs[name] = {"program": entry["program"] | program | {"limits": []}, "lost": ""}
+
+    model, x = Chain(2).eval(), torch.randn(2, 3, 8, 8)
+    sc.save(cut_down(model, x)[-1], tmp_path / "m.safetensors")
+    damaged(tmp_path / "m.safetensors", multiply)
+    with pytest.raises(FileError, match="runs more than 100,000 operators"):
+        sc.load(Chain(2), tmp_path / "m.safetensors")

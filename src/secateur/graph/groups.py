@@ -1,7 +1,7 @@
 """The graph of a model as pruning sees it: groups of units, what is frozen and why, and what things cost."""
 
 import hashlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from typing import Any
@@ -165,6 +165,22 @@ def analyze(
     """
     if attention not in ("heads", "dims"):
         raise CaptureError(f"attention={attention!r}: expected 'heads' or 'dims'")
+    return find_groups(model, inputs, freeze, attention)
+
+
+def find_groups(
+    model: nn.Module,
+    inputs: Inputs,
+    freeze: Sequence[str] = (),
+    attention: str = "heads",
+    going: Mapping[tuple[str, int], Atoms] | None = None,
+) -> Graph:
+    """What `analyze` finds.
+
+    Args:
+        going: (tensor, dim) -> positions that are about to be removed: where there is a choice, groups are made so
+            that this can be done.
+    """
     captured = capture(model, inputs)
     labels = Labels(frozenset(name for name, _ in model.named_parameters()))
     names = canonical_names(model)
@@ -179,7 +195,12 @@ def analyze(
         except CaptureError:
             pass  # what training would read is unknown, but so is it to the user: the names are reported
     pin_modules(model, labels, names, freeze)
-    return build(model, inputs, labels, solve(labels, attention), captured, values, unused)
+    wanted = np.zeros(labels.count, dtype=bool)
+    for key, positions in (going or {}).items():
+        if key in labels.tensors:
+            wanted[labels.tensors[key][positions]] = True
+    solution = solve(labels, attention, wanted if going else None)
+    return build(model, inputs, labels, solution, captured, values, unused)
 
 
 def canonical_names(model: nn.Module) -> dict[str, str]:

@@ -12,11 +12,21 @@ import numpy.typing as npt
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
+from torch.nn.utils import parametrize
+from torch.nn.utils.prune import BasePruningMethod
+from torch.nn.utils.spectral_norm import SpectralNorm
+from torch.nn.utils.weight_norm import WeightNorm
 
 from secateur.errors import CutError, SecateurError
 from secateur.settings import checked
 
 Keep = npt.NDArray[np.bool_]
+
+HELD = (
+    *("weight", "bias", "running_mean", "in_proj_weight"),
+    *("weight_ih", "weight_ih_l0", "weight_hr_l0"),
+)
+"""Tensors of stock layers whose shapes say what its attributes must be."""
 
 _PADS: dict[type[nn.Module], tuple[str, str]] = {}
 
@@ -41,21 +51,61 @@ def pad_attributes(model: nn.Module, module: str) -> tuple[str, str] | None:
     return names if names and all(type(vars(found).get(name)) is int for name in names) else None
 
 
+def held(module: nn.Module, name: str) -> tuple[str, Tensor] | None:
+    """The parameter or buffer of the same shape that a tensor of a layer is worked out from; itself if it is one.
+
+    Weight and spectral normalisation, pruning masks and other parametrisations work a weight out before each call.
+
+    Args:
+        module: the layer.
+        name: of its tensor, such as "weight".
+    Returns:
+        its local name and itself; None: the layer has no such tensor.
+    """
+    if parametrize.is_parametrized(module, name):
+        originals: dict[str, Tensor] = {}
+        source: nn.Module = module.get_submodule(f"parametrizations.{name}")
+        originals |= dict(source.named_parameters(recurse=False)) | dict(source.named_buffers(recurse=False))
+        last, tensor = max(originals.items(), key=lambda item: (item[1].ndim, item[1].numel()))
+        return f"parametrizations.{name}.{last}", tensor
+    own = {local: t for local, t in (*module._parameters.items(), *module._buffers.items()) if t is not None}
+    stored = (local for local in (name, f"{name}_orig", f"{name}_v") if local in own)
+    found = next(stored, None)
+    return (found, own[found]) if found else None
+
+
+def worked_out(module: nn.Module) -> dict[str, Tensor]:
+    """Attribute name -> value, for the tensors of a layer that its hooks work out before each call, as they are now."""
+    kinds = (WeightNorm, SpectralNorm, BasePruningMethod)
+    hooks = [hook for hook in module._forward_pre_hooks.values() if isinstance(hook, kinds)]
+    names = [str(getattr(hook, "name", getattr(hook, "_tensor_name", ""))) for hook in hooks]
+    before = {name: module.__dict__[name] for name in names if name in module.__dict__}
+    training, module.training = module.training, False  # spectral normalisation learns in training mode
+    try:
+        for hook in hooks:
+            hook(module, ())
+        return {name: module.__dict__[name].detach() for name in before}
+    finally:
+        module.training = training
+        module.__dict__.update(before)
+
+
 def mirrored(module: nn.Module, keep: Mapping[tuple[str, int], Keep]) -> dict[str, int | tuple[int, ...]]:
     """New values of the attributes of a stock layer whose tensors are cut.
 
     Args:
         module: a layer with its tensors still whole.
-        keep: (own tensor name, dim) -> mask over the positions of that dim, for cut dims only.
+        keep: (own tensor name, as its forward reads it, dim) -> mask over the positions of that dim, for cut dims only.
     Returns:
         attribute name -> new value; empty for modules that keep no such numbers.
     Raises:
         CutError: the survivors of a grouped convolution are not equally many in every group.
     """
 
+    tensors = {name: found[1] for name in HELD if (found := held(module, name))}
+
     def size(name: str, dim: int) -> int:
-        tensor: Tensor = getattr(module, name)
-        return tensor.shape[dim]
+        return tensors[name].shape[dim]
 
     def width(name: str, dim: int) -> int:
         return int(keep[name, dim].sum()) if (name, dim) in keep else size(name, dim)
@@ -81,16 +131,14 @@ def mirrored(module: nn.Module, keep: Mapping[tuple[str, int], Keep]) -> dict[st
         return {"out_features": width("weight", 0), "in_features": width("weight", 1)}
     if isinstance(module, _NormBase):
         for name in ("weight", "running_mean"):
-            if isinstance(getattr(module, name, None), Tensor):
+            if name in tensors:
                 return {"num_features": width(name, 0)}
     if isinstance(module, nn.GroupNorm):
         whole = np.ones(module.num_channels, dtype=bool)
         kept = keep.get(("weight", 0), whole).reshape(module.num_groups, -1).sum(1)
         return {"num_channels": int(kept.sum()), "num_groups": int((kept > 0).sum())}
     shape = getattr(module, "normalized_shape", None)
-    if isinstance(shape, tuple) and isinstance(
-        getattr(module, "weight", None), Tensor
-    ):  # LayerNorm and its kin
+    if isinstance(shape, tuple) and "weight" in tensors:  # LayerNorm and its kin
         return {"normalized_shape": tuple(width("weight", dim) for dim in range(len(shape)))}
     if isinstance(module, nn.Embedding):
         return {"num_embeddings": width("weight", 0), "embedding_dim": width("weight", 1)}
@@ -114,7 +162,7 @@ def mirrored(module: nn.Module, keep: Mapping[tuple[str, int], Keep]) -> dict[st
 
 def _is_convolution(module: nn.Module) -> bool:
     """Whether a layer of another library, such as a deformable convolution, keeps the numbers of a convolution."""
-    weight = getattr(module, "weight", None)
+    weight = (held(module, "weight") or ("", None))[1]
     out, into, groups = (vars(module).get(name) for name in ("out_channels", "in_channels", "groups"))
     if not isinstance(weight, Tensor) or weight.ndim < 3 or type(groups) is not int or groups < 1:
         return False

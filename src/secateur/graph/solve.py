@@ -27,12 +27,14 @@ class Solution:
     reasons: dict[int, tuple[str, str]]
 
 
-def solve(labels: Labels, attention: str = "heads") -> Solution:
+def solve(labels: Labels, attention: str = "heads", going: Flags | None = None) -> Solution:
     """Close the ties, decide the choices one by one, and find what may go.
 
     Args:
         attention: what attention products prefer to lose, "heads" or "dims" (of every head); the other one is
             taken where nothing could be removed. All other choices take the option that leaves most units.
+        going: (atoms,), True for some that are about to be removed while all others of their tensors stay: options
+            that allow this come first.
     """
     first, second = zip(*labels.ties, strict=True) if labels.ties else ((), ())
     none = np.zeros(0, dtype=np.int64)
@@ -44,6 +46,11 @@ def solve(labels: Labels, attention: str = "heads") -> Solution:
     for atoms in labels.units:
         unit[index[atoms]] = True
     pinned[index[PINNED]] = True
+    goes, stays = np.zeros((2, len(smallest)), dtype=bool)
+    if going is not None:
+        of_tensors = np.concatenate([*labels.tensors.values(), none])
+        goes[index[going]] = True
+        stays[index[of_tensors[~going[of_tensors]]]] = True
     pins = list(labels.pins)
     for pin in pins:
         pinned[index[pin.atoms]] = True
@@ -53,8 +60,11 @@ def solve(labels: Labels, attention: str = "heads") -> Solution:
         for option in found.options:
             a, b, stay = now[option.ties[0]], now[option.ties[1]], now[option.pin.atoms]
             merges.append((option, _merge(a, b, stay, unit, pinned)))
+        merges = [merge for merge in merges if merge[1].allows(goes, stays)] or merges
         liked = [merge for merge in merges if merge[0].name == attention and merge[1].left > 1]
         option, best = min(liked or merges, key=lambda merge: merge[1].lost)
+        for flags in (goes, stays):
+            np.logical_or.at(flags, best.target, flags[best.touched])
         np.logical_or.at(unit, best.target, unit[best.touched])
         np.logical_or.at(pinned, best.target, pinned[best.touched])
         pinned[now[option.pin.atoms]] = True
@@ -95,12 +105,22 @@ class _Merge:
         target: the root that each of them becomes.
         left: units among these.
         lost: units fewer than before.
+        local: number of the class that each of the roots comes into.
+        pinned: per class, whether it must stay.
     """
 
     touched: Atoms
     target: Atoms
     left: int
     lost: int
+    local: Atoms
+    pinned: Flags
+
+    def allows(self, goes: Flags, stays: Flags) -> bool:
+        """Whether no root that goes comes into one class with one that stays."""
+        kept = self.pinned.copy()
+        kept[self.local[stays[self.touched]]] = True
+        return not kept[self.local[goes[self.touched]]].any()
 
 
 def _merge(a: Atoms, b: Atoms, pins: Atoms, unit: Flags, pinned: Flags) -> _Merge:
@@ -112,4 +132,5 @@ def _merge(a: Atoms, b: Atoms, pins: Atoms, unit: Flags, pinned: Flags) -> _Merg
     has_pin[local[pinned[touched]]] = True
     has_pin[local[inverse[2 * len(a) :]]] = True
     left = int((has_unit & ~has_pin).sum())
-    return _Merge(touched, touched[local], left, int((unit & ~pinned)[touched].sum()) - left)
+    lost = int((unit & ~pinned)[touched].sum()) - left
+    return _Merge(touched, touched[local], left, lost, local, has_pin)

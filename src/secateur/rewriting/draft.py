@@ -22,20 +22,24 @@ from torch.utils import _pytree as pytree
 from secateur.errors import CaptureError, CutError
 from secateur.graph.capture import Capture, Inputs, as_call, capture
 from secateur.graph.duplicate import cloned, duplicate
+from secateur.graph.guard import opened
 from secateur.graph.labels import Atoms, Value, along, compress, reshape
 from secateur.graph.modules import Keep
 from secateur.graph.operators import OPERATORS, Step
 from secateur.graph.probe import aliases, difference, floats, random_values
 from secateur.graph.samples import sampled
 from secateur.graph.trace import Survivors, Trace, repeated
-from secateur.rewriting.align import Aligned, align, counts
-from secateur.rewriting.listing import Listing, as_op, find_calls, list_operators
+from secateur.rewriting.align import align, counts
+from secateur.rewriting.calls import Sites, entries_in, leaves_of, marked, strip
+from secateur.rewriting.compose import calls_of, collapse, placed
+from secateur.rewriting.listing import Listing, as_op, find_calls, is_call, list_operators
 from secateur.rewriting.program import (
     ANYTHING,
     LARGEST,
     Dim,
     Given,
     Limit,
+    Made,
     Named,
     Program,
     Ref,
@@ -44,11 +48,10 @@ from secateur.rewriting.program import (
     refs,
     sizes_in_words,
 )
-from secateur.rewriting.rewrite import CONSTANT, arguments_of, cut_steps, inputs_of
+from secateur.rewriting.rewrite import CONSTANT, arguments_of, cut_steps, inputs_of, tensor_named
 from secateur.rewriting.sizes import Expressions
 
-Call = tuple[tuple[Any, ...], dict[str, Any]]
-Calls = list[Call]
+Arguments = tuple[tuple[Any, ...], dict[str, Any]]
 Shapes = tuple[tuple[int, ...], ...]
 
 FEWEST = 2
@@ -67,7 +70,7 @@ class Draft:
 
     Attributes:
         constants: buffers to be registered with it.
-        lost: what the module does in training mode and the program does not, in words; "" if nothing.
+        lost: what the module does and the program does not, in words; "" if nothing.
         tied: why it takes fewer image sizes than the module did, in words; "" if it takes all.
     """
 
@@ -98,12 +101,15 @@ class Writer:
         self._inputs = inputs
         self._whole = list_operators(trace.captured)
         self._regions = find_calls(self._whole, self._model)
-        self._runs: dict[str, list[Calls]] = {}
+        self._runs: dict[str, list[list[Arguments]]] = {}
         self._captures: dict[Any, Captures] = {}
 
-    def draft(self, name: str) -> Draft:
+    def draft(self, name: str, apart: Collection[str] | None = ()) -> Draft:
         """The program of a submodule; "" is the model itself.
 
+        Args:
+            name: of the submodule.
+            apart: names of modules that the program does not call, but writes their operators out; None: all.
         Raises:
             CutError: it cannot be written; the message says why.
         """
@@ -116,7 +122,7 @@ class Writer:
         for some in dict.fromkeys((len(runs), given)):  # at least at the image size of the analysis
             calls = [[run[i] if i < len(run) else None for run in runs[:some]] for i in range(len(runs[0]))]
             try:
-                drafts = [self._draft(name, number, each) for number, each in enumerate(calls)]
+                drafts = [self._draft(name, number, each, apart) for number, each in enumerate(calls)]
             except MixedError as error:
                 if some == given:
                     raise
@@ -132,7 +138,7 @@ class Writer:
         """Note the calls of a module, and of all others of its class, for inputs of every size."""
         kind = type(self._model.get_submodule(name))
         names = [n for n, module in self._model.named_modules() if type(module) is kind]
-        runs: list[dict[str, Calls]] = []
+        runs: list[dict[str, list[Arguments]]] = []
         for given in itertools.chain(*self._samples):
             args, kwargs = as_call(given)
             with recorded(self._model, names) as calls, torch.no_grad():
@@ -151,37 +157,41 @@ class Writer:
         captured = self._trace.captured
         return sampled(self._model, self._inputs, captured.batching, captured.batch)
 
-    def _draft(self, name: str, number: int, calls: Sequence[Call | None]) -> Draft:
+    def _draft(
+        self, name: str, number: int, calls: Sequence[Arguments | None], apart: Collection[str] | None
+    ) -> Draft:
         module = self._model.get_submodule(name)
+        prefix = f"{name}." if name else ""
+        if apart is not None:
+            apart = frozenset(n.removeprefix(prefix) for n in apart if n.startswith(prefix))
         try:
-            captures = self._capture(module, calls)
+            captures = self._capture(module, calls, apart)
         except CaptureError as error:
             raise CutError(f"{name}: its forward cannot be captured by itself ({error})") from None
         except CutError as error:
             raise CutError(f"{name}: {error}") from None
-        aligned, training = captures.in_both_modes()
-        captured, *others = aligned.listings
-        values = self._match(name, number, captured, aligned.added)
+        values = self._match(name, number, captures.base.operators())
+        (captured, *others), training = captures.in_both_modes()
         switches, lost = training_switches(training, captured, captures.training)
+        unheard = captures.base.unheard()
+        if unheard:
+            hooks = f"hooks on {', '.join(unheard[:4])}{' …' * (len(unheard) > 4)}"
+            lost = " and ".join([hooks, lost] if lost else [hooks])
         cut = self._cut_dims(captured, values)
         if not all(same_views(captured, other, cut) for other in others):
             raise MixedError("its channels mean something else at other image sizes")
         before = [copy.copy(step.args) for step in captured.steps]
         cut_steps(captured, values, self._survivors)
         try:
+            check_names(captured)
             output = captures.symbolic(captured, before, others, cut)
         except CutError as error:
             raise CutError(f"{name}: {error}") from None
         for i, step in enumerate(captured.steps):
-            try:
-                operator_named(step.target)
-            except ValueError as error:
-                raise CutError(f"{name}: its forward cannot be saved: {error}") from None
             step.args |= {
                 key: Training(m, yes, step.args.get(key, no)) for key, (m, yes, no) in switches[i].items()
             }
-        limits = captures.limits(cut)
-        return self._finish(captured, captures, output, limits, lost)
+        return self._finish(captured, captures, output, captures.limits(cut), lost)
 
     def _cut_dims(self, lines: Listing, values: Mapping[fx.Node, Any]) -> dict[tuple[int, int], Keep]:
         """(register, dim) of every tensor that loses positions -> which it keeps."""
@@ -192,20 +202,24 @@ class Writer:
                 found |= {(register, dim): keep for dim, keep in self._survivors.keep(value).items()}
         return found
 
-    def _capture(self, module: nn.Module, calls: Sequence[Call | None]) -> "Captures":
+    def _capture(
+        self, module: nn.Module, calls: Sequence[Arguments | None], apart: Collection[str] | None
+    ) -> "Captures":
         """The captures of one call; networks repeat their blocks, so those of a module like it will do."""
-        alike = likeness((module, calls), {})
+        alike = likeness((module, calls), {}), apart
         if alike in self._captures:
             return self._captures[alike]
-        captures = Captures.of(module, calls, len(self._samples[0]))
+        captures = Captures.of(module, calls, len(self._samples[0]), apart)
         if not captures.base.captured.constants:  # these may differ, whatever else is equal
             self._captures[alike] = captures
         return captures
 
     def _finish(self, lines: Listing, captures: "Captures", output: Any, limits: Any, lost: str) -> Draft:
         base = captures.base
+        named = {*base.captured.tensors.values()}
         unnamed = [name for name in lines.names if name in base.captured.constants]
-        buffers = {name: f"{CONSTANT}{i}" for i, name in enumerate(unnamed)}
+        free = (f"{CONSTANT}{i}" for i in itertools.count() if f"module.{CONSTANT}{i}" not in named)
+        buffers = dict(zip(unnamed, free, strict=False))
         program = Program(
             arguments=captures.arguments,
             inputs=len(lines.inputs),
@@ -218,18 +232,13 @@ class Writer:
         tied = captures.tied and told(program, captures.tied)
         return Draft(program, constants, lost, tied)
 
-    def _match(self, name: str, number: int, lines: Listing, added: Collection[int]) -> dict[fx.Node, Any]:
-        """What the analysis knows about the nodes of a module that was captured by itself.
-
-        Args:
-            added: numbers of steps that the analysis does not know.
-        """
+    def _match(self, name: str, number: int, lines: Listing) -> dict[fx.Node, Any]:
+        """What the analysis knows about the nodes of a module that was captured by itself."""
         found = [self._whole.steps[i] for i in self._regions.get((name, number), [])]
-        steps = [step for i, step in enumerate(lines.steps) if i not in added]
-        if [s.target for s in found] != [s.target for s in steps]:
+        if [s.target for s in found] != [s.target for s in lines.steps]:
             raise CutError(f"{name}: its forward does other things by itself than within the model")
         values: dict[fx.Node, Any] = {}
-        for theirs, own in zip(found, steps, strict=True):
+        for theirs, own in zip(found, lines.steps, strict=True):
             values[own.node] = self._trace.values.get(theirs.node)
             for a, b in zip(refs(own.args), refs(theirs.args), strict=True):
                 node, value = lines.nodes[a], self._trace.values.get(self._whole.nodes[b])
@@ -273,6 +282,11 @@ class Sizes:
             return {key: self.symbolic(arg[key], base[key], [o[key] for o in others]) for key in arg}
         if isinstance(base, Ref):
             return arg
+        if isinstance(base, Made):
+            return Made(
+                base.cls,
+                self.symbolic(dict(arg.entries), dict(base.entries), [dict(o.entries) for o in others]),
+            )
         if isinstance(base, Named):
             return Named(base.kind, "same")
         if all(type(n) is int for n in (arg, base, *others)):
@@ -332,25 +346,38 @@ class Captured:
     Attributes:
         arguments: of the call, with `Ref` in place of each tensor.
         output: what it returns, likewise.
+        sites: the calls of its submodules.
     """
 
     captured: Capture
     arguments: Any
     output: Any
+    sites: Sites
 
     @classmethod
-    def of(cls, module: nn.Module, args: Any, kwargs: Any, *, training: bool = False) -> "Captured":
-        """Capture one call."""
+    def of(
+        cls,
+        module: nn.Module,
+        args: Any,
+        kwargs: Any,
+        *,
+        apart: Collection[str] | None = None,
+        training: bool = False,
+    ) -> "Captured":
+        """Capture one call; calls of submodules are marked, those of some submodules are not, with None no call."""
         call = FixedCall(module, args, kwargs)
-        captured = capture(call, tuple(call.tensors), training=training, exact=True)
-        if ANYTHING in pytree.tree_leaves(call.returned.tree):
+        with marked(call.module, apart) as sites:
+            captured = capture(call, tuple(call.tensors), training=training, exact=True)
+        if any(leaf == ANYTHING for _, leaf in leaves_of(call.returned.tree)):
             raise CutError(
                 f"{type(module).__name__}: it returns something else than tensors, and lists and dicts of them"
             )
-        return cls(captured, call.arguments, call.returned.tree)
+        return cls(captured, call.arguments, call.returned.tree, sites)
 
     @classmethod
-    def in_another_precision(cls, module: nn.Module, args: Any, kwargs: Any) -> "Captured | None":
+    def in_another_precision(
+        cls, module: nn.Module, args: Any, kwargs: Any, apart: Collection[str] | None
+    ) -> "Captured | None":
         """Capture one call in float64, or float32 if it is in that; None for a module that does not run in it."""
 
         known: dict[int, Tensor] = {}  # a tensor that is passed twice stays one
@@ -365,13 +392,28 @@ class Captured:
 
         try:
             twin = duplicate(module).to(other)
-            return cls.of(twin, *pytree.tree_map(convert, (args, kwargs)))
+            return cls.of(twin, *pytree.tree_map(convert, (args, kwargs)), apart=apart)
         except (CaptureError, CutError):
             return None
 
-    def listing(self) -> Listing:
-        """Its operators."""
+    def operators(self) -> Listing:
+        """Its operators, those of submodules that are called included."""
         return list_operators(self.captured)
+
+    def listing(self) -> Listing:
+        """Its operators and the calls of submodules that can be made as they are."""
+        lines = self.operators()
+        return collapse(lines, [self.sites[call.site] for call in lines.calls])
+
+    def refused(self) -> set[str]:
+        """Submodules whose calls were marked and cannot be made as they are."""
+        return {site.module for site in self.sites} - {*calls_of(self.listing())}
+
+    def unheard(self) -> list[str]:
+        """The submodules that the module calls and whose operators are written out."""
+        called = calls_of(self.listing())
+        names = [*self.sites.passed, *(site.module for site in self.sites)]
+        return [name for name in dict.fromkeys(names) if name not in called]
 
 
 class Captures:
@@ -384,29 +426,48 @@ class Captures:
         tied: why the module takes fewer image sizes than the model did, in words; "" if it takes all.
     """
 
-    def __init__(self, module: nn.Module, calls: Sequence[Call | None], alike: int) -> None:
+    def __init__(
+        self,
+        module: nn.Module,
+        calls: Sequence[Arguments | None],
+        alike: int,
+        apart: Collection[str] | None,
+    ) -> None:
         assert calls[0] is not None
         self._module = module
+        self._apart = apart
         self._calls = calls
         self._alike = alike
-        self.base = Captured.of(module, *calls[0])
+        while True:
+            self.base = Captured.of(module, *calls[0], apart=self._apart)
+            refused = self.base.refused() | {*calls_of(self.base.listing())} & {*self.base.sites.passed}
+            if self._apart is None or refused <= {*self._apart}:
+                break
+            self._apart = {*self._apart, *refused}  # what they call is looked at instead
         self.tied = ""
         self._found: dict[tuple[int, bool], Captured | None] = {}
         self._forget()
 
     @classmethod
-    def of(cls, module: nn.Module, calls: Sequence[Call | None], alike: int) -> "Captures":
+    def of(
+        cls,
+        module: nn.Module,
+        calls: Sequence[Arguments | None],
+        alike: int,
+        apart: Collection[str] | None = None,
+    ) -> "Captures":
         """Capture a call, noted at several sizes, as often as it takes for its numbers to be right at all of them.
 
         Args:
             module: that is called.
             calls: first that of the analysis; None where there was none.
             alike: how many of them are at the image size of the analysis, so that only the batch differs.
+            apart: submodules whose operators are written out; None: all.
         Raises:
             CaptureError: the module cannot be captured.
             CutError: it does other things for another batch or precision.
         """
-        captures = cls(module, calls, alike)
+        captures = cls(module, calls, alike, apart)
         sized, batches = range(alike, len(calls)), range(1, alike)
         if not sized or not captures._settle([[*sized, *batches], [*reversed(sized), *batches]]):
             captures._forget()
@@ -468,7 +529,7 @@ class Captures:
             self._add(0)
         while True:
             try:
-                program, lines = self._whole()
+                program = self._whole()
             except CutError as error:
                 if len(self.variants) == 1:
                     raise
@@ -478,7 +539,7 @@ class Captures:
                 self._unfit.add(last)
                 self._reason = str(error)
                 continue
-            wrong = (n for n in sorted(self._fit - {0}) if not self._right(program, lines, n))
+            wrong = (n for n in sorted(self._fit - {0}) if not self._right(program, n))
             found = next(wrong, None)
             if found is None:
                 return len(repr(program.ops))
@@ -511,65 +572,64 @@ class Captures:
         return True
 
     def _capture(self, number: int, double: bool) -> Captured | None:
-        """A call captured by itself, in float64 or as it is; None where it cannot be."""
+        """A call captured by itself, in another precision or as it is; None where it cannot be."""
         if (number, double) not in self._found:
             call = self._calls[number]
             assert call is not None
+            capture_call = Captured.in_another_precision if double else Captured.of
             try:
-                self._found[number, double] = (Captured.in_another_precision if double else Captured.of)(
-                    self._module, *call
-                )
+                self._found[number, double] = capture_call(self._module, *call, apart=self._apart)
             except (CaptureError, CutError):
                 self._found[number, double] = None
         return self._found[number, double]
 
-    def listings(self) -> Aligned:
-        """The operators of all captures; the first is that of the analysis."""
+    def listings(self) -> list[Listing]:
+        """The operators and calls of all captures; the first is that of the analysis."""
         found = align([captured.listing() for captured in (self.base, *self.variants)])
         assert found is not None
         return found
 
-    def in_both_modes(self) -> tuple[Aligned, Listing | None]:
+    def in_both_modes(self) -> tuple[list[Listing], Listing | None]:
         """The same with every step of the training mode, and beside it the steps in that; None: they are others."""
         captures = [captured.listing() for captured in (self.base, *self.variants)]
         try:
             found = align([*captures, self.training.listing()]) if self.training else None
         except CutError:
             found = None
-        if found is None:
+        if found is None or not same_calls(found[0], found[-1]):
             return self.listings(), None
-        *listings, training = found.listings
-        return Aligned(listings, found.added), training
+        return found[:-1], found[-1]
 
-    def _whole(self) -> tuple[Program, Listing]:
+    def _whole(self) -> Program:
         """The program of the module before any cut.
 
         Raises:
-            CutError: a number follows no size.
+            CutError: a number follows no size, or an operator cannot be saved.
         """
-        lines, *others = self.listings().listings
+        lines, *others = self.listings()
+        check_names(lines)
         output = self.symbolic(lines, [copy.copy(step.args) for step in lines.steps], others, set())
         ops = tuple(as_op(step) for step in lines.steps)
-        return Program(self.arguments, len(lines.inputs), tuple(lines.names), ops, output), lines
+        return Program(self.arguments, len(lines.inputs), tuple(lines.names), ops, output)
 
-    def _right(self, program: Program, lines: Listing, number: int) -> bool:
+    def _right(self, program: Program, number: int) -> bool:
         """Whether the program computes what the module does, on random weights and the tensors of a call."""
         call = cloned(self._calls[number])
         dtype = next((t.dtype for t in self._module.parameters() if t.is_floating_point()), torch.float32)
         values = aliases(self._module, random_values(self._module, 0))
+        runner = Runner(self._module, program, self.base.captured.constants)
         named = {f"module.{name}": t for name, t in values.items()}
         try:
             with torch.no_grad():
                 expected = functional_call(self._module, cloned(values), *cloned(call))
-                inputs, found = inputs_of(program, self._module, *call)
-                tensors = [named[n] if n in named else self.base.captured.constants[n] for n in lines.names]
-                result = program.run(inputs, cloned(tensors), around=lines.call, numbers=found)
+                result = functional_call(runner, cloned(named), *call)
         except Exception:  # whatever sizes that do not fit lead to
             return False
-        same = [x for x in pytree.tree_leaves(expected) if not isinstance(x, Tensor)] == [
-            x for x in pytree.tree_leaves(result) if not isinstance(x, Tensor)
-        ]
-        return same and difference(floats(expected), floats(result))[1] <= CLOSE.get(dtype, 0.1)
+        literals, found = (
+            [x for x in pytree.tree_leaves(opened(tree)) if not isinstance(x, Tensor)]
+            for tree in (expected, result)
+        )
+        return literals == found and difference(floats(expected), floats(result))[1] <= CLOSE.get(dtype, 0.1)
 
     def _tells(self) -> bool:
         """Whether the sizes at which the numbers are right say anything about those between them."""
@@ -624,7 +684,7 @@ class Captures:
             others: of the variants.
             cut: (register, dim) of every tensor that loses positions.
         Returns:
-            the output.
+            the output, in which `Ref` counts those of the listing's.
         Raises:
             CutError: a number follows no size.
         """
@@ -653,14 +713,14 @@ class Captures:
                 step.args[key] = sizes.symbolic(arg, before[i].get(key), [other.get(key) for other in args])
         sizes = Sizes(Expressions(given, literals), "output")
         output = sizes.symbolic(self.base.output, self.base.output, [v.output for v in self.variants])
-        return fill(output, None, lines.output)
+        return placed(output, lines.output)
 
     @functools.cached_property
     def training(self) -> Captured | None:
         """As `base`, in training mode; None where that cannot be captured."""
         assert self._calls[0] is not None
         try:
-            return Captured.of(self._module, *self._calls[0], training=True)
+            return Captured.of(self._module, *self._calls[0], apart=self._apart, training=True)
         except (CaptureError, CutError):
             return None
 
@@ -694,6 +754,34 @@ def agree(a: Atoms, b: Atoms) -> bool:
     return bool((a[box] == b[box]).all())
 
 
+def check_names(lines: Listing) -> None:
+    """Check that a program may call every operator of a listing.
+
+    Raises:
+        CutError: it may not call one.
+    """
+    for step in lines.steps:
+        if not is_call(step):
+            try:
+                operator_named(step.target)
+            except ValueError as error:
+                raise CutError(f"its forward cannot be saved: {error}") from None
+
+
+def same_calls(lines: Listing, training: Listing) -> bool:
+    """Whether submodules are called with the same numbers in both modes, which a program cannot switch."""
+    return all(
+        literals_of(ours.args) == literals_of(theirs.args)
+        for ours, theirs in zip(lines.steps, training.steps, strict=True)
+        if is_call(ours)
+    )
+
+
+def literals_of(arg: Any) -> list[Any]:
+    """What an argument holds besides references."""
+    return [leaf for _, leaf in leaves_of(arg) if not isinstance(leaf, Ref)]
+
+
 def told(program: Program, reason: str) -> str:
     """What sizes a program takes and why no others, in words."""
     limits = [sizes_in_words(limits) for limits in program.limits if any(limits[1:])]
@@ -709,6 +797,33 @@ def any_beyond(sizes: Sequence[Shapes | None], others: Sequence[Shapes], end: Ca
         for i, shape in enumerate(found or ((0,),))
         for dim, size in enumerate(shape)
     )
+
+
+class Runner(nn.Module):
+    """Runs a program with the tensors and submodules of a module that was not rewritten.
+
+    Args:
+        module: whose forward the program stands for.
+        program: reads the module's tensors as those of `module`.
+        constants: what it reads besides.
+    """
+
+    def __init__(self, module: nn.Module, program: Program, constants: Mapping[str, Tensor]) -> None:
+        super().__init__()
+        self.module = module
+        self._program = program
+        self._constants = constants
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """What the program computes."""
+        inputs, numbers = inputs_of(self._program, self.module, args, kwargs)
+        tensors = [
+            self._constants[name].clone()
+            if name in self._constants
+            else tensor_named(self.module, name.removeprefix("module."))
+            for name in self._program.tensors
+        ]
+        return self._program.run(inputs, tensors, self.module, numbers=numbers)
 
 
 def within(sizes: Shapes, others: Sequence[Shapes]) -> bool:
@@ -803,28 +918,17 @@ def owner(step: Step) -> str:
     return step.module.removeprefix("module").removeprefix(".")
 
 
-def strip(tree: Any, leaves: list[Tensor]) -> Any:
-    """A tree of dicts, lists and tuples with `Ref` in place of each tensor; the tensors go to `leaves`."""
-    if isinstance(tree, Tensor):
-        known = next((i for i, leaf in enumerate(leaves) if leaf is tree), len(leaves))
-        if known == len(leaves):
-            leaves.append(tree)
-        return Ref(known)
-    if type(tree) is dict:
-        return {name: strip(part, leaves) for name, part in tree.items()}
-    if isinstance(tree, torch.Size):
-        return tuple(tree)
-    if type(tree) in (list, tuple):
-        return type(tree)(strip(part, leaves) for part in tree)
-    return tree if tree is None or isinstance(tree, bool | int | float | str) else ANYTHING
-
-
 def fill(tree: Any, given: Any, leaves: Sequence[Any]) -> Any:
     """The tree with the leaves in place of each `Ref`, and what was given in place of anything."""
     if isinstance(tree, Ref):
         return leaves[tree.index]
     if isinstance(tree, dict):
         return {name: fill(part, given and given[name], leaves) for name, part in tree.items()}
+    if isinstance(tree, Made):
+        entries = entries_in(given) if given is not None else None
+        return tree(
+            {name: fill(part, entries and entries[name], leaves) for name, part in tree.entries.items()}
+        )
     if isinstance(tree, list | tuple):
         parts = [fill(part, given and given[i], leaves) for i, part in enumerate(tree)]
         return type(tree)(parts)
@@ -841,6 +945,8 @@ def varying(tree: Any, others: Sequence[Any], columns: list[tuple[int, ...]]) ->
         return {
             name: varying(part, [other[name] for other in others], columns) for name, part in tree.items()
         }
+    if isinstance(tree, Made):
+        return Made(tree.cls, varying(dict(tree.entries), [dict(other.entries) for other in others], columns))
     if isinstance(tree, list | tuple):
         if any(len(other) != len(tree) for other in others):
             raise CutError("an argument differs in number between sizes")
@@ -860,13 +966,13 @@ def size_of(node: fx.Node) -> tuple[int, ...]:
 
 
 @contextmanager
-def recorded(model: nn.Module, names: Sequence[str]) -> Iterator[dict[str, Calls]]:
+def recorded(model: nn.Module, names: Sequence[str]) -> Iterator[dict[str, list[Arguments]]]:
     """Inside the block, the arguments of every call of some submodules are noted."""
-    calls: dict[str, Calls] = {name: [] for name in names}
+    calls: dict[str, list[Arguments]] = {name: [] for name in names}
     handles = []
     for name in names:
 
-        def note(_: nn.Module, args: Any, kwargs: Any, to: Calls = calls[name]) -> None:
+        def note(_: nn.Module, args: Any, kwargs: Any, to: list[Arguments] = calls[name]) -> None:
             to.append((args, kwargs))
 
         handles.append(model.get_submodule(name).register_forward_pre_hook(note, with_kwargs=True))

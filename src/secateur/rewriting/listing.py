@@ -19,11 +19,23 @@ from secateur.graph.labels import Value
 from secateur.graph.operators import OPERATORS, CutSite, Shape, Step, module_of, shapes_of
 from secateur.graph.propagate import BODIES
 from secateur.graph.trace import Survivors
-from secateur.rewriting.program import DEVICE, Named, Op, Ref
+from secateur.rewriting.calls import CALLED, RETURNED
+from secateur.rewriting.program import DEVICE, Call, Named, Op, Ref
+
+CALL = "call "
+"""How the target of a step begins that is a call of a submodule."""
 
 
-def as_op(step: Step) -> Op:
-    """A step as the operator of a program."""
+def is_call(step: Step) -> bool:
+    """Whether a step is a call of a submodule."""
+    return step.target.startswith(CALL)
+
+
+def as_op(step: Step) -> Op | Call:
+    """A step as a line of a program."""
+    if is_call(step):
+        kwargs = tuple(step.args["kwargs"].items())
+        return Call(step.target.removeprefix(CALL), tuple(step.args["args"]), kwargs)
     if step.target == "getitem":
         return Op("getitem", (step.args["items"], step.args["index"]))
     positional, keywords = [], []
@@ -39,6 +51,38 @@ def as_op(step: Step) -> Op:
     return Op(step.target, tuple(positional), tuple(keywords))
 
 
+@dataclass(frozen=True)
+class Via(Ref):
+    """A register as a call of a submodule returned it.
+
+    Attributes:
+        of: the reference it was inside of the submodule.
+        call: number of the call.
+        leaf: which of the tensors that the call returned.
+    """
+
+    of: Ref
+    call: int
+    leaf: int
+
+
+@dataclass
+class CallLine:
+    """A call of a submodule in a listing.
+
+    Attributes:
+        site: its number among those noted at capture.
+        steps: those that run in it.
+        reads: what its tensors are.
+        returns: what the tensors that it returns are.
+    """
+
+    site: int
+    steps: range
+    reads: list[Any]
+    returns: list[Any] = field(default_factory=list)
+
+
 @dataclass
 class Listing:
     """The operators of a captured graph, bodies of higher-order operators included.
@@ -50,6 +94,7 @@ class Listing:
         steps: the operators.
         nodes: the node that each register of a program holds.
         output: what the graph returns, with `Ref` in place of each tensor.
+        calls: of submodules, in the order in which they begin; only where they were marked at capture.
     """
 
     captured: Capture
@@ -58,6 +103,7 @@ class Listing:
     steps: list[Step] = field(default_factory=list)
     nodes: list[fx.Node] = field(default_factory=list)
     output: Any = None
+    calls: list[CallLine] = field(default_factory=list)
 
     @property
     def names(self) -> list[str]:
@@ -96,6 +142,9 @@ def _list(graph: fx.GraphModule, environment: dict[fx.Node, Any], result: Listin
         if node.target is operator.getitem and isinstance(environment[node.args[0]], list | tuple):
             environment[node] = environment[node.args[0]][node.args[1]]
             continue
+        if str(node.target) in (CALLED, RETURNED):
+            environment[node] = _mark(node, environment, result)
+            continue
         body = next(
             (a for a in map(environment.get, node.all_input_nodes) if isinstance(a, fx.GraphModule)), None
         )
@@ -110,6 +159,19 @@ def _list(graph: fx.GraphModule, environment: dict[fx.Node, Any], result: Listin
         write = OPERATORS[step.op].constants.write if step.op in OPERATORS else None
         result.steps.append(write(step) if write else step)
     raise AssertionError("a graph without an output")
+
+
+def _mark(node: fx.Node, environment: Mapping[fx.Node, Any], result: Listing) -> Any:
+    tensors = _resolve(node.args[0], environment)
+    now = len(result.steps)
+    if str(node.target) == CALLED:
+        result.calls.append(CallLine(int(str(node.args[1])), range(now, -1), tensors))
+        return len(result.calls) - 1
+    number = environment[node.args[1]]  # type: ignore[index]
+    call = result.calls[number]
+    call.steps = range(call.steps.start, now)
+    call.returns = tensors
+    return [Via(ref.index, ref, number, leaf) for leaf, ref in enumerate(tensors)]
 
 
 def _list_body(node: fx.Node, body: fx.GraphModule, environment: dict[fx.Node, Any], result: Listing) -> Any:

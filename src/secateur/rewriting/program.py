@@ -1,10 +1,11 @@
-"""A forward pass as data: a list of ATen operators that can be run, saved and checked.
+"""A forward pass as data: a list of ATen operators and of calls of submodules that can be run, saved and checked.
 
 A program knows no Python of the model it came from. What it reads by name are parameters and buffers of the
-module that runs it; what it calls are operators that the table of operators allows; its numbers are literals, or
-arithmetic of sizes.
+module that runs it; what it calls are submodules of that module, and operators that the table of operators allows;
+its numbers are literals, or arithmetic of sizes.
 """
 
+import dataclasses
 import functools
 import operator
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -13,7 +14,7 @@ from types import MappingProxyType
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from secateur.graph.operators import OPERATORS
 
@@ -111,10 +112,31 @@ ANYTHING = Named("object", "any")
 
 
 @dataclass(frozen=True)
+class Made:
+    """An object that forward returns: an ordered dict, a named tuple or a dataclass, with its entries by name."""
+
+    cls: type
+    entries: Mapping[str, Any]
+
+    def __call__(self, entries: Mapping[str, Any]) -> Any:
+        """Such an object with other entries."""
+        return self.cls(**entries) if entries_of(self.cls) else self.cls(entries)
+
+
+@dataclass(frozen=True)
 class Op:
     """One operator, such as "aten.relu.default", with its arguments; `getitem` takes one of several results."""
 
     target: str
+    args: tuple[Any, ...]
+    kwargs: tuple[tuple[str, Any], ...] = ()
+
+
+@dataclass(frozen=True)
+class Call:
+    """One call of a submodule, by its name."""
+
+    module: str
     args: tuple[Any, ...]
     kwargs: tuple[tuple[str, Any], ...] = ()
 
@@ -131,7 +153,7 @@ class Program:
         arguments: the arguments of forward by name, with `Ref` in place of each tensor.
         inputs: how many tensors are among them.
         tensors: names of the parameters and buffers it reads.
-        ops: the operators, in order.
+        ops: the operators and calls, in order.
         output: what forward returns, with `Ref` in place of each tensor.
         limits: what the dims of each input may be; empty: not known.
     """
@@ -139,20 +161,25 @@ class Program:
     arguments: Any
     inputs: int
     tensors: tuple[str, ...]
-    ops: tuple[Op, ...]
+    ops: tuple[Op | Call, ...]
     output: Any
     limits: tuple[tuple[Limit, ...], ...] = ()
+
+    @functools.cached_property
+    def calls(self) -> frozenset[str]:
+        """Names of the submodules it calls."""
+        return frozenset(op.module for op in self.ops if isinstance(op, Call))
 
     def run(
         self,
         inputs: Sequence[Tensor],
         tensors: Sequence[Tensor],
-        training: Callable[[str], bool] = lambda _: False,
+        module: nn.Module | None = None,
         around: Around | None = None,
         numbers: Mapping[int, int] = MappingProxyType({}),
     ) -> Any:
-        """The output, for the tensors and numbers among the arguments and the tensors read by name."""
-        *_, last = self.steps(inputs, tensors, training, around, numbers)
+        """The output, for the tensors and numbers among the arguments, the tensors read by name, and the module."""
+        *_, last = self.steps(inputs, tensors, module, around, numbers)
         return last
 
     def exceeded(self, inputs: Sequence[Tensor]) -> str:
@@ -169,20 +196,24 @@ class Program:
         self,
         inputs: Sequence[Tensor],
         tensors: Sequence[Tensor],
-        training: Callable[[str], bool] = lambda _: False,
+        module: nn.Module | None = None,
         around: Around | None = None,
         numbers: Mapping[int, int] = MappingProxyType({}),
     ) -> Iterator[Any]:
         """The result of each operator as soon as it is computed, and at the end the output."""
         registers: list[Any] = [*inputs, *tensors]
         like = next((t for t in (*tensors, *inputs) if t.is_floating_point()), None)
-        resolve = functools.partial(
-            _resolve, registers=registers, like=like, numbers=numbers, training=training
-        )
+        resolve = functools.partial(_resolve, registers=registers, like=like, numbers=numbers, module=module)
         for number, op in enumerate(self.ops):
             args = tuple(resolve(arg) for arg in op.args)
             kwargs = {name: resolve(arg) for name, arg in op.kwargs}
-            result = around(number, args, kwargs) if around else operator_named(op.target)(*args, **kwargs)
+            if isinstance(op, Call):
+                assert module is not None
+                result = module.get_submodule(op.module)(*args, **kwargs)
+            elif around:
+                result = around(number, args, kwargs)
+            else:
+                result = function_of(op.target)(*args, **kwargs)
             registers.append(result)
             for spent in self._spent[number]:
                 registers[spent] = None
@@ -207,25 +238,47 @@ def _resolve(
     registers: list[Any],
     like: Tensor | None,
     numbers: Mapping[int, int],
-    training: Callable[[str], bool],
+    module: nn.Module | None,
 ) -> Any:
     if isinstance(arg, Ref):
         return registers[arg.index]
     if isinstance(arg, Dim | Size):
         return value_of(arg, registers, numbers)
     if isinstance(arg, Training):
-        return arg.yes if training(arg.module) else arg.no
+        return arg.yes if module is not None and module.get_submodule(arg.module).training else arg.no
     if isinstance(arg, Named):
         if arg.name == "same":
             return like.device if like is not None and arg.kind == "device" else getattr(like, arg.kind, None)
         return NAMES[arg.kind][arg.name]
-    again = functools.partial(_resolve, registers=registers, like=like, numbers=numbers, training=training)
+    again = functools.partial(_resolve, registers=registers, like=like, numbers=numbers, module=module)
     if isinstance(arg, list | tuple):
         parts = [again(a) for a in arg]
         return parts if isinstance(arg, list) else tuple(parts)
     if isinstance(arg, dict):
         return {name: again(a) for name, a in arg.items()}
+    if isinstance(arg, Made):
+        return arg({name: again(a) for name, a in arg.entries.items()})
     return arg
+
+
+def entries_of(cls: type) -> tuple[str, ...]:
+    """Names of the entries of a dataclass or named tuple; none for other classes."""
+    if dataclasses.is_dataclass(cls):
+        return tuple(field.name for field in dataclasses.fields(cls) if field.init)
+    return tuple(getattr(cls, "_fields", ())) if issubclass(cls, tuple) else ()
+
+
+def item(of: Any, key: Any) -> Any:
+    """One of several results: of a tuple, a list, a dict, or by name of a dataclass."""
+    return getattr(of, key) if isinstance(key, str) and key in entries_of(type(of)) else of[key]
+
+
+def function_of(target: str) -> Callable[..., Any]:
+    """The operator of a program's line; its name was checked when the program was written or read."""
+    if target == "getitem":
+        return item
+    _, name, overload = target.split(".")
+    return getattr(getattr(torch.ops.aten, name), overload)  # type: ignore[no-any-return]
 
 
 def value_of(number: Number, registers: Sequence[Any], numbers: Mapping[int, int]) -> int:
@@ -260,7 +313,7 @@ def sizes_in_words(limits: Sequence[Limit]) -> str:
 
 @functools.cache
 def operator_named(target: str) -> Callable[..., Any]:
-    """The operator of this name.
+    """The operator of this name, if a program may call it.
 
     Raises:
         ValueError: it is not one that a program may call.
@@ -269,7 +322,7 @@ def operator_named(target: str) -> Callable[..., Any]:
     tensor([0., 2.])
     """
     if target == "getitem":
-        return operator.getitem
+        return item
     namespace, _, rest = target.partition(".")
     name, _, overload = rest.partition(".")
     if namespace != "aten" or name not in OPERATORS or not OPERATORS[name].program:
@@ -298,4 +351,4 @@ def refs(arg: Any) -> list[int]:
         return [index for part in arg for index in refs(part)]
     if isinstance(arg, dict):
         return refs([arg[name] for name in sorted(arg)])
-    return []
+    return refs(dict(arg.entries)) if isinstance(arg, Made) else []

@@ -1,13 +1,17 @@
 """Programs as JSON, and back from a file that nobody vouches for.
 
 Reading builds nothing but literals and the kinds of argument a program knows, and checks every name
-against a list: operators, precisions, the module's own tensors and submodules.
+against a list: operators, precisions, the module's own tensors and submodules, and classes of what it may return.
 """
 
+import dataclasses
 import math
+import sys
+from collections import OrderedDict
 from collections.abc import Collection
 from typing import Any
 
+from secateur.rewriting.calls import leaves_of
 from secateur.rewriting.program import (
     ANYTHING,
     ARITHMETIC,
@@ -15,9 +19,11 @@ from secateur.rewriting.program import (
     LARGEST_TENSOR,
     LONGEST,
     NAMES,
+    Call,
     Dim,
     Given,
     Limit,
+    Made,
     Named,
     Number,
     Op,
@@ -25,6 +31,7 @@ from secateur.rewriting.program import (
     Ref,
     Size,
     Training,
+    entries_of,
     operator_named,
 )
 
@@ -44,10 +51,16 @@ def to_json(program: Program) -> dict[str, Any]:
         "arguments": encode(program.arguments),
         "inputs": program.inputs,
         "tensors": list(program.tensors),
-        "ops": [[op.target, encode(list(op.args)), encode(dict(op.kwargs))] for op in program.ops],
+        "ops": [_line(op) for op in program.ops],
         "output": encode(program.output),
         "limits": [[limit and list(limit) for limit in limits] for limits in program.limits],
     }
+
+
+def _line(op: Op | Call) -> Any:
+    if isinstance(op, Call):
+        return {"call": [op.module, encode(list(op.args)), encode(dict(op.kwargs))]}
+    return [op.target, encode(list(op.args)), encode(dict(op.kwargs))]
 
 
 def encode(arg: Any) -> Any:
@@ -70,6 +83,8 @@ def encode(arg: Any) -> Any:
         return [encode(part) for part in arg]
     if isinstance(arg, dict):
         return {"dict": {name: encode(part) for name, part in arg.items()}}
+    if isinstance(arg, Made):
+        return {"made": [f"{arg.cls.__module__}:{arg.cls.__qualname__}", encode(dict(arg.entries))]}
     if isinstance(arg, float) and not math.isfinite(arg):
         return {"float": str(arg)}
     return arg
@@ -80,12 +95,17 @@ class ProgramReader:
 
     Args:
         tensors: names of the parameters and buffers that the program may read.
-        modules: names of the submodules whose mode it may ask for.
+        modules: names of the submodules that it may call and whose mode it may ask for; "", the module itself, is
+            never called.
+        packages: names of packages whose dataclasses and named tuples it may return.
     """
 
-    def __init__(self, tensors: Collection[str], modules: Collection[str]) -> None:
+    def __init__(
+        self, tensors: Collection[str], modules: Collection[str], packages: Collection[str] = ()
+    ) -> None:
         self._tensors = set(tensors)
         self._modules = set(modules)
+        self._packages = set(packages)
 
     def read(self, data: Any) -> Program:
         """The program.
@@ -133,7 +153,9 @@ class ProgramReader:
             )
         return tuple(found)
 
-    def _op(self, data: Any, inputs: int, registers: int) -> Op:
+    def _op(self, data: Any, inputs: int, registers: int) -> Op | Call:
+        if isinstance(data, dict) and data.keys() == {"call"}:
+            return self._call(data["call"], inputs, registers)
         if not isinstance(data, list) or len(data) != 3 or not isinstance(data[0], str):
             raise ValueError(
                 f"an operator is a name, arguments and keyword arguments; found {str(data)[:60]!r}"
@@ -152,6 +174,44 @@ class ProgramReader:
             numbers = [bulk(part) for part in [*args, *kwargs.values()] if is_number(part)]
             self._check_sizes([max(numbers, default=0)] * (2 if target.startswith("aten.eye") else 1))
         return Op(target, tuple(args), tuple(kwargs.items()))
+
+    def _call(self, data: Any, inputs: int, registers: int) -> Call:
+        if not isinstance(data, list) or len(data) != 3 or not isinstance(data[0], str):
+            raise ValueError(
+                f"a call is a submodule, arguments and keyword arguments; found {str(data)[:60]!r}"
+            )
+        module, *rest = data
+        if not module or module not in self._modules:
+            raise ValueError(f"it calls {module[:60]!r}, which is no submodule of the module")
+        args, kwargs = (self._arg(part, inputs, registers) for part in rest)
+        if not isinstance(args, list) or not isinstance(kwargs, dict):
+            raise ValueError(f"{module}: arguments must be a list, keyword arguments a dict")
+        given = [leaf for _, leaf in leaves_of([args, kwargs])]
+        if not all(leaf is None or isinstance(leaf, Ref | Dim | Size | bool | int | float) for leaf in given):
+            raise ValueError(f"{module}: may be given tensors and numbers only")
+        self._check_sizes([bulk(leaf) for leaf in given if is_number(leaf)])
+        return Call(module, tuple(args), tuple(kwargs.items()))
+
+    def _made(self, name: Any, data: Any, inputs: int, registers: int, depth: int) -> Made:
+        """An object of a class that is there already and does nothing but hold what it is given."""
+        entries = self._arg(data, inputs, registers, depth)
+        if not isinstance(name, str) or not isinstance(entries, dict):
+            raise ValueError(f"no object can be made of {str(name)[:60]!r}")
+        if any(isinstance(leaf, str) for _, leaf in leaves_of(entries)):
+            raise ValueError(f"an object of {name[:60]!r} may hold tensors and numbers only")
+        module, _, qualified = name.partition(":")
+        if name == "collections:OrderedDict":
+            return Made(OrderedDict, entries)
+        cls: Any = vars(sys.modules[module]).get(qualified) if module in sys.modules else None
+        if not isinstance(cls, type) or module.partition(".")[0] not in self._packages:
+            raise ValueError(f"{name[:60]!r} is no class of the package that the model is from")
+        if not (dataclasses.is_dataclass(cls) or issubclass(cls, tuple)) or not {*entries} <= {
+            *entries_of(cls)
+        }:
+            raise ValueError(
+                f"{name[:60]!r} is no dataclass or named tuple with entries {sorted(entries)[:5]}"
+            )
+        return Made(cls, entries)
 
     def _arg(self, data: Any, inputs: int, registers: int, depth: int = 0) -> Any:
         if depth > DEEPEST:
@@ -180,6 +240,8 @@ class ProgramReader:
             return float(value)
         if kind == "tuple" and isinstance(value, list):
             return tuple(self._arg(part, inputs, registers, depth + 1) for part in value)
+        if kind == "made" and isinstance(value, list) and len(value) == 2:
+            return self._made(value[0], value[1], inputs, registers, depth + 1)
         if kind == "dict" and isinstance(value, dict):
             return {name: self._arg(part, inputs, registers, depth + 1) for name, part in value.items()}
         if kind == "training" and isinstance(value, list) and len(value) == 3 and value[0] in self._modules:

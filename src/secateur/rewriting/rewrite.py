@@ -15,8 +15,9 @@ from secateur.errors import CutError
 from secateur.graph.labels import Value
 from secateur.graph.operators import Shape
 from secateur.graph.trace import Survivors, Trace
-from secateur.rewriting.listing import Listing, as_op, cut_step, list_operators
-from secateur.rewriting.program import ANYTHING, NAMES, Given, Named, Program, Ref
+from secateur.rewriting.calls import entries_in
+from secateur.rewriting.listing import Listing, as_op, cut_step, is_call, list_operators
+from secateur.rewriting.program import ANYTHING, NAMES, Given, Made, Named, Program, Ref
 
 CONSTANT = "rewritten_constant_"
 """Prefix of the buffers that hold the tensors a rewritten forward reads and that had no name."""
@@ -27,14 +28,24 @@ class Rewritten(nn.Module):
 
     program: Program
     lost: str
-    """What the original forward does in training mode and this one does not, in words."""
+    """What the original forward does and this one does not, in words."""
     tied: str
     """What image sizes it takes, where the original took more, and why, in words."""
     own_forward: Callable[..., Any] | None
     """The forward that the instance had in place of its class's."""
+    owners: dict[str, type[nn.Module]]
+    """Submodules whose tensors the program reads itself, and their classes."""
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """What the original forward computes, at other widths."""
+        for name, cls in self.owners.items():
+            found = self.get_submodule(name)
+            if original_class(found) is not cls:
+                raise CutError(
+                    f"{type(self).__name__}: its forward was rewritten for a cut and reads the tensors of {name!r} "
+                    f"itself, so that a {type(found).__name__} in the place of the {cls.__name__} would do nothing. "
+                    f"Replace this layer before the cut."
+                )
         return run_program(self, self.program, args, kwargs)
 
     def __reduce_ex__(self, protocol: Any) -> Any:
@@ -50,8 +61,8 @@ def run_program(module: nn.Module, program: Program, args: Any, kwargs: Any) -> 
             f"{' and '.join(' × '.join(map(str, x.shape)) for x in inputs)}. Analyse and cut the model at the size "
             f"it is to be used with."
         )
-    tensors = [_tensor(module, name) for name in program.tensors]
-    return program.run(inputs, tensors, lambda name: module.get_submodule(name).training, numbers=numbers)
+    tensors = [tensor_named(module, name) for name in program.tensors]
+    return program.run(inputs, tensors, module, numbers=numbers)
 
 
 def inputs_of(
@@ -126,6 +137,8 @@ def rewrite_(
         module.register_buffer(name, tensor, persistent=False)
     module.__class__ = rewritten_class(original_class(module))
     module.program, module.lost, module.tied = program, lost, tied  # type: ignore[assignment]
+    names = {name.rpartition(".")[0] for name in program.tensors} - {""}
+    module.owners = {n: original_class(module.get_submodule(n)) for n in sorted(names)}  # type: ignore[assignment]
     module.own_forward = module.__dict__.pop("forward", module.__dict__.get("own_forward"))
     return undo
 
@@ -143,10 +156,18 @@ def arguments_of(module: nn.Module, args: Any, kwargs: Any) -> inspect.BoundArgu
     return bound
 
 
-def _tensor(module: nn.Module, name: str) -> Tensor:
+def tensor_named(module: nn.Module, name: str) -> Tensor:
     """A parameter or buffer by its name."""
     path, _, last = name.rpartition(".")
-    result: Tensor = getattr(module.get_submodule(path), last)
+    owner = module.get_submodule(path)
+    result: Tensor | None = owner._parameters.get(last)
+    if result is None:
+        result = owner._buffers.get(last)
+    if result is None:
+        raise CutError(
+            f"{type(module).__name__}: its forward was rewritten for a cut and reads {name!r} itself, which is no "
+            f"parameter or buffer any more. Change this layer before the cut."
+        )
     return result
 
 
@@ -167,6 +188,10 @@ def _collect(pattern: Any, given: Any, inputs: list[Tensor], numbers: dict[int, 
     elif isinstance(pattern, list | tuple) and isinstance(given, list | tuple) and len(pattern) == len(given):
         for part, one in zip(pattern, given, strict=True):
             _collect(part, one, inputs, numbers, where)
+        return
+    elif isinstance(pattern, Made) and type(given) is pattern.cls:
+        entries = entries_in(given) or {}
+        _collect(dict(pattern.entries), {n: entries.get(n) for n in pattern.entries}, inputs, numbers, where)
         return
     elif pattern == ANYTHING or (type(pattern) is type(given) and pattern == given):
         return
@@ -220,13 +245,14 @@ def tensors_of(lines: Listing, named: Mapping[str, Tensor], *, own: bool = False
 
 
 def cut_steps(lines: Listing, values: Mapping[fx.Node, Any], survivors: Survivors) -> list[tuple[Shape, ...]]:
-    """Let every step follow a cut; returns the shapes of their results."""
+    """Let every operator follow a cut; returns the shapes of their results."""
 
     def value_of(ref: Ref) -> Value | None:
         value = values.get(lines.nodes[ref.index])
         return value if isinstance(value, Value) else None
 
-    return [cut_step(step, value_of, values.get(step.node), survivors) for step in lines.steps]
+    steps = [step for step in lines.steps if not is_call(step)]
+    return [cut_step(step, value_of, values.get(step.node), survivors) for step in steps]
 
 
 def _widen(arg: Any) -> Any:

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
@@ -18,7 +19,9 @@ from torch.utils import _pytree as pytree
 from secateur.errors import CutError
 from secateur.graph import Graph, named_tensors
 from secateur.graph.duplicate import cloned, duplicate
+from secateur.graph.groups import find_groups
 from secateur.graph.modes import evaluating
+from secateur.graph.positions import removed_positions
 from secateur.graph.probe import aliases, difference, floats, random_inputs, random_values
 from secateur.graph.trace import Survivors
 from secateur.rewriting.draft import Draft, Writer
@@ -31,15 +34,15 @@ TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-5}
 
 
 def settle(
-    model: nn.Module, graph: Graph, survivors: Survivors, whole: Callable[[], nn.Module]
+    model: nn.Module, graph: Graph, masks: Sequence[Tensor], whole: Callable[[], nn.Module]
 ) -> dict[str, Draft]:
     """Find the submodules of a cut model that must be rewritten, the smallest ones that will do.
 
     Args:
         model: cut; it is not changed.
-        graph: of the original.
-        survivors: of the plan.
-        whole: makes a copy of the original.
+        graph: of the model before the cut.
+        masks: (units,) bool per group of the graph, what was kept.
+        whole: makes a copy of the model before the cut.
     Returns:
         module name -> its program; empty if the model's own forward computes the cut network.
     Raises:
@@ -47,16 +50,42 @@ def settle(
     """
     assert graph.trace is not None
     model = duplicate(model, share=True)  # a forward may keep what it has computed
-    judge = Judge(model, graph, survivors)
+    judge = Judge(model, graph, graph.trace.survivors(masks))
     if judge.holds():
         return {}
-    if graph.trace.gone is not None:
+    before, trace = whole(), graph.trace
+    if trace.gone is not None:  # the graph was captured before earlier cuts
+        graph, masks = analyzed_again(before, graph, masks)
+        assert graph.trace is not None
+        trace = graph.trace
+        judge = Judge(model, graph, trace.survivors(masks))
+    return CheckedPass(judge, Writer(before, trace, trace.survivors(masks), graph.inputs)).run()
+
+
+def analyzed_again(model: nn.Module, graph: Graph, masks: Sequence[Tensor]) -> tuple[Graph, list[Tensor]]:
+    """A graph captured from a model as it is now, and the masks of its groups that remove the same positions.
+
+    Raises:
+        CutError: its groups are others.
+    """
+    gone = removed_positions(graph, masks)
+    fresh = find_groups(model, graph.inputs, going=gone)
+    result = []
+    for group in fresh.groups:
+        mask = np.ones(group.units, dtype=bool)
+        for member in group.members:
+            mask &= ~np.isin(member.index, gone.get((member.tensor, member.dim), ())).any(axis=1)
+        result.append(torch.from_numpy(mask))
+    found = removed_positions(fresh, result)
+    different = [
+        key for key in gone.keys() | found.keys() if set(gone.get(key, ())) != set(found.get(key, ()))
+    ]
+    if different:
         raise CutError(
-            f"{type(model).__name__}: its own forward cannot express the new widths, and a model that was cut before "
-            f"cannot be rewritten. Remove everything in one cut. The model is unchanged."
+            f"{different[0][0]}: after earlier cuts, what can be removed of it is something else. Remove everything in "
+            f"one cut, or freeze this layer. The model is unchanged."
         )
-    writer = Writer(whole(), graph.trace, survivors, graph.inputs)
-    return CheckedPass(judge, writer).run()
+    return fresh, result
 
 
 def fixes_precision(lines: Listing) -> bool:
@@ -188,6 +217,10 @@ class CheckedPass:
         self._drafts: dict[str, Draft] = {}
         self._reasons: dict[str, str] = {}
         self._calls: dict[str, int] = {}
+        self._whole: set[str] = set()
+        self._right: set[tuple[str, int]] = set()
+        self._inputs: dict[tuple[str, int], list[Tensor]] = {}
+        self._outputs: dict[tuple[str, int], list[Tensor]] = {}
         self._regions = find_calls(judge.lines, judge.model)
         self._graph = Lockstep(judge)
 
@@ -200,8 +233,18 @@ class CheckedPass:
                 raise self._failure(error) from error
         if difference(self._judge.expected, found)[1] > self._judge.tolerance:
             raise self._failure(None)
-        names = self._drafts
-        return {n: d for n, d in names.items() if not any(inside(n, other) for other in names)}
+        return {name: draft for name, draft in self._drafts.items() if self._reached(name)}
+
+    def _reached(self, name: str) -> bool:
+        """Whether every rewritten module around one calls it, or a module around it."""
+        programs = {other: self._drafts[other].program for other in self._drafts if inside(name, other)}
+        return all(
+            any(
+                own == name or inside(name, own)
+                for own in (f"{other}.{c}".lstrip(".") for c in program.calls)
+            )
+            for other, program in programs.items()
+        )
 
     def _failure(self, error: Exception | None) -> CutError:
         name, reason = next(iter(self._reasons.items()), ("", str(error or "it computes something else")))
@@ -213,30 +256,76 @@ class CheckedPass:
 
     def _guard(self, name: str, module: nn.Module, own: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         number = self._calls[name] = self._calls.get(name, -1) + 1
-        region = range(len(self._judge.lines.steps)) if not name else self._regions.get((name, number))
+        key = name, number
+        region = range(len(self._judge.lines.steps)) if not name else self._regions.get(key)
         if not region:
             return own(*args, **kwargs)
-        inputs = self._graph.before(region)
+        if key in self._right:  # in an earlier try of the module around it
+            draft = self._drafts.get(name)
+            return self._run(module, draft, args, kwargs) if draft else own(*args, **kwargs)
+        before = dict(self._calls)
+        if key not in self._inputs:
+            self._inputs[key] = self._graph.before(region)
         given = cloned((args, kwargs))
         try:
             result = own(*args, **kwargs)
             problem: Exception = CutError("it computes something else")
-            if self._agree(floats(result), self._graph.after(region)):
-                return result
+            right = self._gives(key, region, result)
         except Exception as error:
-            problem = error
-        if name and not self._agree(floats((args, kwargs)), inputs):
-            raise problem  # a module before this one went wrong
-        try:
-            draft = self._drafts.get(name) or self._writer.draft(name)
-            result = self._run(module, draft, *given)
-            if not self._agree(floats(result), self._graph.after(region)):
-                raise CutError("the rewritten forward computes something else")
-        except Exception as error:
-            self._reasons.setdefault(name, f"{error} (its own forward: {problem})")
-            raise problem from error
-        self._drafts[name] = draft
+            problem, right = error, False
+        if not right:
+            if name and not self._agree(floats((args, kwargs)), self._inputs[key]):
+                raise problem  # a module before this one went wrong
+            try:
+                result = self._rewrite(key, region, module, given, before)
+            except Exception as error:
+                self._reasons.setdefault(name, f"{error} (its own forward: {problem})")
+                raise problem from error
+        self._right.add(key)
+        self._inputs.pop(key), self._outputs.pop(key, None)
         return result
+
+    def _gives(self, key: tuple[str, int], region: Sequence[int], result: Any) -> bool:
+        """Whether a call gave what the captured graph says; that knows no outputs that nothing reads."""
+        if key not in self._outputs:
+            self._outputs[key] = self._graph.after(region)
+        found, known = floats(result), self._outputs[key]
+        return self._agree(found, known) or (bool(known) and self._agree(known, found))
+
+    def _rewrite(
+        self,
+        key: tuple[str, int],
+        region: Sequence[int],
+        module: nn.Module,
+        given: Any,
+        before: dict[str, int],
+    ) -> Any:
+        """Write a program for a module, and return what it gives.
+
+        Submodules that turn out not to work by themselves have their operators written out; if that is not enough,
+        all have.
+        """
+        name = key[0]
+        draft = self._drafts.get(name)
+        while True:
+            broken = frozenset(self._reasons) - {name}
+            apart = None if name in self._whole else broken
+            self._calls |= {n: before.get(n, -1) for n in self._calls if inside(n, name)}
+            try:
+                draft = draft or self._writer.draft(name, apart)
+                args, kwargs = cloned(given)
+                result = self._run(module, draft, args, kwargs)
+                if not self._gives(key, region, result):
+                    raise CutError("the rewritten forward computes something else")
+            except Exception:
+                if apart is None:
+                    raise
+                if broken == frozenset(self._reasons) - {name}:
+                    self._whole.add(name)
+                draft = None
+            else:
+                self._drafts[name] = draft
+                return result
 
     def _run(self, module: nn.Module, draft: Draft, args: Any, kwargs: Any) -> Any:
         constants = {name: self._like(t) for name, t in draft.constants.items()}

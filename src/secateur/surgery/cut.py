@@ -1,5 +1,6 @@
 """Physical removal: smaller tensors in the user's own module."""
 
+import functools
 from collections.abc import Mapping
 
 import numpy as np
@@ -12,7 +13,7 @@ from secateur.graph import Graph, mirrored, named_tensors
 from secateur.graph.duplicate import duplicate
 from secateur.graph.groups import PadSite, check_model
 from secateur.graph.guard import uncompiled
-from secateur.graph.modules import Keep
+from secateur.graph.modules import HELD, Keep, held, worked_out
 from secateur.graph.positions import kept_positions
 from secateur.plan import Plan
 from secateur.rewriting.known import following
@@ -57,6 +58,7 @@ def cut_(model: nn.Module, graph: Graph, plan: Plan, *, optimizer: Optimizer | N
         if optimizer is not None:
             select_states(edit, optimizer, tensor, dims)
     edit.apply()
+    renew_(model, edit)
     try:
         _settle(model, graph, masks, edit)
     except Exception as error:
@@ -69,9 +71,18 @@ def cut_(model: nn.Module, graph: Graph, plan: Plan, *, optimizer: Optimizer | N
     return model
 
 
+def renew_(model: nn.Module, edit: Edit) -> None:
+    """Let weights that hooks work out follow the tensors they are worked out from, as a change that was made."""
+    for module in model.modules():
+        new = worked_out(module)
+        if new:
+            old = {name: module.__dict__[name] for name in new}
+            module.__dict__.update(new)
+            edit.done(functools.partial(module.__dict__.update, old))
+
+
 def _settle(model: nn.Module, graph: Graph, masks: list[Tensor], edit: Edit) -> None:
     """Rewrite the submodules whose own forward does not compute the cut network."""
-    assert graph.trace is not None
 
     def whole() -> nn.Module:
         edit.undo()
@@ -80,7 +91,7 @@ def _settle(model: nn.Module, graph: Graph, masks: list[Tensor], edit: Edit) -> 
         finally:
             edit.apply()
 
-    drafts = settle(model, graph, graph.trace.survivors(masks), whole)
+    drafts = settle(model, graph, masks, whole)
     for name, draft in drafts.items():
         module = model.get_submodule(name)
         edit.done(rewrite_(module, draft.program, draft.constants, draft.lost, draft.tied))
@@ -95,7 +106,9 @@ def layer_attributes(
     edits = {}
     for name, module in model.named_modules():
         own: dict[tuple[str, int], Keep] = {}
-        for local, tensor in [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]:
+        tensors = dict(module.named_parameters(recurse=False)) | dict(module.named_buffers(recurse=False))
+        tensors |= {local: found[1] for local in HELD if (found := held(module, local))}
+        for local, tensor in tensors.items():
             if first[id(tensor)] in cut:
                 own |= {(local, dim): mask for (key, dim), mask in keep.items() if key == first[id(tensor)]}
         if own:

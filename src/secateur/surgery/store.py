@@ -19,11 +19,12 @@ from secateur.graph.guard import uncompiled
 from secateur.graph.modules import pad_attributes
 from secateur.plan.bits import pack, unpack
 from secateur.rewriting.known import known_attributes
-from secateur.rewriting.program import Program
+from secateur.rewriting.program import LONGEST, Call, Program
 from secateur.rewriting.program_json import ProgramReader, to_json
 from secateur.rewriting.rewrite import CONSTANT, rewrite_, rewritten_modules
 from secateur.settings import checked
 from secateur.surgery.bypass import SIDES, Bypass, add_bypass_, remove_bypass_
+from secateur.surgery.cut import renew_
 from secateur.surgery.edit import Edit
 
 FORMAT = "1"
@@ -161,6 +162,7 @@ def _load(
     for name, tensor in {id(t): (n, t) for n, t in own.items()}.values():
         edit.tensor(tensor, tensors[name].clone().to(tensor.device))  # aligned memory of its own
     edit.apply()
+    renew_(model, edit)
     for name, (program, found) in programs.items():
         rewritten = model.get_submodule(name)
         lost, tied = (str(recipe["rewritten"][name].get(key, ""))[:300] for key in ("lost", "tied"))
@@ -181,6 +183,7 @@ def _programs(
     """What is wrong with the programs of a file, and the programs with their constants by module."""
     problems, programs = [], {}
     modules = dict(model.named_modules())
+    packages = {type(module).__module__.partition(".")[0] for module in modules.values()} - {"torch"}
     for name, entry in recipe.items():
         if name not in modules or not isinstance(entry, dict):
             problems.append(f"{name} is to be rewritten, and the model has no such module")
@@ -192,11 +195,20 @@ def _programs(
             for key, tensor in tensors.items()
             if key.startswith(start) and key.removeprefix(start).isdecimal()
         }
-        reader = ProgramReader([*dict(named_tensors(module)), *found], [n for n, _ in module.named_modules()])
+        reader = ProgramReader(
+            [*dict(named_tensors(module)), *found], [n for n, _ in module.named_modules()], packages
+        )
         try:
             programs[name] = reader.read(entry.get("program")), found
         except ValueError as error:
             problems.append(f"the forward of {name or 'the model'} is not one that may be run: {error}")
+    lengths: dict[str, int] = {}
+    for name in sorted(programs, key=len, reverse=True):  # submodules first
+        calls = [f"{name}.{op.module}".lstrip(".") for op in programs[name][0].ops if isinstance(op, Call)]
+        inner = [sum(n for m, n in lengths.items() if f"{m}.".startswith(f"{call}.")) for call in calls]
+        lengths[name] = len(programs[name][0].ops) + sum(inner)
+        if lengths[name] > LONGEST:
+            problems.append(f"the forward of {name or 'the model'} runs more than {LONGEST:,} operators")
     return problems, programs
 
 

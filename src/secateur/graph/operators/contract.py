@@ -175,7 +175,7 @@ def linear(site: Site) -> Result:
     return result
 
 
-@operator("matmul mm bmm mv dot", PLAIN.but(survivors=product_of_survivors))
+@operator("matmul mm bmm mv dot vdot", PLAIN.but(survivors=product_of_survivors))
 def matmul(site: Site) -> Result:
     return product(site, *site.operands)
 

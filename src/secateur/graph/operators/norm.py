@@ -140,12 +140,11 @@ def group_norm(site: Site) -> Result:
 
 @operator("_weight_norm _weight_norm_interface", PLAIN)
 def weight_norm(site: Site) -> Result:
-    """Every slice along `dim` of a kernel is divided by its norm and multiplied by its gain."""
+    """Every slice along `dim` of a kernel is divided by its norm and multiplied by its gain; at -1, all of it."""
     kernel, gain = site.labels.exposed(site["v"]), site.labels.exposed(site["g"])
-    dim = site["dim"] % len(kernel.shape)
-    rest = [d for d in range(len(kernel.shape)) if d != dim]
+    rest = [d for d in range(len(kernel.shape)) if d != site["dim"]]
     site.statistic(kernel, rest)
-    factors = join(site.labels, [kernel, gain]).factors
+    factors = join(site.labels, [kernel, gain]).factors if gain.shape else kernel.factors
     norms = [factor for factor in factors if not support(factor) & set(rest)]
     parts = [norms] * (len(site.shapes) - 1)  # the norms that the filters had may be a second output
     return tuple(site.labels.value(shape, f) for shape, f in zip(site.shapes, [factors, *parts], strict=True))
