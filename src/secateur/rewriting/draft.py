@@ -51,7 +51,8 @@ from secateur.rewriting.program import (
 from secateur.rewriting.rewrite import CONSTANT, arguments_of, cut_steps, inputs_of, tensor_named
 from secateur.rewriting.sizes import Expressions
 
-Arguments = tuple[tuple[Any, ...], dict[str, Any]]
+Call = tuple[tuple[Any, ...], dict[str, Any]]
+Calls = list[Call]
 Shapes = tuple[tuple[int, ...], ...]
 
 FEWEST = 2
@@ -101,7 +102,7 @@ class Writer:
         self._inputs = inputs
         self._whole = list_operators(trace.captured)
         self._regions = find_calls(self._whole, self._model)
-        self._runs: dict[str, list[list[Arguments]]] = {}
+        self._runs: dict[str, list[Calls]] = {}
         self._captures: dict[Any, Captures] = {}
 
     def draft(self, name: str, apart: Collection[str] | None = ()) -> Draft:
@@ -138,7 +139,7 @@ class Writer:
         """Note the calls of a module, and of all others of its class, for inputs of every size."""
         kind = type(self._model.get_submodule(name))
         names = [n for n, module in self._model.named_modules() if type(module) is kind]
-        runs: list[dict[str, list[Arguments]]] = []
+        runs: list[dict[str, Calls]] = []
         for given in itertools.chain(*self._samples):
             args, kwargs = as_call(given)
             with recorded(self._model, names) as calls, torch.no_grad():
@@ -158,7 +159,7 @@ class Writer:
         return sampled(self._model, self._inputs, captured.batching, captured.batch)
 
     def _draft(
-        self, name: str, number: int, calls: Sequence[Arguments | None], apart: Collection[str] | None
+        self, name: str, number: int, calls: Sequence[Call | None], apart: Collection[str] | None
     ) -> Draft:
         module = self._model.get_submodule(name)
         prefix = f"{name}." if name else ""
@@ -203,7 +204,7 @@ class Writer:
         return found
 
     def _capture(
-        self, module: nn.Module, calls: Sequence[Arguments | None], apart: Collection[str] | None
+        self, module: nn.Module, calls: Sequence[Call | None], apart: Collection[str] | None
     ) -> "Captures":
         """The captures of one call; networks repeat their blocks, so those of a module like it will do."""
         alike = likeness((module, calls), {}), apart
@@ -429,7 +430,7 @@ class Captures:
     def __init__(
         self,
         module: nn.Module,
-        calls: Sequence[Arguments | None],
+        calls: Sequence[Call | None],
         alike: int,
         apart: Collection[str] | None,
     ) -> None:
@@ -452,7 +453,7 @@ class Captures:
     def of(
         cls,
         module: nn.Module,
-        calls: Sequence[Arguments | None],
+        calls: Sequence[Call | None],
         alike: int,
         apart: Collection[str] | None = None,
     ) -> "Captures":
@@ -966,13 +967,13 @@ def size_of(node: fx.Node) -> tuple[int, ...]:
 
 
 @contextmanager
-def recorded(model: nn.Module, names: Sequence[str]) -> Iterator[dict[str, list[Arguments]]]:
+def recorded(model: nn.Module, names: Sequence[str]) -> Iterator[dict[str, Calls]]:
     """Inside the block, the arguments of every call of some submodules are noted."""
-    calls: dict[str, list[Arguments]] = {name: [] for name in names}
+    calls: dict[str, Calls] = {name: [] for name in names}
     handles = []
     for name in names:
 
-        def note(_: nn.Module, args: Any, kwargs: Any, to: list[Arguments] = calls[name]) -> None:
+        def note(_: nn.Module, args: Any, kwargs: Any, to: Calls = calls[name]) -> None:
             to.append((args, kwargs))
 
         handles.append(model.get_submodule(name).register_forward_pre_hook(note, with_kwargs=True))
