@@ -101,15 +101,10 @@ def cell(options: argparse.Namespace, network: str, keep: float, seed: int) -> d
         "train_accuracy": (data.train.images[order[-5000:]], data.train.labels[order[-5000:]]),
     }
     given = dict(option.split("=", 1) for option in options.option)
-    extra = {name: json.loads(value) for name, value in given.items()}
+    extra = {"round_to": 1} | {name: json.loads(value) for name, value in given.items()}
     started = time.process_time()
     pruned = prune(
-        model,
-        batches[0][:2],
-        budget=Budget(macs=keep),
-        method="rd",
-        data=batches,
-        **{"stream_gain": 1.0, "round_to": 1} | extra,
+        model, batches[0][:2], budget=Budget(macs=keep), method="rd", data=batches, stream_gain=1.0, **extra
     )
     seconds = time.process_time() - started
     small = pruned.model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
@@ -145,7 +140,7 @@ def render(options: argparse.Namespace, found: dict[tuple[str, str, float], list
         f"{device_name('cpu')}, 1 thread, torch {torch.__version__}. CPU seconds of `prune` (analysis, cut and proof",
         f"included), {IMAGES} calibration images, accuracy right after the cut on {first['images']:,} test images",
         f"({options.test} of the test set), mean and range over {options.seeds} draws of calibration images. Each cell",
-        "ran in a process of its own, on shared cores; the import of `torch.export`, about 1.8 s of each,",
+        "ran in a process of its own, on cores that other work shared; importing `torch.export`, about 1.8 s of each,",
         "is counted. *before* measures nine widths of every group on all images; *after* estimates them.",
         "What the defaults are was chosen on training images, apart from those that calibrate.",
         "",

@@ -284,10 +284,8 @@ class Sizes:
         if isinstance(base, Ref):
             return arg
         if isinstance(base, Made):
-            return Made(
-                base.cls,
-                self.symbolic(dict(arg.entries), dict(base.entries), [dict(o.entries) for o in others]),
-            )
+            entries = [dict(made.entries) for made in (arg, base, *others)]
+            return Made(base.cls, self.symbolic(entries[0], entries[1], entries[2:]))
         if isinstance(base, Named):
             return Named(base.kind, "same")
         if all(type(n) is int for n in (arg, base, *others)):
@@ -685,7 +683,7 @@ class Captures:
             others: of the variants.
             cut: (register, dim) of every tensor that loses positions.
         Returns:
-            the output, in which `Ref` counts those of the listing's.
+            the output.
         Raises:
             CutError: a number follows no size.
         """
