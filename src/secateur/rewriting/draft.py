@@ -184,7 +184,6 @@ class Writer:
         before = [copy.copy(step.args) for step in captured.steps]
         cut_steps(captured, values, self._survivors)
         try:
-            check_names(captured)
             output = captures.symbolic(captured, before, others, cut)
         except CutError as error:
             raise CutError(f"{name}: {error}") from None
@@ -606,7 +605,12 @@ class Captures:
             CutError: a number follows no size, or an operator cannot be saved.
         """
         lines, *others = self.listings()
-        check_names(lines)
+        for step in lines.steps:
+            if not is_call(step):
+                try:
+                    operator_named(step.target)
+                except ValueError as error:
+                    raise CutError(f"its forward cannot be saved: {error}") from None
         output = self.symbolic(lines, [copy.copy(step.args) for step in lines.steps], others, set())
         ops = tuple(as_op(step) for step in lines.steps)
         return Program(self.arguments, len(lines.inputs), tuple(lines.names), ops, output)
@@ -751,20 +755,6 @@ def agree(a: Atoms, b: Atoms) -> bool:
     ends = [max(m, n) if 1 in (m, n) else min(m, n) for m, n in zip(a.shape, b.shape, strict=True)]
     box = tuple(slice(end) for end in ends)
     return bool((a[box] == b[box]).all())
-
-
-def check_names(lines: Listing) -> None:
-    """Check that a program may call every operator of a listing.
-
-    Raises:
-        CutError: it may not call one.
-    """
-    for step in lines.steps:
-        if not is_call(step):
-            try:
-                operator_named(step.target)
-            except ValueError as error:
-                raise CutError(f"its forward cannot be saved: {error}") from None
 
 
 def same_calls(lines: Listing, training: Listing) -> bool:
