@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -242,6 +243,55 @@ class Detector(nn.Module):
         return {"boxes": self.box(y).sigmoid(), "kinds": self.kind(y)}
 
 
+@dataclass
+class Pair:
+    a: Tensor
+    b: Tensor
+
+
+class Product(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.c = nn.Conv2d(16, 16, 1)
+
+    def forward(self, pair: Pair) -> Tensor:
+        return self.c(pair.a * pair.b.sigmoid())
+
+
+class Row(nn.Module):
+    """Makes a table of constants as long as the image is wide."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.c = nn.Conv2d(16, 16, 1)
+
+    def forward(self, pair: tuple[Tensor, Tensor]) -> Tensor:
+        return self.c(pair[0] * pair[1]) * torch.tensor([1.0 + i % 3 for i in range(pair[0].shape[-1])])
+
+
+class Around(nn.Module):
+    """Takes channels apart, pads where the image is not whole, and drops out in training mode, beside its layers."""
+
+    def __init__(self, inner: nn.Module, kind: Callable[[Tensor, Tensor], object]) -> None:
+        super().__init__()
+        self.i, self.a, self.o = nn.Conv2d(3, 16, 3, padding=1), nn.Conv2d(16, 32, 1), nn.Conv2d(16, 2, 1)
+        self.inner, self.kind = inner, kind
+
+    def forward(self, x: Tensor) -> Tensor:
+        n, _, h, w = x.shape
+        y = self.i(x)
+        if h % 4 or w % 4:
+            y = F.pad(y, (0, -w % 4, 0, -h % 4))
+        if self.training:
+            y = F.dropout(y, 0.5)
+        y, z = self.a(y).view(n, 2, 16, *y.shape[2:]).unbind(1)
+        return self.o(self.inner(self.kind(y, z)))[:, :, :h, :w]
+
+
+CALLS: dict[str, Callable[[], nn.Module]] = {
+    "object to a submodule": lambda: Around(Product(), Pair),
+    "constants in a submodule": lambda: Around(Row(), lambda *both: both),
+}
 NETWORKS: dict[str, Callable[[], nn.Module]] = {
     "windows": Windows,
     "shifted windows": lambda: Windows(2),
@@ -249,6 +299,7 @@ NETWORKS: dict[str, Callable[[], nn.Module]] = {
     "pooled": Pooled,
     "halves": lambda: nn.Sequential(nn.Conv2d(3, 16, 3), Halves(), nn.Conv2d(16, 2, 1)),
     "transformer": Detector,
+    **CALLS,
 }
 
 
@@ -277,6 +328,26 @@ def test_three_image_sizes_and_three_batches(name: str, tmp_path: Path) -> None:
                     both = floats(masked(images.double())), floats(double(images.double()))
                     assert difference(*both)[1] < 1e-9, (size, batch)
                 assert all(map(torch.equal, floats(loaded(images)), floats(cut(images)))), (size, batch)
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_calls_sizes_and_modes_in_one_program(name: str) -> None:
+    torch.manual_seed(0)
+    pruned = sc.prune(CALLS[name]().eval(), torch.randn(1, 3, 16, 16), budget=sc.Budget(macs=0.6), round_to=1)
+    made = rewritten_modules(pruned.model)[""]
+    assert (made.lost, made.tied) == ("", "")
+    assert made.program.calls == {"i", "a", "inner", "o"}
+    dropped: list[Tensor] = []
+    made.a.register_forward_pre_hook(lambda _, args: dropped.append(args[0]))
+    x = torch.randn(2, 3, 17, 20)
+    with torch.no_grad():
+        made.eval()(x), made.train()(x)
+    plain, found = dropped
+    assert plain.shape[2:] == (20, 20)
+    assert not plain[:, :, 17:].any()
+    stays = found != 0
+    assert 0.4 < stays[:, :, :17].float().mean() < 0.6
+    torch.testing.assert_close(found[stays], 2 * plain[stays])
 
 
 class Two(nn.Module):

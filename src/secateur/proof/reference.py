@@ -43,7 +43,7 @@ class Reference:
             aligned = align([self._lines, list_operators(captured)])
             if aligned is None:
                 raise CutError("the model does other things at other sizes")
-            known, self._lines = aligned.listings
+            known, self._lines = aligned
             self._values = {
                 ours: trace.values.get(theirs)
                 for ours, theirs in zip(self._lines.nodes, known.nodes, strict=True)

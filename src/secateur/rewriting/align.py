@@ -7,14 +7,13 @@ it too, with numbers by which it changes nothing. A dropout that runs in trainin
 
 import itertools
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from secateur.graph.operators import Step
 from secateur.rewriting.listing import Listing
-from secateur.rewriting.program import Ref, refs
+from secateur.rewriting.program import Made, Ref, refs
 
 DROPOUTS = frozenset("dropout dropout_ feature_dropout alpha_dropout feature_alpha_dropout".split())
 """Operators that change nothing in evaluation mode."""
@@ -26,21 +25,11 @@ Row = list[int | None]
 """One step of the common list: its number in every listing; None where it is missing."""
 
 
-@dataclass(frozen=True)
-class Aligned:
-    """Listings with the same operators and the same registers.
+def align(listings: Sequence[Listing]) -> list[Listing] | None:
+    """The listings with idle steps added, so that all have the same steps and registers; None if they differ in more.
 
-    Attributes:
-        listings: of every capture.
-        added: numbers of the steps that the first one lacked.
+    A call of a submodule is one step, whatever runs in it.
     """
-
-    listings: list[Listing]
-    added: frozenset[int]
-
-
-def align(listings: Sequence[Listing]) -> Aligned | None:
-    """The listings with idle steps added where they are missing; None if they differ in more than that."""
     first = listings[0]
     if not all(same_constants(first, other) for other in listings[1:]):
         return None
@@ -61,7 +50,7 @@ def same_constants(lines: Listing, other: Listing) -> bool:
     a, b = lines.captured.constants, other.captured.constants
     return len(lines.inputs) == len(other.inputs) and all(
         a[n].shape == b[n].shape and torch.allclose(a[n].double(), b[n].double(), 1e-4, 1e-6, equal_nan=True)
-        for n in a.keys() & b.keys()
+        for n in {*lines.names} & {*other.names} & a.keys() & b.keys()
     )
 
 
@@ -124,7 +113,7 @@ class _Common:
             new.nodes = [old.nodes[where[i]] for i in range(self._start)]
             new.tensors = new.nodes[len(new.inputs) :]
 
-    def aligned(self) -> Aligned:
+    def aligned(self) -> list[Listing]:
         """The listings.
 
         Raises:
@@ -150,7 +139,7 @@ class _Common:
         outputs = self._joined({k: self._old[k].output for k in everyone})
         for k in everyone:
             self._new[k].output = outputs[k]
-        return Aligned(self._new, frozenset(i for i, row in enumerate(self._rows) if row[0] is None))
+        return self._new
 
     def _joined(self, args: Mapping[int, Any]) -> dict[int, Any]:
         """Arguments by capture, with the same references in all."""
@@ -165,6 +154,9 @@ class _Common:
             keys = dict.fromkeys(key for arg in args.values() for key in arg)
             parts = {key: self._joined({k: a[key] for k, a in args.items() if key in a}) for key in keys}
             return {k: {key: parts[key][k] for key in arg} for k, arg in args.items()}
+        if all(isinstance(arg, Made) and arg.cls is first.cls for arg in args.values()):
+            entries = self._joined({k: dict(arg.entries) for k, arg in args.items()})
+            return {k: Made(first.cls, made) for k, made in entries.items()}
         if all(isinstance(arg, list | tuple) and len(arg) == len(first) for arg in args.values()):
             each = [self._joined({k: arg[i] for k, arg in args.items()}) for i in range(len(first))]
             return {k: type(arg)(part[k] for part in each) for k, arg in args.items()}

@@ -29,7 +29,7 @@ from secateur.graph.operators import OPERATORS, Step
 from secateur.graph.probe import aliases, difference, floats, random_values
 from secateur.graph.samples import sampled
 from secateur.graph.trace import Survivors, Trace, repeated
-from secateur.rewriting.align import Aligned, align, counts
+from secateur.rewriting.align import align, counts
 from secateur.rewriting.calls import Sites, entries_in, leaves_of, marked, strip
 from secateur.rewriting.compose import calls_of, collapse, placed
 from secateur.rewriting.listing import Listing, as_op, find_calls, is_call, list_operators
@@ -171,9 +171,8 @@ class Writer:
             raise CutError(f"{name}: its forward cannot be captured by itself ({error})") from None
         except CutError as error:
             raise CutError(f"{name}: {error}") from None
-        aligned, training = captures.in_both_modes()
-        captured, *others = aligned.listings
         values = self._match(name, number, captures.base.operators())
+        (captured, *others), training = captures.in_both_modes()
         switches, lost = training_switches(training, captured, captures.training)
         unheard = captures.base.unheard()
         if unheard:
@@ -192,8 +191,7 @@ class Writer:
             step.args |= {
                 key: Training(m, yes, step.args.get(key, no)) for key, (m, yes, no) in switches[i].items()
             }
-        limits = captures.limits(cut)
-        return self._finish(captured, captures, output, limits, lost)
+        return self._finish(captured, captures, output, captures.limits(cut), lost)
 
     def _cut_dims(self, lines: Listing, values: Mapping[fx.Node, Any]) -> dict[tuple[int, int], Keep]:
         """(register, dim) of every tensor that loses positions -> which it keeps."""
@@ -360,8 +358,8 @@ class Captured:
         module: nn.Module,
         args: Any,
         kwargs: Any,
-        apart: Collection[str] | None = None,
         *,
+        apart: Collection[str] | None = None,
         training: bool = False,
     ) -> "Captured":
         """Capture one call; calls of submodules are marked, those of some submodules are not, with None no call."""
@@ -376,7 +374,7 @@ class Captured:
 
     @classmethod
     def in_another_precision(
-        cls, module: nn.Module, args: Any, kwargs: Any, apart: Collection[str] | None = None
+        cls, module: nn.Module, args: Any, kwargs: Any, apart: Collection[str] | None
     ) -> "Captured | None":
         """Capture one call in float64, or float32 if it is in that; None for a module that does not run in it."""
 
@@ -392,8 +390,7 @@ class Captured:
 
         try:
             twin = duplicate(module).to(other)
-            given, named = pytree.tree_map(convert, (args, kwargs))
-            return cls.of(twin, given, named, apart)
+            return cls.of(twin, *pytree.tree_map(convert, (args, kwargs)), apart=apart)
         except (CaptureError, CutError):
             return None
 
@@ -428,7 +425,11 @@ class Captures:
     """
 
     def __init__(
-        self, module: nn.Module, calls: Sequence[Call | None], alike: int, apart: Collection[str] | None
+        self,
+        module: nn.Module,
+        calls: Sequence[Call | None],
+        alike: int,
+        apart: Collection[str] | None,
     ) -> None:
         assert calls[0] is not None
         self._module = module
@@ -436,7 +437,7 @@ class Captures:
         self._calls = calls
         self._alike = alike
         while True:
-            self.base = Captured.of(module, *calls[0], self._apart)
+            self.base = Captured.of(module, *calls[0], apart=self._apart)
             refused = self.base.refused() | {*calls_of(self.base.listing())} & {*self.base.sites.passed}
             if self._apart is None or refused <= {*self._apart}:
                 break
@@ -569,35 +570,33 @@ class Captures:
         return True
 
     def _capture(self, number: int, double: bool) -> Captured | None:
-        """A call captured by itself, in float64 or as it is; None where it cannot be."""
+        """A call captured by itself, in another precision or as it is; None where it cannot be."""
         if (number, double) not in self._found:
             call = self._calls[number]
             assert call is not None
+            capture_call = Captured.in_another_precision if double else Captured.of
             try:
-                self._found[number, double] = (Captured.in_another_precision if double else Captured.of)(
-                    self._module, *call, self._apart
-                )
+                self._found[number, double] = capture_call(self._module, *call, apart=self._apart)
             except (CaptureError, CutError):
                 self._found[number, double] = None
         return self._found[number, double]
 
-    def listings(self) -> Aligned:
-        """The operators of all captures; the first is that of the analysis."""
+    def listings(self) -> list[Listing]:
+        """The operators and calls of all captures; the first is that of the analysis."""
         found = align([captured.listing() for captured in (self.base, *self.variants)])
         assert found is not None
         return found
 
-    def in_both_modes(self) -> tuple[Aligned, Listing | None]:
+    def in_both_modes(self) -> tuple[list[Listing], Listing | None]:
         """The same with every step of the training mode, and beside it the steps in that; None: they are others."""
         captures = [captured.listing() for captured in (self.base, *self.variants)]
         try:
             found = align([*captures, self.training.listing()]) if self.training else None
         except CutError:
             found = None
-        if found is None:
+        if found is None or not same_calls(found[0], found[-1]):
             return self.listings(), None
-        *listings, training = found.listings
-        return Aligned(listings, found.added), training
+        return found[:-1], found[-1]
 
     def _whole(self) -> Program:
         """The program of the module before any cut.
@@ -605,7 +604,7 @@ class Captures:
         Raises:
             CutError: a number follows no size, or an operator cannot be saved.
         """
-        lines, *others = self.listings().listings
+        lines, *others = self.listings()
         for step in lines.steps:
             if not is_call(step):
                 try:
@@ -724,7 +723,7 @@ class Captures:
         """As `base`, in training mode; None where that cannot be captured."""
         assert self._calls[0] is not None
         try:
-            return Captured.of(self._module, *self._calls[0], self._apart, training=True)
+            return Captured.of(self._module, *self._calls[0], apart=self._apart, training=True)
         except (CaptureError, CutError):
             return None
 
@@ -756,6 +755,20 @@ def agree(a: Atoms, b: Atoms) -> bool:
     ends = [max(m, n) if 1 in (m, n) else min(m, n) for m, n in zip(a.shape, b.shape, strict=True)]
     box = tuple(slice(end) for end in ends)
     return bool((a[box] == b[box]).all())
+
+
+def same_calls(lines: Listing, training: Listing) -> bool:
+    """Whether submodules are called with the same numbers in both modes, which a program cannot switch."""
+    return all(
+        literals_of(ours.args) == literals_of(theirs.args)
+        for ours, theirs in zip(lines.steps, training.steps, strict=True)
+        if is_call(ours)
+    )
+
+
+def literals_of(arg: Any) -> list[Any]:
+    """What an argument holds besides references."""
+    return [leaf for _, leaf in leaves_of(arg) if not isinstance(leaf, Ref)]
 
 
 def told(program: Program, reason: str) -> str:
@@ -867,11 +880,6 @@ def training_switches(
     Returns:
         also what cannot be expressed this way, in words.
     """
-    calls = (
-        [(a, b) for a, b in zip(training.steps, lines.steps, strict=True) if is_call(b)] if training else []
-    )
-    if any(literals_of(a.args) != literals_of(b.args) for a, b in calls):
-        training = None
     if training is not None:
         result = []
         for theirs, ours in zip(training.steps, lines.steps, strict=True):
@@ -892,11 +900,6 @@ def training_switches(
         switch = OPERATORS[step.op].trains if step.op in OPERATORS else None
         switches.append({switch: (owner(step), True, False)} if switch else {})
     return switches, "what it does in training mode only" + (f" ({', '.join(only)})" if only else "")
-
-
-def literals_of(arg: Any) -> list[Any]:
-    """What an argument holds besides references."""
-    return [leaf for _, leaf in leaves_of(arg) if not isinstance(leaf, Ref)]
 
 
 def owner(step: Step) -> str:
