@@ -152,6 +152,7 @@ def same_state() -> Iterator[None]:
 @pytest.mark.parametrize("name", FUNCTIONS)
 def test_wrong_arguments(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("secateur.graph.modules._PADS", {})
+    monkeypatch.chdir(tmp_path)  # some wrong arguments are good names of files
     problems = []
     function, good = calls(tmp_path)[name]
     for argument in good:
