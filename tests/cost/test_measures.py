@@ -26,7 +26,7 @@ def test_a_new_measure_is_a_function_and_an_entry(formula, monkeypatch: pytest.M
     entry = Measure("widest", "widest layer", "channels", "channels of the widest layer", formula=formula)
     monkeypatch.setitem(MEASURES, entry.name, entry)
     model = nn.Sequential(nn.Conv2d(3, 20, 1), nn.ReLU(), nn.Conv2d(20, 8, 1), nn.ReLU(), nn.Conv2d(8, 2, 1))
-    pruned = sc.prune(model, torch.randn(1, 3, 8, 8), budget=sc.Budget(widest=0.3))
+    pruned = sc.prune(model, torch.randn(1, 3, 8, 8), budget=sc.Budget(widest=0.3), round_to=1)
     assert (pruned.before["widest"], pruned.after["widest"]) == (20, 6)
     assert [pruned.model[number].out_channels for number in (0, 2)] == [6, 6]
     budget = sc.Budget(macs=0.9, widest=12)

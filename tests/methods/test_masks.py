@@ -38,8 +38,8 @@ MASKS: dict[str, Callable[[nn.Module, Budget], Pruned]] = {
     "synflow, filters": lambda m, b: prune(m, X, budget=b, method="synflow", rounds=5, shuffle="filters"),
     "snip": lambda m, b: prune(m, X, budget=b, method="snip", data=DATA),
     "grasp": lambda m, b: prune(m, X, budget=b, method="grasp", data=DATA),
-    "random weights": lambda m, b: prune(m, X, budget=b, method="random-weights"),
-    "random filters": lambda m, b: prune(m, X, budget=b, method="random-filters"),
+    "random weights": lambda m, b: prune(m, X, budget=b, method="random-weights", round_to=1),
+    "random filters": lambda m, b: prune(m, X, budget=b, method="random-filters", round_to=1),
 }
 
 
