@@ -1,6 +1,7 @@
 """Example inputs at other sizes: more images, and images of another height and width."""
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -15,6 +16,9 @@ from secateur.graph.modes import evaluating
 
 SMALL = 128
 """Images below this many pixels are tried larger, those above mostly smaller, which costs less."""
+
+FEW = 2**17
+"""Numbers in inputs that are small: some images of 128 × 128."""
 
 STEPS = (1, 8, 32)
 """Sizes tried are multiples of these: many a network takes only multiples of its strides."""
@@ -153,17 +157,22 @@ def sampled(
 
 
 def takes(model: nn.Module, inputs: Inputs) -> bool:
-    """Whether a model in evaluation mode runs on inputs of these shapes; nothing is computed."""
+    """Whether a model in evaluation mode runs on inputs of these shapes.
+
+    Small inputs are run, which is quicker than going through the shapes alone; for larger ones nothing is computed.
+    """
+    leaves = [x for x in pytree.tree_leaves(as_call(inputs)) if isinstance(x, Tensor)]
+    small = sum(x.numel() for x in leaves) <= FEW
     with quiet(), untouched(model), evaluating(model), torch.no_grad(), torch.random.fork_rng(devices=[]):
         try:
-            with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+            with nullcontext() if small else FakeTensorMode(allow_non_fake_inputs=True) as mode:
+                copied = mode.from_tensor if mode else Tensor.clone
                 args, kwargs = pytree.tree_map(
-                    lambda x: mode.from_tensor(x) if isinstance(x, Tensor) else x, as_call(inputs)
+                    lambda x: copied(x) if isinstance(x, Tensor) else x, as_call(inputs)
                 )
-                named = [
-                    (name, mode.from_tensor(t)) for name, t in model.named_buffers()
-                ]  # it may write to them
-                buffers: dict[str, Tensor] = dict(named)
+                buffers: dict[str, Tensor] = {
+                    name: copied(t) for name, t in model.named_buffers()
+                }  # may be written to
                 functional_call(model, buffers, args, kwargs)
         except Exception:  # whatever the model's own code raises
             return False
