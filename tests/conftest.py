@@ -17,8 +17,4 @@ def shared_data() -> Path:
     return folder
 
 
-if hasattr(
-    torch.fx.config, "do_not_emit_stack_traces"
-):  # a sixth of the time of every capture; nothing reads them
-    torch.fx.config.do_not_emit_stack_traces = True
 torch.set_num_threads(1)  # two test processes share the machine; threads of both would wait for each other
