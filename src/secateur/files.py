@@ -41,6 +41,12 @@ def explained(path: str | Path) -> Iterator[None]:
         raise FileError(f"{path}: could not be written: {reason}. {advice}.") from error
 
 
+def remove_unfinished(folder: Path, stem: str = "*") -> None:
+    """Remove what a killed `replacing` left in a folder, of files of one stem or of all."""
+    for path in folder.glob(f".{stem}.*.tmp*"):
+        path.unlink()
+
+
 @contextlib.contextmanager
 def replacing(path: str | Path) -> Iterator[Path]:
     """Lend a temporary path in the same folder; when the block ends well, it takes the place of `path`.

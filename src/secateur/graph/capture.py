@@ -49,8 +49,7 @@ class Batching:
         leaves, tree = pytree.tree_flatten(as_call(inputs))
         for i, rows in enumerate(self.rows):
             if rows is not None:
-                index = torch.arange(rows * images // self.images, device=leaves[i].device) % rows
-                leaves[i] = leaves[i][index]
+                leaves[i] = with_length(leaves[i], 0, rows * images // self.images)
         args, kwargs = pytree.tree_unflatten(leaves, tree)
         return as_inputs(args, kwargs, inputs)
 
@@ -124,6 +123,11 @@ def batchings(inputs: Inputs) -> list[Batching]:
     )
     both = [equal, related] if images == 1 else [related, equal]
     return both if equal != related else [equal]
+
+
+def with_length(x: Tensor, dim: int, size: int) -> Tensor:
+    """The tensor with its first positions along a dim, repeated if there are too few."""
+    return x.index_select(dim, torch.arange(size, device=x.device) % x.shape[dim])
 
 
 def batch_of(inputs: Inputs) -> int:

@@ -10,7 +10,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.func import functional_call
 from torch.utils import _pytree as pytree
 
-from secateur.graph.capture import Batching, Inputs, as_call, as_inputs
+from secateur.graph.capture import Batching, Inputs, as_call, as_inputs, with_length
 from secateur.graph.guard import quiet, untouched
 from secateur.graph.modes import evaluating
 
@@ -62,15 +62,10 @@ def at_size(inputs: Inputs, dims: tuple[int, ...], size: tuple[int, ...]) -> Inp
                 continue
             if x.shape[dim] * new % main.shape[dim]:
                 return None
-            x = resized(x, dim, x.shape[dim] * new // main.shape[dim])
+            x = with_length(x, dim, x.shape[dim] * new // main.shape[dim])
         leaves[i] = x
     args, kwargs = pytree.tree_unflatten(leaves, tree)
     return as_inputs(args, kwargs, inputs)
-
-
-def resized(x: Tensor, dim: int, size: int) -> Tensor:
-    """The tensor with its first positions along a dim, repeated if there are too few."""
-    return x.index_select(dim, torch.arange(size, device=x.device) % x.shape[dim])
 
 
 def random_floats(inputs: Inputs, seed: int, dtype: torch.dtype | None = None) -> Inputs:
@@ -98,8 +93,9 @@ def other_sizes(inputs: Inputs, runs: Callable[[Inputs], bool], most: int = 5) -
         most: how many sizes are enough.
     """
     main = main_leaf(inputs)
-    for dims in AXES.get(main.ndim, ()) if main is not None else ():
-        assert main is not None
+    if main is None:
+        return []
+    for dims in AXES.get(main.ndim, ()):
         given = tuple(main.shape[dim] for dim in dims)
         shares = GROWN if max(given) < SMALL else SHRUNK
         for step in STEPS:

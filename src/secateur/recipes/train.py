@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from secateur.engine.session import Session
 from secateur.errors import ModelError, TrainingError, first_line
+from secateur.files import remove_unfinished
 from secateur.graph.duplicate import duplicate
 from secateur.graph.modes import device_of, evaluating, modes_kept
 from secateur.recipes.checkpoint import Epoch, State
@@ -215,8 +216,7 @@ def fit(
             stack.enter_context(session)
         log = None
         if rank == 0:
-            for unfinished in checkpoint.parent.glob(f".{checkpoint.stem}.*.tmp*"):
-                unfinished.unlink()  # of a run that was killed while it wrote
+            remove_unfinished(checkpoint.parent, checkpoint.stem)  # of a run that was killed while it wrote
             log = stack.enter_context(TrainLog(Path(folder), phase, state, config.epochs, progress))
             if state.epoch == state.batch == 0:  # keep the initial weights: all later ones follow from them
                 state.save(checkpoint, run)

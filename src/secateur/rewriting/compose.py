@@ -84,9 +84,7 @@ def choose_calls(lines: Listing, sites: Sequence[Site]) -> list[int]:
     while True:
         chosen = [n for n, site in enumerate(sites) if site.module not in refused]
         owners = {step: n for n in chosen for step in lines.calls[n].steps}
-        read: list[Any] = [step.args for i, step in enumerate(lines.steps) if i not in owners]
-        read += [lines.output, *(lines.calls[n].reads for n in chosen)]
-        found = [resolve(ref, chosen) for ref in references(read)]
+        found = [resolve(ref, chosen) for ref in references(read_outside(lines, chosen))]
         wrong = {
             owners[ref.index - first]
             for ref in found
@@ -97,11 +95,16 @@ def choose_calls(lines: Listing, sites: Sequence[Site]) -> list[int]:
         refused |= {sites[n].module for n in wrong}
 
 
+def read_outside(lines: Listing, chosen: Collection[int]) -> list[Any]:
+    """Arguments that are read outside of these calls: of operators, of the calls themselves, and the output."""
+    inside = {step for n in chosen for step in lines.calls[n].steps}
+    operators = [step.args for i, step in enumerate(lines.steps) if i not in inside]
+    return [*operators, lines.output, *(lines.calls[n].reads for n in chosen)]
+
+
 def tensors_read(lines: Listing, chosen: Collection[int]) -> list[int]:
     """Registers of the parameters, buffers and constants that are read outside of these calls."""
-    inside = {step for n in chosen for step in lines.calls[n].steps}
-    read: list[Any] = [step.args for i, step in enumerate(lines.steps) if i not in inside]
-    read += [lines.output, *(lines.calls[n].reads for n in chosen)]
+    read = read_outside(lines, chosen)
     found = [resolve(ref, chosen) for ref in references(read)]
     plain = {ref.index for ref in found if not isinstance(ref, Via)}
     inputs, first = len(lines.inputs), len(lines.inputs) + len(lines.tensors)

@@ -13,7 +13,7 @@ from typing import Any, Literal, Self
 
 from secateur import __version__
 from secateur.errors import FileError
-from secateur.files import atomic_write, explained
+from secateur.files import atomic_write, explained, remove_unfinished
 from secateur.recipes.data import Normalisation
 
 Mode = Literal["new", "resume", "overwrite"]
@@ -173,8 +173,7 @@ class RunFolder:
             self.path.mkdir(parents=True, exist_ok=True)
             if self.resumed:
                 self.command = self.resumed.command
-                for path in self.path.glob(".*.tmp.*"):  # what a killed write left
-                    path.unlink()
+                remove_unfinished(self.path)
                 return
             # config.json goes last: until then the folder is known to hold a run
             paths = sorted(_walk(self.path), key=lambda path: (path.name == "config.json", -len(path.parts)))
