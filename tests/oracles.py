@@ -12,7 +12,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 from torch.utils.flop_counter import FlopCounterMode
 
-from secateur import Cost, Plan
+from secateur import Cost, Plan, cut_, verify
 from secateur.graph import Graph, named_tensors
 
 
@@ -57,6 +57,15 @@ def random_masks(
         touched = only is None or number in only
         masks.append(mask if touched else torch.ones(group.units, dtype=torch.bool))
     return masks
+
+
+def proven_cut(model: nn.Module, graph: Graph, masks: Sequence[torch.Tensor]) -> tuple[nn.Module, Plan]:
+    """A copy cut to the units that stay, proven equal to the masked model; and the plan."""
+    plan = Plan.of(graph, masks)
+    cut = cut_(copy.deepcopy(model), graph, plan)
+    proof = verify(model, cut, graph, plan)
+    assert proof.ok, proof
+    return cut, plan
 
 
 def separating_sets(count: int) -> list[list[int]]:

@@ -1,6 +1,5 @@
 """Kernels that are computed from the image: modulated and dynamic convolutions, in every number of dims."""
 
-import copy
 from collections.abc import Callable
 
 import pytest
@@ -10,7 +9,7 @@ from torch import Tensor, nn
 
 import secateur as sc
 from tests.graph.nets import Net, conv
-from tests.oracles import counted_macs, random_masks
+from tests.oracles import counted_macs, proven_cut, random_masks
 
 CONV = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 TURNED = {1: F.conv_transpose1d, 2: F.conv_transpose2d, 3: F.conv_transpose3d}
@@ -138,10 +137,7 @@ def test_kernel_and_input_are_cut_together(name: str, seed: int) -> None:
     graph = sc.analyze(model, x)
     assert {group.name: group.units for group in graph.groups} == expected, str(graph)
     for share in (0.4, 0.9) if expected else ():
-        plan = sc.Plan.of(graph, random_masks(graph, seed, share))
-        cut = sc.cut_(copy.deepcopy(model), graph, plan)
-        proof = sc.verify(model, cut, graph, plan)
-        assert proof.ok, proof
+        cut, plan = proven_cut(model, graph, random_masks(graph, seed, share))
         if (
             dims == 2 and min(plan.kept(graph)) > 1
         ):  # torch does not count a product that sums over one position
