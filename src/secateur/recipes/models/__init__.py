@@ -176,8 +176,7 @@ def _unknown_model(library: str, name: str) -> str:
     missing = [other for other in _FROM_LIBRARY if not _names(other)]
     elsewhere = {found: f"{other}/{found}" for other in ("timm", "torchvision") for found in _names(other)}
     close = [elsewhere[found] for found in difflib.get_close_matches(name, elsewhere, n=5)]
-    if close:
-        message += f"; close to it elsewhere: {', '.join(close)}"
+    more = [f"close to it elsewhere: {', '.join(close)}"] if close else []
     if missing:
-        message += f"; for the models of {' and '.join(missing)}, pip install 'secateur[vision]'"
-    return message
+        more.append(f"for the models of {' and '.join(missing)}, pip install 'secateur[vision]'")
+    return f"{message} ({'; '.join(more)})" if more else message
