@@ -5,6 +5,7 @@ over all processes then gives the gradient of the whole batch, whatever the size
 left is batch norm, whose statistics must also be those of the whole batch.
 """
 
+import atexit
 from collections.abc import Iterable
 from typing import Any
 
@@ -13,6 +14,22 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
+
+
+def end_group_at_exit() -> None:
+    """End the group of processes when this one ends: its threads may not outlive the interpreter.
+
+    Without it a process that is done is now and then killed by its own group ("terminate called without an
+    active exception"), and the launcher reports a failure after all work was done.
+    """
+    if dist.is_initialized():
+        atexit.unregister(_end_group)
+        atexit.register(_end_group)
+
+
+def _end_group() -> None:
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 def share_weights(model: nn.Module) -> None:

@@ -25,7 +25,7 @@ from secateur.graph.duplicate import duplicate
 from secateur.graph.modes import device_of, evaluating, modes_kept
 from secateur.recipes.checkpoint import Epoch, State
 from secateur.recipes.data import Batches, Dataset, Split
-from secateur.recipes.parallel import WholeBatchNorm, add_gradients, share_weights
+from secateur.recipes.parallel import WholeBatchNorm, add_gradients, end_group_at_exit, share_weights
 from secateur.recipes.train_config import TrainConfig, image_side, learning_rate
 from secateur.recipes.train_log import TrainLog
 
@@ -162,6 +162,7 @@ def fit(
 
     # without `cpu=True` processes started on a machine that has only CPUs would not know of each other
     accelerator = Accelerator(cpu=not torch.accelerator.is_available())
+    end_group_at_exit()
     _check_fit(config, teacher, phase, accelerator)
     if session is not None and (session.model is not model or session.steps != training_steps(data, config)):
         raise TrainingError(
