@@ -2,28 +2,33 @@
 
     python benchmarks/ecosystem.py --work runs/ecosystem --out docs/results/ecosystem.md
 
-Every model runs in a process of its own with a limit on processor time. A finished one is a line in `results.jsonl` in
-the working folder and is skipped by the next call; `--again` repeats those that were not equal in all.
+Every model runs in a process of its own with a limit on processor time. A finished one is a file in the working folder
+and is skipped by the next call; `--again` repeats those that were not equal in all.
 """
 
 import argparse
 import importlib
 import json
+import multiprocessing
 import platform
-from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
+import re
+import signal
+from collections.abc import Iterator, Sequence
 from fnmatch import fnmatchcase
 from importlib.metadata import version
+from multiprocessing import connection
 from pathlib import Path
 from typing import Any
 
+import ecosystem_one
 import torch
 from ecosystem_one import BUDGET
-from zoo import run_process
 
 from secateur.cost.latency import device_name
 
 Row = dict[str, Any]
+Key = tuple[str, str]
+"""Framework and model."""
 
 FRAMEWORKS = {
     "huggingface": ("Hugging Face Transformers", "transformers", 35),
@@ -52,32 +57,54 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="write the page from all results")
     parser.add_argument("--only", nargs="+", default=["*"], help="patterns, such as 'huggingface/*'")
     parser.add_argument("--jobs", type=int, default=1, help="processes at a time")
-    parser.add_argument("--seconds", type=float, default=300, help="processor time of one model")
+    parser.add_argument("--seconds", type=int, default=300, help="processor time of one model")
     parser.add_argument("--again", action="store_true", help="repeat what was not equal in all")
     options = parser.parse_args()
     options.work.mkdir(parents=True, exist_ok=True)
-    results = options.work / "results.jsonl"
-    rows = read(results)
     listed, missing = all_models()
+    rows = read(options.work)
     todo = [
         key
         for key in listed
         if any(fnmatchcase("/".join(key), pattern) for pattern in options.only)
         and (key not in rows or (options.again and verdict(rows[key]) != "equal"))
     ]
-    with ThreadPoolExecutor(options.jobs) as pool, results.open("a") as file:
-        for number, row in enumerate(pool.map(lambda key: run(*key, options.seconds), todo), 1):
-            file.write(json.dumps(row) + "\n")
-            file.flush()
-            print(f"{number}/{len(todo)} {line(row)}", flush=True)
+    for number, row in enumerate(run(todo, options.work, options.seconds, options.jobs), 1):
+        print(f"{number}/{len(todo)} {line(row)}", flush=True)
     if options.out:
-        rows = read(results)
+        rows = read(options.work)
         options.out.write_text(page([rows[key] for key in listed if key in rows], missing))
     for name, why in missing.items():
         print(f"missing: {name}: {why}")
 
 
-def all_models() -> tuple[list[tuple[str, str]], dict[str, str]]:
+def run(todo: Sequence[Key], work: Path, seconds: int, jobs: int) -> Iterator[Row]:
+    """Run each of these models in a process of its own; its row, as it ends.
+
+    The processes are forked, since loading the frameworks would take most of the time.
+    """
+    context = multiprocessing.get_context("fork")
+    waiting, running = list(todo), {}
+    while waiting or running:
+        while waiting and len(running) < jobs:
+            key = waiting.pop(0)
+            file = work / f"{re.sub('[^a-zA-Z0-9.+]+', '-', '-'.join(key))}.json"
+            process = context.Process(target=ecosystem_one.main, args=(*key, seconds, file))
+            process.start()
+            running[process.sentinel] = process, file
+        for sentinel in connection.wait(list(running)):
+            process, file = running.pop(sentinel)
+            process.join()
+            row = json.loads(file.read_text())
+            if process.exitcode:
+                limit = process.exitcode == -signal.SIGXCPU
+                why = f"not finished in {seconds} s of processor time" if limit else f"exit code {process.exitcode}"
+                row |= {"error": "Stopped", "message": why, "cpu_s": seconds, "ended": True}
+                file.write_text(json.dumps(row))
+            yield row
+
+
+def all_models() -> tuple[list[Key], dict[str, str]]:
     """(framework, model) of every model, and why a framework is missing."""
     listed, missing = [], {}
     for framework, (title, _, _) in FRAMEWORKS.items():
@@ -90,16 +117,10 @@ def all_models() -> tuple[list[tuple[str, str]], dict[str, str]]:
     return listed, missing
 
 
-def read(path: Path) -> dict[tuple[str, str], Row]:
-    """The last result of every model."""
-    lines = path.read_text().splitlines() if path.exists() else []
-    return {(row["framework"], row["model"]): row for row in map(json.loads, lines)}
-
-
-def run(framework: str, name: str, seconds: float) -> Row:
-    script = Path(__file__).with_name("ecosystem_one.py")
-    known = {"framework": framework, "model": name, "stage": "build", "limit_s": seconds}
-    return run_process([str(script), framework, name, str(seconds)], known)
+def read(work: Path) -> dict[Key, Row]:
+    """The results of the models that have ended."""
+    rows = [json.loads(file.read_text()) for file in work.glob("*.json")]
+    return {(row["framework"], row["model"]): row for row in rows if row.get("ended")}
 
 
 def problems(row: Row) -> list[str]:

@@ -1,14 +1,8 @@
-"""One model of a framework, pruned, trained on, saved, loaded and exported: prints a JSON line after every stage.
-
-    python benchmarks/ecosystem_one.py huggingface ViT
-
-The last line holds everything that was found out.
-"""
+"""One model of a framework: pruned, trained on, saved, loaded, exported. For `benchmarks/ecosystem.py`."""
 
 import importlib
 import json
 import resource
-import sys
 import tempfile
 import time
 import traceback
@@ -43,22 +37,25 @@ Row = dict[str, Any]
 Inputs = Any
 
 
-def main(framework: str, name: str, seconds: float) -> None:
+def main(framework: str, name: str, seconds: int, file: Path) -> None:
+    """Run one model; what is known of it so far is in the file after every stage."""
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
-    resource.setrlimit(resource.RLIMIT_CPU, (int(seconds), int(seconds)))
-    row: Row = {"framework": framework, "model": name, "stage": "build", "limit_s": seconds}
+    resource.setrlimit(resource.RLIMIT_CPU, (seconds, seconds))
+    start = time.process_time()
+    row: Row = {"framework": framework, "model": name, "stage": "build"}
+    file.write_text(json.dumps(row))
     try:
         for found in stages(importlib.import_module(f"ecosystem_{framework}"), name):
             row |= found
-            print(json.dumps(row), flush=True)
+            file.write_text(json.dumps(row))
     except sc.SecateurError as error:
         row |= {"error": type(error).__name__, "refused": True, "message": " ".join(str(error).split())}
     except Exception as error:  # a model that fails is a result
         place = traceback.extract_tb(error.__traceback__)[-1]
         where = f"{Path(place.filename).name}:{place.lineno}"
         row |= {"error": type(error).__name__, "message": f"{' '.join(str(error).split())[:300]} ({where})"}
-    print(json.dumps(row | {"cpu_s": time.process_time()}), flush=True)
+    file.write_text(json.dumps(row | {"cpu_s": time.process_time() - start, "ended": True}))
 
 
 def stages(framework: ModuleType, name: str) -> Iterator[Row]:
@@ -185,6 +182,3 @@ def exported(
             return f"as little as the original: {first_line(error)}"
         return reason
 
-
-if __name__ == "__main__":
-    main(sys.argv[1], sys.argv[2], float(sys.argv[3]) if len(sys.argv) > 3 else 300)

@@ -90,23 +90,11 @@ def read(path: Path) -> dict[tuple[str, str], Row]:
 
 
 def run(tool: str, name: str, seconds: float, memory: float) -> Row:
-    """One network through one tool."""
+    """One process; its last line counts, with the reason where it did not end by itself."""
     script = Path(__file__).with_name("zoo_one.py")
-    command = [str(script), tool, name, str(seconds), str(memory)]
-    return run_process(command, {"model": name, "tool": tool, "stage": "build", "limit_s": seconds})
-
-
-def run_process(command: list[str], row: Row) -> Row:
-    """One process; its last line counts, with the reason where it did not end by itself.
-
-    Args:
-        command: a script, which prints JSON lines, and its arguments.
-        row: what is known if it prints none; `limit_s` is the processor time it sets itself.
-    """
+    command = [sys.executable, "-W", "ignore", str(script), tool, name, str(seconds), str(memory)]
     start = time.perf_counter()
-    process = subprocess.Popen(
-        [sys.executable, "-W", "ignore", *command], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     try:
         printed, errors = process.communicate(timeout=WAIT)
         ended = f"exit code {process.returncode}: {errors.strip()[-300:]}" if process.returncode else ""
@@ -115,9 +103,9 @@ def run_process(command: list[str], row: Row) -> Row:
         printed, _ = process.communicate()
         ended = f"not finished after {WAIT} s on the clock"
     lines = [text for text in printed.splitlines() if text.startswith("{") and text.endswith("}")]
-    row = row | (json.loads(lines[-1]) if lines else {})
+    row: Row = json.loads(lines[-1]) if lines else {"model": name, "tool": tool, "stage": "build"}
     if process.returncode == -signal.SIGXCPU:
-        ended = f"not finished in {row['limit_s']:g} s of processor time"
+        ended = f"not finished in {row.get('limit_s', seconds):g} s of processor time"
     if ended:
         row |= {"error": "Stopped", "message": ended}
     return row | {"wall_s": time.perf_counter() - start}

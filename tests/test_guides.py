@@ -40,6 +40,8 @@ CHECKS: dict[str, Callable[[dict[str, Any]], bool]] = {
         all(within(it[name], 0.5) for name in ("pruned", "measured", "ranked")) and it["after"] < it["before"]
     ),
     "guides/transformer.md": lambda it: all(within(it[name], 0.6) for name in ("narrow", "dims")),
+    "guides/hugging-face.md": lambda it: within(it["pruned"], 0.5) and type(it["loaded"].config) is it["ConvNextConfig"],
+    "guides/segmentation.md": lambda it: within(it["pruned"], 0.5) and within(it["decoder"], 0.8),
     "guides/budget.md": lambda it: within(it["both"], 0.4, "params"),
     "guides/compare-fairly.md": lambda it: (
         len(it["outcomes"]) == 6 and not any(o.error for o in it["outcomes"])

@@ -26,6 +26,17 @@ def evaluating(model: nn.Module) -> Iterator[None]:
         yield
 
 
+@contextmanager
+def default_precision(dtype: torch.dtype) -> Iterator[None]:
+    """Inside the block, what a forward makes without naming a precision (`torch.zeros(n)`) is of this one."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
+
+
 def device_of(model: nn.Module) -> torch.device:
     """The device of the first tensor; the CPU, if there is none."""
     return next((tensor.device for tensor in model.state_dict().values()), torch.device("cpu"))

@@ -13,7 +13,7 @@ from secateur.graph.capture import Inputs, as_call, capture
 from secateur.graph.duplicate import duplicate
 from secateur.graph.groups import check_model
 from secateur.graph.guard import uncompiled
-from secateur.graph.modes import evaluating
+from secateur.graph.modes import default_precision, evaluating
 from secateur.graph.positions import kept_positions
 from secateur.graph.probe import (
     aliases,
@@ -25,7 +25,7 @@ from secateur.graph.probe import (
 )
 from secateur.graph.samples import main_leaf, sampled
 from secateur.plan import Plan
-from secateur.proof.reference import Reference
+from secateur.proof.reference import Reference, run_fixed
 from secateur.rewriting.rewrite import cut_listing, fixed_program, rewritten_modules, tensors_of
 from secateur.rewriting.settle import fixes_precision, precision
 from secateur.settings import checked
@@ -224,10 +224,7 @@ def compare(
             replayed = True
             expected = replay or floats(reference.run(given, dict(named_tensors(masked))))
             tensors = tensors_of(lines, aliases(small, {}))
-            with torch.no_grad():
-                found = floats(
-                    fixed_program(lines).run(pytree.tree_leaves(given), tensors, around=lines.call)
-                )
+            found = floats(run_fixed(fixed_program(lines), pytree.tree_leaves(given), tensors, lines.call))
     if expected is None or found is None:
         raise CutError(f"{type(model).__name__}: it does not run in {dtype}, so that nothing can be compared")
     if [t.shape for t in expected] != [t.shape for t in found]:
@@ -334,7 +331,12 @@ def run_own(model: nn.Module, given: tuple[tuple[Any, ...], dict[str, Any]]) -> 
     args, kwargs = given
     model = duplicate(model, share=True)  # a forward may write to its buffers
     try:
-        with evaluating(model), torch.no_grad(), torch.random.fork_rng(devices=[]):
+        with (
+            evaluating(model),
+            default_precision(precision(model)),
+            torch.no_grad(),
+            torch.random.fork_rng(devices=[]),
+        ):
             torch.manual_seed(0)
             return floats(model(*args, **kwargs))
     except SecateurError:  # it says itself what it does not take

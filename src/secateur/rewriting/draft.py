@@ -24,6 +24,7 @@ from secateur.graph.capture import Capture, Inputs, as_call, capture
 from secateur.graph.duplicate import cloned, duplicate
 from secateur.graph.guard import opened
 from secateur.graph.labels import Atoms, Value, along, compress, reshape
+from secateur.graph.modes import default_precision
 from secateur.graph.modules import Keep
 from secateur.graph.operators import OPERATORS, Step
 from secateur.graph.probe import aliases, difference, floats, random_values
@@ -390,7 +391,8 @@ class Captured:
 
         try:
             twin = duplicate(module).to(other)
-            return cls.of(twin, *pytree.tree_map(convert, (args, kwargs)), apart=apart)
+            with default_precision(other):
+                return cls.of(twin, *pytree.tree_map(convert, (args, kwargs)), apart=apart)
         except (CaptureError, CutError):
             return None
 

@@ -132,12 +132,13 @@ def list_operators(captured: Capture) -> Listing:
 
 
 def _list(graph: fx.GraphModule, environment: dict[fx.Node, Any], result: Listing) -> Any:
+    checks = find_checks(graph.graph)
     for node in graph.graph.nodes:
         if node.op == "output":
             return _resolve(node.args[0], environment)
         if node.op == "get_attr":
             environment[node] = getattr(graph, str(node.target))
-        if node.op != "call_function":
+        if node.op != "call_function" or node in checks:
             continue
         if node.target is operator.getitem and isinstance(environment[node.args[0]], list | tuple):
             environment[node] = environment[node.args[0]][node.args[1]]
@@ -151,14 +152,23 @@ def _list(graph: fx.GraphModule, environment: dict[fx.Node, Any], result: Listin
         if body is not None:
             environment[node] = _list_body(node, body, environment, result)
             continue
-        if "_assert" in str(node.target):
-            continue
         environment[node] = Ref(len(result.nodes))
         result.nodes.append(node)
         step = _step(node, environment)
         write = OPERATORS[step.op].constants.write if step.op in OPERATORS else None
         result.steps.append(write(step) if write else step)
     raise AssertionError("a graph without an output")
+
+
+def find_checks(graph: fx.Graph) -> set[fx.Node]:
+    """The nodes that only ask whether tensors hold what forward expects: assertions, and what is worked out for them."""
+    found: set[fx.Node] = set()
+    for node in reversed(graph.nodes):
+        schema = getattr(node.target, "_schema", None)
+        idle = node.op == "call_function" and not (schema and schema.is_mutable)
+        if idle and ("_assert" in str(node.target) or (node.users and found.issuperset(node.users))):
+            found.add(node)
+    return found
 
 
 def _mark(node: fx.Node, environment: Mapping[fx.Node, Any], result: Listing) -> Any:
@@ -190,7 +200,12 @@ def _step(node: fx.Node, environment: dict[fx.Node, Any]) -> Step:
     if node.target is operator.getitem:
         args = {"items": _resolve(node.args[0], environment), "index": node.args[1]}
         return Step(node, "getitem", args, shapes_of(node))
-    schema = node.target._schema  # type: ignore[union-attr]
+    schema = getattr(node.target, "_schema", None)
+    if schema is None:
+        raise CutError(
+            f"{module_of(node) or 'the model'}: its forward computes with a number that it reads from a tensor "
+            f"({node.target}); keep it in a tensor"
+        )
     names = [argument.name for argument in schema.arguments]
     given = dict(zip(names, node.args, strict=False)) | dict(node.kwargs)
     return Step(node, str(node.target), _resolve(given, environment), shapes_of(node))
