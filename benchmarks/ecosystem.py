@@ -39,7 +39,8 @@ FRAMEWORKS = {
 """Module `ecosystem_NAME` -> what it is called, its package, and how many models it should have at least."""
 
 ABOUT = """Small configurations of each framework's own classes, with random weights that hide nothing; nothing is
-downloaded. *Pruned*: `secateur.prune` to 0.7 of the MACs gives a result, and torch's counter finds no more. *Equal*: the
+downloaded. *Pruned*: `secateur.prune` to 0.7 of the MACs, the same share of every group, gives a
+result, and torch's counter finds no more. *Equal*: the
 proof holds: in float64 and float32, at other batches and image sizes, and for a training step. *Trains on*: every parameter
 that gets a gradient in the original gets one, and four steps of Adam lower the loss (Hugging Face classifiers and the
 detectors: the framework's own loss; others: the mean square of all outputs). *Resumes*: the result, saved and loaded into a

@@ -394,6 +394,7 @@ CASES: dict[str, Callable[[], Made]] = {
     ),
     "SigLIP vision": lambda: made("SiglipVisionModel", config("SiglipVision", **VIT)),
     "SegFormer": segformer,
+    "SegFormer, classification": classifier("Segformer", **STAGES),
     "MobileNet v2, DeepLab v3+": lambda: made(
         "MobileNetV2ForSemanticSegmentation",
         config("MobileNetV2", image_size=64, depth_multiplier=0.25, output_stride=16, num_labels=5),

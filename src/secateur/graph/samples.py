@@ -1,5 +1,6 @@
 """Example inputs at other sizes: more images, and images of another height and width."""
 
+import math
 from collections.abc import Callable
 from contextlib import nullcontext
 from typing import Any
@@ -80,6 +81,9 @@ def random_floats(inputs: Inputs, seed: int, dtype: torch.dtype | None = None) -
     return pytree.tree_map(random, inputs)  # type: ignore[no-any-return]
 
 
+USUAL = (32, 64, 96, 128, 160, 192, 224, 256, 288, 320, 384, 448, 512, 640, 768, 1024)
+"""Sides of images that networks are made for."""
+
 Size = tuple[tuple[int, ...], tuple[int, ...]]
 """Dims of the main tensor, and a size for each."""
 
@@ -150,6 +154,26 @@ def sampled(
         [random_floats(x, seed) for seed, x in enumerate(given)],
         [random_floats(x, seed) for seed, x in enumerate(others, len(given))],
     )
+
+
+def nearest_size(model: nn.Module, inputs: Inputs) -> tuple[int, ...] | None:
+    """The shape of images of another size at which a model runs, the nearest of the usual ones; None if it takes none.
+
+    Args:
+        inputs: example inputs that it does not take.
+    """
+    main = main_leaf(inputs)
+    if main is None or main.ndim not in (4, 5) or not main.numel():
+        return None
+    dims = AXES[main.ndim][0]
+    given = [main.shape[dim] for dim in dims]
+    sizes = {(n, n) for n in USUAL} | {tuple(factor * n for n in given) for factor in (2, 4, 8)}
+    for size in sorted(sizes, key=lambda size: (abs(math.log(math.prod(size) / math.prod(given))), size)):
+        candidate = at_size(inputs, dims, size)
+        if candidate is not None and takes(model, candidate):
+            found = main_leaf(candidate)
+            return None if found is None else tuple(found.shape)
+    return None
 
 
 def takes(model: nn.Module, inputs: Inputs) -> bool:

@@ -17,7 +17,7 @@ from secateur.errors import CutError
 from secateur.graph.capture import Capture
 from secateur.graph.labels import Value
 from secateur.graph.operators import OPERATORS, CutSite, Shape, Step, module_of, shapes_of
-from secateur.graph.propagate import BODIES
+from secateur.graph.propagate import BODIES, find_checks
 from secateur.graph.trace import Survivors
 from secateur.rewriting.calls import CALLED, RETURNED
 from secateur.rewriting.program import DEVICE, Call, Named, Op, Ref
@@ -158,17 +158,6 @@ def _list(graph: fx.GraphModule, environment: dict[fx.Node, Any], result: Listin
         write = OPERATORS[step.op].constants.write if step.op in OPERATORS else None
         result.steps.append(write(step) if write else step)
     raise AssertionError("a graph without an output")
-
-
-def find_checks(graph: fx.Graph) -> set[fx.Node]:
-    """The nodes that only ask whether tensors hold what forward expects: assertions, and what is worked out for them."""
-    found: set[fx.Node] = set()
-    for node in reversed(graph.nodes):
-        schema = getattr(node.target, "_schema", None)
-        idle = node.op == "call_function" and not (schema and schema.is_mutable)
-        if idle and ("_assert" in str(node.target) or (node.users and found.issuperset(node.users))):
-            found.add(node)
-    return found
 
 
 def _mark(node: fx.Node, environment: Mapping[fx.Node, Any], result: Listing) -> Any:
