@@ -84,6 +84,7 @@ def run(todo: Sequence[Key], work: Path, seconds: int, jobs: int) -> Iterator[Ro
 
     The processes are forked, since loading the frameworks would take most of the time.
     """
+    ecosystem_one.warm_up()
     context = multiprocessing.get_context("fork")
     waiting, running = list(todo), {}
     while waiting or running:

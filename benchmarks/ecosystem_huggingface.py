@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 import transformers
+import transformers.modeling_utils  # else every process would load it anew
 from torch import nn
 from torch.nn import functional as F
 

@@ -12,8 +12,6 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-import onnxruntime  # noqa: F401  # here, since this takes seconds, and processes are forked
-import onnxscript  # noqa: F401
 import torch
 from cases import measured
 from torch import Tensor, nn
@@ -58,6 +56,14 @@ def main(framework: str, name: str, seconds: int, file: Path) -> None:
         where = f"{Path(place.filename).name}:{place.lineno}"
         row |= {"error": type(error).__name__, "message": f"{' '.join(str(error).split())[:300]} ({where})"}
     file.write_text(json.dumps(row | {"cpu_s": time.process_time() - start, "ended": True}))
+
+
+def warm_up() -> None:
+    """What every process would load and work out for itself, once, before they are forked."""
+    net, x = nn.Sequential(nn.Conv2d(3, 4, 1), nn.ReLU(), nn.Conv2d(4, 2, 1)), torch.zeros(1, 3, 8, 8)
+    sc.analyze(net, x)
+    with tempfile.TemporaryDirectory() as folder:
+        export_onnx(net, x, Path(folder) / "model.onnx")
 
 
 def stages(framework: ModuleType, name: str) -> Iterator[Row]:
