@@ -304,6 +304,28 @@ def test_inspect_says_what_can_go(run: Run) -> None:
         assert word in table.out
 
 
+def test_inspect_shows_layers_and_writes_a_page(tmp_path: Path, run: Run) -> None:
+    page = tmp_path / "network.html"
+    arguments = ("inspect", "--model", "resnet8", "--layers")
+    found = json.loads(run(*arguments, "--json", "--html", page).out)
+    layers = {layer["name"]: layer for layer in found["layers"]}
+    assert sum(layer["macs"] for layer in layers.values()) == found["macs"]
+    assert all(layer["ms"] > 0 for layer in layers.values())
+    assert (layers["conv1"]["channels"], layers["conv1"]["group"], layers["fc"]["group"]) == (
+        16,
+        "conv1",
+        None,
+    )
+    assert layers["fc"]["frozen"] == "model output"
+    html = page.read_text(encoding="utf-8")
+    assert "layer1.0.conv1: 16 channels, prunable with layer1.0.conv1" in html
+    assert "fc: 10 channels, stays: model output" in html
+    assert "http" not in html.replace("http-equiv", "")
+    table = run(*arguments).out
+    assert "BatchNorm2d" in table
+    assert "BatchNorm2d" not in run(*arguments[:-1]).out
+
+
 def test_inspect_of_a_pruned_model(pruned: Path, run: Run) -> None:
     weights = pruned / "model.safetensors"
     arguments = ("--weights", weights, "--channels", 1, "--image-size", 8, "--json")
@@ -353,8 +375,11 @@ def test_doctor_knows_the_machine(run: Run) -> None:
 
 
 def test_the_report_as_json(tmp_path: Path, run: Run) -> None:
-    ended = run(*PRUNE[:-2], "--no-exports", "--method", "oneshot", *FEW, "--out", tmp_path / "run", "--json")
+    prune = (*PRUNE[:-2], "--no-exports", "--method", "oneshot", *FEW, "--out", tmp_path / "run")
+    ended = run(*prune, "--json")
     assert json.loads(ended.out) == report_of(tmp_path / "run")
+    quiet = run(*prune, "--overwrite", "--quiet")
+    assert (quiet.code, quiet.out, quiet.err) == (0, "", "")
     assert "Choosing what to remove" in ended.err
 
 
