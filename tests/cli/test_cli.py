@@ -318,7 +318,7 @@ def test_inspect_shows_layers_and_writes_a_page(tmp_path: Path, run: Run) -> Non
     )
     assert layers["fc"]["frozen"] == "model output"
     html = page.read_text(encoding="utf-8")
-    assert "layer1.0.conv1: 16 channels, prunable with layer1.0.conv1" in html
+    assert "block1.conv2: 16 channels, prunable with conv1" in html
     assert "fc: 10 channels, stays: model output" in html
     assert "http" not in html.replace("http-equiv", "")
     table = run(*arguments).out
