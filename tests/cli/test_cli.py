@@ -189,10 +189,16 @@ def test_export_of_a_run(pruned: Path, tmp_path: Path, run: Run) -> None:
     ended = run("export", "--run", pruned)
     assert ended.code == 2
     assert "--overwrite" in ended.err
-    ended = run("export", "--run", pruned, "--out", tmp_path / "files")
-    assert ended.code == 0
-    assert {path.name for path in (tmp_path / "files").iterdir()} == {"model.onnx", "model.pt2"}
-    assert ended.out.count("any") == 2
+    ended = run(
+        *("export", "--run", pruned, "--out", tmp_path / "files", "--python", "--int8"),
+        *("--calibration-images", 50),
+    )
+    assert ended.code == 0, ended.err
+    assert {path.name for path in (tmp_path / "files").iterdir()} == {
+        *("model.onnx", "model.pt2", "model-int8.onnx", "model.py", "model.weights.safetensors")
+    }
+    assert ended.out.count("any") == 3
+    assert "ranges from 50 training images, the same answer to" in ended.out
     program = torch.export.load(tmp_path / "files" / "model.pt2").module()
     assert program(torch.zeros(3, 1, 8, 8)).shape == (3, 10)
 
@@ -590,6 +596,7 @@ def test_mistakes_of_the_other_commands(tmp_path: Path, run: Run) -> None:
         (("eval", "--run", tmp_path, "--data", "digits"), "takes the place of"),
         (("export",), "give --run, or --model"),
         (("export", "--model", "resnet8"), "give --out"),
+        (("export", "--model", "resnet8", "--out", tmp_path / "x", "--int8"), "give --data"),
         (("export", "--model", "resnet99", "--out", tmp_path / "x"), "unknown model"),
         (("export", "--run", tmp_path, "--weights", "x"), "has weights of its own"),
         (("inspect", "--model", "resnet99"), "unknown model"),
