@@ -108,7 +108,18 @@ def run(tool: str, name: str, seconds: float, memory: float) -> Row:
         ended = f"not finished in {row.get('limit_s', seconds):g} s of processor time"
     if ended:
         row |= {"error": "Stopped", "message": ended}
-    return row | {"wall_s": time.perf_counter() - start}
+    return row | {"wall_s": time.perf_counter() - start, "code": code()}
+
+
+def code() -> str:
+    """The commit of the package that is measured."""
+    import secateur
+
+    folder = Path(secateur.__file__).parent
+    described = subprocess.run(
+        ["git", "describe", "--always", "--dirty", "--abbrev=7"], cwd=folder, capture_output=True, text=True
+    )
+    return described.stdout.strip() or secateur.__version__
 
 
 if __name__ == "__main__":
