@@ -114,14 +114,22 @@ def floats(output: Any) -> list[Tensor]:
 
 
 def difference(reference: Sequence[Tensor], result: Sequence[Tensor]) -> tuple[float, float]:
-    """Largest absolute and relative difference; infinite where shapes differ or a value is not finite."""
-    if [t.shape for t in reference] != [t.shape for t in result]:
+    """Largest absolute and relative difference; infinite where shapes differ or a value is not finite.
+
+    Infinities in the same places, such as those of a mask, are equal; a tensor of nothing else shows nothing.
+    """
+    nested = any(t.is_nested for t in (*reference, *result))
+    if nested or [t.shape for t in reference] != [t.shape for t in result]:
         return float("inf"), float("inf")
-    if not all(torch.isfinite(t).all() for t in (*reference, *result)):
-        return float("inf"), float("inf")
-    pairs = zip(reference, result, strict=True)
-    error = max(((a - b).abs().max().item() for a, b in pairs if a.numel()), default=0.0)
-    scale = max((a.abs().max().item() for a in reference if a.numel()), default=0.0)
+    error = scale = 0.0
+    for a, b in zip(reference, result, strict=True):
+        finite = torch.isfinite(a)
+        if not torch.equal(a[~finite], b[~finite]) or not (finite.any() or not a.numel()):
+            return float("inf"), float("inf")
+        a, b = a[finite], b[finite]
+        if a.numel():
+            error = max(error, (a - b).abs().max().nan_to_num(float("inf")).item())
+            scale = max(scale, a.abs().max().item())
     return error, error / scale if scale else error
 
 

@@ -12,7 +12,7 @@ from secateur.graph import Graph, analyze, named_tensors
 from secateur.graph.capture import Inputs, as_call, capture
 from secateur.graph.duplicate import duplicate
 from secateur.graph.groups import check_model
-from secateur.graph.guard import uncompiled
+from secateur.graph.guard import uncompiled, written_out
 from secateur.graph.modes import evaluating
 from secateur.graph.positions import kept_positions
 from secateur.graph.probe import (
@@ -334,7 +334,7 @@ def run_own(model: nn.Module, given: tuple[tuple[Any, ...], dict[str, Any]]) -> 
     args, kwargs = given
     model = duplicate(model, share=True)  # a forward may write to its buffers
     try:
-        with evaluating(model), torch.no_grad(), torch.random.fork_rng(devices=[]):
+        with evaluating(model), written_out(), torch.no_grad(), torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
             return floats(model(*args, **kwargs))
     except SecateurError:  # it says itself what it does not take

@@ -20,6 +20,7 @@ from secateur.errors import CutError
 from secateur.graph import Graph, named_tensors
 from secateur.graph.duplicate import cloned, duplicate
 from secateur.graph.groups import find_groups
+from secateur.graph.guard import written_out
 from secateur.graph.modes import evaluating
 from secateur.graph.positions import removed_positions
 from secateur.graph.probe import aliases, difference, floats, random_inputs, random_values
@@ -312,7 +313,8 @@ class CheckedPass:
             apart = None if name in self._whole else broken
             self._calls |= {n: before.get(n, -1) for n in self._calls if inside(n, name)}
             try:
-                draft = draft or self._writer.draft(name, apart)
+                with written_out():
+                    draft = draft or self._writer.draft(name, apart)
                 args, kwargs = cloned(given)
                 result = self._run(module, draft, args, kwargs)
                 if not self._gives(key, region, result):
