@@ -6,6 +6,7 @@ The last line holds everything that was found out, so that a process that is kil
 """
 
 import copy
+import functools
 import json
 import math
 import re
@@ -53,11 +54,23 @@ def main(tool: str, name: str, seconds: float, memory_gib: float) -> None:
     print(json.dumps(row), flush=True)
 
 
+@functools.cache
+def load() -> None:
+    """Load what takes a while, so that no network is charged with it."""
+    import timm
+    import torchvision  # noqa: F401
+
+    import secateur as sc
+
+    timm.list_models()
+    sc.analyze(nn.Sequential(nn.Conv2d(3, 4, 1), nn.ReLU(), nn.Conv2d(4, 2, 1)), torch.zeros(1, 3, 8, 8))
+
+
 def secateur(model: nn.Module, x: Tensor, row: Row) -> Any:
     """Analyse, cut half of the units of every group at random, and check the result."""
     import secateur as sc
 
-    sc.analyze(nn.Sequential(nn.Conv2d(3, 4, 1), nn.ReLU(), nn.Conv2d(4, 2, 1)), torch.zeros(1, 3, 8, 8))
+    load()
     row["stage"] = "capture"
     yield
     before = reset_peak()
@@ -248,7 +261,11 @@ def outputs(result: Any) -> list[Tensor]:
 
 
 def counted_macs(model: nn.Module, x: Tensor) -> int:
-    """Multiply-adds torch counts while the model runs on one image; without its values where it needs none."""
+    """Multiply-adds per image that torch counts for two images; without their values where it needs none.
+
+    Two as in the analysis: csatv2 attends between the images of a batch, so that more of them cost more each.
+    """
+    x = torch.cat([x, x])
     fast = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)  # a fused encoder layer would not be counted
     try:
