@@ -11,7 +11,7 @@ from torch.utils import _pytree as pytree
 from secateur.graph import Graph, named_tensors
 from secateur.graph.capture import BATCH, Inputs, as_call, with_images
 from secateur.graph.guard import opened
-from secateur.graph.modes import device_of, evaluating
+from secateur.graph.modes import chance_kept, device_of, evaluating
 
 STATISTICS = ("running_mean", "running_var")
 """Buffers that normalisation layers learn."""
@@ -91,7 +91,7 @@ def fit_norms_(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) 
         return
     momenta = [norm.momentum for norm in norms]
     # torch refuses statistics of a single value; the norms before it have theirs by then
-    with evaluating(model), torch.random.fork_rng(devices=[]), suppress(ValueError):
+    with evaluating(model), chance_kept(), suppress(ValueError):
         for norm in norms:
             norm.training, norm.momentum = True, 1.0
         model(*args, **kwargs)
@@ -137,5 +137,5 @@ def run_once(model: nn.Module, inputs: Inputs) -> Any:
     """One evaluation-mode forward pass that leaves modes and random numbers as they were."""
     device = device_of(model)
     args, kwargs = pytree.tree_map(lambda x: x.to(device) if isinstance(x, Tensor) else x, as_call(inputs))
-    with evaluating(model), torch.no_grad(), torch.random.fork_rng(devices=[]):
+    with evaluating(model), torch.no_grad(), chance_kept():
         return model(*args, **kwargs)

@@ -12,7 +12,7 @@ from torch.utils import _pytree as pytree
 
 from secateur.graph.capture import Batching, Inputs, as_call, as_inputs, with_length
 from secateur.graph.guard import quiet, untouched, written_out
-from secateur.graph.modes import evaluating
+from secateur.graph.modes import chance_kept, evaluating
 
 SMALL = 128
 """Images below this many pixels are tried larger, those above mostly smaller, which costs less."""
@@ -229,7 +229,7 @@ def takes(model: nn.Module, inputs: Inputs) -> bool:
         written_out(),
         evaluating(model),
         torch.no_grad(),
-        torch.random.fork_rng(devices=[]),
+        chance_kept(),
     ):
         try:
             with nullcontext() if small else FakeTensorMode(allow_non_fake_inputs=True) as mode:

@@ -175,9 +175,8 @@ class Writer:
         (captured, *others), training = captures.in_both_modes()
         switches, lost = training_switches(training, captured, captures.training)
         unheard = captures.base.unheard()
-        if unheard:
-            hooks = f"hooks on {', '.join(unheard[:4])}{' …' * (len(unheard) > 4)}"
-            lost = " and ".join([hooks, lost] if lost else [hooks])
+        hooks = unheard and f"hooks on {', '.join(unheard[:4])}{' …' * (len(unheard) > 4)}"
+        lost = " and ".join(filter(None, [hooks, lost, *captures.lost_in_training(bool(lost))]))
         cut = self._cut_dims(captured, values)
         if not all(same_views(captured, other, cut) for other in others):
             raise MixedError("its channels mean something else at other image sizes")
@@ -718,6 +717,18 @@ class Captures:
         output = sizes.symbolic(self.base.output, self.base.output, [v.output for v in self.variants])
         return placed(output, lines.output)
 
+    def lost_in_training(self, steps: bool) -> Iterator[str]:
+        """What a program loses of the training mode besides its steps, in words.
+
+        Args:
+            steps: some of them are lost too.
+        """
+        if self.training is not None:
+            if not steps and self.training.output != self.base.output:
+                yield "what it returns in training mode"
+            if self.training.captured.drawn:
+                yield "the random numbers of Python that it draws in training mode"
+
     @functools.cached_property
     def training(self) -> Captured | None:
         """As `base`, in training mode; None where that cannot be captured."""
@@ -881,15 +892,17 @@ def training_switches(
         also what cannot be expressed this way, in words.
     """
     if training is not None:
-        result = []
+        result, other = [], set()
         for theirs, ours in zip(training.steps, lines.steps, strict=True):
             changed = {}
             for key, no in ours.args.items():
                 yes = theirs.args[key]
-                if isinstance(no, bool | float | None) and isinstance(yes, bool | float | None) and no != yes:
-                    changed[key] = (owner(theirs), yes, no)
+                if isinstance(no, bool | float | None) and isinstance(yes, bool | float | None):
+                    changed |= {key: (owner(theirs), yes, no)} if no != yes else {}
+                elif no != yes:
+                    other.add(f"{key} of {ours.op}")
             result.append(changed)
-        return result, ""
+        return result, f"what it does in training mode only ({', '.join(sorted(other))})" if other else ""
     try:
         found = {step.op for step in captured.listing().steps if not counts(step)} if captured else set()
     except CutError:
