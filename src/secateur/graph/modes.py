@@ -31,19 +31,19 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 @contextmanager
 def chance_kept() -> Iterator[None]:
     """After the block, the global random generators of PyTorch (CPU), Python and NumPy are as before."""
-    plain, numpy = random.getstate(), np.random.get_state()
+    plain, numpy = random.getstate(), np.random.get_state()  # noqa: NPY002 - what forwards draw from
     try:
         with torch.random.fork_rng(devices=[]):
             yield
     finally:
         random.setstate(plain)
-        np.random.set_state(numpy)
+        np.random.set_state(numpy)  # noqa: NPY002
 
 
 def chance() -> object:
     """The state of the global random generators of Python and NumPy, to be compared with another."""
-    _, keys, *more = np.random.get_state()
-    return random.getstate(), keys.tobytes(), more  # type: ignore[union-attr]
+    _, keys, *more = np.random.get_state()  # noqa: NPY002
+    return random.getstate(), keys.tobytes(), more  # type: ignore[attr-defined]
 
 
 def device_of(model: nn.Module) -> torch.device:

@@ -1,6 +1,6 @@
 """Example inputs at other sizes: more images, and images of another height and width."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from typing import Any
 
@@ -92,11 +92,12 @@ def by_length(
         if not isinstance(x, Tensor):
             continue
         if x.ndim == main.ndim:
-            changes = zip(dims, sizes[tuple(x.shape[dim] for dim in dims)], strict=True)
+            new = sizes[tuple(x.shape[dim] for dim in dims)]
+            changes: Iterable[tuple[int, int]] = zip(dims, new, strict=True)
         else:
             changes = following(x.shape, lengths, 0 if rows is None else 1)
-        for dim, new in changes:
-            x = with_length(x, dim, new)
+        for dim, size in changes:
+            x = with_length(x, dim, size)
         leaves[i] = x
     args, kwargs = pytree.tree_unflatten(leaves, tree)
     return as_inputs(args, kwargs, inputs)

@@ -175,7 +175,7 @@ class Writer:
         (captured, *others), training = captures.in_both_modes()
         switches, lost = training_switches(training, captured, captures.training)
         unheard = captures.base.unheard()
-        hooks = unheard and f"hooks on {', '.join(unheard[:4])}{' …' * (len(unheard) > 4)}"
+        hooks = f"hooks on {', '.join(unheard[:4])}{' …' * (len(unheard) > 4)}" if unheard else ""
         lost = " and ".join(filter(None, [hooks, lost, *captures.lost_in_training(bool(lost))]))
         cut = self._cut_dims(captured, values)
         if not all(same_views(captured, other, cut) for other in others):
@@ -894,7 +894,7 @@ def training_switches(
     if training is not None:
         result, other = [], set()
         for theirs, ours in zip(training.steps, lines.steps, strict=True):
-            changed = {}
+            changed: dict[str, tuple[str, Any, Any]] = {}
             for key, no in ours.args.items():
                 yes = theirs.args[key]
                 if isinstance(no, bool | float | None) and isinstance(yes, bool | float | None):
