@@ -234,16 +234,21 @@ class Writer:
     def _match(self, name: str, number: int, lines: Listing) -> dict[fx.Node, Any]:
         """What the analysis knows about the nodes of a module that was captured by itself."""
         found = [self._whole.steps[i] for i in self._regions.get((name, number), [])]
-        if [s.target for s in found] != [s.target for s in lines.steps]:
+        # what is contiguous already is not copied, and that may be otherwise within the model
+        found, steps = ([s for s in listed if s.op != "contiguous"] for listed in (found, lines.steps))
+        if [s.target for s in found] != [s.target for s in steps]:
             raise CutError(f"{name}: its forward does other things by itself than within the model")
         values: dict[fx.Node, Any] = {}
-        for theirs, own in zip(found, lines.steps, strict=True):
+        for theirs, own in zip(found, steps, strict=True):
             values[own.node] = self._trace.values.get(theirs.node)
             for a, b in zip(refs(own.args), refs(theirs.args), strict=True):
                 node, value = lines.nodes[a], self._trace.values.get(self._whole.nodes[b])
                 known = values.setdefault(node, value)
                 if isinstance(value, Value) and isinstance(known, Value) and known.shape != value.shape:
                     raise CutError(f"{name}: its forward does other things by itself than within the model")
+        for step in lines.steps:
+            if step.op == "contiguous":
+                values[step.node] = values.get(lines.nodes[step.args["self"].index])
         return values
 
 

@@ -87,7 +87,9 @@ def _state(site: Site, cell: Sequence[Value]) -> State:
         return State(hidden, hidden)
     shown = site.labels.fresh(cell[-1].shape[0])
     # torch takes a layer whose projection is as wide as its hidden units for one without a projection
-    site.labels.pin(hidden[: len(shown) + 1], "hidden units before a projection, which must be more than it makes")
+    site.labels.pin(
+        hidden[: len(shown) + 1], "hidden units before a projection, which must be more than it makes"
+    )
     return State(hidden, shown)
 
 
