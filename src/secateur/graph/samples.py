@@ -193,8 +193,8 @@ def sampled(
         batch: images in the analysis.
         most: how many other image sizes are enough.
     Returns:
-        with the image size given: first as in the analysis, then, if the model takes them, with more images; and at
-        other image sizes, with different numbers of images.
+        with the image size given: first as in the analysis, then, if the model takes them, with more images and with
+        one; and at other image sizes, with different numbers of images.
     """
 
     def at_batch(given: Inputs, *counts: int) -> Inputs | None:
@@ -210,7 +210,8 @@ def sampled(
         count = (3, 2, 1, 1, 2)[number] if more is not None else batch
         found = at_batch(changed, count)
         others.append(changed if found is None else found)
-    given = [base] if more is None else [base, more]
+    one = at_batch(inputs, 1) if batch != 1 else None  # how most networks are used in the end
+    given = [x for x in (base, more, one) if x is not None]
     return (
         [random_floats(x, seed) for seed, x in enumerate(given)],
         [random_floats(x, seed) for seed, x in enumerate(others, len(given))],

@@ -61,6 +61,9 @@ FEWEST = 2
 CLOSE = {torch.float64: 1e-9, torch.float32: 1e-4}
 """Largest relative difference of the same operators on the same tensors, by precision."""
 
+TRAINS = "what it does in training mode only"
+"""How `Draft.lost` begins to say that a module does more in training mode."""
+
 VIEWS = ("view", "reshape", "_unsafe_view")
 """Operators that work out one size by themselves."""
 
@@ -917,7 +920,7 @@ def training_switches(
     for step in lines.steps:
         switch = OPERATORS[step.op].trains if step.op in OPERATORS else None
         switches.append({switch: (owner(step), True, False)} if switch else {})
-    return switches, "what it does in training mode only" + (f" ({', '.join(only)})" if only else "")
+    return switches, TRAINS + (f" ({', '.join(only)})" if only else "")
 
 
 def owner(step: Step) -> str:
