@@ -12,8 +12,8 @@ from secateur.graph import Graph, analyze, named_tensors
 from secateur.graph.capture import Inputs, as_call, capture
 from secateur.graph.duplicate import duplicate
 from secateur.graph.groups import check_model
-from secateur.graph.guard import uncompiled
-from secateur.graph.modes import evaluating
+from secateur.graph.guard import uncompiled, written_out
+from secateur.graph.modes import chance_kept, evaluating
 from secateur.graph.positions import kept_positions
 from secateur.graph.probe import (
     aliases,
@@ -178,7 +178,9 @@ def verify(model: nn.Module, cut: nn.Module, graph: Graph, plan: Plan, *, seed: 
         randomised=randomised,
         trains=not fails or bool(untrained),
         statistics=errors.statistics,
-        rewritten=tuple(f"{n} (without {m.lost})" if m.lost else n for n, m in names.items()),
+        rewritten=tuple(
+            f"{n or 'the whole model'} (without {m.lost})" if m.lost else n for n, m in names.items()
+        ),
         replayed=errors.replayed,
         tied=tuple(f"{n or 'the whole model'} {m.tied}" for n, m in names.items() if m.tied),
         sizes=sizes,
@@ -334,7 +336,7 @@ def run_own(model: nn.Module, given: tuple[tuple[Any, ...], dict[str, Any]]) -> 
     args, kwargs = given
     model = duplicate(model, share=True)  # a forward may write to its buffers
     try:
-        with evaluating(model), torch.no_grad(), torch.random.fork_rng(devices=[]):
+        with evaluating(model), written_out(), torch.no_grad(), chance_kept():
             torch.manual_seed(0)
             return floats(model(*args, **kwargs))
     except SecateurError:  # it says itself what it does not take
@@ -362,7 +364,7 @@ def training_fails(model: nn.Module, graph: Graph, seed: int) -> str:
         parameter.requires_grad_(True)
         parameter.grad = None
     args, kwargs = random_inputs(graph, torch.float32, seed)
-    with torch.random.fork_rng(devices=[]), torch.enable_grad():
+    with chance_kept(), torch.enable_grad():
         torch.manual_seed(seed)
         try:
             found = floats(trained(*args, **kwargs))
