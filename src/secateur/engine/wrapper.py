@@ -17,7 +17,7 @@ def renew_wrapper(wrapped: nn.Module) -> None:
     if not isinstance(wrapped, DistributedDataParallel):
         return
     kept = {name: value for name, value in vars(wrapped).items() if name not in ("reducer", "logger")}
-    wrapped.reducer = wrapped.logger = None  # the old one takes its hooks off the parameters
-    wrapped.__setstate__(kept)
+    wrapped.reducer = wrapped.logger = None  # type: ignore[assignment] # the old one takes its hooks off parameters
+    wrapped.__setstate__(kept)  # type: ignore[no-untyped-call]
     for hook, state in wrapped._comm_hooks:
-        dist._register_comm_hook(wrapped.reducer, state, hook)
+        dist._register_comm_hook(wrapped.reducer, state, hook)  # type: ignore[attr-defined]

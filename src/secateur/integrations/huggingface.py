@@ -42,7 +42,7 @@ class Prune(InTrainer, TrainerCallback):
         trainer = self._trainer = _calling_trainer()
         if args.load_best_model_at_end:
             raise TrainingError(
-                "load_best_model_at_end may load a checkpoint from before the last cut, which is larger; set it to False"
+                "load_best_model_at_end may load a checkpoint from before the last cut, which is larger; leave it out"
             )
         make, train = trainer.create_optimizer, trainer.train
 
@@ -57,6 +57,7 @@ class Prune(InTrainer, TrainerCallback):
             return make(*given, **named)
 
         def run(resume_from_checkpoint: Any = None, *given: Any, **named: Any) -> Any:
+            self.check_unused()
             folder = resume_from_checkpoint
             if folder is True:
                 folder = get_last_checkpoint(args.output_dir)
@@ -66,7 +67,7 @@ class Prune(InTrainer, TrainerCallback):
                         "a Trainer with model_init cannot resume: the model would be made anew. Pass model=…"
                     )
                 saved = read_state(Path(folder) / FILE)
-                self.start(trainer.model, self._inputs(), self.steps or saved["record"]["steps"])
+                self.start(trainer.model, self._inputs(), saved["record"]["steps"])
                 self.restore(saved)
             try:
                 return train(resume_from_checkpoint, *given, **named)

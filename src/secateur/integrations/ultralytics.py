@@ -68,7 +68,7 @@ class Prune(InTrainer):
         def setup_model() -> Any:
             checkpoint = make()  # at full width, with those of the weights that fit
             saved = read_state(_state_of(Path(trainer.args.model)))
-            self._start(trainer, trainer.model, self.steps or saved["record"]["steps"])
+            self._start(trainer, trainer.model, saved["record"]["steps"])
             self.restore(saved)
             trainer.model.load_state_dict(checkpoint["ema"].float().state_dict())
             return checkpoint

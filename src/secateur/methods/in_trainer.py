@@ -78,12 +78,16 @@ class InTrainer:
             raise TrainingError(f"{type(self.method).__name__}: it has not started; the trainer starts it")
         return self.session
 
-    def start(self, model: nn.Module, inputs: Inputs, steps: float) -> None:
-        """Begin, before the optimizer is made and before weights of a checkpoint are loaded."""
+    def check_unused(self) -> None:
+        """Raise TrainingError if a training has started with this callback."""
         if self.session is not None:
             raise TrainingError(
                 f"{self.running.name}: this callback has been used; make a new one, and a new model, for another run"
             )
+
+    def start(self, model: nn.Module, inputs: Inputs, steps: float) -> None:
+        """Begin, before the optimizer is made and before weights of a checkpoint are loaded."""
+        self.check_unused()
         number = self.steps or steps
         if not 1 <= number < float("inf"):
             raise TrainingError(
@@ -152,11 +156,10 @@ class InTrainer:
         self._told = len(history)
 
     def left(self) -> dict[str, float]:
-        """Shares of MACs and parameters that are left, units on their way out not counted, by name."""
+        """Shares of MACs and parameters as last noted, by name; before that, of the model as it is."""
         session = self.running
-        standing = session.standing()
-        shares = {"macs": session.cost.macs(standing), "params": session.cost.params(standing)}
-        return {f"secateur/{name}": share / session.dense.of(name) for name, share in shares.items()}
+        now = {name: session.count(name) / session.dense.of(name) for name in ("macs", "params")}
+        return {f"secateur/{name}": (session.history or [now])[-1][name] for name in now}
 
     # --- files ---------------------------------------------------------------------------------------------
 
