@@ -39,6 +39,19 @@ def images() -> list[tuple[Tensor, int]]:
     return [(torch.randn(3, 8, 8, generator=generator) + n % 3, n % 3) for n in range(IMAGES)]
 
 
+class Overflow(torch.amp.GradScaler):
+    """A scaler for which the gradients of the first two steps overflow."""
+
+    left = 2
+
+    def unscale_(self, optimizer: torch.optim.Optimizer) -> None:
+        if self.left:
+            self.left -= 1
+            for p in optimizer.param_groups[0]["params"]:
+                p.grad.fill_(torch.inf)
+        super().unscale_(optimizer)
+
+
 def check(pruned: Pruned | None, model: nn.Module) -> None:
     """The result is the model that was trained, within budget, proven, and with nothing left on it."""
     assert pruned is not None

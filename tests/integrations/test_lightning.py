@@ -9,7 +9,7 @@ import torch
 
 from secateur.errors import SecateurError, TrainingError
 from secateur.methods.in_trainer import InTrainer
-from tests.integrations.examples import ACCUMULATE, METHODS, STEPS, check, same
+from tests.integrations.examples import ACCUMULATE, METHODS, STEPS, Overflow, check, same
 from tests.methods.examples import analyze_once
 
 pytest.importorskip("lightning")
@@ -23,6 +23,7 @@ from tests.integrations.lightning_run import Module, run
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*does not have many workers"),
     pytest.mark.filterwarnings("ignore:.*treespec, LeafSpec:FutureWarning"),
+    pytest.mark.filterwarnings("ignore:The dirpath has changed"),  # a resumed run here writes elsewhere
 ]
 
 
@@ -54,7 +55,7 @@ def test_a_method_in_a_trainer(name: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", ["lapp, no bypass", "paam, alternating", "depgraph, decay"])
 def test_a_scaler_that_skips_steps(name: str, tmp_path: Path) -> None:
     """Skipped steps do not count, and what they left in the method's own gradients is gone."""
-    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**130, growth_interval=1000)
+    scaler = Overflow("cpu", init_scale=16.0)
     seen = []
 
     class Seen(Prune):
@@ -69,12 +70,9 @@ def test_a_scaler_that_skips_steps(name: str, tmp_path: Path) -> None:
             METHODS[name],
             tmp_path,
             plugins=[MixedPrecision("16-mixed", "cpu", scaler)],
-            given={"steps": STEPS - 3},
+            given={"steps": STEPS - 2},
         )
-    assert seen[0] == 0
-    skipped = seen.count(0)
-    assert skipped >= 3
-    assert seen[skipped:] == list(range(1, STEPS - skipped + 1))
+    assert seen == [0, 0, *range(1, STEPS - 1)]
     check(prune.pruned, module.network)
 
 
@@ -140,9 +138,14 @@ def test_a_training_that_ends_too_early_says_so(tmp_path: Path) -> None:
 def test_a_checkpoint_of_another_run(tmp_path: Path) -> None:
     run(METHODS["lapp, no bypass"], tmp_path)
     with pytest.raises(TrainingError, match=r"prune_share was 0\.6, is now 0\.05"):
-        run("lapp", tmp_path, resume=tmp_path / "saved" / "step=4.ckpt", given={"bypass": "none"})
+        run("lapp", tmp_path / "other", resume=tmp_path / "saved" / "step=4.ckpt", given={"bypass": "none"})
     with pytest.raises(TrainingError, match=f"steps was {STEPS}, is now {2 * STEPS}"):
-        run(METHODS["lapp, no bypass"], tmp_path, resume=tmp_path / "saved" / "step=4.ckpt", max_epochs=4)
+        run(
+            METHODS["lapp, no bypass"],
+            tmp_path / "longer",
+            resume=tmp_path / "saved" / "step=4.ckpt",
+            max_epochs=4,
+        )
 
 
 def test_what_cannot_be() -> None:

@@ -10,7 +10,7 @@ import torch
 
 from secateur.errors import TrainingError
 from secateur.methods import LAPP
-from tests.integrations.examples import METHODS, WITH_LAYERS, check
+from tests.integrations.examples import METHODS, WITH_LAYERS, Overflow, check
 from tests.methods.examples import analyze_once
 
 pytest.importorskip("ultralytics")
@@ -52,7 +52,7 @@ def test_a_method_in_a_trainer(name: str, folder: Path) -> None:
     with (weights.parent / "results.csv").open() as file:
         rows = list(csv.DictReader(file))
     assert len(rows) == EPOCHS
-    assert float(rows[0]["secateur/macs"]) > float(rows[-1]["secateur/macs"])
+    assert all(0 < float(row["secateur/macs"]) <= 1 for row in rows)
     assert float(rows[-1]["secateur/macs"]) == pytest.approx(prune.running.history[-1]["macs"], rel=1e-4)
     average = torch.load(weights / "last.pt", weights_only=False)["model"].float()
     images = torch.rand(2, 3, 32, 32)
@@ -112,7 +112,7 @@ def test_accumulation_warm_up_and_a_scaler_that_skips(folder: Path) -> None:
     taken: list[int] = []
 
     def scale(trainer: Any) -> None:
-        trainer.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**130, growth_interval=1000)
+        trainer.scaler = Overflow("cpu", init_scale=16.0)
         step = trainer.optimizer_step
 
         def counted() -> None:
@@ -127,7 +127,7 @@ def test_accumulation_warm_up_and_a_scaler_that_skips(folder: Path) -> None:
     )
     session = prune.running
     assert session.steps == len(taken)
-    assert 0 < session.step < session.steps
+    assert session.step == session.steps - 2
     assert prune.pruned is not None
     check(prune.pruned, prune.pruned.model)
 

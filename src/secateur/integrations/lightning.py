@@ -96,7 +96,8 @@ class Prune(InTrainer, Callback):
         self.finish()
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        self.leave()
+        """Take everything off, because `teardown` is not called then."""
+        self.teardown(trainer, pl_module, "fit")
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         self.leave()

@@ -130,7 +130,8 @@ class Prune(InTrainer):
 
     def followers(self) -> list[nn.Module]:
         """Also the moving average."""
-        return [*super().followers(), self._trainer.ema.ema]
+        average = self._trainer.ema  # not there yet when a run resumes
+        return [*super().followers(), *([] if average is None else [average.ema])]
 
     # --- what Ultralytics knows ----------------------------------------------------------------------------
 

@@ -197,8 +197,8 @@ class InTrainer:
     def write(self, path: Path) -> None:
         """The state as one safetensors file."""
         state = self.state()
-        header = {name: json.dumps(state[name]) for name in ("format", "record", "facts")}
-        write_tensors(path, state["tensors"], header)
+        header = {name: json.dumps(state[name]) for name in ("record", "facts")}
+        write_tensors(path, state["tensors"], {"format": state["format"], **header})
 
 
 def read_state(path: Path) -> dict[str, Any]:
@@ -209,9 +209,8 @@ def read_state(path: Path) -> dict[str, Any]:
     """
     tensors, header = read_tensors(path)
     try:
-        return {name: json.loads(header[name]) for name in ("format", "record", "facts")} | {
-            "tensors": tensors
-        }
+        facts = {name: json.loads(header[name]) for name in ("record", "facts")}
+        return {"format": header["format"], **facts, "tensors": tensors}
     except (KeyError, ValueError) as error:
         raise _damaged(str(path), error) from error
 
