@@ -69,6 +69,7 @@ NEEDS = {
 
 NOISE = (
     "ignore:.*does not have many workers",
+    "ignore:The number of training batches",
     "ignore:.*treespec, LeafSpec:FutureWarning",
     "ignore:.*pin_memory.*no accelerator",
     "ignore:.*lr_scheduler.step",

@@ -24,6 +24,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:.*does not have many workers"),
     pytest.mark.filterwarnings("ignore:.*treespec, LeafSpec:FutureWarning"),
     pytest.mark.filterwarnings("ignore:The dirpath has changed"),  # a resumed run here writes elsewhere
+    pytest.mark.filterwarnings("ignore:You're resuming from a checkpoint that ended before the epoch"),
 ]
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from secateur.engine import session
-from tests.integrations.examples import METHODS, check
+from tests.integrations.examples import EPOCHS, METHODS, check
 from tests.methods.examples import analyze_once
 
 session.analyze = analyze_once  # type: ignore[assignment]
@@ -23,11 +23,12 @@ def digest(network: nn.Module, prune: Any) -> list[Any]:
 
 
 def main(framework: str, folder: Path) -> None:
-    options: dict[str, Any] = {"save_strategy": "no"}
+    epochs = 2 * EPOCHS  # as many steps as on one process
+    options: dict[str, Any] = {"save_strategy": "no", "num_train_epochs": epochs}
     if framework == "lightning":
         from tests.integrations import lightning_run as runs
 
-        options = {"devices": 2, "strategy": "ddp", "use_distributed_sampler": True}
+        options = {"devices": 2, "strategy": "ddp", "max_epochs": epochs}
     else:
         from tests.integrations import huggingface_run as runs  # type: ignore[no-redef]
     found = {}

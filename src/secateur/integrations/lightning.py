@@ -61,7 +61,7 @@ class Prune(InTrainer, Callback):
             self.restore(checkpoint["callbacks"].get(self.state_key, {}))
             inner(checkpoint)
 
-        pl_module.on_load_checkpoint = cut_first  # type: ignore[method-assign]
+        pl_module.on_load_checkpoint = cut_first
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Checkpoints are loaded."""
@@ -137,8 +137,10 @@ class Prune(InTrainer, Callback):
             return self.inputs
         example = module.example_input_array
         if example is None:
+            if trainer.train_dataloader is None:
+                trainer.fit_loop.setup_data()
             with torch.random.fork_rng(devices=[]):
-                batch = next(iter(trainer.train_dataloader or trainer.fit_loop._data_source.dataloader()))
+                batch = next(iter(trainer.train_dataloader))
             example = batch[0] if isinstance(batch, tuple | list) else batch
         if not isinstance(example, Tensor):
             raise TrainingError(f"the first batch starts with a {type(example).__name__}; say inputs=…")

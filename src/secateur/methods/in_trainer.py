@@ -117,10 +117,10 @@ class InTrainer:
         session = self.running
         followers = self.followers()
         for follower in followers:
-            if follower.state_dict().keys() != session.model.state_dict().keys():
+            if _parts(follower) != _parts(session.model):
                 raise TrainingError(
-                    f"{session.name}: it has added to the model, and a {type(follower).__name__} that follows it was "
-                    f"copied before. Let the callback that copies it come after this one."
+                    f"{session.name}: it has changed layers of the model, and a {type(follower).__name__} that follows it "
+                    f"was copied before. Let the callback that copies it come after this one."
                 )
         self._hooks.enter_context(
             session.attach(optimizer, followers=followers, scaler=scaler, wrapped=wrapped)
@@ -220,6 +220,10 @@ def _damaged(what: str, error: Exception) -> FileError:
         f"{what}: holds no state of a method that training can go on from ({type(error).__name__}: {error}). "
         f"Start afresh."
     )
+
+
+def _parts(model: nn.Module) -> list[tuple[str, type]]:
+    return [(name, type(module)) for name, module in model.named_modules()]
 
 
 def _json(value: Any) -> Any:
