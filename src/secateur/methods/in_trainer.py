@@ -119,7 +119,7 @@ class InTrainer:
         for follower in followers:
             if _parts(follower) != _parts(session.model):
                 raise TrainingError(
-                    f"{session.name}: it has changed layers of the model, and a {type(follower).__name__} that follows it "
+                    f"{session.name}: it has changed layers of the model, and a {type(follower).__name__} that follows "
                     f"was copied before. Let the callback that copies it come after this one."
                 )
         self._hooks.enter_context(
