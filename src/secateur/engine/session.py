@@ -218,10 +218,9 @@ class Session(Generic[S]):
             raise TrainingError(f"{self.name}: its hooks are on the model already; enter the session once")
 
         def count(*_: object) -> None:
-            skipped = getattr(
-                self.optimizer, "found_inf", None
-            )  # a fused optimizer is told, and called all the same
-            self._stepped = skipped is None or not skipped
+            # with a scaler a fused optimizer is called for every step, and told which to skip
+            overflow = getattr(self.optimizer, "found_inf", None)
+            self._stepped = overflow is None or not overflow
 
         self._handle = self.optimizer.register_step_post_hook(count)
         try:

@@ -58,7 +58,7 @@ class Prune(InTrainer, Callback):
         inner = pl_module.on_load_checkpoint
 
         def cut_first(checkpoint: dict[str, Any]) -> None:  # weights are loaded next
-            self.restore(checkpoint["callbacks"].get(self.state_key, {}))
+            self.restore(checkpoint.get("callbacks", {}).get(self.state_key, {}))
             inner(checkpoint)
 
         pl_module.on_load_checkpoint = cut_first

@@ -96,9 +96,7 @@ class Prune(InTrainer):
         """The trainer's own step, with the update of the average, then the method's."""
         session, graph = self.running, self.running.graph
         step()
-        session.followers = tuple(
-            self.followers()
-        )  # the trainer makes a new one when it recovers from a loss of NaN
+        session.followers = tuple(self.followers())  # after a loss of NaN the trainer makes a new one
         self.after_step()
         if session.graph is not graph:
             trainer.ema._pairs = None  # it had noted where the tensors lie
