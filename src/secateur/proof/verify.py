@@ -1,5 +1,6 @@
 """Proof that a cut model computes what the original computes without the removed units."""
 
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,6 +26,7 @@ from secateur.graph.probe import (
 )
 from secateur.graph.samples import main_leaf, sampled
 from secateur.plan import Plan
+from secateur.proof.choices import Choices
 from secateur.proof.reference import Reference
 from secateur.rewriting.rewrite import cut_listing, fixed_program, rewritten_modules, tensors_of
 from secateur.rewriting.settle import fixes_precision, precision
@@ -67,6 +69,9 @@ class Verification:
             another image size, such as "3 × 3 × 160 × 128".
         elsewhere: relative error of that comparison; 0 if there was none.
         uncompared: why another batch or image size was not compared, in words; "" if both were.
+        choices: names of operators (top-k, argmax, a threshold) at which rounding in float32 made the cut model choose
+            something else. There float32 was compared with the choices of the original: what is chosen from, and
+            everything that follows. Float64 compares the whole as it is.
     """
 
     max_abs_error: float
@@ -84,6 +89,7 @@ class Verification:
     elsewhere: float = 0.0
     uncompared: str = ""
     untrained: str = ""
+    choices: tuple[str, ...] = ()
 
     @property
     def ok(self) -> bool:
@@ -118,9 +124,13 @@ class Verification:
             )
         return (
             f"{verdict} to the masked original{over}: max error {self.max_abs_error:.1e} in float64 "
-            f"({self.max_rel_error:.1e} relative), {self.max_abs_error_float32:.1e} in float32{self._further}; "
-            f"{self.form}{trains}"
+            f"({self.max_rel_error:.1e} relative), {self.max_abs_error_float32:.1e} in float32{self._chosen}"
+            f"{self._further}; {self.form}{trains}"
         )
+
+    @property
+    def _chosen(self) -> str:
+        return f" with the same choices ({', '.join(self.choices)})" if self.choices else ""
 
     @property
     def _further(self) -> str:
@@ -165,6 +175,8 @@ def verify(model: nn.Module, cut: nn.Module, graph: Graph, plan: Plan, *, seed: 
         errors = compare(*pair, graph, plan, torch.float64, seed)
         worst = errors if not errors.relative <= worst.relative else worst
     single = compare(*pair, graph, plan, torch.float32, seed)
+    if not single.relative <= TOLERANCE[torch.float32]:
+        single = compare(*pair, graph, plan, torch.float32, seed, choices=Choices())
     names = rewritten_modules(cut)
     sizes, further, uncompared = compare_elsewhere(*pair, graph, plan, errors, seed)
     fails = training_fails(cut, graph, seed)
@@ -185,6 +197,7 @@ def verify(model: nn.Module, cut: nn.Module, graph: Graph, plan: Plan, *, seed: 
         elsewhere=further,
         uncompared=uncompared,
         untrained=untrained,
+        choices=single.choices,
     )
 
 
@@ -197,12 +210,20 @@ class Errors:
     sensitivity: float
     statistics: tuple[str, ...]
     replayed: bool
+    choices: tuple[str, ...] = ()
 
 
 def compare(
-    model: nn.Module, cut: nn.Module, graph: Graph, plan: Plan, dtype: torch.dtype, seed: int
+    model: nn.Module,
+    cut: nn.Module,
+    graph: Graph,
+    plan: Plan,
+    dtype: torch.dtype,
+    seed: int,
+    *,
+    choices: Choices | None = None,
 ) -> Errors:
-    """Compare in one precision."""
+    """Compare in one precision, if wanted with the choices of the original."""
     assert graph.trace is not None
     survivors = graph.trace.survivors(plan.masks(graph))
     masked = mask_(duplicate(model).to(dtype), graph, plan)
@@ -211,12 +232,15 @@ def compare(
     reference = Reference(graph.trace, survivors)
     expected = replay = None
     if reference.needed:
-        replay = floats(reference.run(given, dict(named_tensors(masked))))
+        with choices.recorded() if choices else nullcontext():
+            replay = floats(reference.run(given, dict(named_tensors(masked))))
     if not reference.sites:
-        expected = run_own(masked, given)
+        with choices.recorded() if choices else nullcontext():
+            expected = run_own(masked, given)
     else:
         expected = replay
-    found, replayed = run_own(small, given), False
+    with choices.repeated(TOLERANCE[dtype]) if choices else nullcontext():
+        found, replayed = run_own(small, given), False
     if dtype is torch.float64 and not agree(expected, found):
         # a forward that names a precision rounds to it, whatever the tensors are
         lines, _ = cut_listing(graph.trace, survivors)
@@ -236,9 +260,11 @@ def compare(
             f"of the original {[tuple(t.shape) for t in expected]}"
         )
     error, relative = difference(expected, found)
+    relative = max(relative, choices.apart) if choices else relative
     scale = max((a.abs().max().item() for a in expected), default=0.0)
     spread = max(((a[:1] - a[1:]).abs().max().item() for a in expected if len(a) > 1), default=0.0)
-    return Errors(error, relative, spread / scale if scale else 0.0, tuple(reference.sites), replayed)
+    spread, overruled = spread / scale if scale else 0.0, tuple(choices.overruled) if choices else ()
+    return Errors(error, relative, spread, tuple(reference.sites), replayed, overruled)
 
 
 def compare_elsewhere(
