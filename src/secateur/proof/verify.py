@@ -28,6 +28,7 @@ from secateur.graph.samples import main_leaf, sampled
 from secateur.plan import Plan
 from secateur.proof.choices import Choices
 from secateur.proof.reference import Reference
+from secateur.rewriting.elsewhere import look_elsewhere
 from secateur.rewriting.rewrite import cut_listing, fixed_program, rewritten_modules, tensors_of
 from secateur.rewriting.settle import fixes_precision, precision
 from secateur.settings import checked
@@ -72,6 +73,9 @@ class Verification:
         choices: names of operators (top-k, argmax, a threshold) at which rounding in float32 made the cut model choose
             something else. There float32 was compared with the choices of the original: what is chosen from, and
             everything that follows. Float64 compares the whole as it is.
+        stale: what may be wrong on other ways through the modules than the one that was compared (export, fusing,
+            training branches), in words: numbers named like a width that was cut, which such code reads and for which no
+            value is certain, and methods that do not work any more.
     """
 
     max_abs_error: float
@@ -90,6 +94,7 @@ class Verification:
     uncompared: str = ""
     untrained: str = ""
     choices: tuple[str, ...] = ()
+    stale: tuple[str, ...] = ()
 
     @property
     def ok(self) -> bool:
@@ -125,8 +130,13 @@ class Verification:
         return (
             f"{verdict} to the masked original{over}: max error {self.max_abs_error:.1e} in float64 "
             f"({self.max_rel_error:.1e} relative), {self.max_abs_error_float32:.1e} in float32{self._chosen}"
-            f"{self._further}; {self.form}{trains}"
+            f"{self._further}; {self.form}{trains}{self._stale}"
         )
+
+    @property
+    def _stale(self) -> str:
+        more = f" and {len(self.stale) - 2} more" if len(self.stale) > 2 else ""
+        return f"; may be stale: {'; '.join(self.stale[:2])}{more}" if self.stale else ""
 
     @property
     def _chosen(self) -> str:
@@ -198,6 +208,7 @@ def verify(model: nn.Module, cut: nn.Module, graph: Graph, plan: Plan, *, seed: 
         uncompared=uncompared,
         untrained=untrained,
         choices=single.choices,
+        stale=tuple(look_elsewhere(model, cut, random_inputs(graph, torch.float32, seed)).stale),
     )
 
 
