@@ -74,8 +74,8 @@ class Verification:
             something else. There float32 was compared with the choices of the original: what is chosen from, and
             everything that follows. Float64 compares the whole as it is.
         stale: what may be wrong on other ways through the modules than the one that was compared (export, fusing,
-            training branches), in words: numbers named like a width that was cut, which such code reads and for which no
-            value is certain, and methods that do not work any more.
+            training branches), in words: numbers named like a width that was cut, which such code reads and for which
+            no value is certain, and methods that do not work any more.
     """
 
     max_abs_error: float

@@ -1,10 +1,10 @@
 """Numbers that only another way through a module reads: export and deploy modes, fusing, training branches.
 
-The pass that is captured, cut and proven does not read them, so that nothing there says what they must become. A number
-is a candidate if it is named like a width and equals one, of the module or of what is inside of it, that was cut. Other
-ways that do what forward does are run on trial, on copies: a second forward (`forward_split`), or a change of the module
-that leaves its results as they are (`reparameterize`, `fuse_convs`). What makes them right again is set; so is a number
-that no trial reads and that became one other everywhere. The rest may be stale, and is named.
+The pass that is captured, cut and proven does not read them, so that nothing there says what they must become. A
+number is a candidate if it is named like a width and equals one, of the module or of what is inside of it, that was
+cut. Other ways that do what forward does are run on trial, on copies: a second forward (`forward_split`), or a change
+of the module that leaves its results as they are (`reparameterize`, `fuse_convs`). What makes them right again is set;
+so is a number that no trial reads and that became one other everywhere. The rest may be stale, and is named.
 """
 
 import functools
@@ -251,7 +251,6 @@ def right(module: nn.Module, way: str, call: Call, values: Mapping[str, int]) ->
 # --- what the code of a class reads ------------------------------------------------------------------------
 
 
-@functools.cache
 def methods(cls: type[nn.Module]) -> dict[str, frozenset[str]]:
     """Name of a method or property of a module's class -> the names of attributes in its code."""
     found: dict[str, frozenset[str]] = {}
@@ -271,7 +270,6 @@ def _names(code: CodeType) -> Iterator[str]:
             yield from _names(constant)
 
 
-@functools.cache
 def readings(cls: type[nn.Module]) -> dict[str, frozenset[str]]:
     """Method -> the names of attributes in its code and in that of the methods that it names."""
     own = methods(cls)

@@ -13,7 +13,7 @@ from torch import nn
 from secateur.graph import mirrored
 from secateur.graph.trace import Survivors, Trace
 from secateur.rewriting.listing import find_regions
-from secateur.rewriting.rewrite import Rewritten, cut_listing
+from secateur.rewriting.rewrite import cut_listing
 
 WORDS = frozenset(
     """

@@ -181,7 +181,7 @@ def _load(
         )
         listed = recipe["rewritten"][name].get("stands_in")
         ways = other_forwards(original_class(rewritten)) if isinstance(listed, list) else []
-        rewritten.stands_in = tuple(way for way in ways if way in listed)
+        rewritten.stands_in = tuple(way for way in ways if way in listed)  # type: ignore[assignment]
     wrong = []
     for name, values in shape_attributes(model).items():
         given = attributes.get(name, {})
