@@ -39,6 +39,9 @@ CHECKS: dict[str, Callable[[dict[str, Any]], bool]] = {
     "guides/detector.md": lambda it: (
         all(within(it[name], 0.5) for name in ("pruned", "measured", "ranked")) and it["after"] < it["before"]
     ),
+    "guides/ultralytics.md": lambda it: (
+        within(it["pruned"], 0.5) and it["pruned"].proof.ok and not it["pruned"].proof.stale
+    ),
     "guides/transformer.md": lambda it: all(within(it[name], 0.6) for name in ("narrow", "dims")),
     "guides/budget.md": lambda it: within(it["both"], 0.4, "params"),
     "guides/compare-fairly.md": lambda it: (
@@ -55,13 +58,24 @@ CHECKS: dict[str, Callable[[dict[str, Any]], bool]] = {
 """Page -> whether what it computed is as it says, from its names."""
 
 
+NEEDS = {"guides/ultralytics.md": "ultralytics"}
+"""Page -> the framework it is about."""
+
+NOISE = ("ignore:.*lr_scheduler.step", "ignore:.*pin_memory.*no accelerator", "ignore:.*torch.jit")
+"""What the frameworks warn about in their own code."""
+
+
 def fences(page: str, language: str) -> list[str]:
     return re.findall(rf"^```{language}\n(.*?)^```", (DOCS / page).read_text(), re.S | re.M)
 
 
+@pytest.mark.filterwarnings(*NOISE)
 @pytest.mark.parametrize("page", [page for page in RUN if page != "guides/index.md"])
 def test_its_python_runs(page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("torchvision")
+    monkeypatch.setenv("YOLO_CONFIG_DIR", str(tmp_path))
+    monkeypatch.setenv("YOLO_OFFLINE", "true")
+    pytest.importorskip(NEEDS.get(page, "torch"))
     monkeypatch.chdir(tmp_path)
     start, scope = time.process_time(), {"__name__": "guide"}
     for number, fence in enumerate(fences(page, "python"), 1):

@@ -12,7 +12,7 @@ import inspect
 import itertools
 import re
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from types import CodeType
 from typing import Any
@@ -67,27 +67,56 @@ def look_elsewhere(before: nn.Module, after: nn.Module, inputs: tuple[Any, Any],
     result = Elsewhere()
     candidates = find_candidates(before, after)
     modules = dict(after.named_modules())
-    watched = {
-        n for n, m in modules.items() if isinstance(m, Rewritten) and other_forwards(original_class(m))
-    }
-    for name, options in candidates.items():
-        if any(readers(original_class(modules[name]), attribute) for attribute in options):
-            watched.add(name)
-        else:  # no code reads them: they are there to be looked at
-            result.edits[name] = {a: next(iter(v)) for a, v in options.items() if len(v) == 1}
-    if not watched:
-        return result
-    try:
-        whole, small = (randomise_(duplicate(model).float(), seed) for model in (before, after))
-        for model in (whole, small):
-            fit_norms_(model, *cloned(inputs))
-        calls = observed(whole, watched, inputs), observed(small, watched, inputs)
-    except Exception:  # whatever its own code raises in this precision: nothing can be tried
-        whole, small, calls = before, after, ({}, {})
-    for name in sorted(watched):
-        trial = Trial(whole.get_submodule(name), small.get_submodule(name), *(c.get(name) for c in calls))
+    tried = {name for name, module in modules.items() if needs_trial(module, candidates.get(name, {}))}
+    certain = any(len(values) == 1 for options in candidates.values() for values in options.values())
+    whole, small = before, after
+    calls_before: dict[str, Call] = {}
+    calls: dict[str, Call] = {}
+    with suppress(Exception):  # whatever its own code raises in this precision: then nothing can be tried
+        if tried or certain:
+            small = randomise_(duplicate(after).float(), seed)
+            fit_norms_(small, *cloned(inputs))
+        if tried:
+            whole = randomise_(duplicate(before).float(), seed)
+            fit_norms_(whole, *cloned(inputs))
+            calls_before, calls = observed(whole, tried, inputs), observed(small, tried, inputs)
+    for name in sorted({*candidates, *tried}):
+        trial = Trial(
+            whole.get_submodule(name), small.get_submodule(name), calls_before.get(name), calls.get(name)
+        )
         judge_module(result, name, trial, candidates.get(name, {}))
-    return result
+    return harmless(result, small, inputs) if result.edits else result
+
+
+def harmless(found: Elsewhere, model: nn.Module, inputs: tuple[Any, Any]) -> Elsewhere:
+    """Leave out what would change the results of forward: what forward reads is right as it is.
+
+    Args:
+        model: a copy; it is changed.
+    """
+
+    def results(edits: Mapping[str, Mapping[str, int]]) -> list[Tensor] | None:
+        args, kwargs = cloned(inputs)
+        changed = duplicate(model, share=True)
+        for name, values in edits.items():
+            for attribute, value in values.items():
+                setattr(changed.get_submodule(name), attribute, value)
+        try:
+            with evaluating(changed), torch.no_grad(), torch.random.fork_rng(devices=[]):
+                torch.manual_seed(0)
+                return floats(changed(*args, **kwargs))
+        except Exception:  # whatever its own code raises
+            return None
+
+    expected = results({})
+
+    def same(edits: Mapping[str, Mapping[str, int]]) -> bool:
+        changed = results(edits)
+        return expected is not None and changed is not None and difference(expected, changed)[1] <= TOLERANCE
+
+    if not same(found.edits):
+        found.edits = {name: values for name, values in found.edits.items() if same({name: values})}
+    return found
 
 
 def find_candidates(before: nn.Module, after: nn.Module) -> dict[str, dict[str, set[int]]]:
@@ -120,6 +149,17 @@ def find_candidates(before: nn.Module, after: nn.Module) -> dict[str, dict[str, 
                 if values != {value}:
                     result.setdefault(name, {})[attribute] = values
     return result
+
+
+def needs_trial(module: nn.Module, options: Mapping[str, set[int]]) -> bool:
+    """Whether other ways through a module, or its forward, may read what is not certain."""
+    cls = original_class(module)
+    reads = readings(cls)
+    return (
+        any(reads.get(way, frozenset()) & options.keys() for way in ways(cls))
+        or (isinstance(module, Rewritten) and bool(other_forwards(cls)))
+        or any(len(v) > 1 and attribute in reads.get("forward", ()) for attribute, v in options.items())
+    )
 
 
 def numbers(module: nn.Module) -> Iterator[int]:
@@ -186,16 +226,12 @@ def judge_module(result: Elsewhere, name: str, trial: Trial, options: Mapping[st
     """
     after = trial.after
     cls = original_class(after)
-    # what forward reads is right as it is, since forward was proven
-    options = {
-        attribute: values
-        for attribute, values in options.items()
-        if trial.call_after is None or all(trial.still_works("forward", {attribute: v}) for v in values)
-    }
+    if trial.call_after is not None:  # what forward reads is right as it is, since forward was proven
+        options = {a: v for a, v in options.items() if all(trial.still_works("forward", {a: n}) for n in v)}
     chosen: dict[str, int] = {}
     judged: set[str] = set()
     for way in ways(cls):
-        reads = sorted(readings(cls)[way] & options.keys())
+        reads = sorted(readings(cls).get(way, frozenset()) & options.keys())
         if not (reads or isinstance(after, Rewritten)) or not trial.works(way):
             continue
         several = [[chosen[a]] if a in chosen else [*options[a], getattr(after, a)] for a in reads]
@@ -212,7 +248,7 @@ def judge_module(result: Elsewhere, name: str, trial: Trial, options: Mapping[st
             result.stale.append(f"{name or cls.__name__}: {way}() does not keep what forward gives")
     for attribute in options.keys() - judged:
         values, read_in = options[attribute], readers(cls, attribute)
-        if len(values) == 1 and (trial.call_after is not None or not read_in):
+        if len(values) == 1:
             chosen[attribute] = next(iter(values))
         elif read_in:
             where = f"{name}.{attribute}".removeprefix(".")
@@ -273,17 +309,23 @@ def _names(code: CodeType) -> Iterator[str]:
 def readings(cls: type[nn.Module]) -> dict[str, frozenset[str]]:
     """Method -> the names of attributes in its code and in that of the methods that it names."""
     own = methods(cls)
-    result = {}
-    for method in own:
-        seen, left = {method}, [method]
-        while left:
-            more = (own[left.pop()] & own.keys()) - seen - {"forward"}
-            seen |= more
-            left.extend(more)
-        result[method] = frozenset().union(*(own[name] for name in seen))
-    return result
+    return {method: frozenset().union(*(own[name] for name in reached(own, method))) for method in own}
+
+
+def reached(own: Mapping[str, frozenset[str]], method: str) -> set[str]:
+    """A method and those that it names, directly or not; another way may lead to forward in the end."""
+    seen, left = {method} & own.keys(), [method] if method in own else []
+    while left:
+        more = (own[left.pop()] & own.keys()) - seen - {"forward"}
+        seen |= more
+        left.extend(more)
+    return seen
 
 
 def readers(cls: type[nn.Module], attribute: str) -> list[str]:
-    """The methods whose own code reads an attribute."""
-    return sorted(m for m, names in methods(cls).items() if attribute in names and m not in SILENT)
+    """The methods whose own code reads an attribute, but for those that only make the module."""
+    own = methods(cls)
+    making = reached(own, "__init__")
+    used = frozenset().union(*(names for method, names in own.items() if method not in making))
+    reading = (method for method, names in own.items() if attribute in names and method not in SILENT)
+    return sorted(method for method in reading if method not in making or method in used)
