@@ -61,7 +61,7 @@ CHECKS: dict[str, Callable[[dict[str, Any]], bool]] = {
 NEEDS = {"guides/ultralytics.md": "ultralytics"}
 """Page -> the framework it is about."""
 
-NOISE = ("ignore:.*lr_scheduler.step", "ignore:.*pin_memory.*no accelerator", "ignore:.*torch.jit")
+NOISE = "ignore::torch.jit.TracerWarning"
 """What the frameworks warn about in their own code."""
 
 

@@ -13,7 +13,7 @@ import secateur as sc
 from tests.oracles import random_masks
 
 pytestmark = [
-    pytest.mark.filterwarnings("ignore:.*lr_scheduler.step", "ignore:.*torch.jit", "ignore:.*pin_memory"),
+    pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore:.*pin_memory"),
 ]
 
 BLOCKS = {
@@ -72,7 +72,7 @@ def test_every_block_fuses_and_splits_after_a_cut() -> None:
         expected = cut(x)[0]
         fused = copy.deepcopy(cut).fuse(verbose=False)
         splitting = [m for m in fused.modules() if isinstance(m, C2f)]
-        assert len(splitting) >= 4
+        assert len(splitting) == 3
         for module in splitting:
             module.forward = module.forward_split  # what the exporter does
         torch.testing.assert_close(fused(x)[0], expected, rtol=1e-3, atol=1e-3)

@@ -1,14 +1,21 @@
 """Numbers that only other ways through a module read: a second forward, fusing, training branches."""
 
 import copy
+from collections.abc import Callable
 from pathlib import Path
 
+import pytest
 import torch
+from timm.models import byobnet
+from timm.models.fastvit import FastVit
+from timm.utils.model import reparameterize_model
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 import secateur as sc
+from secateur.graph.probe import fit_norms_, randomise_
 from secateur.rewriting.rewrite import rewritten_modules
+from tests.oracles import random_masks
 
 
 class Split(nn.Module):
@@ -156,6 +163,40 @@ def test_reparametrisation_computes_the_same() -> None:
     cut[1].reparameterize()
     cut[2].reparameterize()
     torch.testing.assert_close(cut(x), expected)
+
+
+def repvgg() -> nn.Module:
+    blocks = [byobnet.ByoBlockCfg(type="rep", d=2, c=c, s=2, gs=0, br=1.0) for c in (24, 32)]
+    return byobnet.ByobNet(byobnet.ByoModelCfg(blocks, stem_type="rep", stem_chs=16), num_classes=4)
+
+
+def mobileone() -> nn.Module:
+    more = {"br": 1.0, "block_kwargs": {"num_conv_branches": 2}}
+    stages = [((16, 1, 2), (32, 0, 1)), ((32, 1, 1), (32, 0, 1))]  # depthwise, then over channels
+    blocks = [[byobnet.ByoBlockCfg("one", 1, c, s, gs, **more) for c, gs, s in stage] for stage in stages]
+    return byobnet.ByobNet(byobnet.ByoModelCfg(blocks, stem_type="one", stem_chs=16), num_classes=4)
+
+
+def fastvit() -> nn.Module:
+    mixers, options = ("repmixer", "attention"), {"mlp_ratios": (2, 2), "downsamples": (False, True)}
+    return FastVit(layers=(1, 1), embed_dims=(16, 32), token_mixers=mixers, num_classes=4, **options)
+
+
+@pytest.mark.parametrize("make", [repvgg, mobileone, fastvit])
+def test_networks_of_timm_reparametrised_after_a_cut(make: Callable[[], nn.Module]) -> None:
+    torch.manual_seed(0)
+    model, x = randomise_(make().eval(), 0), torch.randn(2, 3, 64, 64)
+    fit_norms_(model, (x,), {})
+    graph = sc.analyze(model, x[:1])
+    plan = sc.Plan.of(graph, random_masks(graph, 0))
+    cut = sc.cut_(copy.deepcopy(model), graph, plan)
+    proof = sc.verify(model, cut, graph, plan)
+    assert proof.ok, proof
+    assert not proof.stale
+    deployed = reparameterize_model(cut)
+    assert len(list(deployed.modules())) < len(list(cut.modules()))
+    with torch.no_grad():
+        torch.testing.assert_close(deployed(x), cut(x), rtol=1e-3, atol=1e-4)
 
 
 def test_what_cannot_be_known_is_named() -> None:

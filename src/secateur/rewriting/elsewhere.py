@@ -11,7 +11,7 @@ import functools
 import inspect
 import itertools
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from types import CodeType
@@ -30,7 +30,7 @@ from secateur.rewriting.rewrite import Rewritten, original_class, other_forwards
 CHANGES = re.compile(r"fuse(_\w+)?|reparam\w*|merge_\w+|(switch|convert)_to_deploy")
 """Names of methods that turn a module into another that computes the same."""
 
-SILENT = frozenset(("__init__", "__repr__", "extra_repr"))
+SILENT = frozenset(("__init__", "__repr__", "extra_repr", "__getstate__", "__setstate__"))
 """Methods that do not matter after a module was made."""
 
 MOST = 64
@@ -240,17 +240,18 @@ def judge_module(result: Elsewhere, name: str, trial: Trial, options: Mapping[st
         )
         found = next((values for values in tries if trial.still_works(way, values)), None)
         judged |= set(reads)
-        if found is not None:
-            chosen |= found
+        if found is not None:  # with what it needs; another number that it names may be anything
+            needed = (a for a in reads if not trial.still_works(way, {**found, a: getattr(after, a)}))
+            chosen |= {a: found[a] for a in needed}
         elif isinstance(after, Rewritten) and way in other_forwards(cls):
             result.stands_in[name] = (*result.stands_in.get(name, ()), way)
         else:
             result.stale.append(f"{name or cls.__name__}: {way}() does not keep what forward gives")
-    for attribute in options.keys() - judged:
-        values, read_in = options[attribute], readers(cls, attribute)
+    for attribute, values in sorted(options.items()):
+        read_in = readers(after, attribute)
         if len(values) == 1:
-            chosen[attribute] = next(iter(values))
-        elif read_in:
+            chosen.setdefault(attribute, next(iter(values)))
+        elif read_in and attribute not in judged:
             where = f"{name}.{attribute}".removeprefix(".")
             result.stale.append(f"{where} = {getattr(after, attribute)}, read in {', '.join(read_in[:2])}")
     changed = {a: v for a, v in sorted(chosen.items()) if v != getattr(after, a)}
@@ -276,10 +277,21 @@ def right(module: nn.Module, way: str, call: Call, values: Mapping[str, int]) ->
         for attribute, value in values.items():
             setattr(module, attribute, value)
         with evaluating(module), torch.no_grad(), torch.random.fork_rng(devices=[]):
-            if changes:
-                getattr(module, way)()
-            found = (module.eval() if changes else getattr(module, way))(*args, **kwargs)
-        return difference(expected, floats(found))[1] <= TOLERANCE
+            if not changes:
+                return agree(expected, getattr(module, way), args, kwargs)
+            made = getattr(module, way)()
+            module = (made if isinstance(made, nn.Module) else module).eval()
+            others = (getattr(module, other) for other in other_forwards(original_class(module)))
+            return any(agree(expected, forward, args, kwargs) for forward in (module, *others))
+    except Exception:  # whatever its own code raises
+        return False
+
+
+def agree(expected: list[Tensor], forward: Callable[..., Any], args: Any, kwargs: Any) -> bool:
+    """Whether a call gives what is expected."""
+    try:
+        args, kwargs = cloned((args, kwargs))
+        return difference(expected, floats(forward(*args, **kwargs)))[1] <= TOLERANCE
     except Exception:  # whatever its own code raises
         return False
 
@@ -322,10 +334,14 @@ def reached(own: Mapping[str, frozenset[str]], method: str) -> set[str]:
     return seen
 
 
-def readers(cls: type[nn.Module], attribute: str) -> list[str]:
-    """The methods whose own code reads an attribute, but for those that only make the module."""
-    own = methods(cls)
-    making = reached(own, "__init__")
+def readers(module: nn.Module, attribute: str) -> list[str]:
+    """The methods of a module whose own code reads an attribute, but for those that only make it.
+
+    What a rewritten module's forward was is not run any more.
+    """
+    own = methods(original_class(module))
+    idle = {*SILENT, "forward", *module.stands_in} if isinstance(module, Rewritten) else set(SILENT)
+    making = set().union(*(reached(own, method) for method in idle))
     used = frozenset().union(*(names for method, names in own.items() if method not in making))
-    reading = (method for method, names in own.items() if attribute in names and method not in SILENT)
+    reading = (method for method, names in own.items() if attribute in names and method not in idle)
     return sorted(method for method in reading if method not in making or method in used)
