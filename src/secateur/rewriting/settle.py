@@ -311,7 +311,9 @@ class CheckedPass:
         while True:
             broken = frozenset(self._reasons) - {name}
             apart = None if name in self._whole else broken
-            self._calls |= {n: before.get(n, -1) for n in self._calls if inside(n, name)}
+            self._calls = {
+                n: before.get(n, -1) for n in self._calls
+            }  # a shared module may be named elsewhere
             try:
                 with written_out():
                     draft = draft or self._writer.draft(name, apart)
@@ -327,6 +329,9 @@ class CheckedPass:
                 draft = None
             else:
                 self._drafts[name] = draft
+                for (called, call), steps in self._regions.items():  # the program may not have called it
+                    if steps[-1] <= region[-1]:
+                        self._calls[called] = max(self._calls.get(called, -1), call)
                 return result
 
     def _run(self, module: nn.Module, draft: Draft, args: Any, kwargs: Any) -> Any:
