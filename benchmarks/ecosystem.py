@@ -100,7 +100,11 @@ def run(todo: Sequence[Key], work: Path, seconds: int, jobs: int) -> Iterator[Ro
             row = json.loads(file.read_text())
             if process.exitcode:
                 limit = process.exitcode == -signal.SIGXCPU
-                why = f"not finished in {seconds} s of processor time" if limit else f"exit code {process.exitcode}"
+                why = (
+                    f"not finished in {seconds} s of processor time"
+                    if limit
+                    else f"exit code {process.exitcode}"
+                )
                 row |= {"error": "Stopped", "message": why, "cpu_s": seconds, "ended": True}
                 file.write_text(json.dumps(row))
             yield row
@@ -133,7 +137,9 @@ def problems(row: Row) -> list[str]:
     if row["macs_counted"] > BUDGET or row["macs"] > BUDGET:
         found.append(f"{max(row['macs'], row['macs_counted']):.3f} of the MACs are left")
     if not row["proven"]:
-        found.append(f"the proof does not hold: {row['error64']:.0e} in float64, {row['error32']:.0e} in float32")
+        found.append(
+            f"the proof does not hold: {row['error64']:.0e} in float64, {row['error32']:.0e} in float32"
+        )
     if not row["trains"]:
         unreached = f"; no gradients for {', '.join(row['unreached'])}" if row["unreached"] else ""
         found.append(f"it does not train on: losses {row['losses']}{unreached}")
@@ -154,7 +160,13 @@ def verdict(row: Row) -> str:
 def line(row: Row) -> str:
     """For the terminal."""
     tied = f"tied: {row['tied'][0]}" if row.get("tied") else ""
-    cells = (f"{row['framework']}/{row['model']}", verdict(row), f"{row.get('cpu_s', 0):.0f} s", *problems(row), tied)
+    cells = (
+        f"{row['framework']}/{row['model']}",
+        verdict(row),
+        f"{row.get('cpu_s', 0):.0f} s",
+        *problems(row),
+        tied,
+    )
     return "  ".join(filter(None, cells))[:400]
 
 
@@ -189,7 +201,10 @@ def page(rows: Sequence[Row], missing: dict[str, str]) -> str:
     lines += [f"\nMissing: {title}: {why}." for title, why in missing.items()]
     lines += ["", "## What is not as it should be", ""]
     bad = [row for row in rows if verdict(row) != "equal"]
-    lines += [f"- {FRAMEWORKS[row['framework']][0]}, {row['model']}: {verdict(row)}. {'; '.join(problems(row))}" for row in bad]
+    lines += [
+        f"- {FRAMEWORKS[row['framework']][0]}, {row['model']}: {verdict(row)}. {'; '.join(problems(row))}"
+        for row in bad
+    ]
     lines += [] if bad else ["Nothing."]
     lines += ["", "## Exports that fail for the original too", ""]
     late = [row for row in rows if row.get("exports", "yes").startswith("as little")]

@@ -76,7 +76,12 @@ def classifier(name: str, *shape: int, **options: Any) -> Callable[[], Made]:
 
 def resnet(**options: Any) -> Any:
     return config(
-        "ResNet", embedding_size=8, hidden_sizes=[16, 24, 32, 40], depths=[1, 1, 1, 1], layer_type="basic", **options
+        "ResNet",
+        embedding_size=8,
+        hidden_sizes=[16, 24, 32, 40],
+        depths=[1, 1, 1, 1],
+        layer_type="basic",
+        **options,
     )
 
 
@@ -114,24 +119,32 @@ def swin(name: str = "Swin", **options: Any) -> Any:
 
 
 def dinov2(**options: Any) -> Any:
-    return config("Dinov2", image_size=64, patch_size=16, mlp_ratio=2, **(TOKENS | {"num_hidden_layers": 4}), **options)
+    return config(
+        "Dinov2", image_size=64, patch_size=16, mlp_ratio=2, **(TOKENS | {"num_hidden_layers": 4}), **options
+    )
 
 
 def detr(name: str, **options: Any) -> Callable[[], Made]:
     backbone = lambda: resnet(out_features=["stage4"])  # noqa: E731
-    return lambda: made(f"{name}ForObjectDetection", config(name, backbone_config=backbone(), **QUERIES, **options))
+    return lambda: made(
+        f"{name}ForObjectDetection", config(name, backbone_config=backbone(), **QUERIES, **options)
+    )
 
 
 def deformable_detr() -> Made:
     backbone = resnet(out_features=["stage2", "stage3", "stage4"])
     options = QUERIES | {"num_feature_levels": 3, "encoder_n_points": 2, "decoder_n_points": 2}
-    return made("DeformableDetrForObjectDetection", config("DeformableDetr", backbone_config=backbone, **options))
+    return made(
+        "DeformableDetrForObjectDetection", config("DeformableDetr", backbone_config=backbone, **options)
+    )
 
 
 def dab_detr() -> Made:
     options = {k: v for k, v in QUERIES.items() if k != "d_model"}
     backbone = resnet(out_features=["stage4"])
-    return made("DabDetrForObjectDetection", config("DabDetr", backbone_config=backbone, hidden_size=32, **options))
+    return made(
+        "DabDetrForObjectDetection", config("DabDetr", backbone_config=backbone, hidden_size=32, **options)
+    )
 
 
 def mask2former() -> Made:
@@ -148,7 +161,11 @@ def mask2former() -> Made:
         "num_queries": 7,
     }
     return made(
-        "Mask2FormerForUniversalSegmentation", config("Mask2Former", backbone_config=backbone, **options), 3, 128, 128
+        "Mask2FormerForUniversalSegmentation",
+        config("Mask2Former", backbone_config=backbone, **options),
+        3,
+        128,
+        128,
     )
 
 
@@ -158,7 +175,11 @@ def maskformer() -> Made:
     return made(
         "MaskFormerForInstanceSegmentation",
         config(
-            "MaskFormer", backbone_config=backbone, decoder_config=decoder, fpn_feature_size=32, mask_feature_size=32
+            "MaskFormer",
+            backbone_config=backbone,
+            decoder_config=decoder,
+            fpn_feature_size=32,
+            mask_feature_size=32,
         ),
         3,
         128,
@@ -168,7 +189,13 @@ def maskformer() -> Made:
 
 def upernet(backbone: Any, auxiliary: int, size: int) -> Made:
     options: dict[str, Any] = {"hidden_size": 24, "auxiliary_channels": 16, "num_labels": 5}
-    return made("UperNetForSemanticSegmentation", config("UperNet", backbone_config=backbone, auxiliary_in_channels=auxiliary, **options), 3, size, size)
+    return made(
+        "UperNetForSemanticSegmentation",
+        config("UperNet", backbone_config=backbone, auxiliary_in_channels=auxiliary, **options),
+        3,
+        size,
+        size,
+    )
 
 
 def dpt(cls: str) -> Made:
@@ -201,15 +228,29 @@ def zoedepth() -> Made:
         "num_attractors": [4, 2, 2, 1],
     }
     bins = [{"n_bins": 8, "min_depth": 0.001, "max_depth": 10.0, "name": "nyu"}]
-    return made("ZoeDepthForDepthEstimation", config("ZoeDepth", backbone_config=backbone, bin_configurations=bins, **widths))
+    return made(
+        "ZoeDepthForDepthEstimation",
+        config("ZoeDepth", backbone_config=backbone, bin_configurations=bins, **widths),
+    )
 
 
 def sam(cls: str = "SamModel") -> Made:
-    vision = TOKENS | {"mlp_dim": 48, "output_channels": 16, "image_size": 64, "patch_size": 8, "window_size": 4}
-    vision = {k: v for k, v in vision.items() if k != "intermediate_size"} | {"global_attn_indexes": [1], "num_pos_feats": 8}
+    vision = TOKENS | {
+        "mlp_dim": 48,
+        "output_channels": 16,
+        "image_size": 64,
+        "patch_size": 8,
+        "window_size": 4,
+    }
+    vision = {k: v for k, v in vision.items() if k != "intermediate_size"} | {
+        "global_attn_indexes": [1],
+        "num_pos_feats": 8,
+    }
     prompts = {"hidden_size": 16, "image_size": 64, "patch_size": 8, "mask_input_channels": 8}
     masks = {"hidden_size": 16, "mlp_dim": 24, "num_attention_heads": 2, "iou_head_hidden_dim": 16}
-    configuration = config("Sam", vision_config=vision, prompt_encoder_config=prompts, mask_decoder_config=masks)
+    configuration = config(
+        "Sam", vision_config=vision, prompt_encoder_config=prompts, mask_decoder_config=masks
+    )
     model, inputs = made(cls, configuration)
     return model, inputs | {"input_points": 64 * torch.rand(1, 1, 2, 2)}
 
@@ -229,12 +270,21 @@ def vitmatte() -> Made:
         use_relative_position_embeddings=True,
         out_features=["stage2"],
     )
-    widths = {"convstream_hidden_sizes": [8, 16, 24], "fusion_hidden_sizes": [24, 16, 8, 8], "hidden_size": 32}
+    widths = {
+        "convstream_hidden_sizes": [8, 16, 24],
+        "fusion_hidden_sizes": [24, 16, 8, 8],
+        "hidden_size": 32,
+    }
     return made("VitMatteForImageMatting", config("VitMatte", backbone_config=backbone, **widths), 4, 64, 64)
 
 
 def vitpose() -> Made:
-    options = TOKENS | {"image_size": [64, 48], "patch_size": [16, 16], "mlp_ratio": 2, "out_features": ["stage2"]}
+    options = TOKENS | {
+        "image_size": [64, 48],
+        "patch_size": [16, 16],
+        "mlp_ratio": 2,
+        "out_features": ["stage2"],
+    }
     options = {k: v for k, v in options.items() if k != "intermediate_size"}
     backbone = config("VitPoseBackbone", **options)
     return made("VitPoseForPoseEstimation", config("VitPose", backbone_config=backbone), 3, 64, 48)
@@ -253,17 +303,32 @@ def vit_mae() -> Made:
 
 def video(name: str, **options: Any) -> Callable[[], Made]:
     return lambda: made(
-        f"{name}ForVideoClassification", config(name, num_frames=4, num_labels=5, **VIT, **options), 4, 3, 64, 64
+        f"{name}ForVideoClassification",
+        config(name, num_frames=4, num_labels=5, **VIT, **options),
+        4,
+        3,
+        64,
+        64,
     )
 
 
 def levit() -> Made:
-    sizes = {"hidden_sizes": [16, 24, 32], "num_attention_heads": [2, 3, 4], "depths": [1, 1, 1], "key_dim": [8, 8, 8]}
+    sizes = {
+        "hidden_sizes": [16, 24, 32],
+        "num_attention_heads": [2, 3, 4],
+        "depths": [1, 1, 1],
+        "key_dim": [8, 8, 8],
+    }
     return made("LevitForImageClassification", config("Levit", image_size=64, num_labels=5, **sizes))
 
 
 def cvt() -> Made:
-    sizes = {"embed_dim": [8, 16, 24], "num_heads": [1, 2, 3], "depth": [1, 2, 3], "mlp_ratio": [2.0, 2.0, 2.0]}
+    sizes = {
+        "embed_dim": [8, 16, 24],
+        "num_heads": [1, 2, 3],
+        "depth": [1, 2, 3],
+        "mlp_ratio": [2.0, 2.0, 2.0],
+    }
     return made("CvtForImageClassification", config("Cvt", num_labels=5, **sizes))
 
 
@@ -285,11 +350,20 @@ def pvt() -> Made:
 
 
 def rt_detr(name: str, backbone: Callable[[], Any], **options: Any) -> Callable[[], Made]:
-    return lambda: made(f"{name}ForObjectDetection", config(name, backbone_config=backbone(), **HYBRID, **options))
+    return lambda: made(
+        f"{name}ForObjectDetection", config(name, backbone_config=backbone(), **HYBRID, **options)
+    )
 
 
 def swin2sr() -> Made:
-    options = {"image_size": 32, "embed_dim": 16, "depths": [2], "num_heads": [2], "window_size": 4, "upscale": 2}
+    options = {
+        "image_size": 32,
+        "embed_dim": 16,
+        "depths": [2],
+        "num_heads": [2],
+        "window_size": 4,
+        "upscale": 2,
+    }
     return made("Swin2SRForImageSuperResolution", config("Swin2SR", **options), 3, 32, 32)
 
 
@@ -299,12 +373,20 @@ def yolos() -> Made:
 
 
 def eomt() -> Made:
-    options = VIT | {"num_hidden_layers": 3, "num_blocks": 1, "num_queries": 7, "mlp_ratio": 2, "num_upscale_blocks": 1}
+    options = VIT | {
+        "num_hidden_layers": 3,
+        "num_blocks": 1,
+        "num_queries": 7,
+        "mlp_ratio": 2,
+        "num_upscale_blocks": 1,
+    }
     options = {k: v for k, v in options.items() if k != "intermediate_size"}
     return made("EomtForUniversalSegmentation", config("Eomt", **options))
 
 
-def wide(sizes: Sequence[int] = (8, 16, 24, 32), depths: Sequence[int] = (1, 1, 1, 1), **options: Any) -> dict[str, Any]:
+def wide(
+    sizes: Sequence[int] = (8, 16, 24, 32), depths: Sequence[int] = (1, 1, 1, 1), **options: Any
+) -> dict[str, Any]:
     return {"hidden_sizes": list(sizes), "depths": list(depths), **options}
 
 
@@ -355,7 +437,9 @@ CASES: dict[str, Callable[[], Made]] = {
     "Swin": lambda: made("SwinForImageClassification", swin(num_labels=5)),
     "Swin v2": lambda: made("Swinv2ForImageClassification", swin("Swinv2", num_labels=5)),
     "PVT": pvt,
-    "PVT v2": lambda: made("PvtV2ForImageClassification", config("PvtV2", image_size=64, num_labels=5, **STAGES)),
+    "PVT v2": lambda: made(
+        "PvtV2ForImageClassification", config("PvtV2", image_size=64, num_labels=5, **STAGES)
+    ),
     "PVT v2 linear": lambda: made(
         "PvtV2ForImageClassification",
         config("PvtV2", image_size=64, num_labels=5, linear_attention=True, **STAGES),
@@ -363,13 +447,16 @@ CASES: dict[str, Callable[[], Made]] = {
     "CvT": cvt,
     "LeViT": levit,
     "MobileViT": classifier("MobileViT", **MOBILEVIT),
-    "MobileViT v2": classifier(
-        "MobileViTV2", image_size=64, width_multiplier=0.25, n_attn_blocks=[1, 1, 1]
+    "MobileViT v2": classifier("MobileViTV2", image_size=64, width_multiplier=0.25, n_attn_blocks=[1, 1, 1]),
+    "SwiftFormer": classifier("SwiftFormer", embed_dims=[8, 16, 24, 32], depths=[1, 1, 1, 1], mlp_ratio=2),
+    "FocalNet": classifier(
+        "FocalNet",
+        image_size=64,
+        embed_dim=8,
+        **wide((16, 24, 32), (1, 1, 1)),
+        focal_levels=[2, 2, 2],
+        focal_windows=[3, 3, 3],
     ),
-    "SwiftFormer": classifier(
-        "SwiftFormer", embed_dims=[8, 16, 24, 32], depths=[1, 1, 1, 1], mlp_ratio=2
-    ),
-    "FocalNet": classifier("FocalNet", image_size=64, embed_dim=8, **wide((16, 24, 32), (1, 1, 1)), focal_levels=[2, 2, 2], focal_windows=[3, 3, 3]),
     "PoolFormer": classifier("PoolFormer", **wide(), mlp_ratio=2.0),
     "ConvNeXt": classifier("ConvNext", **wide()),
     "ConvNeXt v2": classifier("ConvNextV2", **wide()),
@@ -389,7 +476,9 @@ CASES: dict[str, Callable[[], Made]] = {
         conv_layer_strides=[[1, 2], [2], [1, 2], [2]],
         hidden_sizes=[8, 8, 16, 16, 24],
     ),
-    "CLIP vision": lambda: made("CLIPVisionModelWithProjection", config("CLIPVision", projection_dim=16, **VIT)),
+    "CLIP vision": lambda: made(
+        "CLIPVisionModelWithProjection", config("CLIPVision", projection_dim=16, **VIT)
+    ),
     "CLIP classifier": lambda: made(
         "CLIPForImageClassification", config("CLIP", vision_config=VIT, text_config=TOKENS, num_labels=5)
     ),
@@ -400,12 +489,8 @@ CASES: dict[str, Callable[[], Made]] = {
         "MobileNetV2ForSemanticSegmentation",
         config("MobileNetV2", image_size=64, depth_multiplier=0.25, output_stride=16, num_labels=5),
     ),
-    "UPerNet with Swin": lambda: upernet(
-        swin(**PYRAMID_SWIN), 64, 128
-    ),
-    "UPerNet with ConvNeXt": lambda: upernet(
-        config("ConvNext", **wide(), out_features=ALL), 24, 64
-    ),
+    "UPerNet with Swin": lambda: upernet(swin(**PYRAMID_SWIN), 64, 128),
+    "UPerNet with ConvNeXt": lambda: upernet(config("ConvNext", **wide(), out_features=ALL), 24, 64),
     "DPT, segmentation": lambda: dpt("DPTForSemanticSegmentation"),
     "DPT, depth": lambda: dpt("DPTForDepthEstimation"),
     "Depth Anything": depth_anything,
@@ -438,5 +523,7 @@ def loss(model: nn.Module, inputs: dict[str, Any]) -> torch.Tensor | None:
     """The training loss of the model's own class, as `Trainer` uses it; None where it takes no class labels."""
     if "ImageClassification" not in type(model).__name__ or "Teacher" in type(model).__name__:
         return None
-    result: torch.Tensor = model(**inputs, labels=torch.zeros(len(inputs["pixel_values"]), dtype=torch.long)).loss
+    result: torch.Tensor = model(
+        **inputs, labels=torch.zeros(len(inputs["pixel_values"]), dtype=torch.long)
+    ).loss
     return result

@@ -109,7 +109,10 @@ def stages(framework: ModuleType, name: str) -> Iterator[Row]:
         resumed.last = trained.last
     same = equal(small, again, inputs)
     resumed.step(), trained.step()
-    yield {"resumes": same and resumed.last == trained.last and equal(small, again, inputs), "stage": "export"}
+    yield {
+        "resumes": same and resumed.last == trained.last and equal(small, again, inputs),
+        "stage": "export",
+    }
     export = getattr(framework, "export", export_onnx)
     yield {"exports": exported(export, small, inputs, lambda: fresh(make, 0)[0]), "stage": "done"}
 
@@ -136,7 +139,9 @@ class Training:
         loss: of the framework: (model, inputs) -> loss, or None.
     """
 
-    def __init__(self, model: nn.Module, inputs: Inputs, loss: Callable[[nn.Module, Inputs], Tensor | None]) -> None:
+    def __init__(
+        self, model: nn.Module, inputs: Inputs, loss: Callable[[nn.Module, Inputs], Tensor | None]
+    ) -> None:
         self._model = model
         self._inputs = random_floats(with_images(inputs, 2), 0)
         self._loss = loss
@@ -179,7 +184,10 @@ def equal(model: nn.Module, other: nn.Module, inputs: Inputs) -> bool:
 
 
 def exported(
-    export: Callable[[nn.Module, Inputs, Path], Any], model: nn.Module, inputs: Inputs, original: Callable[[], nn.Module]
+    export: Callable[[nn.Module, Inputs, Path], Any],
+    model: nn.Module,
+    inputs: Inputs,
+    original: Callable[[], nn.Module],
 ) -> str:
     """ "yes", or why not; where the original cannot be exported either, "as little as the original: …"."""
     with tempfile.TemporaryDirectory() as folder:
@@ -195,4 +203,3 @@ def exported(
         except Exception as error:
             return f"as little as the original: {first_line(error)}"
         return reason
-

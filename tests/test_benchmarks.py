@@ -19,7 +19,15 @@ from secateur.methods.rd.single_weights import FAITHFUL, RDWeights
 from tests.small import residual_net
 
 FOLDER = Path(__file__).parents[1] / "benchmarks"
-EXTRAS = ("matplotlib", "timm", "torchvision", "torch_pruning", "transformers", "segmentation_models_pytorch", "ultralytics")
+EXTRAS = (
+    "matplotlib",
+    "timm",
+    "torchvision",
+    "torch_pruning",
+    "transformers",
+    "segmentation_models_pytorch",
+    "ultralytics",
+)
 """What the extras `benchmark` and `frameworks` install."""
 
 SMALL = RDWeights(levels=4, steps=2, points=20)
@@ -185,7 +193,9 @@ def test_the_ecosystem_is_judged(monkeypatch: pytest.MonkeyPatch) -> None:
         assert script.verdict(row) == "wrong"
         assert said in "; ".join(script.problems(row))
     refused = ROW | {"error": "CutError", "message": "where it ends", "refused": True}
-    page = script.page([ROW, late, refused], dict.fromkeys(["Ultralytics", "torchvision detection"], "no module"))
+    page = script.page(
+        [ROW, late, refused], dict.fromkeys(["Ultralytics", "torchvision detection"], "no module")
+    )
     assert "3 models: 2 equal, 1 refused, 0 wrong" in page
     assert "| Hugging Face Transformers | 3 (fewer than 35) | 2 | 1 | 0 | 2 | 0 | 3 |" in page
     assert "CutError in stage done: where it ends" in page
