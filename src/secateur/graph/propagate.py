@@ -68,7 +68,7 @@ def walk(
 
 
 def find_checks(graph: fx.Graph) -> set[fx.Node]:
-    """The nodes that only ask whether tensors hold what forward expects: assertions, and what is worked out for them."""
+    """The nodes that only ask whether tensors hold what forward expects: assertions, and what these read."""
     found: set[fx.Node] = set()
     for node in reversed(graph.nodes):
         schema = getattr(node.target, "_schema", None)
