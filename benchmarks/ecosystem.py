@@ -172,15 +172,17 @@ def line(row: Row) -> str:
 
 def page(rows: Sequence[Row], missing: dict[str, str]) -> str:
     words = {word: sum(verdict(row) == word for row in rows) for word in ("equal", "refused", "wrong")}
+    packages = [package for title, package, _ in FRAMEWORKS.values() if title not in missing]
+    versions = [f"{package} {version(package)}" for package in packages]
+    minutes = sum(row.get("cpu_s", 0) for row in rows) / 60
     lines = [
         "# The ecosystem",
         "",
         "`python benchmarks/ecosystem.py --work runs/ecosystem --out docs/results/ecosystem.md`",
         "",
-        f"{len(rows)} models: {', '.join(f'{count} {word}' for word, count in words.items())}. torch {torch.__version__}, "
-        f"{', '.join(f'{package} {version(package)}' for title, package, _ in FRAMEWORKS.values() if title not in missing)}, "
-        f"{device_name('cpu')}, one thread, Python {platform.python_version()}; "
-        f"{sum(row.get('cpu_s', 0) for row in rows) / 60:.0f} minutes of processor time.",
+        f"{len(rows)} models: {', '.join(f'{count} {word}' for word, count in words.items())}. "
+        f"torch {torch.__version__}, {', '.join(versions)}, {device_name('cpu')}, one thread, "
+        f"Python {platform.python_version()}; {minutes:.0f} minutes of processor time.",
         "",
         " ".join(ABOUT.split()),
         "",
@@ -216,7 +218,8 @@ def page(rows: Sequence[Row], missing: dict[str, str]) -> str:
         "",
         "## Every model",
         "",
-        "| framework | model | parameters | pruned | MACs left | equal | trains on | resumes | exports | rewritten | tied | s |",
+        "| framework | model | parameters | pruned | MACs left | equal | trains on | resumes | exports | rewritten "
+        "| tied | s |",
         "|---|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     lines += ["| " + " | ".join(cells(row)) + " |" for row in rows]

@@ -14,7 +14,7 @@ from tests.surgery.fixed_sizes import cut_down
 
 
 class Pooled(nn.Module):
-    """A classifier that takes its tokens apart by a number of its configuration, and its own loss where there are labels."""
+    """A classifier that takes its tokens apart by a number of its configuration, with a loss of its own."""
 
     def __init__(self, config: SimpleNamespace) -> None:
         super().__init__()

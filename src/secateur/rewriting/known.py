@@ -3,8 +3,8 @@
 Attention blocks store their number of heads and the like when they are made, and `view` by it; blocks that split
 their channels store how many each part has. The new value is read off the captured graph: what became of the old
 number in the module's own operators. Where it became several numbers, the attribute stays. Lists of widths in a
-configuration (`self.config.hidden_sizes[-1]`) follow too, in a copy that the module alone holds. Nothing is trusted: the
-module is run and compared afterwards like any other.
+configuration (`self.config.hidden_sizes[-1]`) follow too, in a copy that the module alone holds. Nothing is trusted:
+the module is run and compared afterwards like any other.
 """
 
 import inspect

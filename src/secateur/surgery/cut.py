@@ -13,6 +13,7 @@ from secateur.graph import Graph, mirrored, named_tensors
 from secateur.graph.duplicate import duplicate
 from secateur.graph.groups import PadSite, check_model
 from secateur.graph.guard import uncompiled
+from secateur.graph.modes import forget_kept
 from secateur.graph.modules import HELD, Keep, held, worked_out
 from secateur.graph.positions import kept_positions
 from secateur.graph.probe import random_inputs
@@ -76,7 +77,8 @@ def cut_(model: nn.Module, graph: Graph, plan: Plan, *, optimizer: Optimizer | N
 
 
 def renew_(model: nn.Module, edit: Edit) -> None:
-    """Let weights that hooks work out follow the tensors they are worked out from, as a change that was made."""
+    """Let what modules have worked out follow the tensors it is worked out from, as a change that was made."""
+    forget_kept(model)
     for module in model.modules():
         new = worked_out(module)
         if new:
