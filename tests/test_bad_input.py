@@ -336,7 +336,7 @@ def test_a_cache_that_evaluation_filled_is_not_taken_for_a_constant() -> None:
             return self
 
         def forward(self, x: Tensor) -> Tensor:
-            table = self.table[:, [0, 1, 1, 0]]
+            table = torch.cat([self.table, self.table], 1)
             if not self.training:
                 table = self.kept.setdefault("table", table)
             return self.head(self.body(x).softmax(1) + table.mean(1)[:, None, None])
