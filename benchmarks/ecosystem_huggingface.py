@@ -7,7 +7,6 @@ import torch
 import transformers
 import transformers.modeling_utils  # else every process would load it anew
 from torch import nn
-from torch.nn import functional as F
 
 Made = tuple[nn.Module, dict[str, Any]]
 
