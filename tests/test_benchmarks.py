@@ -1,6 +1,7 @@
 """The scripts of benchmarks/: all can be imported, the cheap ones run, and exact statements hold."""
 
 import importlib.util
+import json
 import re
 import shlex
 import warnings
@@ -12,11 +13,13 @@ from types import ModuleType
 import numpy as np
 import pytest
 import torch
+from PIL import Image
+from safetensors.torch import save_file
 
 from benchmarks.additivity import Additivity, check_additivity, draw_levels
 from secateur.methods.rd.curves import geometric
 from secateur.methods.rd.single_weights import FAITHFUL, RDWeights
-from tests.small import residual_net
+from tests.small import ResidualNet, residual_net
 
 FOLDER = Path(__file__).parents[1] / "benchmarks"
 EXTRAS = (
@@ -214,3 +217,40 @@ def test_a_model_of_the_ecosystem_is_run_through(monkeypatch: pytest.MonkeyPatch
     assert row["stage"] == "done"
     framework.loss = lambda model, inputs: next(model.parameters()).sum()  # type: ignore[attr-defined]
     assert all(found.get("trains", True) for found in script.stages(framework, "net"))
+
+
+def network() -> torch.nn.Module:
+    return ResidualNet(16)
+
+
+def test_images_of_a_folder_rank_methods(run_script: Callable[[str, str], str], tmp_path: Path) -> None:
+    """Cells are kept, timed and told; what is there is not measured again."""
+    pytest.importorskip("onnxruntime", reason="install secateur[onnx]")
+    rng = np.random.default_rng(0)
+    for name in "abcde":
+        (tmp_path / "data" / name).mkdir(parents=True)
+        for number in range(8):
+            pixels = rng.integers(0, 256, (24, 24, 3), dtype=np.uint8)
+            Image.fromarray(pixels).save(tmp_path / "data" / name / f"{number}.png")
+    save_file(network().state_dict(), tmp_path / "w.safetensors")
+    words = (
+        f"--data {tmp_path}/data --model tests.test_benchmarks:network --weights {tmp_path}/w.safetensors "
+        f"--image-size 24 --runs {tmp_path}/runs --epochs 1 --tune 0.6 --keep 0.6 --widths any "
+        f"--out {tmp_path}/page.md --methods"
+    )
+    threads = torch.get_num_threads()
+    with warnings.catch_warnings():
+        page = run_script("imagenet", f"{words} rd")
+    cell = tmp_path / "runs" / "any-60-rd.json"
+    row, written = json.loads(cell.read_text()), cell.stat().st_mtime_ns
+    assert row["macs"] <= 0.6
+    assert len(row["right"]) == len(row["tuned"]) == 30
+    assert row["ms"] > 0
+    assert not list((tmp_path / "runs").glob("any*.onnx"))
+    assert f"| rd | {100 * row['right'].count('1') / 30:.1f} ± " in page
+    with warnings.catch_warnings():
+        page = run_script("imagenet", f"{words} rd 'l2, norms'")
+    torch.set_num_threads(threads)
+    assert cell.stat().st_mtime_ns == written
+    assert "- 60%: " in page
+    assert page == (tmp_path / "page.md").read_text() + "\n"
