@@ -74,7 +74,8 @@ def main() -> None:
         print(f"{number}/{len(todo)} {line(row)}", flush=True)
     if options.out:
         rows = read(options.work)
-        options.out.write_text(page([rows[key] for key in listed if key in rows], missing))
+        unmeasured = ["/".join(key) for key in listed if key not in rows]
+        options.out.write_text(page([rows[key] for key in listed if key in rows], missing, unmeasured))
     for name, why in missing.items():
         print(f"missing: {name}: {why}")
 
@@ -170,7 +171,14 @@ def line(row: Row) -> str:
     return "  ".join(filter(None, cells))[:400]
 
 
-def page(rows: Sequence[Row], missing: dict[str, str]) -> str:
+def page(rows: Sequence[Row], missing: dict[str, str], unmeasured: Sequence[str] = ()) -> str:
+    """The page of results.
+
+    Args:
+        rows: what was measured.
+        missing: frameworks that cannot be loaded, and why.
+        unmeasured: models that were not run.
+    """
     words = {word: sum(verdict(row) == word for row in rows) for word in ("equal", "refused", "wrong")}
     packages = [package for title, package, _ in FRAMEWORKS.values() if title not in missing]
     versions = [f"{package} {version(package)}" for package in packages]
@@ -201,6 +209,7 @@ def page(rows: Sequence[Row], missing: dict[str, str]) -> str:
         few = "" if len(own) >= least else f" (fewer than {least})"
         lines.append(f"| {title} | {len(own)}{few} | {' | '.join(map(str, [*counts, *more]))} |")
     lines += [f"\nMissing: {title}: {why}." for title, why in missing.items()]
+    lines += [f"\nNot measured yet: {', '.join(unmeasured)}."] if unmeasured else []
     lines += ["", "## What is not as it should be", ""]
     bad = [row for row in rows if verdict(row) != "equal"]
     lines += [

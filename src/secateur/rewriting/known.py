@@ -89,7 +89,7 @@ def following(model: nn.Module, trace: Trace, survivors: Survivors) -> dict[str,
         for attribute, old in attributes.items():
             new = now(old, became)
             if "." in attribute and isinstance(old, tuple):
-                new = tuple(now(width, became) for width in old)
+                new = tuple(n if isinstance(n := now(width, became), int) else width for width in old)
             if new != old:
                 edits.setdefault(name, {})[attribute] = new
     return edits
