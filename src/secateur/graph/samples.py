@@ -1,24 +1,17 @@
 """Example inputs at other sizes: more images, and images of another height and width."""
 
-from collections.abc import Callable
-from contextlib import nullcontext
+import itertools
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.func import functional_call
+from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from secateur.graph.capture import Batching, Inputs, as_call, as_inputs, with_length
-from secateur.graph.guard import quiet, untouched
-from secateur.graph.modes import evaluating
 
 SMALL = 128
 """Images below this many pixels are tried larger, those above mostly smaller, which costs less."""
-
-FEW = 2**17
-"""Numbers in inputs that are small: some images of 128 × 128."""
 
 STEPS = (1, 8, 32)
 """Sizes tried are multiples of these: many a network takes only multiples of its strides."""
@@ -29,6 +22,9 @@ SHRUNK = ((0.72, 0.57), (0.51, 0.89), (0.87, 0.66), (1.19, 0.79), (0.12, 0.1))
 
 The last is where windows and pools no longer fit into the image.
 """
+
+SMALLEST = (2 / 7, 3 / 7)
+"""An eighth of the pixels: as few as leave several positions to a network that divides by 32."""
 
 AXES: dict[int, tuple[tuple[int, ...], ...]] = {
     5: ((3, 4), (2, 3)),
@@ -80,96 +76,81 @@ def random_floats(inputs: Inputs, seed: int, dtype: torch.dtype | None = None) -
     return pytree.tree_map(random, inputs)  # type: ignore[no-any-return]
 
 
-Size = tuple[tuple[int, ...], tuple[int, ...]]
-"""Dims of the main tensor, and a size for each."""
+Shares = Sequence[tuple[float, float]]
+"""Heights and widths, as shares of those given."""
 
 
-def other_sizes(inputs: Inputs, runs: Callable[[Inputs], bool], most: int = 5) -> list[Size]:
-    """Other image sizes that a model takes.
+def other_sizes(inputs: Inputs, grown: Shares = GROWN, shrunk: Shares = SHRUNK) -> Iterator[Iterator[Inputs]]:
+    """The inputs at other image sizes: several series, the next for models that take none of the one before.
 
     Args:
         inputs: at the size given.
-        runs: whether the model takes inputs; asked at most a few dozen times.
-        most: how many sizes are enough.
+        grown: what to try for small images.
+        shrunk: what to try for others.
     """
     main = main_leaf(inputs)
-    if main is None:
-        return []
-    for dims in AXES.get(main.ndim, ()):
-        given = tuple(main.shape[dim] for dim in dims)
-        shares = GROWN if max(given) < SMALL else SHRUNK
+    for dims in AXES.get(main.ndim, ()) if main is not None else ():
+        given = tuple(main.shape[dim] for dim in dims)  # type: ignore[union-attr]
         for step in STEPS:
-            found: dict[tuple[int, ...], None] = {}
-            for number, share in enumerate(shares):
-                size = tuple(
-                    max(step, round(n * s / step) * step) for n, s in zip(given, share, strict=False)
-                )
-                candidate = at_size(inputs, dims, size) if size != given else None
-                if candidate is not None and runs(candidate):
-                    found[size] = None
-                if len(found) == most or (number == 1 and not found):
-                    break
-            if found:
-                return [(dims, size) for size in found]
-    return []
+            sizes = (
+                tuple(max(step, round(n * s / step) * step) for n, s in zip(given, share, strict=False))
+                for share in (grown if max(given) < SMALL else shrunk)
+            )
+            found = (at_size(inputs, dims, size) for size in dict.fromkeys(sizes) if size != given)
+            yield (changed for changed in found if changed is not None)
 
 
 def sampled(
-    model: nn.Module, inputs: Inputs, batching: Batching, batch: int, most: int = 5
+    inputs: Inputs, batching: Batching, batch: int, runs: Callable[[Inputs], bool], most: int = 5
 ) -> tuple[list[Inputs], list[Inputs]]:
-    """Random inputs that a model takes in evaluation mode, at several sizes.
+    """Random inputs that a model takes, at several sizes.
 
     Args:
-        model: it is only read.
         inputs: example inputs.
         batching: how they hold images.
         batch: images in the analysis.
+        runs: runs the model, and says whether it takes the inputs; the first are as in the analysis.
         most: how many other image sizes are enough.
     Returns:
         with the image size given: first as in the analysis, then, if the model takes them, with more images; and at
         other image sizes, with different numbers of images.
     """
+    seeds = itertools.count()
 
-    def at_batch(given: Inputs, *counts: int) -> Inputs | None:
-        for count in counts:
-            if batching.allows(count) and takes(model, changed := batching.resized(given, count)):
-                return changed
-        return None
+    def first(given: Inputs, *counts: int) -> list[Inputs]:
+        for count in dict.fromkeys(counts):
+            if batching.allows(count):
+                changed = random_floats(batching.resized(given, count), next(seeds))
+                if runs(changed):
+                    return [changed]
+        return []
 
-    base = batching.resized(inputs, batch)
-    more = at_batch(inputs, batch + 1, batch + batching.images, 2 * batch)
-    others = []
-    for number, (dims, size) in enumerate(other_sizes(base, lambda given: takes(model, given), most)):
-        changed = at_size(inputs, dims, size)
-        assert changed is not None
-        count = (3, 2, 1, 1, 2)[number] if more is not None else batch
-        found = at_batch(changed, count)
-        others.append(batching.resized(changed, batch) if found is None else found)
-    given = [base] if more is None else [base, more]
-    return (
-        [random_floats(x, seed) for seed, x in enumerate(given)],
-        [random_floats(x, seed) for seed, x in enumerate(others, len(given))],
-    )
+    same = first(inputs, batch) + first(inputs, batch + 1, batch + batching.images, 2 * batch)
+    for series in other_sizes(inputs):
+        others: list[Inputs] = []
+        for number, changed in enumerate(series):
+            count = (3, 2, 1, 1, 2)[number] if len(same) > 1 else batch
+            others += first(changed, count, batch)
+            if len(others) == most or (number == 1 and not others):
+                break
+        if others:
+            return same, others
+    return same, []
 
 
-def takes(model: nn.Module, inputs: Inputs) -> bool:
-    """Whether a model in evaluation mode runs on inputs of these shapes.
+def elsewhere(inputs: Inputs, batching: Batching, counts: Sequence[int], shrunk: Shares) -> Iterator[Inputs]:
+    """Random inputs of other sizes, which a model may take or not.
 
-    Small inputs are run, which is quicker than going through the shapes alone; for larger ones nothing is computed.
+    Args:
+        inputs: as in the analysis, with random images.
+        batching: how they hold images.
+        counts: numbers of images to try, the first that the inputs can hold first.
+        shrunk: sizes to try for large images.
+    Yields:
+        at other image sizes; then the first images at the size given.
     """
-    leaves = [x for x in pytree.tree_leaves(as_call(inputs)) if isinstance(x, Tensor)]
-    small = sum(x.numel() for x in leaves) <= FEW
-    with quiet(), untouched(model), evaluating(model), torch.no_grad(), torch.random.fork_rng(devices=[]):
-        try:
-            with nullcontext() if small else FakeTensorMode(allow_non_fake_inputs=True) as mode:
-                copied = mode.from_tensor if mode else Tensor.clone
-                args, kwargs = pytree.tree_map(
-                    lambda x: copied(x) if isinstance(x, Tensor) else x, as_call(inputs)
-                )
-                buffers: dict[str, Tensor] = {
-                    name: copied(t) for name, t in model.named_buffers()
-                }  # may be written to
-                functional_call(model, buffers, args, kwargs)
-        except Exception:  # whatever the model's own code raises
-            return False
-    return True
+    counts = [count for count in counts if batching.allows(count)]
+    for series in other_sizes(inputs, GROWN[:2], shrunk):
+        for changed in series:
+            yield from (random_floats(batching.resized(changed, count), count) for count in counts)
+    yield from (batching.resized(inputs, count) for count in sorted(counts))

@@ -24,6 +24,14 @@ from secateur.rewriting.program import Ref
 from secateur.rewriting.rewrite import fixed_program, tensors_of
 
 
+class Rehearsal(LiveSite):
+    """A site whose operator does not run."""
+
+    def call(self, /, **changed: Any) -> Any:
+        """Its first tensor."""
+        return next(arg for arg in self.args.values() if isinstance(arg, Tensor))
+
+
 class Reference:
     """The forward pass of the original in evaluation mode, with statistics over the survivors of a plan.
 
@@ -54,8 +62,33 @@ class Reference:
 
     @property
     def needed(self) -> bool:
-        """Whether any operator might take a statistic over removed positions."""
-        return any(survivors_of(step) and self._alive(step) for step in self._lines.steps)
+        """Whether any operator might take a statistic over removed positions, whatever these hold."""
+        return any(map(self._may_differ, self._lines.steps))
+
+    def _may_differ(self, step: Step) -> bool:
+        """Whether an operator does other things to ones than it would without the removed positions.
+
+        Its tensors have size 1 along all dims that lose nothing, and what it computes in the end is left out.
+        """
+        survivors = survivors_of(step)
+        alive = self._alive(step) if survivors else {}
+        if survivors is None or not alive:
+            return False
+
+        def ones(arg: Any, name: str) -> Any:
+            if isinstance(arg, list):
+                return [ones(part, f"{name}.{i}") for i, part in enumerate(arg)]
+            if not isinstance(arg, Ref):
+                return arg
+            found = shapes_of(self._lines.nodes[arg.index])
+            return torch.ones(alive[name].shape if name in alive else [1] * len(found[0] if found else ()))
+
+        site = Rehearsal(step, {name: ones(arg, name) for name, arg in step.args.items()}, alive)
+        try:
+            survivors(site)
+        except Exception:  # such as where two tensors no longer fit
+            return True
+        return site.touched
 
     def run(self, inputs: Any, named: Mapping[str, Tensor]) -> Any:
         """The output for the leaves of the example inputs and masked tensors by name."""

@@ -22,7 +22,7 @@ from torch.utils import _pytree as pytree
 from secateur.errors import CaptureError, CutError
 from secateur.graph.capture import Capture, Inputs, as_call, capture
 from secateur.graph.duplicate import cloned, duplicate
-from secateur.graph.guard import opened
+from secateur.graph.guard import opened, quiet, untouched
 from secateur.graph.labels import Atoms, Value, along, compress, reshape
 from secateur.graph.modules import Keep
 from secateur.graph.operators import OPERATORS, Step
@@ -104,6 +104,7 @@ class Writer:
         self._regions = find_calls(self._whole, self._model)
         self._runs: dict[str, list[Calls]] = {}
         self._captures: dict[Any, Captures] = {}
+        self._samples: tuple[list[Inputs], list[Inputs]] | None = None
 
     def draft(self, name: str, apart: Collection[str] | None = ()) -> Draft:
         """The program of a submodule; "" is the model itself.
@@ -119,6 +120,7 @@ class Writer:
         runs = self._runs[name]
         if not runs[0]:
             raise CutError(f"{name}: it is not called in evaluation mode")
+        assert self._samples is not None
         given, tied = len(self._samples[0]), ""
         for some in dict.fromkeys((len(runs), given)):  # at least at the image size of the analysis
             calls = [[run[i] if i < len(run) else None for run in runs[:some]] for i in range(len(runs[0]))]
@@ -140,23 +142,28 @@ class Writer:
         kind = type(self._model.get_submodule(name))
         names = [n for n, module in self._model.named_modules() if type(module) is kind]
         runs: list[dict[str, Calls]] = []
-        for given in itertools.chain(*self._samples):
-            args, kwargs = as_call(given)
-            with recorded(self._model, names) as calls, torch.no_grad():
-                try:
-                    self._model(*args, **kwargs)
-                except Exception:  # whatever its own code raises at a size it was not made for
-                    if not runs:
-                        raise
-                    calls = {n: [] for n in names}
-            runs.append(calls)
-        for n in names:
-            self._runs[n] = [run[n] for run in runs]
 
-    @functools.cached_property
-    def _samples(self) -> tuple[list[Inputs], list[Inputs]]:
-        captured = self._trace.captured
-        return sampled(self._model, self._inputs, captured.batching, captured.batch)
+        def run(given: Inputs) -> bool:
+            args, kwargs = as_call(given)
+            try:
+                with quiet(), untouched(self._model), recorded(self._model, names) as calls, torch.no_grad():
+                    self._model(*args, **kwargs)
+            except Exception:  # whatever its own code raises at a size it was not made for
+                if not runs:
+                    raise
+                return False
+            runs.append(calls)
+            return True
+
+        if self._samples is None:
+            captured = self._trace.captured
+            self._samples = sampled(self._inputs, captured.batching, captured.batch, run)
+        else:
+            for given in itertools.chain(*self._samples):
+                if not run(given):
+                    runs.append({n: [] for n in names})
+        for n in names:
+            self._runs[n] = [calls[n] for calls in runs]
 
     def _draft(
         self, name: str, number: int, calls: Sequence[Call | None], apart: Collection[str] | None
@@ -171,7 +178,7 @@ class Writer:
             raise CutError(f"{name}: its forward cannot be captured by itself ({error})") from None
         except CutError as error:
             raise CutError(f"{name}: {error}") from None
-        values = self._match(name, number, captures.base.operators())
+        values = self._match(name, number, captures.base.operators)
         (captured, *others), training = captures.in_both_modes()
         switches, lost = training_switches(training, captured, captures.training)
         unheard = captures.base.unheard()
@@ -209,6 +216,7 @@ class Writer:
         alike = likeness((module, calls), {}), apart
         if alike in self._captures:
             return self._captures[alike]
+        assert self._samples is not None
         captures = Captures.of(module, calls, len(self._samples[0]), apart)
         if not captures.base.captured.constants:  # these may differ, whatever else is equal
             self._captures[alike] = captures
@@ -394,22 +402,23 @@ class Captured:
         except (CaptureError, CutError):
             return None
 
+    @functools.cached_property
     def operators(self) -> Listing:
         """Its operators, those of submodules that are called included."""
         return list_operators(self.captured)
 
+    @functools.cached_property
     def listing(self) -> Listing:
         """Its operators and the calls of submodules that can be made as they are."""
-        lines = self.operators()
-        return collapse(lines, [self.sites[call.site] for call in lines.calls])
+        return collapse(self.operators, [self.sites[call.site] for call in self.operators.calls])
 
     def refused(self) -> set[str]:
         """Submodules whose calls were marked and cannot be made as they are."""
-        return {site.module for site in self.sites} - {*calls_of(self.listing())}
+        return {site.module for site in self.sites} - {*calls_of(self.listing)}
 
     def unheard(self) -> list[str]:
         """The submodules that the module calls and whose operators are written out."""
-        called = calls_of(self.listing())
+        called = calls_of(self.listing)
         names = [*self.sites.passed, *(site.module for site in self.sites)]
         return [name for name in dict.fromkeys(names) if name not in called]
 
@@ -438,12 +447,13 @@ class Captures:
         self._alike = alike
         while True:
             self.base = Captured.of(module, *calls[0], apart=self._apart)
-            refused = self.base.refused() | {*calls_of(self.base.listing())} & {*self.base.sites.passed}
+            refused = self.base.refused() | {*calls_of(self.base.listing)} & {*self.base.sites.passed}
             if self._apart is None or refused <= {*self._apart}:
                 break
             self._apart = {*self._apart, *refused}  # what they call is looked at instead
         self.tied = ""
         self._found: dict[tuple[int, bool], Captured | None] = {}
+        self._other = {number for number in range(len(calls)) if self._sizes(number) is None}
         self._forget()
 
     @classmethod
@@ -492,7 +502,7 @@ class Captures:
                 continue
             if best is None or (len(self._fit), -length) > best[0]:
                 best = (len(self._fit), -length), dict(vars(self))
-            if not self._unfit:
+            if self._unfit <= self._other:
                 break
         vars(self).update(best[1] if best else {})
         self.tied = self._reason if best is None or self._unfit else ""
@@ -558,12 +568,16 @@ class Captures:
 
     def _add(self, number: int) -> bool:
         """Capture a call, the first in float64; False if it does other things than in the analysis."""
+        if number in self._other:
+            return False
         found = None if self.variants else self._capture(number, True)
         if found is None and number:
             found = self._capture(number, False)
         if found is None:
             return not number
-        if align([capture.listing() for capture in (self.base, *self.variants, found)]) is None:
+        if align([capture.listing for capture in (self.base, *self.variants, found)]) is None:
+            if align([self.base.listing, found.listing]) is None:
+                self._other.add(number)
             return False
         self.variants.append(found)
         self._captured.append(number)
@@ -583,15 +597,15 @@ class Captures:
 
     def listings(self) -> list[Listing]:
         """The operators and calls of all captures; the first is that of the analysis."""
-        found = align([captured.listing() for captured in (self.base, *self.variants)])
+        found = align([captured.listing for captured in (self.base, *self.variants)])
         assert found is not None
         return found
 
     def in_both_modes(self) -> tuple[list[Listing], Listing | None]:
         """The same with every step of the training mode, and beside it the steps in that; None: they are others."""
-        captures = [captured.listing() for captured in (self.base, *self.variants)]
+        captures = [captured.listing for captured in (self.base, *self.variants)]
         try:
-            found = align([*captures, self.training.listing()]) if self.training else None
+            found = align([*captures, self.training.listing]) if self.training else None
         except CutError:
             found = None
         if found is None or not same_calls(found[0], found[-1]):
@@ -891,7 +905,7 @@ def training_switches(
             result.append(changed)
         return result, ""
     try:
-        found = {step.op for step in captured.listing().steps if not counts(step)} if captured else set()
+        found = {step.op for step in captured.listing.steps if not counts(step)} if captured else set()
     except CutError:
         found = set()
     only = sorted(found - {s.op for s in lines.steps})

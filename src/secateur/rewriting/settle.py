@@ -1,8 +1,9 @@
 """Making sure that the user's own forward computes the cut network, and rewriting it where it does not.
 
-The judge is the captured graph at the cut widths, run beside the model on random weights, in float64 or, where
-forward names a precision itself, in the model's own. That a forward runs proves little: a scale that it works
-out from a width is merely a little wrong.
+The judge is the captured graph at the cut widths, run beside the model on random weights. That a forward runs proves
+little: a scale that it works out from a width is merely a little wrong. Both run the same operators on the same
+tensors if all is well, and so give the same bits in float32. If they do not, they are compared in float64 or, where
+forward names a precision itself, in the model's own.
 """
 
 import functools
@@ -50,7 +51,10 @@ def settle(
     """
     assert graph.trace is not None
     model = duplicate(model, share=True)  # a forward may keep what it has computed
-    judge = Judge(model, graph, graph.trace.survivors(masks))
+    survivors = graph.trace.survivors(masks)
+    if Judge(model, graph, survivors, torch.float32).holds():
+        return {}
+    judge = Judge(model, graph, survivors)
     if judge.holds():
         return {}
     before, trace = whole(), graph.trace
@@ -117,15 +121,18 @@ class Judge:
         model: the cut model.
         graph: of the original.
         survivors: of the plan.
+        exact: a precision in which every bit must be the same; None: float64, or the model's own, up to rounding.
     """
 
-    def __init__(self, model: nn.Module, graph: Graph, survivors: Survivors) -> None:
+    def __init__(
+        self, model: nn.Module, graph: Graph, survivors: Survivors, exact: torch.dtype | None = None
+    ) -> None:
         assert graph.trace is not None
         self.model = model
         self.lines, self.shapes = cut_listing(graph.trace, survivors)
-        own = fixes_precision(self.lines)
-        dtype = precision(model) if own else torch.float64
-        self.tolerance = TOLERANCE.get(dtype, 0.1)
+        own = exact is None and fixes_precision(self.lines)
+        dtype = exact or (precision(model) if own else torch.float64)
+        self.tolerance = 0.0 if exact else TOLERANCE.get(dtype, 0.1)
         self.program = fixed_program(self.lines, named=own)
         self.values = random_values(model, 0, dtype)
         self._tensors = tensors_of(self.lines, aliases(model, self.values), own=own)

@@ -143,4 +143,9 @@ def tensor_cuts(
 @checked(CutError)
 def cut_copy(model: nn.Module, graph: Graph, plan: Plan) -> nn.Module:
     """A cut copy; the model stays whole."""
-    return cut_(duplicate(model), graph, plan)
+    small = cut_(duplicate(model, share=True), graph, plan)
+    shared = {parameter.data_ptr() for parameter in model.parameters()}
+    for parameter in small.parameters():
+        if parameter.data_ptr() in shared:
+            parameter.data = parameter.data.clone()
+    return small
