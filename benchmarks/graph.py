@@ -68,9 +68,7 @@ def secateur_steps(model: Any, x: Any, meter: Meter) -> Any:
     from secateur.surgery.cut import cut_copy
 
     graph = meter("analyse", lambda: sc.analyze(model, x))
-    masks = allocate(
-        score_groups(model, graph, "l1"), sc.Cost(graph), sc.Budget(units=0.5), "uniform"
-    )
+    masks = allocate(score_groups(model, graph, "l1"), sc.Cost(graph), sc.Budget(units=0.5), "uniform")
     plan = sc.Plan.of(graph, masks)
     small = meter("cut", lambda: cut_copy(model, graph, plan))
     proof = meter("prove", lambda: sc.verify(model, small, graph, plan))
@@ -178,8 +176,8 @@ def render(runs: dict[tuple[str, str], list[dict[str, Any]]], repeats: int) -> s
         f"`python benchmarks/graph.py --repeats {repeats} --out docs/results/graph.md`",
         "",
         f"Median of {repeats} processes, {device_name(torch.device('cpu'))}, 1 thread, torch {torch.__version__}, "
-        f"Torch-Pruning {version('torch-pruning')}, Python {platform.python_version()}, 224 × 224. Half of the channels "
-        "of every group go, by L1 norm. Seconds are CPU seconds; a forward pass is one of the whole network, of one "
+        f"Torch-Pruning {version('torch-pruning')}, Python {platform.python_version()}, 224 × 224. Half of the "
+        "channels of every group go, by L1 norm. Seconds are CPU seconds; a forward pass is one of the whole network, of one "
         "image, in float32. Memory is the peak beyond the loaded model.",
         "",
         "| network (one forward pass, s) | tool | analyse, s | cut, s | prove, s | cut + prove without `torch.export`, "

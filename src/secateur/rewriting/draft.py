@@ -217,10 +217,8 @@ class Writer:
         if alike in self._captures:
             return self._captures[alike]
         assert self._samples is not None
-        captures = Captures.of(module, calls, len(self._samples[0]), apart)
-        if not captures.base.captured.constants:  # these may differ, whatever else is equal
-            self._captures[alike] = captures
-        return captures
+        self._captures[alike] = Captures.of(module, calls, len(self._samples[0]), apart)
+        return self._captures[alike]
 
     def _finish(self, lines: Listing, captures: "Captures", output: Any, limits: Any, lost: str) -> Draft:
         base = captures.base
@@ -856,27 +854,32 @@ def named_numbers(args: Sequence[Any], others: Sequence[Sequence[Any]]) -> list[
     return list(found)
 
 
-def likeness(x: Any, known: dict[int, int]) -> Any:
+def likeness(x: Any, known: dict[int, int], *, owned: bool = True) -> Any:
     """What two modules, or two calls, have in common if what is captured of one holds for the other.
 
-    Modules count by class, attributes and submodules, tensors by shape and type, anything unknown by identity.
+    Modules count by class, attributes and submodules, anything unknown by identity; tensors by shape and type if they
+    are parameters, buffers or arguments, which a capture does not look into.
 
     Args:
         x: module, or anything that may be an attribute or argument of one.
         known: tensors and modules met so far, by identity; those met are added.
+        owned: whether tensors are of these kinds.
     """
     if isinstance(x, nn.Module | Tensor):
         if id(x) in known:
             return "again", known[id(x)]
         known[id(x)] = len(known)
     if isinstance(x, nn.Module):
-        return type(x), likeness(vars(x), known)
-    if isinstance(x, Tensor) and x.layout is torch.strided:
+        return type(x), tuple(
+            (name, likeness(value, known, owned=name in ("_parameters", "_buffers")))
+            for name, value in vars(x).items()
+        )
+    if isinstance(x, Tensor) and x.layout is torch.strided and owned:
         return type(x), x.shape, x.stride(), x.dtype, x.device, x.requires_grad
     if isinstance(x, Mapping):
-        return type(x), tuple((key, likeness(value, known)) for key, value in x.items())
+        return type(x), tuple((key, likeness(value, known, owned=owned)) for key, value in x.items())
     if type(x) in (list, tuple, torch.Size):
-        return type(x), tuple(likeness(part, known) for part in x)
+        return type(x), tuple(likeness(part, known, owned=owned) for part in x)
     if x is None or type(x) in (bool, int, float, str):
         return type(x), x
     return ("set", frozenset(x)) if type(x) is set else ("object", id(x))
