@@ -124,7 +124,7 @@ class Reference:
                     shape = shapes_of(node)[0]
                     mask = torch.ones([1] * len(shape), dtype=torch.bool)
                     for dim, line in keep.items():
-                        fits = repeated(line, shape[dim])
+                        fits = line if len(line) == shape[dim] else repeated(line, shape[dim])
                         if fits is None:
                             raise CutError("the model's channels mean something else at other sizes")
                         mask = mask & torch.from_numpy(fits).reshape(

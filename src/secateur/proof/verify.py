@@ -7,14 +7,15 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
 from torch.utils import _pytree as pytree
 
 from secateur.errors import CutError, SecateurError, first_line
 from secateur.graph import Graph, analyze, named_tensors
 from secateur.graph.capture import Inputs, as_call, batch_of, capture
-from secateur.graph.duplicate import converted, duplicate
+from secateur.graph.duplicate import cloned, converted, duplicate
 from secateur.graph.groups import check_model
-from secateur.graph.guard import uncompiled
+from secateur.graph.guard import uncompiled, untouched
 from secateur.graph.modes import evaluating
 from secateur.graph.positions import kept_positions
 from secateur.graph.probe import aliases, difference, fit_norms_, floats, random_inputs, randomise_
@@ -238,7 +239,8 @@ class Pair:
 
     def __init__(self, model: nn.Module, cut: nn.Module, graph: Graph, plan: Plan, seed: int) -> None:
         assert graph.trace is not None
-        self._model, self._cut, self._graph, self._plan, self._seed = model, cut, graph, plan, seed
+        self._model, self._graph, self._plan, self._seed = model, graph, plan, seed
+        self._cut = duplicate(cut, share=True)  # a forward may keep what it has computed
         self._trace = graph.trace
         self._survivors = graph.trace.survivors(plan.masks(graph))
         reference = Reference(graph.trace, self._survivors)
@@ -336,10 +338,9 @@ class Pair:
         small = self._with_values_of(whole) if randomised else None
         expected = double = outputs(whole, fine, torch.float64)
         statistics = tuple(fine.reference.sites) if fine.reference else ()
-        whole.float()
         if double is None:
-            expected = outputs(whole, fine, torch.float32)
-        larger = outputs(whole, rough, torch.float32, zeros=not statistics) if apart else None
+            expected = outputs(whole.float(), fine, torch.float32)
+        larger = outputs(whole.float(), rough, torch.float32, zeros=not statistics) if apart else None
         del whole
         if expected is None or (apart and larger is None):
             return None
@@ -479,12 +480,12 @@ def sizes_of(inputs: Inputs) -> str:
 
 def run_own(model: nn.Module, given: tuple[tuple[Any, ...], dict[str, Any]]) -> list[Tensor] | None:
     """The outputs of a model's own forward; None if it does not run in this precision."""
-    args, kwargs = given
-    model = duplicate(model, share=True)  # a forward may write to its buffers
+    args, kwargs = cloned(given)
+    buffers = {name: t.clone() for name, t in model.named_buffers()}  # a forward may write to them
     try:
-        with evaluating(model), torch.no_grad(), torch.random.fork_rng(devices=[]):
+        with untouched(model), evaluating(model), torch.no_grad(), torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
-            return floats(model(*args, **kwargs))
+            return floats(functional_call(model, buffers, args, kwargs))
     except SecateurError:  # it says itself what it does not take
         raise
     except Exception:  # whatever its own code raises

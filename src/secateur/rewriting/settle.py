@@ -21,6 +21,7 @@ from secateur.errors import CutError
 from secateur.graph import Graph, named_tensors
 from secateur.graph.duplicate import cloned, duplicate
 from secateur.graph.groups import find_groups
+from secateur.graph.guard import written_out
 from secateur.graph.modes import evaluating
 from secateur.graph.positions import removed_positions
 from secateur.graph.probe import aliases, difference, floats, random_inputs, random_values
@@ -208,7 +209,11 @@ class Judge:
         except Exception:  # whatever the model's own code raises at widths it was not made for
             self.runs = False
             return False
-        return difference(expected, found)[1] <= self.tolerance
+        apart = difference(expected, found)[1]
+        if 0 < apart <= TOLERANCE[torch.float32] and not self.tolerance:
+            with written_out():  # torch's own attention layers have fused kernels, which round in another way
+                apart = difference(expected, self.own(self.model, self.values))[1]
+        return apart <= self.tolerance
 
     def own(self, model: nn.Module, values: dict[str, Tensor]) -> list[Tensor]:
         """The outputs of a model's own forward."""

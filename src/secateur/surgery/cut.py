@@ -101,7 +101,9 @@ def layer_attributes(
     model: nn.Module, keep: Mapping[tuple[str, int], Keep]
 ) -> dict[str, dict[str, int | tuple[int, ...]]]:
     """Module name -> attributes that change, for every stock layer with a cut tensor."""
-    cut = {tensor for tensor, _ in keep}
+    cut: dict[str, list[tuple[int, Keep]]] = {}
+    for (tensor, dim), mask in keep.items():
+        cut.setdefault(tensor, []).append((dim, mask))
     first = {id(tensor): name for name, tensor in reversed(named_tensors(model))}
     edits = {}
     for name, module in model.named_modules():
@@ -109,8 +111,7 @@ def layer_attributes(
         tensors = dict(module.named_parameters(recurse=False)) | dict(module.named_buffers(recurse=False))
         tensors |= {local: found[1] for local in HELD if (found := held(module, local))}
         for local, tensor in tensors.items():
-            if first[id(tensor)] in cut:
-                own |= {(local, dim): mask for (key, dim), mask in keep.items() if key == first[id(tensor)]}
+            own |= {(local, dim): mask for dim, mask in cut.get(first[id(tensor)], ())}
         if own:
             try:
                 edits[name] = mirrored(module, own)
