@@ -16,6 +16,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -140,11 +141,21 @@ def measure(tool: str, name: str) -> dict[str, Any]:
     }
 
 
+def run_alone(cell: tuple[str, str]) -> dict[str, Any]:
+    """One run in a process of its own."""
+    name, tool = cell
+    command = [sys.executable, "-W", "ignore", __file__, "--one", tool, name]
+    alone = os.environ | {"OMP_NUM_THREADS": "1"}
+    found = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True, env=alone)
+    return dict(json.loads(found.stdout.splitlines()[-1]))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--jobs", type=int, default=1, help="processes at a time")
     parser.add_argument("--models", nargs="+", default=MODELS, metavar="NAME", help="of torchvision")
     parser.add_argument("--out", type=Path, help="also write the table to this Markdown file")
     parser.add_argument("--one", nargs=2, metavar=("TOOL", "MODEL"), help=argparse.SUPPRESS)
@@ -152,14 +163,12 @@ def main() -> None:
     if options.one:
         print(json.dumps(measure(*options.one)))
         return
-    runs: dict[tuple[str, str], list[dict[str, Any]]] = {}
-    for _ in range(options.repeats):
-        for name in options.models:
-            for tool in TOOLS:
-                command = [sys.executable, "-W", "ignore", __file__, "--one", tool, name]
-                alone = os.environ | {"OMP_NUM_THREADS": "1"}
-                found = subprocess.run(command, capture_output=True, text=True, check=True, env=alone)
-                runs.setdefault((name, tool), []).append(json.loads(found.stdout.splitlines()[-1]))
+    cells = [(name, tool) for name in options.models for tool in TOOLS]
+    runs: dict[tuple[str, str], list[dict[str, Any]]] = {cell: [] for cell in cells}
+    with ThreadPoolExecutor(options.jobs) as pool:
+        every = cells * options.repeats
+        for cell, found in zip(every, pool.map(run_alone, every), strict=True):
+            runs[cell].append(found)
     table = render(runs, options.repeats)
     print(table)
     if options.out:

@@ -53,7 +53,9 @@ def converted(model: nn.Module, dtype: torch.dtype) -> nn.Module:
     def convert(t: Tensor) -> Tensor:
         return t.to(dtype, copy=True) if t.is_floating_point() else t.clone()
 
-    return duplicate(model, share=True)._apply(convert)
+    copied = duplicate(model, share=True)
+    copied._apply(convert)  # type: ignore[no-untyped-call]
+    return copied
 
 
 def cloned(tree: Any) -> Any:

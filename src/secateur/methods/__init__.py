@@ -19,7 +19,7 @@ from secateur.engine.pruned import Pruned, proven
 from secateur.engine.session import Session
 from secateur.engine.training_method import TrainingMethod
 from secateur.errors import BudgetError, SecateurError, unknown
-from secateur.graph import Inputs, analyze
+from secateur.graph import Graph, Inputs, analyze
 from secateur.graph.guard import uncompiled
 from secateur.imports import imported
 from secateur.methods.at_init import SNIP, AtInit, GraSP, SynFlow
@@ -150,6 +150,7 @@ def prune(
     clock: Clock | None = None,
     cache: str | Path | None = None,
     progress: Progress | None = None,
+    graph: Graph | None = None,
     **options: Any,
 ) -> Pruned:
     """Prune a copy of a model to a budget, and prove the result.
@@ -167,6 +168,7 @@ def prune(
             default: `secateur.methods.latency.here`, PyTorch on the device of `inputs`.
         cache: a folder for measurements that serve several budgets, or the file for them.
         progress: is told how far a long measurement has got: (done, of how many).
+        graph: of the model, from `analyze` with the method's `freeze` and `attention`, if it is known already.
         options: of the method; `secateur methods NAME` lists them.
     Raises:
         SecateurError: unknown method or option; else what the method raises.
@@ -178,7 +180,7 @@ def prune(
             f"budget is {budget!r}; expected a Budget, such as Budget(macs=0.5), or a share of the MACs"
         )
     chosen = method_named(method, options)
-    context = Context(data, loss, None if cache is None else Path(cache), progress)
+    context = Context(data, loss, None if cache is None else Path(cache), progress, graph=graph)
     if isinstance(chosen, Auto):
         trained = data is not None
         chosen = choose(chosen, bounds=budget.given, trained=trained, data=trained, training=False).method
@@ -203,7 +205,7 @@ def prune_within_latency(
         cache = context.cache or Path(folder)  # the same for all trials
         again = replace(context, data=data, cache=cache)
         if isinstance(method, OneShot):
-            graph = analyze(model, inputs, freeze=method.freeze, attention=method.attention)
+            graph = context.graph or analyze(model, inputs, freeze=method.freeze, attention=method.attention)
             again = replace(again, graph=graph, prove=method.compensation != "none")  # of the solved weights
         found = prune_to_latency(
             lambda within: method.prune(model, inputs, within, again), model, budget, clock

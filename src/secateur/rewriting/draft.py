@@ -475,7 +475,7 @@ class Captures:
         """
         captures = cls(module, calls, alike, apart)
         sized, batches = range(alike, len(calls)), range(1, alike)
-        if not sized or not captures._settle([[*sized, *batches], [*reversed(sized), *batches]]):
+        if not sized or not captures._settle([[*reversed(sized), *batches], [*sized, *batches]]):
             captures._forget()
             captures._compare(batches)
         if captures._unfit & set(range(alike)):

@@ -315,6 +315,7 @@ def _choose(run: Run, config: PruneConfig, method: Method, graph: Graph, curves:
         clock=clock_of(model, run.task.inputs, config.latency_batch),
         cache=curves,
         progress=run.watch.progress,
+        graph=graph,
     )
 
 

@@ -130,7 +130,7 @@ class RD(Method):
         meter = Meter(context.progress)
         given = images_of(context.data)
         model = duplicate(model).eval()
-        graph = analyze(model, inputs, freeze=self.freeze)
+        graph = context.graph or analyze(model, inputs, freeze=self.freeze)
         if not graph.groups:
             raise BudgetError(
                 "nothing can be pruned: the model has no group of removable units (see graph.frozen)"
