@@ -10,6 +10,9 @@ import pytest
 
 from tests.integrations.examples import METHODS
 
+FOLDED = ("lapp, shared bypass, decay", "weights")
+"""Its fold takes in the statistics of batch norms, which are each process's own until the next pass."""
+
 SCRIPT = Path(__file__).with_name("two_processes.py")
 
 
@@ -30,4 +33,5 @@ def test_two_processes_take_the_same_decisions(framework: str, tmp_path: Path) -
     first, second = (json.loads((tmp_path / f"{framework}.{rank}.json").read_text()) for rank in range(2))
     assert set(first) == set(METHODS)
     for name in first:
-        assert first[name] == second[name], name
+        for what in first[name]:
+            assert first[name][what] == second[name][what] or (name, what) == FOLDED, (name, what)

@@ -15,11 +15,14 @@ from tests.methods.examples import analyze_once
 session.analyze = analyze_once  # type: ignore[assignment]
 
 
-def digest(network: nn.Module, prune: Any) -> list[Any]:
-    """What must be alike in all processes: units, weights, and where the thresholds or scorers are."""
-    learned = [p.detach().double().sum().item() for p in prune.running.parameters()]
-    weights = [p.detach().double().sum().item() for p in network.parameters()]
-    return [[units.tolist() for units in prune.running.kept], prune.running.history, learned, weights]
+def digest(network: nn.Module, prune: Any) -> dict[str, Any]:
+    """What must be alike in all processes."""
+    return {
+        "units": [units.tolist() for units in prune.running.kept],
+        "history": prune.running.history,
+        "learned": [p.detach().double().sum().item() for p in prune.running.parameters()],
+        "weights": [p.detach().double().sum().item() for p in network.parameters()],
+    }
 
 
 def main(framework: str, folder: Path) -> None:
