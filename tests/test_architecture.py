@@ -12,8 +12,8 @@ import secateur
 SOURCE = Path(secateur.__file__).parent
 ORDER = [
     "errors", "settings", "files", "imports", "measures", "graph", "cost", "scores", "allocate", "plan", "rewriting",
-    "surgery", "proof", "reconstruction", "report", "engine", "methods", "integrations", "recipes", "export", "runs",
-    "compare", "cli",
+    "surgery", "proof", "reconstruction", "report", "engine", "methods", "integrations", "recipes", "export", "int8",
+    "runs", "compare", "cli",
 ]  # fmt: skip
 
 COMPARE = [

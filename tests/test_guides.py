@@ -44,6 +44,9 @@ CHECKS: dict[str, Callable[[dict[str, Any]], bool]] = {
     "guides/detector.md": lambda it: (
         all(within(it[name], 0.5) for name in ("pruned", "measured", "ranked")) and it["after"] < it["before"]
     ),
+    "guides/ultralytics.md": lambda it: (
+        within(it["pruned"], 0.5) and it["pruned"].proof.ok and not it["pruned"].proof.stale
+    ),
     "guides/transformer.md": lambda it: all(within(it[name], 0.6) for name in ("narrow", "dims")),
     "guides/budget.md": lambda it: within(it["both"], 0.4, "params"),
     "guides/compare-fairly.md": lambda it: (
@@ -61,6 +64,7 @@ CHECKS: dict[str, Callable[[dict[str, Any]], bool]] = {
 
 
 NEEDS = {
+    "guides/ultralytics.md": "ultralytics",
     "guides/lightning.md": "lightning",
     "guides/hugging-face-trainer.md": "transformers",
     "guides/ultralytics-training.md": "ultralytics",
@@ -73,6 +77,7 @@ NOISE = (
     "ignore:.*treespec, LeafSpec:FutureWarning",
     "ignore:.*pin_memory.*no accelerator",
     "ignore:.*lr_scheduler.step",
+    "ignore::torch.jit.TracerWarning",
 )
 """What the frameworks warn about in their own code."""
 
@@ -86,6 +91,7 @@ def fences(page: str, language: str) -> list[str]:
 def test_its_python_runs(page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("torchvision")
     monkeypatch.setenv("YOLO_CONFIG_DIR", str(tmp_path))
+    monkeypatch.setenv("YOLO_OFFLINE", "true")
     pytest.importorskip(NEEDS.get(page, "torch"))
     monkeypatch.chdir(tmp_path)
     start, scope = time.process_time(), {"__name__": "guide"}

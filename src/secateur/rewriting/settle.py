@@ -20,7 +20,8 @@ from secateur.errors import CutError
 from secateur.graph import Graph, named_tensors
 from secateur.graph.duplicate import cloned, duplicate
 from secateur.graph.groups import find_groups
-from secateur.graph.modes import evaluating
+from secateur.graph.guard import written_out
+from secateur.graph.modes import chance_kept, evaluating
 from secateur.graph.positions import removed_positions
 from secateur.graph.probe import aliases, difference, floats, random_inputs, random_values
 from secateur.graph.trace import Survivors
@@ -199,7 +200,7 @@ class Judge:
         """The outputs of a model's own forward."""
         args, kwargs = self.given
         values = values | cloned({name: values.get(name, t) for name, t in model.named_buffers()})
-        with evaluating(model), torch.no_grad(), torch.random.fork_rng(devices=[]):
+        with evaluating(model), torch.no_grad(), chance_kept():
             return floats(functional_call(model, values, args, kwargs))
 
 
@@ -310,9 +311,12 @@ class CheckedPass:
         while True:
             broken = frozenset(self._reasons) - {name}
             apart = None if name in self._whole else broken
-            self._calls |= {n: before.get(n, -1) for n in self._calls if inside(n, name)}
+            self._calls = {
+                n: before.get(n, -1) for n in self._calls
+            }  # a shared module may be named elsewhere
             try:
-                draft = draft or self._writer.draft(name, apart)
+                with written_out():
+                    draft = draft or self._writer.draft(name, apart)
                 args, kwargs = cloned(given)
                 result = self._run(module, draft, args, kwargs)
                 if not self._gives(key, region, result):
@@ -325,6 +329,9 @@ class CheckedPass:
                 draft = None
             else:
                 self._drafts[name] = draft
+                for (called, call), steps in self._regions.items():  # the program may not have called it
+                    if steps[-1] <= region[-1]:
+                        self._calls[called] = max(self._calls.get(called, -1), call)
                 return result
 
     def _run(self, module: nn.Module, draft: Draft, args: Any, kwargs: Any) -> Any:
