@@ -119,7 +119,7 @@ class Prune(InTrainer):
     def on_train_end(self, trainer: BaseTrainer) -> None:
         """Prove the result, with the weights of the average."""
         self.leave()
-        model = self.running.model
+        model: Any = self.running.model
         model.load_state_dict(trainer.ema.ema.state_dict())
         self.finish()
         model.args, model.task = (
