@@ -61,7 +61,12 @@ CHECKS: dict[str, Callable[[dict[str, Any]], bool]] = {
 NEEDS = {"guides/ultralytics.md": "ultralytics"}
 """Page -> the framework it is about."""
 
-NOISE = "ignore::torch.jit.TracerWarning"
+NOISE = (
+    "ignore:.*lr_scheduler.step",
+    "ignore:.*pin_memory.*no accelerator",
+    "ignore:.*torch.jit.*deprecated",
+    "ignore::torch.jit.TracerWarning",
+)
 """What the frameworks warn about in their own code."""
 
 
