@@ -14,6 +14,8 @@ from tests.oracles import random_masks
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:.*lr_scheduler.step",
+    "ignore:.*legacy TorchScript-based",
+    "ignore:.*:DeprecationWarning:torch.onnx.*",
     "ignore:.*pin_memory",
     "ignore:.*torch.jit.*deprecated",
     "ignore::torch.jit.TracerWarning",
