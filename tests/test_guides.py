@@ -36,6 +36,11 @@ CHECKS: dict[str, Callable[[dict[str, Any]], bool]] = {
     ),
     "guides/own-loop.md": lambda it: within(it["pruned"], 0.5) and it["right_after"] > 0.5 * it["dense"],
     "guides/while-training.md": lambda it: within(it["pruned"], 0.4) and it["pruned"].proof.ok,
+    "guides/lightning.md": lambda it: within(it["prune"].pruned, 0.4) and it["prune"].pruned.proof.ok,
+    "guides/hugging-face-trainer.md": lambda it: (
+        within(it["prune"].pruned, 0.5) and it["prune"].pruned.proof.ok
+    ),
+    "guides/ultralytics-training.md": lambda it: within(it["prune"].pruned, 0.6) and it["top"] in (0, 1),
     "guides/detector.md": lambda it: (
         all(within(it[name], 0.5) for name in ("pruned", "measured", "ranked")) and it["after"] < it["before"]
     ),
@@ -43,6 +48,10 @@ CHECKS: dict[str, Callable[[dict[str, Any]], bool]] = {
         within(it["pruned"], 0.5) and it["pruned"].proof.ok and not it["pruned"].proof.stale
     ),
     "guides/transformer.md": lambda it: all(within(it[name], 0.6) for name in ("narrow", "dims")),
+    "guides/hugging-face.md": lambda it: (
+        within(it["pruned"], 0.5) and type(it["loaded"].config) is it["ConvNextConfig"]
+    ),
+    "guides/segmentation.md": lambda it: within(it["pruned"], 0.5) and within(it["decoder"], 0.8),
     "guides/budget.md": lambda it: within(it["both"], 0.4, "params"),
     "guides/compare-fairly.md": lambda it: (
         len(it["outcomes"]) == 6 and not any(o.error for o in it["outcomes"])
@@ -58,12 +67,20 @@ CHECKS: dict[str, Callable[[dict[str, Any]], bool]] = {
 """Page -> whether what it computed is as it says, from its names."""
 
 
-NEEDS = {"guides/ultralytics.md": "ultralytics"}
+NEEDS = {
+    "guides/ultralytics.md": "ultralytics",
+    "guides/lightning.md": "lightning",
+    "guides/hugging-face-trainer.md": "transformers",
+    "guides/ultralytics-training.md": "ultralytics",
+}
 """Page -> the framework it is about."""
 
 NOISE = (
-    "ignore:.*lr_scheduler.step",
+    "ignore:.*does not have many workers",
+    "ignore:The number of training batches",
+    "ignore:.*treespec, LeafSpec:FutureWarning",
     "ignore:.*pin_memory.*no accelerator",
+    "ignore:.*lr_scheduler.step",
     "ignore:.*torch.jit.*deprecated",
     "ignore::torch.jit.TracerWarning",
 )

@@ -13,8 +13,8 @@ from secateur.graph import Graph, analyze, named_tensors
 from secateur.graph.capture import Inputs, as_call, capture
 from secateur.graph.duplicate import duplicate
 from secateur.graph.groups import check_model
-from secateur.graph.guard import uncompiled
-from secateur.graph.modes import evaluating
+from secateur.graph.guard import uncompiled, written_out
+from secateur.graph.modes import chance_kept, default_precision, evaluating
 from secateur.graph.positions import kept_positions
 from secateur.graph.probe import (
     aliases,
@@ -27,7 +27,7 @@ from secateur.graph.probe import (
 from secateur.graph.samples import main_leaf, sampled
 from secateur.plan import Plan
 from secateur.proof.choices import Choices
-from secateur.proof.reference import Reference
+from secateur.proof.reference import Reference, run_fixed
 from secateur.rewriting.elsewhere import look_elsewhere
 from secateur.rewriting.rewrite import cut_listing, fixed_program, rewritten_modules, tensors_of
 from secateur.rewriting.settle import fixes_precision, precision
@@ -200,7 +200,9 @@ def verify(model: nn.Module, cut: nn.Module, graph: Graph, plan: Plan, *, seed: 
         randomised=randomised,
         trains=not fails or bool(untrained),
         statistics=errors.statistics,
-        rewritten=tuple(f"{n} (without {m.lost})" if m.lost else n for n, m in names.items()),
+        rewritten=tuple(
+            f"{n or 'the whole model'} (without {m.lost})" if m.lost else n for n, m in names.items()
+        ),
         replayed=errors.replayed,
         tied=tuple(f"{n or 'the whole model'} {m.tied}" for n, m in names.items() if m.tied),
         sizes=sizes,
@@ -259,10 +261,7 @@ def compare(
             replayed = True
             expected = replay or floats(reference.run(given, dict(named_tensors(masked))))
             tensors = tensors_of(lines, aliases(small, {}))
-            with torch.no_grad():
-                found = floats(
-                    fixed_program(lines).run(pytree.tree_leaves(given), tensors, around=lines.call)
-                )
+            found = floats(run_fixed(fixed_program(lines), pytree.tree_leaves(given), tensors, lines.call))
     if expected is None or found is None:
         raise CutError(f"{type(model).__name__}: it does not run in {dtype}, so that nothing can be compared")
     if [t.shape for t in expected] != [t.shape for t in found]:
@@ -371,7 +370,13 @@ def run_own(model: nn.Module, given: tuple[tuple[Any, ...], dict[str, Any]]) -> 
     args, kwargs = given
     model = duplicate(model, share=True)  # a forward may write to its buffers
     try:
-        with evaluating(model), torch.no_grad(), torch.random.fork_rng(devices=[]):
+        with (
+            evaluating(model),
+            written_out(),
+            default_precision(precision(model)),
+            torch.no_grad(),
+            chance_kept(),
+        ):
             torch.manual_seed(0)
             return floats(model(*args, **kwargs))
     except SecateurError:  # it says itself what it does not take
@@ -399,7 +404,7 @@ def training_fails(model: nn.Module, graph: Graph, seed: int) -> str:
         parameter.requires_grad_(True)
         parameter.grad = None
     args, kwargs = random_inputs(graph, torch.float32, seed)
-    with torch.random.fork_rng(devices=[]), torch.enable_grad():
+    with chance_kept(), torch.enable_grad():
         torch.manual_seed(seed)
         try:
             found = floats(trained(*args, **kwargs))
