@@ -81,6 +81,7 @@ NOISE = (
     "ignore:.*treespec, LeafSpec:FutureWarning",
     "ignore:.*pin_memory.*no accelerator",
     "ignore:.*lr_scheduler.step",
+    "ignore:.*torch.jit.*deprecated",
     "ignore::torch.jit.TracerWarning",
 )
 """What the frameworks warn about in their own code."""
