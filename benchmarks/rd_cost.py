@@ -176,7 +176,7 @@ def render(options: argparse.Namespace, found: dict[tuple[str, str, float], list
         f"`python benchmarks/rd_cost.py --weights weights --data-dir cifar10{words} --out docs/results/rd-cost.md`",
         "",
         f"{device_name('cpu')}, 1 thread, torch {torch.__version__}. CPU seconds of `prune` (analysis, cut and proof",
-        f"included), {IMAGES} calibration images (of ImageNet: a quarter of all), accuracy right after the",
+        f"included), {IMAGES} calibration images (of ImageNet: a quarter), accuracy right after the",
         f"cut, without training, mean and range over {options.seeds} draws of calibration images. CIFAR-10 is tested on",
         f"images {options.test} of its test set; ImageNet on all images of the folder that do not calibrate. Each",
         "cell ran in a process of its own, on cores that other work shared; importing `torch.export`, about 2 s of",
