@@ -22,8 +22,16 @@ from secateur.methods.rd.single_weights import FAITHFUL, RDWeights
 from tests.small import ResidualNet, residual_net
 
 FOLDER = Path(__file__).parents[1] / "benchmarks"
-EXTRAS = ("matplotlib", "timm", "torchvision", "torch_pruning")
-"""What the extra `benchmark` installs."""
+EXTRAS = (
+    "matplotlib",
+    "timm",
+    "torchvision",
+    "torch_pruning",
+    "transformers",
+    "segmentation_models_pytorch",
+    "ultralytics",
+)
+"""What the extras `benchmark` and `frameworks` install."""
 
 SMALL = RDWeights(levels=4, steps=2, points=20)
 
@@ -146,6 +154,69 @@ def test_the_picture_shows_the_arms(run_script: Callable[[str, str], str], tmp_p
     out = tmp_path / "front.svg"
     run_script("front", f"{FOLDER.parent}/docs/results/compare.csv --out {out} --arms l2 rd")
     assert {"l2", "rd", "dense"} <= set(re.findall(r">([^<>]+)</text>", out.read_text()))
+
+
+ROW = {
+    "framework": "huggingface",
+    "model": "ViT",
+    "stage": "done",
+    "params": 40_421,
+    "proven": True,
+    "error64": 3e-16,
+    "error32": 1e-7,
+    "macs": 0.6,
+    "macs_counted": 0.6,
+    "rewritten": [],
+    "tied": [],
+    "losses": [2.0, 1.0],
+    "unreached": [],
+    "trains": True,
+    "resumes": True,
+    "exports": "yes",
+    "cpu_s": 9.0,
+    "ended": True,
+}
+
+
+def test_the_ecosystem_is_judged(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(FOLDER)
+    script = load_script("ecosystem")
+    assert script.verdict(ROW) == "equal"
+    late = ROW | {"exports": "as little as the original: no rule for it"}
+    assert script.verdict(late) == "equal"
+    for change, said in [
+        ({"proven": False}, "the proof does not hold"),
+        ({"macs_counted": 0.9}, "0.900 of the MACs"),
+        ({"trains": False, "unreached": ["head.weight"]}, "no gradients for head.weight"),
+        ({"resumes": False}, "it is another"),
+        ({"exports": "a shape differs"}, "export: a shape differs"),
+        ({"error": "ValueError", "message": "no"}, "ValueError in stage done: no"),
+    ]:
+        row = ROW | change
+        assert script.verdict(row) == "wrong"
+        assert said in "; ".join(script.problems(row))
+    refused = ROW | {"error": "CutError", "message": "where it ends", "refused": True}
+    page = script.page(
+        [ROW, late, refused], dict.fromkeys(["Ultralytics", "torchvision detection"], "no module")
+    )
+    assert "3 models: 2 equal, 1 refused, 0 wrong" in page
+    assert "| Hugging Face Transformers | 3 (fewer than 35) | 2 | 1 | 0 | 2 | 0 | 3 |" in page
+    assert "CutError in stage done: where it ends" in page
+    assert "Missing: Ultralytics: no module." in page
+
+
+def test_a_model_of_the_ecosystem_is_run_through(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(FOLDER)
+    script = load_script("ecosystem_one")
+    framework = ModuleType("framework")
+    framework.CASES = {"net": residual_net}  # type: ignore[attr-defined]
+    row: dict[str, object] = {"framework": "huggingface", "model": "net"}
+    for found in script.stages(framework, "net"):
+        row |= found
+    assert load_script("ecosystem").problems(row) == []
+    assert row["stage"] == "done"
+    framework.loss = lambda model, inputs: next(model.parameters()).sum()  # type: ignore[attr-defined]
+    assert all(found.get("trains", True) for found in script.stages(framework, "net"))
 
 
 def network() -> torch.nn.Module:
