@@ -36,6 +36,9 @@ Progress: TypeAlias = Callable[[int, int], None]
 """Is told how much is done, of how much: in thousandths of the whole, or in passes."""
 
 
+GRANULARITY_HELP = "what a unit is: channels, whole residual branches (blocks), or both in one budget"
+
+
 class Meter:
     """Tells a `Progress` how far a piece of work has got, from its start to its end.
 

@@ -332,7 +332,8 @@ def build(
         return axis
 
     mac_axes = [[axis_number(atoms) for atoms in item.axes] for item in labels.contractions]
-    unit_sets = collect(arrays, solution) if channels else []
+    able = collect(arrays, solution)
+    unit_sets = able if channels else []
     groups: list[Group] = []
     axes = [Axis(len(atoms)) for atoms in arrays]
     for unit_set in unit_sets:
@@ -379,12 +380,12 @@ def build(
     trace = Trace(captured, values, labels.tensors, unit_numbers(solution, unit_sets, arrays), blocks)
     return Graph(
         groups=tuple(groups),
-        frozen=frozen_layers(labels, solution, unit_sets, arrays),
+        frozen=frozen_layers(labels, solution, able, arrays),
         params=tuple(params),
         macs=tuple(macs),
         activations=find_buffers(trace, [group.units for group in groups[:first_block]]),
         pads=pad_sites(model, labels, solution, unit_sets, arrays),
-        statistics=statistic_sites(labels, solution),
+        statistics=statistic_sites(labels, solution) if channels else (),
         unused=unused,
         fingerprint=fingerprint(model),
         inputs=inputs,

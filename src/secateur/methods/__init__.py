@@ -203,7 +203,13 @@ def prune_within_latency(
         cache = context.cache or Path(folder)  # the same for all trials
         again = replace(context, data=data, cache=cache)
         if isinstance(method, OneShot):
-            graph = analyze(model, inputs, freeze=method.freeze, attention=method.attention)
+            graph = analyze(
+                model,
+                inputs,
+                freeze=method.freeze,
+                attention=method.attention,
+                granularity=method.granularity,
+            )
             again = replace(again, graph=graph, prove=method.compensation != "none")  # of the solved weights
         found = prune_to_latency(
             lambda within: method.prune(model, inputs, within, again), model, budget, clock
