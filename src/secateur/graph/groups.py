@@ -4,6 +4,7 @@ import hashlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
+from types import MappingProxyType
 from typing import Any, Literal, TypeAlias, get_args
 
 import numpy as np
@@ -227,14 +228,15 @@ def find_groups(
         if key in labels.tensors:
             wanted[labels.tensors[key][positions]] = True
     solution = solve(labels, attention, wanted if going else None)
-    branches = []
+    branches: dict[str, Branch] = {}
     if granularity != "channels":
         owned = is_frozen_by(names, freeze)
-        branches = [
-            branch
-            for branch in find_branches(model, captured, values, labels, names)
+        found = find_branches(model, captured, values, labels, names)
+        branches = {
+            name: branch
+            for name, branch in zip(block_names(model, found), found, strict=True)
             if not any(map(owned, branch.tensors))
-        ]
+        }
     channels = granularity != "blocks"
     return build(model, inputs, labels, solution, captured, values, unused, branches, channels)
 
@@ -308,13 +310,13 @@ def build(
     captured: Capture,
     values: dict[fx.Node, Any],
     unused: tuple[str, ...],
-    branches: Sequence[Branch] = (),
+    branches: Mapping[str, Branch] = MappingProxyType({}),
     channels: bool = True,
 ) -> Graph:
     """Collect units with the same members into groups, and express every width by them.
 
     Args:
-        branches: become groups of one unit each.
+        branches: become groups of one unit each, by their names.
         channels: without, these are all the groups there are.
     """
     keys = list(labels.tensors)
@@ -352,15 +354,14 @@ def build(
 
     first_block = len(groups)
     groups += [
-        Group(name, 1, block_members(model, branch, labels), branch)
-        for name, branch in zip(block_names(model, branches), branches, strict=True)
+        Group(name, 1, block_members(model, branch, labels), branch) for name, branch in branches.items()
     ]
 
     def inside(tensor: str = "", node: str = "") -> tuple[Axis, ...]:
         """A width of 0 or 1 for every block that a tensor or an operator belongs to."""
         return tuple(
             Axis(0, ((first_block + number, 1),))
-            for number, branch in enumerate(branches)
+            for number, branch in enumerate(branches.values())
             if tensor in branch.tensors or node in branch.steps
         )
 
@@ -376,7 +377,7 @@ def build(
         macs.append(
             Product(item.module, item.macs / full, (*(axes[i] for i in indices), *inside(node=item.node)))
         )
-    blocks = {first_block + number: branch for number, branch in enumerate(branches)}
+    blocks = {first_block + number: branch for number, branch in enumerate(branches.values())}
     trace = Trace(captured, values, labels.tensors, unit_numbers(solution, unit_sets, arrays), blocks)
     return Graph(
         groups=tuple(groups),

@@ -45,7 +45,7 @@ def leave_out(edit: Edit, model: nn.Module, graph: Graph, skipped: Sequence[Bran
         other tensors that only the branches read.
     """
     whole = whole_blocks(model, graph, skipped) if skipped else {}
-    parts = {part: False for branch in skipped for part in branch.parts}
+    parts = {part: True for branch in skipped for part in branch.parts}  # a forward may write to what it gets
     for name, copies in outermost(parts | whole).items():
         replace_(edit, model, name, Absent(copies=copies).train(model.get_submodule(name).training))
     names = [*whole, *parts]

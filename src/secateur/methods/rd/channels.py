@@ -16,6 +16,7 @@ from secateur.allocate.products import ChosenWidths, Costs, choose_widths
 from secateur.allocate.table import widths_of
 from secateur.cost import Budget, Cost
 from secateur.cost.multiples import AUTO, ROUND_TO, ROUND_TO_HELP, Multiples, choose_multiples
+from secateur.cost.prices import NANOSECONDS
 from secateur.engine.method import GRANULARITY_HELP, Context, Meter, Method, images_of
 from secateur.engine.pruned import Pruned, cut_and_prove
 from secateur.errors import BudgetError, ScoreError, SecateurError
@@ -133,10 +134,9 @@ class RD(Method):
     def prune(self, model: nn.Module, inputs: Inputs, budget: Budget, context: Context) -> Pruned:
         if context.data is None:
             raise ScoreError("method 'rd' measures on data: pass data=, batches of images")
-        if len(budget.bounds) != 1:
-            raise BudgetError(
-                f"method 'rd' takes one bound, got {', '.join(budget.bounds)}; give one of them"
-            )
+        bounds = budget.bounds if context.prices is None else budget.given
+        if len(bounds) != 1:
+            raise BudgetError(f"method 'rd' takes one bound, got {', '.join(bounds)}; give one of them")
         meter = Meter(context.progress)
         given = images_of(context.data)
         model = duplicate(model).eval()
@@ -145,10 +145,14 @@ class RD(Method):
             raise BudgetError(
                 "nothing can be pruned: the model has no group of removable units (see graph.frozen)"
             )
-        cost = Cost(graph)
-        ((bound, _),) = budget.bounds.items()
-        cost.sum(bound)  # or it is refused here, before anything is measured
-        limit = budget.limits({bound: cost.of(bound)})[bound]
+        ((bound, asked),) = bounds.items()
+        if context.prices is None:
+            cost = Cost(graph)
+            cost.sum(bound)  # or it is refused here, before anything is measured
+            limit = budget.limits({bound: cost.of(bound)})[bound]
+        else:
+            cost = Cost(graph, {NANOSECONDS: context.prices.formula(graph)})
+            bound, limit = NANOSECONDS, int(1e6 * asked)
         multiples = choose_multiples(
             model, graph, self.round_to, partial(cost.within, {bound: limit}), min_keep=self.min_keep
         )
@@ -216,7 +220,7 @@ class RD(Method):
                 seen.add(choice.kept)
                 masks = [keep_first(order, kept) for order, kept in zip(orders, choice.kept, strict=True)]
                 origin = self.record() | task.multiples.record(graph) | {
-                    "exponent": exponent, "stream_weight": weight, "budget": dict(budget.bounds)
+                    "exponent": exponent, "stream_weight": weight, "budget": budget.given
                 } | ({"block_weight": block_weight} if self.granularity != "channels" else {})  # fmt: skip
                 plan = Plan.of(graph, masks, origin)
                 measured, tensors = task.tried(plan, few)
