@@ -3,8 +3,8 @@
     pip install '.[benchmark]'
     OMP_NUM_THREADS=1 python benchmarks/blocks.py --data DATA_FOLDER --out docs/results/blocks.md
 
-Milliseconds are those of onnxruntime, batch 1, one thread; every model is timed in turn with the dense one. Each cell is
-kept in `--runs`, so that a run that was stopped goes on where it was; `--render` writes the page of those there are.
+Milliseconds are those of onnxruntime, batch 1, one thread; every model is timed in turn with the dense one. Each cell
+is kept in `--runs`, so that a run that was stopped goes on where it was; `--render` writes the page of those there are.
 """
 
 import argparse
@@ -229,10 +229,10 @@ def page(options: argparse.Namespace) -> str:
         "`OMP_NUM_THREADS=1 python benchmarks/blocks.py --data DATA_FOLDER --out docs/results/blocks.md`",
         "",
         "`rd` prunes to a bound in milliseconds of onnxruntime, batch 1, one thread: by channels only, by whole",
-        f"residual branches only, or by both. Accuracy is right after the cut, without fine-tuning; {CALIBRATION}",
-        "training images of CIFAR-10, or 250 of a sample of ImageNet, calibrate. Dense and pruned are timed in turn; × is",
-        "the quotient of the fast tenths, ± how far thirds of the measurement are apart; a dash where other work",
-        f"disturbed the clock. {device_name('cpu')}, torch {torch.__version__}.",
+        "residual branches only, or by both. Accuracy is right after the cut, without fine-tuning;",
+        f"{CALIBRATION} training images of CIFAR-10, or 250 of a sample of ImageNet, calibrate. Dense and pruned are",
+        "timed in turn; × is the quotient of the fast tenths, ± how far thirds of the measurement are apart; a dash",
+        f"where other work disturbed the clock. {device_name('cpu')}, torch {torch.__version__}.",
         "",
     ]
     for name in [name for name in options.only if name in NETWORKS]:

@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from types import MappingProxyType
-from typing import Any, Literal, TypeAlias, get_args
+from typing import Any, Literal, TypeAlias
 
 import numpy as np
 import torch
@@ -190,8 +190,6 @@ def analyze(
     """
     if attention not in ("heads", "dims"):
         raise CaptureError(f"attention={attention!r}: expected 'heads' or 'dims'")
-    if granularity not in get_args(Granularity):
-        raise CaptureError(f"granularity={granularity!r}: expected 'channels', 'blocks' or 'both'")
     return find_groups(model, inputs, freeze, attention, granularity=granularity)
 
 
