@@ -20,6 +20,7 @@ from secateur.graph.guard import uncompiled
 from secateur.graph.labels import Atoms, Labels, first
 from secateur.graph.modules import pad_attributes
 from secateur.graph.propagate import propagate
+from secateur.graph.samples import nearest_size, takes
 from secateur.graph.solve import Solution, solve
 from secateur.graph.trace import Trace
 from secateur.settings import checked
@@ -193,6 +194,21 @@ def analyze(
     return find_groups(model, inputs, freeze, attention, granularity=granularity)
 
 
+def capture_inputs(model: nn.Module, inputs: Inputs) -> Capture:
+    """The captured graph.
+
+    Raises:
+        CaptureError: it cannot be captured; if the model takes images of another size, the message says which.
+    """
+    try:
+        return capture(model, inputs)
+    except CaptureError as error:
+        shape = None if takes(model, inputs) else nearest_size(model, inputs)
+        if shape is None:
+            raise
+        raise CaptureError(f"{error} It does run on images of shape {shape}.") from error
+
+
 def find_groups(
     model: nn.Module,
     inputs: Inputs,
@@ -207,7 +223,7 @@ def find_groups(
         going: (tensor, dim) -> positions that are about to be removed: where there is a choice, groups are made so
             that this can be done.
     """
-    captured = capture(model, inputs)
+    captured = capture_inputs(model, inputs)
     labels = Labels(frozenset(name for name, _ in model.named_parameters()))
     names = canonical_names(model)
     values = propagate(model, captured, labels, names)

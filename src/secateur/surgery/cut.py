@@ -15,7 +15,9 @@ from secateur.graph.groups import PadSite, check_model
 from secateur.graph.guard import uncompiled
 from secateur.graph.modules import HELD, Keep, held, worked_out
 from secateur.graph.positions import kept_positions
+from secateur.graph.probe import random_inputs
 from secateur.plan import Plan
+from secateur.rewriting.elsewhere import look_elsewhere
 from secateur.rewriting.known import following
 from secateur.rewriting.rewrite import rewrite_
 from secateur.rewriting.settle import settle
@@ -50,6 +52,7 @@ def cut_(model: nn.Module, graph: Graph, plan: Plan, *, optimizer: Optimizer | N
     check_model(model, graph)
     assert graph.trace is not None
     survivors = graph.trace.survivors(masks)
+    before = duplicate(model, share=True)
     keep = kept_positions(model, graph, masks)
     edit = Edit(model)
     emptied = leave_out(edit, model, graph, survivors.skipped)
@@ -66,7 +69,8 @@ def cut_(model: nn.Module, graph: Graph, plan: Plan, *, optimizer: Optimizer | N
     edit.apply()
     renew_(model, edit)
     try:
-        _settle(model, graph, masks, edit)
+        _settle(model, before, graph, masks, edit)
+        follow_elsewhere_(model, before, graph, edit)
     except Exception as error:
         edit.undo()
         if isinstance(error, CutError):
@@ -87,20 +91,22 @@ def renew_(model: nn.Module, edit: Edit) -> None:
             edit.done(functools.partial(module.__dict__.update, old))
 
 
-def _settle(model: nn.Module, graph: Graph, masks: list[Tensor], edit: Edit) -> None:
+def _settle(model: nn.Module, before: nn.Module, graph: Graph, masks: list[Tensor], edit: Edit) -> None:
     """Rewrite the submodules whose own forward does not compute the cut network."""
-
-    def whole() -> nn.Module:
-        edit.undo()
-        try:
-            return duplicate(model, share=True)
-        finally:
-            edit.apply()
-
-    drafts = settle(model, graph, masks, whole)
+    drafts = settle(model, graph, masks, functools.partial(duplicate, before, share=True))
     for name, draft in drafts.items():
         module = model.get_submodule(name)
         edit.done(rewrite_(module, draft.program, draft.constants, draft.lost, draft.tied))
+
+
+def follow_elsewhere_(model: nn.Module, before: nn.Module, graph: Graph, edit: Edit) -> None:
+    """Set the numbers that only other ways through the modules read, as a change that was made."""
+    found = look_elsewhere(before, model, random_inputs(graph, torch.float32, seed=0))
+    numbers = Edit(model)
+    numbers.attributes(found.edits)
+    numbers.attributes({name: {"stands_in": ways} for name, ways in found.stands_in.items()})
+    numbers.apply()
+    edit.done(numbers.undo)
 
 
 def layer_attributes(
