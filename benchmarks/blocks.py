@@ -1,10 +1,11 @@
-"""Blocks, channels or both, at equal milliseconds: what rd leaves of the accuracy, right after the cut.
+"""Blocks, channels or both: what rd leaves of the accuracy right after the cut, at equal MACs and at equal times.
 
     pip install '.[benchmark]'
     OMP_NUM_THREADS=1 python benchmarks/blocks.py --data DATA_FOLDER --out docs/results/blocks.md
 
-Milliseconds are those of onnxruntime, batch 1, one thread; every model is timed in turn with the dense one. Each cell
-is kept in `--runs`, so that a run that was stopped goes on where it was; `--render` writes the page of those there are.
+Milliseconds are those of onnxruntime, batch 1, one thread; every model is timed in turn with the dense one, and nothing
+else should run. Each cell is kept in `--runs`, so that a run that was stopped goes on where it was; `--render` writes
+the page of those there are.
 """
 
 import argparse
@@ -15,6 +16,7 @@ import time
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +34,7 @@ from secateur.recipes.models.weights import load_weights, normalisation_for
 
 GRANULARITIES = ("channels", "blocks", "both")
 SHARES = (0.7, 0.5)
+BOUNDS = {"macs": "MACs", "ms": "milliseconds"}
 CALIBRATION, TEST = 256, 2000
 
 
@@ -50,11 +53,11 @@ class Network:
     test: list[tuple[Tensor, Tensor]]
 
 
-def resnet56(data: Path) -> Network:
-    """ResNet-56 on CIFAR-10; images of the training set calibrate, the first of the test set tell."""
-    weights = data / "weights" / "cifar10_resnet56_optA_akamaster.safetensors"
+def resnet(name: str, data: Path) -> Network:
+    """A ResNet on CIFAR-10; images of the training set calibrate, the first of the test set tell."""
+    weights = data / "weights" / f"cifar10_{name}_optA_akamaster.safetensors"
     images = load_data("cifar10", data / "cifar10")
-    model = build_model("resnet56", classes=10).eval()
+    model = build_model(name, classes=10).eval()
     load_weights(model, weights)
     prepare = normalisation_for(weights) or images.normalisation
     train = images.subset(train_images=CALIBRATION).train.images
@@ -86,7 +89,8 @@ def efficientnet(data: Path) -> Network:
 
 
 NETWORKS: dict[str, Callable[[Path], Network]] = {
-    "resnet56": resnet56,
+    "resnet20": partial(resnet, "resnet20"),
+    "resnet56": partial(resnet, "resnet56"),
     "tf_efficientnet_lite0": efficientnet,
 }
 
@@ -127,40 +131,58 @@ def accuracy(model: nn.Module, test: list[tuple[Tensor, Tensor]]) -> float:
     return 100 * right / sum(len(y) for _, y in test)
 
 
-def measured_cell(
-    network: Network, clock: OrtClock, share: float, granularity: str, runs: Path
-) -> dict[str, Any]:
-    """Prune to a share of the dense milliseconds."""
-    limit = share * clock(network.model)
+def measured_cell(at_hand: Callable[[], "AtHand"], bound: str, share: float, kind: str) -> dict[str, Any]:
+    """Prune to a share of the dense MACs or milliseconds."""
+    it = at_hand()
+    clock = it.clock() if bound == "ms" else None
+    budget = sc.Budget(macs=share) if clock is None else sc.Budget(latency_ms=share * clock(it.network.model))
     pruned = sc.prune(
-        network.model,
-        network.calibration[0][:2],
-        budget=sc.Budget(latency_ms=limit),
-        method=RD(granularity=granularity, exponents=(0.5, 1.0)),  # type: ignore[arg-type]
-        data=network.calibration,
+        it.network.model,
+        it.network.calibration[0][:2],
+        budget=budget,
+        method=RD(granularity=kind, exponents=(0.5, 1.0)),  # type: ignore[arg-type]
+        data=it.network.calibration,
         clock=clock,
-        cache=runs,
+        cache=it.runs,
     )
     assert isinstance(pruned.plan, sc.Plan)
     assert pruned.proof is not None
-    pair = clock.pair(pruned.model)
     blocks = [name for name in pruned.plan.removed if name.endswith(" (block)")]
+    found = {
+        "macs": pruned.after["macs"] / pruned.before["macs"],
+        "blocks": len(blocks),
+        "groups": len(pruned.plan.removed) - len(blocks),
+        "accuracy": accuracy(pruned.model, it.network.test),
+        "equal": pruned.proof.ok,
+    }
+    return found | (timed(clock, pruned.model) if clock else {})
+
+
+def timed(clock: OrtClock, model: nn.Module) -> dict[str, Any]:
+    """How fast a model is beside the dense one."""
+    pair = clock.pair(model)
     return {
-        "limit": limit,
-        "dense": pruned.before["latency_ms"],
-        "chosen": pruned.after["latency_ms"],
+        "dense": pair.before.p10_ms,
         "speed_up": pair.speed_up,
         "spread": pair.spread,
         "steady": pair.steady,
-        "macs": pruned.after["macs"] / pruned.before["macs"],
-        "params": pruned.after["params"] / pruned.before["params"],
-        "blocks": len(blocks),
-        "of": sum(1 for group in pruned.graph.groups if group.branch),
-        "groups": len(pruned.plan.removed) - len(blocks),
-        "accuracy": accuracy(pruned.model, network.test),
-        "equal": pruned.proof.ok,
-        "distortion": pruned.facts.get("measured"),
     }
+
+
+@dataclass
+class AtHand:
+    """A network, loaded, and its clock, made when it is first asked for."""
+
+    network: Network
+    runs: Path
+    made: OrtClock | None = None
+
+    def clock(self) -> OrtClock:
+        """Milliseconds of the network's models."""
+        if self.made is None:
+            self.made = OrtClock(self.network.model, self.network.calibration[0][:1])
+            self.made(self.network.model)
+        return self.made
 
 
 def vit_cell(kind: str) -> dict[str, Any]:
@@ -168,14 +190,7 @@ def vit_cell(kind: str) -> dict[str, Any]:
     torch.manual_seed(0)
     dense, x = build_model("torchvision/vit_b_16").eval(), torch.randn(1, 3, 224, 224)
     pruned = sc.prune(dense, x, budget=0.5, method=OneShot(granularity=kind))  # type: ignore[arg-type]
-    pair = OrtClock(dense, x).pair(pruned.model)
-    return {
-        "dense": pair.before.p10_ms,
-        "speed_up": pair.speed_up,
-        "spread": pair.spread,
-        "steady": pair.steady,
-        "macs": pruned.after["macs"] / pruned.before["macs"],
-    }
+    return timed(OrtClock(dense, x), pruned.model) | {"macs": pruned.after["macs"] / pruned.before["macs"]}
 
 
 class Cells:
@@ -207,6 +222,7 @@ def main() -> None:
         "--data", type=Path, required=True, help="holds cifar10, imagenet1k-sample and weights"
     )
     parser.add_argument("--only", nargs="*", default=[*NETWORKS, "vit_b_16"])
+    parser.add_argument("--bounds", nargs="*", default=list(BOUNDS), choices=list(BOUNDS))
     parser.add_argument("--shares", nargs="*", type=float, default=list(SHARES))
     parser.add_argument("--runs", type=Path, default=Path("runs/blocks"))
     parser.add_argument("--render", action="store_true")
@@ -228,11 +244,12 @@ def page(options: argparse.Namespace) -> str:
         "",
         "`OMP_NUM_THREADS=1 python benchmarks/blocks.py --data DATA_FOLDER --out docs/results/blocks.md`",
         "",
-        "`rd` prunes to a bound in milliseconds of onnxruntime, batch 1, one thread: by channels only, by whole",
-        "residual branches only, or by both. Accuracy is right after the cut, without fine-tuning;",
-        f"{CALIBRATION} training images of CIFAR-10, or 250 of a sample of ImageNet, calibrate. Dense and pruned are",
-        "timed in turn; × is the quotient of the fast tenths, ± how far thirds of the measurement are apart; a dash",
-        f"where other work disturbed the clock. {device_name('cpu')}, torch {torch.__version__}.",
+        "`rd` prunes to a bound: by channels only, by whole residual branches only, or by both. Accuracy is right",
+        f"after the cut, without fine-tuning; {CALIBRATION} training images of CIFAR-10, or 250 of an ImageNet sample,",
+        f"calibrate, and {TEST:,} test images, or the other 750, tell. Milliseconds are those of onnxruntime, batch 1,",
+        "one thread; dense and pruned are timed in turn, × is the quotient of the fast tenths, ± how far thirds of the",
+        "measurement are apart; a dash where other work disturbed the clock.",
+        f"{device_name('cpu')}, torch {torch.__version__}.",
         "",
     ]
     for name in [name for name in options.only if name in NETWORKS]:
@@ -252,40 +269,42 @@ def page(options: argparse.Namespace) -> str:
 
 def table(name: str, cells: Cells, options: argparse.Namespace) -> list[str]:
     """One network."""
-    made: list[tuple[Network, OrtClock]] = []
+    made: list[AtHand] = []
 
-    def at_hand() -> tuple[Network, OrtClock]:
+    def at_hand() -> AtHand:
         if not made:
-            network = NETWORKS[name](options.data)
-            made.append((network, OrtClock(network.model, network.calibration[0][:1])))
-            made[0][1](network.model)
+            made.append(AtHand(NETWORKS[name](options.data), options.runs))
         return made[0]
 
-    dense = cells.get(f"{name}-dense", lambda: {"accuracy": accuracy(at_hand()[0].model, at_hand()[0].test)})
-    rows = []
-    for share in options.shares:
-        for kind in GRANULARITIES:
-            cell = cells.get(
-                f"{name}-{share}-{kind}",
-                lambda share=share, kind=kind: measured_cell(*at_hand(), share, kind, options.runs),  # type: ignore[misc]
-            )
-            if cell:
-                ms = f"{cell['chosen']:.3g} of {cell['dense']:.3g}"
-                went = f"{cell['blocks']} of {cell['of']} | {cell['groups']}"
-                rows.append(
-                    f"| {share:.0%} | {kind} | {cell['accuracy']:.1f} % | {ms} | {told(cell)} "
-                    f"| {100 * cell['macs']:.1f} % | {went} |"
+    def dense() -> dict[str, Any]:
+        network = at_hand().network
+        return {"accuracy": accuracy(network.model, network.test)}
+
+    known = cells.get(f"{name}-dense", dense)
+    lines = [f"## {name}: {known['accuracy']:.1f} % dense", ""] if known else []
+    for bound in options.bounds:
+        rows = []
+        for share in options.shares:
+            for kind in GRANULARITIES:
+                cell = cells.get(
+                    f"{name}-{bound}-{share}-{kind}",
+                    lambda bound=bound, share=share, kind=kind: measured_cell(at_hand, bound, share, kind),  # type: ignore[misc]
                 )
-    if not dense or not rows:
-        return []
-    return [
-        f"## {name}: {dense['accuracy']:.1f} % dense",
-        "",
-        "| ms asked for | what may go | accuracy | ms | × | MACs kept | blocks that went | groups made narrower |",
-        "|---|---|---|---|---|---|---|---|",
-        *rows,
-        "",
-    ]
+                if cell:
+                    time_ = f" {told(cell)} |" if bound == "ms" else ""
+                    rows.append(
+                        f"| {share:.0%} | {kind} | {cell['accuracy']:.1f} % |{time_} {100 * cell['macs']:.1f} % "
+                        f"| {cell['blocks']} | {cell['groups']} |"
+                    )
+        if rows:
+            more = (" × |", "---|") if bound == "ms" else ("", "")
+            lines += [
+                f"| {BOUNDS[bound]} | what may go | accuracy |{more[0]} MACs kept | blocks gone | groups narrower |",
+                f"|---|---|---|{more[1]}---|---|---|",
+                *rows,
+                "",
+            ]
+    return lines
 
 
 def told(cell: dict[str, Any]) -> str:

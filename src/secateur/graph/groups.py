@@ -411,12 +411,12 @@ def build(
 def block_names(model: nn.Module, branches: Sequence[Branch]) -> list[str]:
     """A name for every branch: that of its module, or, of several in one module, that of its largest part."""
     sizes = {name: sum(p.numel() for p in module.parameters()) for name, module in model.named_modules()}
-    alone = [branch.module for branch in branches]
+    modules = [branch.module for branch in branches]
     names: list[str] = []
     for branch in branches:
         name = branch.module
-        if alone.count(name) > 1 and branch.parts:
-            name = max(branch.parts, key=lambda part: sizes[part])
+        if branch.parts and (not name or modules.count(name) > 1):
+            name = max(branch.parts, key=sizes.__getitem__)
         copies = sum(other.partition(BLOCK)[0] == name for other in names)
         names.append(f"{name}{BLOCK}" + (f"#{copies + 1}" if copies else ""))
     return names
