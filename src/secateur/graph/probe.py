@@ -70,7 +70,7 @@ def random_values(model: nn.Module, seed: int, dtype: torch.dtype | None = None)
             continue
         noise = torch.randn(t.shape, generator=generator, dtype=torch.float64)
         if t.ndim > 1:
-            noise *= (2 / max(1, t[0].numel())) ** 0.5
+            noise *= (2 / max(1, t.shape[1:].numel())) ** 0.5
         elif name.endswith("running_var") or name.endswith("weight"):
             noise = 1 + 0.5 * noise.tanh()
         else:

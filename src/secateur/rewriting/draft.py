@@ -20,6 +20,7 @@ from torch.func import functional_call
 from torch.utils import _pytree as pytree
 
 from secateur.errors import CaptureError, CutError
+from secateur.graph.branches import Branch
 from secateur.graph.capture import Capture, Inputs, as_call, capture
 from secateur.graph.duplicate import cloned, duplicate
 from secateur.graph.guard import opened
@@ -51,6 +52,7 @@ from secateur.rewriting.program import (
 )
 from secateur.rewriting.rewrite import CONSTANT, arguments_of, cut_steps, inputs_of, tensor_named
 from secateur.rewriting.sizes import Expressions
+from secateur.rewriting.without import sums_at, sums_of, without
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]
 Calls = list[Call]
@@ -175,9 +177,13 @@ class Writer:
             raise CutError(f"{name}: its forward cannot be captured by itself ({error})") from None
         except CutError as error:
             raise CutError(f"{name}: {error}") from None
-        values = self._match(name, number, captures.base.operators())
+        values, sums = self._match(name, number, captures.base.operators())
         (captured, *others), training = captures.in_both_modes()
         switches, lost = training_switches(training, captured, captures.training)
+        left_out = sums_at(captured, sums)
+        others = [without(other, left_out)[0] for other in others]
+        captured, kept = without(captured, left_out)
+        switches = [switches[i] for i in kept]
         unheard = captures.base.unheard()
         hooks = f"hooks on {', '.join(unheard[:4])}{' …' * (len(unheard) > 4)}" if unheard else ""
         lost = " and ".join(filter(None, [hooks, lost, *captures.lost_in_training(bool(lost))]))
@@ -235,15 +241,22 @@ class Writer:
         tied = captures.tied and told(program, captures.tied)
         return Draft(program, constants, lost, tied)
 
-    def _match(self, name: str, number: int, lines: Listing) -> dict[fx.Node, Any]:
-        """What the analysis knows about the nodes of a module that was captured by itself."""
+    def _match(
+        self, name: str, number: int, lines: Listing
+    ) -> tuple[dict[fx.Node, Any], dict[fx.Node, Branch]]:
+        """What the analysis knows about the nodes of a module that was captured by itself, and branches that go."""
         found = [self._whole.steps[i] for i in self._regions.get((name, number), [])]
         # what is contiguous already is not copied, and that may be otherwise within the model
         found, steps = ([s for s in listed if s.op != "contiguous"] for listed in (found, lines.steps))
         if [s.target for s in found] != [s.target for s in steps]:
             raise CutError(f"{name}: its forward does other things by itself than within the model")
         values: dict[fx.Node, Any] = {}
+        gone = sums_of(self._whole, self._survivors.skipped)
+        branches = {self._whole.steps[i].node: branch for i, branch in gone.items()}
+        sums: dict[fx.Node, Branch] = {}
         for theirs, own in zip(found, steps, strict=True):
+            if theirs.node in branches:
+                sums[own.node] = branches[theirs.node]
             values[own.node] = self._trace.values.get(theirs.node)
             for a, b in zip(refs(own.args), refs(theirs.args), strict=True):
                 node, value = lines.nodes[a], self._trace.values.get(self._whole.nodes[b])
@@ -253,7 +266,7 @@ class Writer:
         for step in lines.steps:
             if step.op == "contiguous":
                 values[step.node] = values.get(lines.nodes[step.args["self"].index])
-        return values
+        return values, sums
 
 
 @dataclass(frozen=True)
