@@ -67,6 +67,9 @@ CLOSE = {torch.float64: 1e-9, torch.float32: 1e-4}
 TRAINS = "what it does in training mode only"
 """How `Draft.lost` begins to say that a module does more in training mode."""
 
+HINTS = frozenset(("is_causal", "tgt_is_causal", "memory_is_causal", "src_is_causal"))
+"""Arguments of torch's own layers that say of a mask what it shows itself; without them it is added as it is."""
+
 VIEWS = ("view", "reshape", "_unsafe_view")
 """Operators that work out one size by themselves."""
 
@@ -348,6 +351,8 @@ class FixedCall(nn.Module):
         self.given = arguments_of(module, args, kwargs)
         self.tensors: list[Tensor] = []
         self.arguments = strip(dict(self.given.arguments), self.tensors)
+        if type(module).__module__.startswith("torch.nn.modules."):
+            self.arguments |= {n: ANYTHING for n in HINTS & self.arguments.keys() if not self.arguments[n]}
         self.returned = Returned()
 
     def forward(self, *tensors: Tensor) -> list[Tensor]:
