@@ -91,7 +91,7 @@ def following(model: nn.Module, trace: Trace, survivors: Survivors) -> dict[str,
         for attribute, old in attributes.items():
             new = now(old, became)
             if "." in attribute and isinstance(old, tuple):
-                new = tuple(now(width, became) for width in old)
+                new = tuple(n for width in old if isinstance(n := now(width, became), int))
             if new != old:
                 edits.setdefault(name, {})[attribute] = new
     return edits

@@ -50,7 +50,7 @@ class Edit:
                 owner, _, inner = attribute.rpartition(".")
                 if owner:
                     held = copies.setdefault(owner, copy.copy(getattr(module, owner)))
-                    setattr(held, inner, type(getattr(held, inner))(value))  # type: ignore[call-arg]
+                    setattr(held, inner, type(getattr(held, inner))(value))
                 else:
                     copies[attribute] = value
             for attribute, value in copies.items():
