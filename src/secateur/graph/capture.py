@@ -2,7 +2,7 @@
 
 import contextlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, TypeAlias
 
 import torch
@@ -20,6 +20,7 @@ from secateur.graph.guard import (
     untouched,
     written_out,
 )
+from secateur.graph.modes import chance, chance_kept, forget_kept
 
 Inputs: TypeAlias = Tensor | tuple[Any, ...] | list[Any] | Mapping[str, Any]
 """Example inputs: one tensor, a tuple of positional arguments, or a mapping of keyword arguments."""
@@ -64,6 +65,7 @@ class Capture:
         constants: placeholder name -> a tensor that `forward` reads and that is neither of these.
         batching: how the example inputs were read.
         batch: images in the traced batch; totals over the graph are divided by it.
+        drawn: forward drew random numbers of Python or NumPy, which the graph holds as any other number.
     """
 
     module: fx.GraphModule
@@ -71,6 +73,7 @@ class Capture:
     constants: dict[str, Tensor]
     batching: Batching
     batch: int
+    drawn: bool = False
 
     @property
     def inputs(self) -> list[fx.Node]:
@@ -176,10 +179,13 @@ def capture(
     check_readable(model)
     if not batch_of(inputs):
         raise CaptureError("example inputs: the batch is empty; pass at least one image")
-    with untouched(model), written_out():
+    with untouched(model), written_out(), chance_kept():
+        forget_kept(model)
         model.train(training)
         ways = [(batchings(inputs)[0], batch_of(inputs))] if exact else _candidates(inputs)
+        before = chance()
         captured = _export(model, inputs, ways, any_batch)
+        captured = replace(captured, drawn=chance() != before)
     if not training:
         check_deterministic(captured.module)
     return captured

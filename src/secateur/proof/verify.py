@@ -15,13 +15,16 @@ from secateur.graph import Graph, analyze, named_tensors
 from secateur.graph.capture import Inputs, as_call, batch_of, capture
 from secateur.graph.duplicate import cloned, converted, duplicate
 from secateur.graph.groups import check_model
-from secateur.graph.guard import uncompiled, untouched
-from secateur.graph.modes import evaluating
+from secateur.graph.guard import uncompiled, untouched, written_out
+from secateur.graph.modes import chance_kept, default_precision, evaluating
 from secateur.graph.positions import kept_positions
 from secateur.graph.probe import aliases, difference, fit_norms_, floats, random_inputs, randomise_
 from secateur.graph.samples import SHRUNK, SMALLEST, elsewhere, main_leaf, random_floats
+from secateur.graph.trace import Survivors, Trace
 from secateur.plan import Plan
-from secateur.proof.reference import Reference
+from secateur.proof.choices import Choices
+from secateur.proof.reference import Reference, run_fixed
+from secateur.rewriting.elsewhere import look_elsewhere
 from secateur.rewriting.listing import list_operators
 from secateur.rewriting.rewrite import cut_listing, fixed_program, rewritten_modules, tensors_of
 from secateur.rewriting.settle import fixes_precision, precision
@@ -55,9 +58,10 @@ class Verification:
         trains: one backward pass through the cut model, in training mode, gave finite gradients, or the
             original cannot be trained either.
         untrained: why the original cannot be trained, so that no training step was compared; "" if it can.
-        statistics: "module (operator)" wherever a statistic is taken over channels of which some were removed.
-            Empty: the reference is the original with zeros for the removed units. Otherwise it is the
-            original's graph with statistics over the survivors.
+        statistics: "module (operator)" wherever a statistic is taken over channels of which some were removed, and
+            "module (block)" where a block was removed that zero weights do not silence. Empty: the reference is the
+            original with zeros for the removed units. Otherwise it is the original's graph with statistics over the
+            survivors and without the block.
         rewritten: names of modules whose forward was rewritten, since their own cannot express the widths;
             "" is the model itself. Where training mode loses something, the name is followed by what.
         replayed: True when float64 was compared on the captured graphs, because forward itself computes in
@@ -67,6 +71,12 @@ class Verification:
             where the original takes it, another image size, such as "3 × 3 × 64 × 96".
         elsewhere: relative error there; 0 if there was no such comparison.
         uncompared: why another batch or image size was not compared, in words; "" if both were.
+        choices: names of operators (top-k, argmax, a threshold) at which rounding in float32 made the cut model choose
+            something else. There float32 was compared with the choices of the original: what is chosen from, and
+            everything that follows. Float64 compares the whole as it is.
+        stale: what may be wrong on other ways through the modules than the one that was compared (export, fusing,
+            training branches), in words: numbers named like a width that was cut, which such code reads and for which
+            no value is certain, and methods that do not work any more.
     """
 
     max_abs_error: float
@@ -84,6 +94,8 @@ class Verification:
     elsewhere: float = 0.0
     uncompared: str = ""
     untrained: str = ""
+    choices: tuple[str, ...] = ()
+    stale: tuple[str, ...] = ()
 
     @property
     def ok(self) -> bool:
@@ -118,9 +130,18 @@ class Verification:
             )
         return (
             f"{verdict} to the masked original{over}: max error {self.max_abs_error:.1e} in float64 "
-            f"({self.max_rel_error:.1e} relative), {self.max_abs_error_float32:.1e} in float32{self._further}; "
-            f"{self.form}{trains}"
+            f"({self.max_rel_error:.1e} relative), {self.max_abs_error_float32:.1e} in float32{self._chosen}"
+            f"{self._further}; {self.form}{trains}{self._stale}"
         )
+
+    @property
+    def _stale(self) -> str:
+        more = f" and {len(self.stale) - 2} more" if len(self.stale) > 2 else ""
+        return f"; may be stale: {'; '.join(self.stale[:2])}{more}" if self.stale else ""
+
+    @property
+    def _chosen(self) -> str:
+        return f" with the same choices ({', '.join(self.choices)})" if self.choices else ""
 
     @property
     def _further(self) -> str:
@@ -172,13 +193,17 @@ def verify(model: nn.Module, cut: nn.Module, graph: Graph, plan: Plan, *, seed: 
         randomised=randomised,
         trains=not fails or bool(untrained),
         statistics=errors.statistics,
-        rewritten=tuple(f"{n} (without {m.lost})" if m.lost else n for n, m in names.items()),
+        rewritten=tuple(
+            f"{n or 'the whole model'} (without {m.lost})" if m.lost else n for n, m in names.items()
+        ),
         replayed=errors.replayed,
         tied=tuple(f"{n or 'the whole model'} {m.tied}" for n, m in names.items() if m.tied),
         sizes=sizes_of(pair.other.inputs) if pair.other else "",
         elsewhere=errors.elsewhere,
         uncompared=pair.uncompared,
         untrained=untrained,
+        choices=errors.choices,
+        stale=tuple(look_elsewhere(model, cut, random_inputs(graph, torch.float32, seed)).stale),
     )
 
 
@@ -194,6 +219,7 @@ class Errors:
     sensitivity: float
     statistics: tuple[str, ...]
     replayed: bool
+    choices: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -318,8 +344,7 @@ class Pair:
                 if run_own(self._cut, place.call(precision(self._cut))) is None:
                     continue
                 if own.reference:
-                    there = capture(self._model, inputs, exact=True)
-                    place = Place(inputs, Reference(self._trace, self._survivors, there))
+                    place = Place(inputs, reference_at(self._model, self._trace, self._survivors, inputs))
             except SecateurError as error:
                 self._unfit(f"not compared at another image size: {str(error).partition(';')[0].rstrip('.')}")
                 continue
@@ -360,19 +385,30 @@ class Pair:
             raise CutError(f"{type(self._cut).__name__}: the cut model does not run in float32")
         spread = max(sensitivity(expected), sensitivity(at_rough))
         if larger is None:
-            first = first_rows(at_rough, expected)
-            if difference(expected, first)[1] <= TOLERANCE[torch.float32]:
-                larger, at_rough = expected, first
-            else:  # the images may change one another
-                whole = self._whole(fitted).float()
+            larger, at_rough = expected, first_rows(at_rough, expected)
+        absolute_float32, relative_float32 = difference(larger, at_rough)
+        choices = Choices()
+        if not relative_float32 <= TOLERANCE[torch.float32]:  # the images may change one another, for one
+            whole = self._whole(fitted).float()
+            with choices.recorded():
                 larger = outputs(whole, rough, torch.float32, zeros=not statistics) or []
+            with choices.repeated(TOLERANCE[torch.float32]):
+                at_rough = run_own(small, rough.call(torch.float32)) or []
+            absolute_float32, relative_float32 = difference(larger, at_rough)
+            relative_float32 = max(relative_float32, choices.apart)
         self._check_shapes(fine, expected, found)
         self._check_shapes(rough, larger, at_rough)
-        absolute_float32, relative_float32 = difference(larger, at_rough)
         at_fine = difference(expected, found)[1]
-        elsewhere = 0.0 if self.other is None else at_fine if self.other is fine else relative_float32
         return Errors(
-            absolute, relative, absolute_float32, relative_float32, elsewhere, spread, statistics, replayed
+            absolute,
+            relative,
+            absolute_float32,
+            relative_float32,
+            0.0 if self.other is None else at_fine if self.other is fine else relative_float32,
+            spread,
+            statistics,
+            replayed,
+            tuple(choices.overruled),
         )
 
     def _whole(self, fitted: Place | None) -> nn.Module:
@@ -390,7 +426,8 @@ class Pair:
         cuts = {id(tensor): dims for tensor, dims in tensor_cuts(whole, keep)}
         with torch.no_grad():
             for name, tensor in named_tensors(whole):
-                tensors[name].copy_(select(tensor, cuts.get(id(tensor), {})))
+                if name in tensors and tensors[name].numel():  # not of a block that was left out
+                    tensors[name].copy_(select(tensor, cuts.get(id(tensor), {})))
         return small
 
     @functools.cached_property
@@ -404,8 +441,7 @@ class Pair:
         expected = floats(reference.run(call, dict(named_tensors(whole))))
         lines, _ = cut_listing(self._trace, self._survivors)
         tensors = tensors_of(lines, aliases(small, {}))
-        with torch.no_grad():
-            found = floats(fixed_program(lines).run(pytree.tree_leaves(call), tensors, around=lines.call))
+        found = floats(run_fixed(fixed_program(lines), pytree.tree_leaves(call), tensors, lines.call))
         return *difference(expected, found), tuple(reference.sites)
 
     def _check_shapes(self, place: Place, expected: list[Tensor], found: list[Tensor]) -> None:
@@ -414,6 +450,31 @@ class Pair:
                 f"{type(self._model).__name__}: outputs of the cut model have shapes "
                 f"{[tuple(t.shape) for t in found]}, of the original {[tuple(t.shape) for t in expected]}"
             )
+
+
+def reference_at(model: nn.Module, trace: Trace, survivors: Survivors, inputs: Inputs) -> Reference:
+    """The original's graph for inputs of other sizes.
+
+    Raises:
+        SecateurError: it cannot be captured, or is another one than in the analysis.
+    """
+    return Reference(trace, survivors, capture(model, inputs, exact=True))
+
+
+def expected_at(
+    model: nn.Module, graph: Graph, plan: Plan, inputs: Inputs, dtype: torch.dtype, *, statistics: bool
+) -> list[Tensor] | None:
+    """The outputs of the original without the removed units, on inputs of any size; None if it does not run.
+
+    Args:
+        statistics: whether any is taken over channels of which some were removed.
+    Raises:
+        SecateurError: its graph at these sizes is not that of the analysis.
+    """
+    assert graph.trace is not None
+    survivors = graph.trace.survivors(plan.masks(graph))
+    place = Place(inputs, reference_at(model, graph.trace, survivors, inputs) if statistics else None)
+    return outputs(mask_(converted(model, dtype), graph, plan), place, dtype)
 
 
 def outputs(
@@ -463,7 +524,9 @@ def same_groups(model: nn.Module, inputs: Inputs, graph: Graph) -> bool:
 
     def described(some: Graph) -> set[frozenset[tuple[str, int, bytes]]]:
         return {
-            frozenset((m.tensor, m.dim, m.index.tobytes()) for m in group.members) for group in some.groups
+            frozenset((m.tensor, m.dim, m.index.tobytes()) for m in group.members)
+            for group in some.groups
+            if not group.branch
         }
 
     try:
@@ -483,7 +546,14 @@ def run_own(model: nn.Module, given: tuple[tuple[Any, ...], dict[str, Any]]) -> 
     args, kwargs = cloned(given)
     buffers = {name: t.clone() for name, t in model.named_buffers()}  # a forward may write to them
     try:
-        with untouched(model), evaluating(model), torch.no_grad(), torch.random.fork_rng(devices=[]):
+        with (
+            untouched(model),
+            evaluating(model),
+            written_out(),
+            default_precision(precision(model)),
+            torch.no_grad(),
+            chance_kept(),
+        ):
             torch.manual_seed(0)
             return floats(functional_call(model, buffers, args, kwargs))
     except SecateurError:  # it says itself what it does not take
@@ -513,7 +583,7 @@ def step_fails(model: nn.Module, call: Call, seed: int) -> str:
         parameter.requires_grad_(True)
         parameter.grad = None
     args, kwargs = call
-    with torch.random.fork_rng(devices=[]), torch.enable_grad():
+    with chance_kept(), torch.enable_grad():
         torch.manual_seed(seed)
         try:
             found = floats(trained(*args, **kwargs))

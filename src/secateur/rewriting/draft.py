@@ -20,10 +20,12 @@ from torch.func import functional_call
 from torch.utils import _pytree as pytree
 
 from secateur.errors import CaptureError, CutError
+from secateur.graph.branches import Branch
 from secateur.graph.capture import Capture, Inputs, as_call, capture
 from secateur.graph.duplicate import cloned, duplicate
 from secateur.graph.guard import opened, quiet, untouched
 from secateur.graph.labels import Atoms, Value, along, compress, reshape
+from secateur.graph.modes import chance_kept, default_precision
 from secateur.graph.modules import Keep
 from secateur.graph.operators import OPERATORS, Step
 from secateur.graph.probe import aliases, difference, floats, random_values
@@ -50,6 +52,7 @@ from secateur.rewriting.program import (
 )
 from secateur.rewriting.rewrite import CONSTANT, arguments_of, cut_steps, inputs_of, tensor_named
 from secateur.rewriting.sizes import Expressions
+from secateur.rewriting.without import sums_at, sums_of, without
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]
 Calls = list[Call]
@@ -60,6 +63,12 @@ FEWEST = 2
 
 CLOSE = {torch.float64: 1e-9, torch.float32: 1e-4}
 """Largest relative difference of the same operators on the same tensors, by precision."""
+
+TRAINS = "what it does in training mode only"
+"""How `Draft.lost` begins to say that a module does more in training mode."""
+
+HINTS = frozenset(("is_causal", "tgt_is_causal", "memory_is_causal", "src_is_causal"))
+"""Arguments of torch's own layers that say of a mask what it shows itself; without them it is added as it is."""
 
 VIEWS = ("view", "reshape", "_unsafe_view")
 """Operators that work out one size by themselves."""
@@ -146,7 +155,13 @@ class Writer:
         def run(given: Inputs) -> bool:
             args, kwargs = as_call(given)
             try:
-                with quiet(), untouched(self._model), recorded(self._model, names) as calls, torch.no_grad():
+                with (
+                    quiet(),
+                    untouched(self._model),
+                    chance_kept(),
+                    torch.no_grad(),
+                    recorded(self._model, names) as calls,
+                ):
                     self._model(*args, **kwargs)
             except Exception:  # whatever its own code raises at a size it was not made for
                 if not runs:
@@ -178,13 +193,16 @@ class Writer:
             raise CutError(f"{name}: its forward cannot be captured by itself ({error})") from None
         except CutError as error:
             raise CutError(f"{name}: {error}") from None
-        values = self._match(name, number, captures.base.operators)
+        values, sums = self._match(name, number, captures.base.operators)
         (captured, *others), training = captures.in_both_modes()
         switches, lost = training_switches(training, captured, captures.training)
+        left_out = sums_at(captured, sums)
+        others = [without(other, left_out)[0] for other in others]
+        captured, kept = without(captured, left_out)
+        switches = [switches[i] for i in kept]
         unheard = captures.base.unheard()
-        if unheard:
-            hooks = f"hooks on {', '.join(unheard[:4])}{' …' * (len(unheard) > 4)}"
-            lost = " and ".join([hooks, lost] if lost else [hooks])
+        hooks = f"hooks on {', '.join(unheard[:4])}{' …' * (len(unheard) > 4)}" if unheard else ""
+        lost = " and ".join(filter(None, [hooks, lost, *captures.lost_in_training(bool(lost))]))
         cut = self._cut_dims(captured, values)
         if not all(same_views(captured, other, cut) for other in others):
             raise MixedError("its channels mean something else at other image sizes")
@@ -238,20 +256,32 @@ class Writer:
         tied = captures.tied and told(program, captures.tied)
         return Draft(program, constants, lost, tied)
 
-    def _match(self, name: str, number: int, lines: Listing) -> dict[fx.Node, Any]:
-        """What the analysis knows about the nodes of a module that was captured by itself."""
+    def _match(
+        self, name: str, number: int, lines: Listing
+    ) -> tuple[dict[fx.Node, Any], dict[fx.Node, Branch]]:
+        """What the analysis knows about the nodes of a module that was captured by itself, and branches that go."""
         found = [self._whole.steps[i] for i in self._regions.get((name, number), [])]
-        if [s.target for s in found] != [s.target for s in lines.steps]:
+        # what is contiguous already is not copied, and that may be otherwise within the model
+        found, steps = ([s for s in listed if s.op != "contiguous"] for listed in (found, lines.steps))
+        if [s.target for s in found] != [s.target for s in steps]:
             raise CutError(f"{name}: its forward does other things by itself than within the model")
         values: dict[fx.Node, Any] = {}
-        for theirs, own in zip(found, lines.steps, strict=True):
+        gone = sums_of(self._whole, self._survivors.skipped)
+        branches = {self._whole.steps[i].node: branch for i, branch in gone.items()}
+        sums: dict[fx.Node, Branch] = {}
+        for theirs, own in zip(found, steps, strict=True):
+            if theirs.node in branches:
+                sums[own.node] = branches[theirs.node]
             values[own.node] = self._trace.values.get(theirs.node)
             for a, b in zip(refs(own.args), refs(theirs.args), strict=True):
                 node, value = lines.nodes[a], self._trace.values.get(self._whole.nodes[b])
                 known = values.setdefault(node, value)
                 if isinstance(value, Value) and isinstance(known, Value) and known.shape != value.shape:
                     raise CutError(f"{name}: its forward does other things by itself than within the model")
-        return values
+        for step in lines.steps:
+            if step.op == "contiguous":
+                values[step.node] = values.get(lines.nodes[step.args["self"].index])
+        return values, sums
 
 
 @dataclass(frozen=True)
@@ -333,6 +363,8 @@ class FixedCall(nn.Module):
         self.given = arguments_of(module, args, kwargs)
         self.tensors: list[Tensor] = []
         self.arguments = strip(dict(self.given.arguments), self.tensors)
+        if type(module).__module__.startswith("torch.nn.modules."):
+            self.arguments |= {n: ANYTHING for n in HINTS & self.arguments.keys() if not self.arguments[n]}
         self.returned = Returned()
 
     def forward(self, *tensors: Tensor) -> list[Tensor]:
@@ -396,7 +428,8 @@ class Captured:
 
         try:
             twin = duplicate(module).to(other)
-            return cls.of(twin, *pytree.tree_map(convert, (args, kwargs)), apart=apart)
+            with default_precision(other):
+                return cls.of(twin, *pytree.tree_map(convert, (args, kwargs)), apart=apart)
         except (CaptureError, CutError):
             return None
 
@@ -730,6 +763,18 @@ class Captures:
         output = sizes.symbolic(self.base.output, self.base.output, [v.output for v in self.variants])
         return placed(output, lines.output)
 
+    def lost_in_training(self, steps: bool) -> Iterator[str]:
+        """What a program loses of the training mode besides its steps, in words.
+
+        Args:
+            steps: some of them are lost too.
+        """
+        if self.training is not None:
+            if not steps and self.training.output != self.base.output:
+                yield "what it returns in training mode"
+            if self.training.captured.drawn:
+                yield "the random numbers of Python that it draws in training mode"
+
     @functools.cached_property
     def training(self) -> Captured | None:
         """As `base`, in training mode; None where that cannot be captured."""
@@ -898,15 +943,17 @@ def training_switches(
         also what cannot be expressed this way, in words.
     """
     if training is not None:
-        result = []
+        result, other = [], set()
         for theirs, ours in zip(training.steps, lines.steps, strict=True):
-            changed = {}
+            changed: dict[str, tuple[str, Any, Any]] = {}
             for key, no in ours.args.items():
                 yes = theirs.args[key]
-                if isinstance(no, bool | float | None) and isinstance(yes, bool | float | None) and no != yes:
-                    changed[key] = (owner(theirs), yes, no)
+                if isinstance(no, bool | float | None) and isinstance(yes, bool | float | None):
+                    changed |= {key: (owner(theirs), yes, no)} if no != yes else {}
+                elif no != yes:
+                    other.add(f"{key} of {ours.op}")
             result.append(changed)
-        return result, ""
+        return result, f"what it does in training mode only ({', '.join(sorted(other))})" if other else ""
     try:
         found = {step.op for step in captured.listing.steps if not counts(step)} if captured else set()
     except CutError:
@@ -916,7 +963,7 @@ def training_switches(
     for step in lines.steps:
         switch = OPERATORS[step.op].trains if step.op in OPERATORS else None
         switches.append({switch: (owner(step), True, False)} if switch else {})
-    return switches, "what it does in training mode only" + (f" ({', '.join(only)})" if only else "")
+    return switches, TRAINS + (f" ({', '.join(only)})" if only else "")
 
 
 def owner(step: Step) -> str:

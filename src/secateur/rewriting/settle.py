@@ -8,7 +8,7 @@ forward names a precision itself, in the model's own.
 
 import functools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import numpy as np
@@ -22,7 +22,7 @@ from secateur.graph import Graph, named_tensors
 from secateur.graph.duplicate import cloned, duplicate
 from secateur.graph.groups import find_groups
 from secateur.graph.guard import written_out
-from secateur.graph.modes import evaluating
+from secateur.graph.modes import chance_kept, default_precision, evaluating
 from secateur.graph.positions import removed_positions
 from secateur.graph.probe import aliases, difference, floats, random_inputs, random_values
 from secateur.graph.trace import Survivors
@@ -146,7 +146,12 @@ class Judge:
         self._named = dict(zip(self.lines.names, self._tensors, strict=True))
         self._buffers = {name for name, _ in model.named_buffers(remove_duplicate=False)}
         self.dtype, self.own_precision = dtype, own
+        self.usual = torch.get_default_dtype()
         self._given = random_inputs(graph, dtype, seed=0)
+
+    def precise(self) -> AbstractContextManager[None]:
+        """Inside the block, tensors that are made without a precision have that of the judge."""
+        return default_precision(self.usual if self.own_precision else self.dtype)
 
     @property
     def given(self) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -197,7 +202,7 @@ class Judge:
                         self._named[name].copy_(given.copy_(value))
             return self.lines.call(number, args, kwargs)
 
-        with torch.no_grad():
+        with torch.no_grad(), self.precise():
             *_, output = self.steps(learning)
         return floats(output)
 
@@ -219,7 +224,7 @@ class Judge:
         """The outputs of a model's own forward."""
         args, kwargs = self.given
         values = values | cloned({name: values.get(name, t) for name, t in model.named_buffers()})
-        with evaluating(model), torch.no_grad(), torch.random.fork_rng(devices=[]):
+        with evaluating(model), self.precise(), torch.no_grad(), chance_kept():
             return floats(functional_call(model, values, args, kwargs))
 
 
@@ -296,7 +301,7 @@ class CheckedPass:
         except Exception as error:
             problem, right = error, False
         if not right:
-            if name and not self._agree(floats((args, kwargs)), self._inputs[key]):
+            if name and not self._agree(floats(given), self._inputs[key]):
                 raise problem  # a module before this one went wrong
             try:
                 result = self._rewrite(key, region, module, given, before)
@@ -308,11 +313,11 @@ class CheckedPass:
         return result
 
     def _gives(self, key: tuple[str, int], region: Sequence[int], result: Any) -> bool:
-        """Whether a call gave what the captured graph says; that knows no outputs that nothing reads."""
+        """Whether a call gave what the captured graph says; that knows no outputs that nothing reads, maybe none."""
         if key not in self._outputs:
             self._outputs[key] = self._graph.after(region)
         found, known = floats(result), self._outputs[key]
-        return self._agree(found, known) or (bool(known) and self._agree(known, found))
+        return self._agree(found, known) or self._agree(known, found)
 
     def _rewrite(
         self,
@@ -332,9 +337,12 @@ class CheckedPass:
         while True:
             broken = frozenset(self._reasons) - {name}
             apart = None if name in self._whole else broken
-            self._calls |= {n: before.get(n, -1) for n in self._calls if inside(n, name)}
+            self._calls = {
+                n: before.get(n, -1) for n in self._calls
+            }  # a shared module may be named elsewhere
             try:
-                draft = draft or self._writer.draft(name, apart)
+                with written_out(), default_precision(self._judge.usual):
+                    draft = draft or self._writer.draft(name, apart)
                 args, kwargs = cloned(given)
                 result = self._run(module, draft, args, kwargs)
                 if not self._gives(key, region, result):
@@ -347,6 +355,9 @@ class CheckedPass:
                 draft = None
             else:
                 self._drafts[name] = draft
+                for (called, call), steps in self._regions.items():  # the program may not have called it
+                    if steps[-1] <= region[-1]:
+                        self._calls[called] = max(self._calls.get(called, -1), call)
                 return result
 
     def _run(self, module: nn.Module, draft: Draft, args: Any, kwargs: Any) -> Any:
@@ -374,6 +385,7 @@ class Lockstep:
         given = [*pytree.tree_leaves(judge.given), *judge.tensors]
         self._values: dict[int, Any] = dict(enumerate(given))
         self._steps = judge.steps()
+        self._precise = judge.precise
         self._done = 0
 
     def before(self, region: Sequence[int]) -> list[Tensor]:
@@ -392,8 +404,9 @@ class Lockstep:
     @functools.cached_property
     def output(self) -> list[Tensor]:
         """What the graph returns."""
-        self._advance(len(self._reads))
-        return floats(next(self._steps))
+        with torch.no_grad(), self._precise():
+            self._advance(len(self._reads))
+            return floats(next(self._steps))
 
     def _tensors(self, indices: Iterable[int]) -> list[Tensor]:
         found = {index: self._values.get(index) for index in indices}

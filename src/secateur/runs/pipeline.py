@@ -100,7 +100,11 @@ def prune_run(
     config = run.resolve_auto(config)
     method, dense = run.at_hand(config.chosen), run.task.model
     graph = analyze(
-        dense, run.task.inputs, freeze=method.freeze, attention=getattr(method, "attention", "heads")
+        dense,
+        run.task.inputs,
+        freeze=method.freeze,
+        attention=getattr(method, "attention", "heads"),
+        granularity=getattr(method, "granularity", "channels"),
     )
     config.check_reach(graph)
     if isinstance(method, TrainingMethod):
