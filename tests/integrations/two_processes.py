@@ -1,4 +1,4 @@
-"""Run by `torch.distributed.run`: every form in both trainers, in DistributedDataParallel, and what came of it."""
+"""Run by `torch.distributed.run`: forms of methods in both trainers, in DistributedDataParallel, and what came of it."""
 
 import json
 import sys
