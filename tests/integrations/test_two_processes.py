@@ -23,7 +23,7 @@ def test_two_processes_take_the_same_decisions(framework: str, tmp_path: Path) -
         [*launch, str(SCRIPT), framework, str(tmp_path)],
         capture_output=True,
         text=True,
-        timeout=600,
+        timeout=1800,
         env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": path},
     )
     assert done.returncode == 0, done.stderr

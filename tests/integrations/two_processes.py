@@ -1,4 +1,4 @@
-"""Run by `torch.distributed.run`: every form in both trainers, in DistributedDataParallel, and what came of it."""
+"""Run by `torch.distributed.run`: forms of methods in both trainers, in DistributedDataParallel, and what came of it."""
 
 import json
 import sys
@@ -12,8 +12,6 @@ from secateur.engine import session
 from tests.integrations.examples import EPOCHS, FEW, METHODS, check
 from tests.methods.examples import analyze_once
 
-session.analyze = analyze_once  # type: ignore[assignment]
-
 
 def digest(network: nn.Module, prune: Any) -> list[Any]:
     """What must be alike in all processes: units, the course, what the method learns, and weights.
@@ -26,6 +24,7 @@ def digest(network: nn.Module, prune: Any) -> list[Any]:
 
 
 def main(framework: str, folder: Path) -> None:
+    session.analyze = analyze_once  # type: ignore[assignment]
     epochs = 2 * EPOCHS  # as many steps as on one process
     options: dict[str, Any] = {"save_strategy": "no", "num_train_epochs": epochs}
     if framework == "lightning":
@@ -48,4 +47,5 @@ def main(framework: str, folder: Path) -> None:
     torch.distributed.destroy_process_group()
 
 
-main(sys.argv[1], Path(sys.argv[2]))
+if __name__ == "__main__":
+    main(sys.argv[1], Path(sys.argv[2]))
