@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from secateur.cost import Budget
 from secateur.engine.pruned import Pruned
 from secateur.errors import ScoreError, SecateurError, unknown
-from secateur.graph import Graph, Inputs
+from secateur.graph import Graph, Inputs, analyze
 from secateur.graph.capture import batch_of
 from secateur.plan import WeightPlan
 from secateur.settings import option, options_of, plain, settings
@@ -111,11 +111,19 @@ class Method:
     freeze: tuple[str, ...] = option(
         "modules, or patterns such as 'layer4.*', that no cut may touch", default=()
     )
+    scope: tuple[str, ...] = option(
+        "modules that are pruned, the rest left as it is; none: all that can be captured", default=()
+    )
 
     @property
     def needs_data(self) -> bool:
         """Whether it chooses on labelled images."""
         return False
+
+    def analyze(self, model: nn.Module, inputs: Inputs) -> Graph:
+        """What may be cut together in a model, under the options of the method."""
+        attention = getattr(self, "attention", "heads")
+        return analyze(model, inputs, freeze=self.freeze, attention=attention, scope=self.scope)
 
     def prune(self, model: nn.Module, inputs: Inputs, budget: Budget, context: Context) -> Pruned:
         """Prune a copy of a model to a budget.

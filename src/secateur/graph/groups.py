@@ -2,21 +2,23 @@
 
 import hashlib
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, fx, nn
+from torch.utils import _pytree as pytree
 
 from secateur.errors import CaptureError, PlanError
 from secateur.graph.activations import Buffer, find_buffers
 from secateur.graph.axes import Axis, Product
-from secateur.graph.capture import Capture, Inputs, capture
+from secateur.graph.capture import Capture, Inputs, Parted, WholeError, capture
 from secateur.graph.guard import uncompiled
 from secateur.graph.labels import Atoms, Labels, first
 from secateur.graph.modules import pad_attributes
+from secateur.graph.parts import Parts, capture_parts
 from secateur.graph.propagate import propagate
 from secateur.graph.solve import Solution, solve
 from secateur.graph.trace import Trace
@@ -117,6 +119,7 @@ class Graph:
         fingerprint: identifies the names and shapes of the model's tensors.
         inputs: the example inputs.
         trace: the captured graph with every node's labels, for surgery; no part of what a graph equals.
+        parts: the submodules that were captured, where the model as a whole cannot be; None: it was.
     """
 
     groups: tuple[Group, ...]
@@ -130,6 +133,25 @@ class Graph:
     fingerprint: str
     inputs: Inputs
     trace: Trace | None = field(default=None, compare=False)
+    parts: Parts | None = field(default=None, compare=False)
+
+    def view(self, model: nn.Module) -> nn.Module:
+        """What of a model the captured graph computes: the model itself, or its parts."""
+        return model if self.parts is None or isinstance(model, Parted) else self.parts.view(model)
+
+    @property
+    def given(self) -> Inputs:
+        """Example inputs of the view."""
+        return self.inputs if self.parts is None else self.parts.inputs
+
+    def on(self, device: torch.device) -> "Graph":
+        """The graph with its example inputs on a device."""
+
+        def moved(tree: Any) -> Any:
+            return pytree.tree_map_only(Tensor, lambda x: x.to(device), tree)
+
+        parts = self.parts and replace(self.parts, inputs=moved(self.parts.inputs))
+        return replace(self, inputs=moved(self.inputs), parts=parts)
 
     def __repr__(self) -> str:
         units = sum(group.units for group in self.groups)
@@ -142,30 +164,38 @@ class Graph:
             f"  {group.name}: {group.units} units, {len(group.members)} tensors" for group in self.groups
         ]
         lines += [f"  {item.name}: {item.units} channels stay ({item.reason})" for item in self.frozen]
+        lines += str(self.parts).splitlines() if self.parts else []
         return "\n".join(lines)
 
 
 @uncompiled
 @checked(CaptureError, but=("inputs",))
 def analyze(
-    model: nn.Module, inputs: Inputs, *, freeze: Sequence[str] = (), attention: str = "heads"
+    model: nn.Module,
+    inputs: Inputs,
+    *,
+    freeze: Sequence[str] = (),
+    attention: str = "heads",
+    scope: Sequence[str] = (),
 ) -> Graph:
     """Find what may be cut together in a model.
 
     The model is only read: modes, hooks, gradients and buffers stay as they are.
 
     Args:
-        model: any module that `torch.export` can capture.
-        inputs: example inputs: a tensor, a tuple of arguments, or a dict of keyword arguments.
+        model: any module that `torch.export` can capture, or that has parts it can capture, such as a detector.
+        inputs: example inputs: a tensor, a list of images, a tuple of arguments, or a dict of keyword arguments.
         freeze: module names or shell patterns ("layer4.*"); no tensor inside them is changed.
         attention: what attention loses: whole "heads", or the same "dims" of every head (queries with keys,
             values with the output projection).
+        scope: names of the modules to prune, each captured by itself, and the rest left as it is; none: the model, or
+            if it cannot be captured, its largest submodules that can.
     Raises:
-        CaptureError: the graph cannot be read, or a `freeze` pattern names no module.
+        CaptureError: the graph cannot be read, or a `freeze` pattern or `scope` names no module.
     """
     if attention not in ("heads", "dims"):
         raise CaptureError(f"attention={attention!r}: expected 'heads' or 'dims'")
-    return find_groups(model, inputs, freeze, attention)
+    return find_groups(model, inputs, freeze, attention, scope=scope)
 
 
 def find_groups(
@@ -174,6 +204,7 @@ def find_groups(
     freeze: Sequence[str] = (),
     attention: str = "heads",
     going: Mapping[tuple[str, int], Atoms] | None = None,
+    scope: Sequence[str] = (),
 ) -> Graph:
     """What `analyze` finds.
 
@@ -181,7 +212,15 @@ def find_groups(
         going: (tensor, dim) -> positions that are about to be removed: where there is a choice, groups are made so
             that this can be done.
     """
-    captured = capture(model, inputs)
+    parts, given, whole = None, inputs, None
+    try:
+        if not scope:
+            captured = capture(model, inputs)
+    except WholeError as error:
+        whole = error
+    if scope or whole:
+        parts, captured = capture_parts(model, inputs, scope, whole)
+        model, given = parts.view(model), parts.inputs
     labels = Labels(frozenset(name for name, _ in model.named_parameters()))
     names = canonical_names(model)
     values = propagate(model, captured, labels, names)
@@ -189,7 +228,7 @@ def find_groups(
     unused = unread(model, labels, names)
     if unused:  # such as auxiliary heads, which only the training-mode forward pass runs
         try:
-            propagate(model, capture(model, inputs, training=True), labels, names)
+            propagate(model, capture(model, given, training=True), labels, names)
             del labels.contractions[counted:]
             unused = unread(model, labels, names)
         except CaptureError:
@@ -200,7 +239,10 @@ def find_groups(
         if key in labels.tensors:
             wanted[labels.tensors[key][positions]] = True
     solution = solve(labels, attention, wanted if going else None)
-    return build(model, inputs, labels, solution, captured, values, unused)
+    graph = replace(build(model, inputs, labels, solution, captured, values, unused), parts=parts)
+    if whole and not graph.groups:
+        raise whole
+    return graph
 
 
 def canonical_names(model: nn.Module) -> dict[str, str]:
@@ -306,8 +348,11 @@ def build(
         params.append(Product(name, int(np.prod(fixed)), tuple(axes[i] for i in cut)))
     macs = []
     for item, indices in zip(labels.contractions, mac_axes, strict=True):
-        full = int(np.prod([len(arrays[i]) for i in indices])) * (captured.batch if item.batched else 1)
-        macs.append(Product(item.module, item.macs / full, tuple(axes[i] for i in indices)))
+        full = int(np.prod([len(arrays[i]) for i in indices]))
+        times, images = (item.per_image, captured.batch) if item.per_image else (1.0, 1)
+        macs.append(
+            Product(item.module, item.macs * times / (full * images), tuple(axes[i] for i in indices))
+        )
     trace = Trace(captured, values, labels.tensors, unit_numbers(solution, unit_sets, arrays))
     return Graph(
         groups=tuple(groups),

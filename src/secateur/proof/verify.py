@@ -14,6 +14,7 @@ from secateur.graph.duplicate import duplicate
 from secateur.graph.groups import check_model
 from secateur.graph.guard import uncompiled
 from secateur.graph.modes import evaluating
+from secateur.graph.parts import rest_fails
 from secateur.graph.positions import kept_positions
 from secateur.graph.probe import (
     aliases,
@@ -54,6 +55,8 @@ class Verification:
             on random weights instead.
         trains: one backward pass through the cut model, in training mode, gave finite gradients, or the
             original cannot be trained either.
+        parts: names of the submodules that were compared, where the model was captured in parts; empty: all of it was.
+        rest: why what stands between these parts does not do the same on what is left; "" if it does.
         untrained: why the original cannot be trained, so that no training step was compared; "" if it can.
         statistics: "module (operator)" wherever a statistic is taken over channels of which some were removed.
             Empty: the reference is the original with zeros for the removed units. Otherwise it is the
@@ -84,6 +87,8 @@ class Verification:
     elsewhere: float = 0.0
     uncompared: str = ""
     untrained: str = ""
+    parts: tuple[str, ...] = ()
+    rest: str = ""
 
     @property
     def ok(self) -> bool:
@@ -93,6 +98,7 @@ class Verification:
             and self.max_rel_error_float32 <= TOLERANCE[torch.float32]
             and self.elsewhere <= TOLERANCE[torch.float32]
             and self.trains
+            and not self.rest
         )
 
     @property
@@ -116,10 +122,13 @@ class Verification:
             trains = (
                 f"; no training step was compared, since the original cannot be trained ({self.untrained})"
             )
+        between = f"; the rest does the same between its {len(self.parts)} parts" if self.parts else ""
+        if self.rest:
+            between = f"; what stands between its parts does not go on as before: {self.rest}"
         return (
             f"{verdict} to the masked original{over}: max error {self.max_abs_error:.1e} in float64 "
-            f"({self.max_rel_error:.1e} relative), {self.max_abs_error_float32:.1e} in float32{self._further}; "
-            f"{self.form}{trains}"
+            f"({self.max_rel_error:.1e} relative), {self.max_abs_error_float32:.1e} in float32{self._further}"
+            f"{between}; {self.form}{trains}"
         )
 
     @property
@@ -153,6 +162,8 @@ def verify(model: nn.Module, cut: nn.Module, graph: Graph, plan: Plan, *, seed: 
     """
     plan.check(graph)
     check_model(model, graph)
+    the_model, the_cut = model, cut
+    model, cut = graph.view(model), graph.view(cut)
     randomised = False
     pair = model, cut
     errors = compare(*pair, graph, plan, torch.float64, seed)
@@ -169,6 +180,7 @@ def verify(model: nn.Module, cut: nn.Module, graph: Graph, plan: Plan, *, seed: 
     sizes, further, uncompared = compare_elsewhere(*pair, graph, plan, errors, seed)
     fails = training_fails(cut, graph, seed)
     untrained = training_fails(model, graph, seed) if fails else ""
+    rest = rest_of(the_model, the_cut, graph, plan)
     return Verification(
         max_abs_error=worst.absolute,
         max_rel_error=worst.relative,
@@ -185,6 +197,20 @@ def verify(model: nn.Module, cut: nn.Module, graph: Graph, plan: Plan, *, seed: 
         elsewhere=further,
         uncompared=uncompared,
         untrained=untrained,
+        rest=rest,
+        parts=tuple(graph.parts.names) if graph.parts else (),
+    )
+
+
+def rest_of(model: nn.Module, cut: nn.Module, graph: Graph, plan: Plan) -> str:
+    """Why the rest of a model that was captured in parts does not go on as before; "" if it does."""
+    if graph.parts is None:
+        return ""
+    assert graph.trace is not None
+    survivors = graph.trace.survivors(plan.masks(graph))
+    kept = [survivors.keep(graph.trace.values[node]) for node in graph.trace.captured.borders]
+    return rest_fails(
+        graph.parts, model, cut, graph.inputs, dict(zip(graph.parts.borders, kept, strict=True))
     )
 
 
@@ -253,7 +279,7 @@ def compare_elsewhere(
     """
     assert graph.trace is not None
     captured = graph.trace.captured
-    given, others = sampled(model, graph.inputs, captured.batching, captured.batch, most=1)
+    given, others = sampled(model, graph.given, captured.batching, captured.batch, most=1)
     reason = "" if others else "the original takes no other image size"
     dtype = torch.float32 if errors.replayed else torch.float64
     for inputs in [*others, *given[1:]]:

@@ -45,6 +45,7 @@ def cut_(model: nn.Module, graph: Graph, plan: Plan, *, optimizer: Optimizer | N
     """
     masks = plan.masks(graph)
     check_model(model, graph)
+    whole, model = model, graph.view(model)
     keep = kept_positions(model, graph, masks)
     edit = Edit(model)
     edit.attributes(layer_attributes(model, keep))
@@ -68,7 +69,7 @@ def cut_(model: nn.Module, graph: Graph, plan: Plan, *, optimizer: Optimizer | N
         raise CutError(
             f"{type(model).__name__}: the plan cannot be applied ({first_line(error)}). The model is unchanged."
         ) from error
-    return model
+    return whole
 
 
 def renew_(model: nn.Module, edit: Edit) -> None:
@@ -92,6 +93,11 @@ def _settle(model: nn.Module, graph: Graph, masks: list[Tensor], edit: Edit) -> 
             edit.apply()
 
     drafts = settle(model, graph, masks, whole)
+    if "" in drafts and graph.parts is not None:
+        raise CutError(
+            f"{type(model).__name__}: one of its parts ({', '.join(graph.parts.names)}) can neither run at the new "
+            f"widths nor be rewritten; name the others in scope=. The model is unchanged."
+        )
     for name, draft in drafts.items():
         module = model.get_submodule(name)
         edit.done(rewrite_(module, draft.program, draft.constants, draft.lost, draft.tied))

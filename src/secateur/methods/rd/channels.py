@@ -18,7 +18,7 @@ from secateur.cost.multiples import AUTO, ROUND_TO, ROUND_TO_HELP, Multiples, ch
 from secateur.engine.method import Context, Meter, Method, images_of
 from secateur.engine.pruned import Pruned, cut_and_prove
 from secateur.errors import BudgetError, ScoreError, SecateurError
-from secateur.graph import Graph, Group, Inputs, Member, analyze
+from secateur.graph import Graph, Group, Inputs, Member
 from secateur.graph.capture import batch_of
 from secateur.graph.duplicate import duplicate
 from secateur.graph.replay import Outputs, Replay, chunks, joined, some_of
@@ -130,7 +130,7 @@ class RD(Method):
         meter = Meter(context.progress)
         given = images_of(context.data)
         model = duplicate(model).eval()
-        graph = analyze(model, inputs, freeze=self.freeze)
+        graph = self.analyze(model, inputs)
         if not graph.groups:
             raise BudgetError(
                 "nothing can be pruned: the model has no group of removable units (see graph.frozen)"
@@ -175,7 +175,7 @@ class RD(Method):
         return {
             "compensation": self.compensation, "distortion": self.distortion, **how,
             "freeze": list(self.freeze), "min_keep": self.min_keep,
-            "granularity": "channels",
+            "granularity": "channels", **({"scope": list(self.scope)} if self.scope else {}),
         }  # fmt: skip
 
     def _best(
