@@ -17,6 +17,7 @@ from secateur.graph.guard import (
     culprit,
     plain_outputs,
     quiet,
+    unknown_size,
     untouched,
     written_out,
 )
@@ -36,25 +37,26 @@ class Batching:
     Attributes:
         images: in the inputs as they were given.
         rows: of every leaf of the inputs, its first dim if that grows with the images; None: it stays.
-        per_image: of every leaf, how many rows an image really has for each row of it; empty: one.
-        apart: each image is a tensor of its own, so that the number of images is that of the tensors.
+        per_image: of every leaf, how many rows an image really has for each row of it, 0 if it holds none for an
+            image; empty: one for those that grow.
+        fixed: they can hold no other number of images, such as where each is a tensor of its own.
     """
 
     images: int
     rows: tuple[int | None, ...]
     per_image: tuple[float, ...] = ()
-    apart: bool = False
+    fixed: bool = False
 
     def allows(self, images: int) -> bool:
         """Whether the inputs can hold this many images."""
-        if self.apart:
+        if self.fixed:
             return images == self.images
         return all(rows is None or rows * images % self.images == 0 for rows in self.rows)
 
     def count(self, inputs: Inputs) -> int:
         """Images in inputs like these."""
-        if self.apart:
-            return batch_of(inputs)
+        if self.fixed:
+            return self.images
         leaves = zip(pytree.tree_leaves(as_call(inputs)), self.rows, strict=True)
         return next((len(x) * self.images // rows for x, rows in leaves if rows), self.images)
 
@@ -96,10 +98,9 @@ class Capture:
 
     @property
     def per_image(self) -> dict[fx.Node, float]:
-        """Of those inputs that grow with the number of images: how many rows an image has for each of theirs."""
-        weights = self.batching.per_image or (1.0,) * len(self.batching.rows)
-        given = zip(self.inputs, self.batching.rows, weights, strict=True)
-        return {node: weight for node, rows, weight in given if rows is not None}
+        """Of those inputs that hold something for every image: how many rows an image has for each of theirs."""
+        grown = tuple(float(rows is not None) for rows in self.batching.rows)
+        return dict(zip(self.inputs, self.batching.per_image or grown, strict=True))
 
 
 class Parted(nn.Module):
@@ -155,7 +156,7 @@ def batchings(inputs: Inputs) -> list[Batching]:
     first = [x.shape[0] if isinstance(x, Tensor) and x.ndim else None for x in leaves]
     images = max(1, batch_of(inputs))
     if list_of_images(inputs) is not None:
-        return [Batching(images, tuple(first), apart=True)]
+        return [Batching(images, tuple(first), fixed=True)]
     equal = Batching(images, tuple(rows if rows == images else None for rows in first))
     related = Batching(
         images,
@@ -251,6 +252,11 @@ def _export(
         except Exception as error:
             failure = error  # the last candidate is the user's own
             continue
+        if not any_batch and (where := unknown_size(program.graph_module)):
+            raise WholeError(
+                f"{where}: runs, but how much it returns depends on the values in a tensor, so that its graph cannot "
+                f"be captured. Name the submodules to prune in scope=, or move this out of the module that is pruned."
+            )
         signature = program.graph_signature
         tensors = {**signature.inputs_to_parameters, **signature.inputs_to_buffers}
         constants = {
@@ -260,6 +266,8 @@ def _export(
         return Capture(program.graph_module, tensors, constants, batching, images, borders)
     assert failure is not None
     _check_runs(model, inputs)
+    if isinstance(failure, CaptureError):
+        raise WholeError(str(failure)) from failure
     raise WholeError(
         f"{culprit(model, failure)}: runs, but its graph cannot be captured: {first_line(failure)}. Control flow "
         f"that depends on tensor values must be replaced by torch.where, or moved out of the module that is pruned."
@@ -269,9 +277,9 @@ def _export(
 def _take_borders(module: fx.GraphModule, outputs: int) -> tuple[fx.Node, ...]:
     """Take from a graph the outputs behind the first ones."""
     node = next(iter(module.graph.find_nodes(op="output")))
-    every = tuple(node.args[0])  # type: ignore[arg-type]
+    every: tuple[Any, ...] = tuple(node.args[0])
     node.args = (every[:outputs],)
-    return every[outputs:]  # type: ignore[return-value]
+    return every[outputs:]
 
 
 def _free_batch(x: Any) -> Any:

@@ -150,7 +150,9 @@ class Graph:
         def moved(tree: Any) -> Any:
             return pytree.tree_map_only(Tensor, lambda x: x.to(device), tree)
 
-        parts = self.parts and replace(self.parts, inputs=moved(self.parts.inputs))
+        parts = self.parts and replace(
+            self.parts, inputs=moved(self.parts.inputs), example=moved(self.parts.example)
+        )
         return replace(self, inputs=moved(self.inputs), parts=parts)
 
     def __repr__(self) -> str:

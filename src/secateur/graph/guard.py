@@ -179,11 +179,24 @@ def check_deterministic(graph: fx.GraphModule) -> None:
         if not (isinstance(target, torch._ops.OpOverload) and node.users):
             continue
         if torch.Tag.nondeterministic_seeded in target.tags and _draws(node, target):
-            stack = list((node.meta.get("nn_module_stack") or {"": ("", None)}).values())
             raise CaptureError(
-                f"{stack[-1][0] or 'the model'}: its forward is random in evaluation mode ({target}), so that no cut "
+                f"{_place(node)}: its forward is random in evaluation mode ({target}), so that no cut "
                 f"could be compared with the original; let it draw only if self.training"
             )
+
+
+def unknown_size(graph: fx.GraphModule) -> str:
+    """The module and the operator that return a tensor whose size is no number; "" if none does."""
+    for node in graph.graph.nodes:
+        for x in pytree.tree_leaves(node.meta.get("val")):
+            if isinstance(x, Tensor) and not all(isinstance(size, int) for size in x.shape):
+                return f"{_place(node)} ({node.target})"
+    return ""
+
+
+def _place(node: fx.Node) -> str:
+    stack = list((node.meta.get("nn_module_stack") or {"": ("", None)}).values())
+    return stack[-1][0] or "the model"
 
 
 def _draws(node: fx.Node, op: torch._ops.OpOverload) -> bool:

@@ -13,6 +13,7 @@ of the parts is an output, so that its channels stay.
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -31,14 +32,18 @@ from torch.utils import _pytree as pytree
 
 from secateur.errors import CaptureError, SecateurError, first_line, unknown
 from secateur.graph.capture import (
+    BATCH,
     Batching,
     Capture,
     Inputs,
     Parted,
     WholeError,
     as_call,
+    as_inputs,
     batch_of,
     capture,
+    list_of_images,
+    with_images,
     with_length,
 )
 from secateur.graph.duplicate import cloned, duplicate
@@ -154,6 +159,7 @@ class Parts:
         calls: in the order in which they run.
         returned: how many tensors each call returns.
         read: what the rest reads: the outputs of the view.
+        example: inputs of the whole model, of two images if it takes as many.
         inputs: example inputs of the view.
         batching: how they hold images.
         left: name -> why it is no part, for the modules that were looked at; "" is the model.
@@ -164,6 +170,7 @@ class Parts:
     calls: tuple[Call, ...]
     returned: tuple[int, ...]
     read: tuple[Output, ...]
+    example: Inputs
     inputs: tuple[Tensor, ...]
     batching: Batching
     left: Mapping[str, str] = field(default_factory=dict)
@@ -219,7 +226,7 @@ class View(Parted):
     @classmethod
     def of(cls, model: nn.Module, parts: Parts) -> "View":
         """The view, with the name of the model's class."""
-        view = type(type(model).__name__, (cls,), {"__module__": type(model).__module__})()
+        view: View = type(type(model).__name__, (cls,), {"__module__": type(model).__module__})()
         view._modules, view._parameters, view._buffers = model._modules, model._parameters, model._buffers
         view._non_persistent_buffers_set = model._non_persistent_buffers_set
         view.training, view.parts = model.training, parts
@@ -297,7 +304,8 @@ def own(number: int, forward: Callable[[], Any]) -> Any:
 
 def loud(number: int, forward: Callable[[], Any]) -> Any:
     """Random numbers of the same shapes."""
-    return pytree.tree_map_only(Tensor, lambda t, g=_generator(number): _random(t, g), forward())
+    generator = _generator(number)
+    return pytree.tree_map(lambda x: _random(x, generator) if isinstance(x, Tensor) else x, forward())
 
 
 def _generator(seed: int) -> torch.Generator:
@@ -382,10 +390,9 @@ def capture_parts(
             raise CaptureError(f"scope: {unknown('module', name, list(modules)[1:])}")
         if inner := next((n for n in scope if n.startswith(f"{name}.")), None):
             raise CaptureError(f"scope: {inner!r} is inside of {name!r}; name one of them")
-    try:
+    with suppress(SecateurError):
         model = duplicate(model, share=True)  # a forward may write to its buffers
-    except SecateurError:
-        pass
+    inputs = _two_images(model, inputs)
     names = list(scope) or [name for name, _ in model.named_children()]
     left = {"": reason_of(whole.__cause__ or whole)} if whole else {}
     while True:
@@ -406,6 +413,25 @@ def capture_parts(
                 raise
             left[part] = reason_of(error.__cause__ or error)
             names = [n for name in search.names for n in ([name] if name != part else _children(model, part))]
+
+
+def _two_images(model: nn.Module, inputs: Inputs) -> Inputs:
+    """The inputs with two images in the place of one, if the model takes them: one looks like a dim to spread along."""
+    images = list_of_images(inputs)
+    if images is None:
+        two = with_images(inputs, BATCH)
+    else:
+        args, kwargs = pytree.tree_map(
+            lambda x: BATCH * x if x is images else x, as_call(inputs), is_leaf=lambda x: x is images
+        )
+        two = as_inputs(args, kwargs, inputs)
+    if batch_of(inputs) != 1 or batch_of(two) != BATCH:
+        return inputs
+    try:
+        watch(model, two, (), own)
+    except Exception:  # whatever its own code raises
+        return inputs
+    return two
 
 
 def _parameters(model: nn.Module, name: str) -> Iterator[nn.Parameter]:
@@ -486,7 +512,7 @@ class _Search:
             try:
                 with FakeTensorMode(allow_non_fake_inputs=True) as mode:
                     args, kwargs = pytree.tree_map_only(Tensor, mode.from_tensor, (call.args, call.kwargs))
-                    buffers = {n: mode.from_tensor(t) for n, t in module.named_buffers()}
+                    buffers: dict[str, Tensor] = {n: mode.from_tensor(t) for n, t in module.named_buffers()}
                     functional_call(module, buffers, args, kwargs)
             except Exception as error:  # whatever its own code raises
                 return reason_of(error)
@@ -537,6 +563,8 @@ class _Join:
         }
         self.read: dict[Output, None] = {}
         self.through: dict[tuple[int, int], tuple[tuple[Run, ...], int]] = {}
+        self.images = max(1, batch_of(search.inputs))
+        self.known: dict[int, Given] = {}
         self.inputs: list[Tensor] = []
         self.rows: list[int | None] = []
         self.per_image: list[float] = []
@@ -544,68 +572,67 @@ class _Join:
     def parts(self) -> Parts:
         """The parts, and what each is given."""
         self._follow()
-        images = max(1, batch_of(self.search.inputs))
-        real = watch(self.search.model, self.search.inputs, self.search.names, own)
-        known: dict[int, Given] = {}
-        count: dict[str, int] = {}
-        calls = []
-        for number, seen in enumerate(self.base.calls):
-            nth = count[seen.name] = count.get(seen.name, -1) + 1
-            same = [s for s in real.calls if s.name == seen.name]
-            lengths = {len(t) if t.ndim else 0 for t in seen.tensors}
-            # What has no row for every image, such as regions, is captured with one row for each: cheap, and exact
-            rows = next(iter(lengths)) if len(lengths) == 1 and images not in lengths else None
-            times = 1.0
-            if rows is not None:
-                found = [len(t) for s in same[nth : nth + 1] for t in s.tensors[:1]]
-                times = (next(iter(found), 0) or rows or 1) / images
-            sources: dict[int, Any] = {}
-            for place, t in enumerate(seen.tensors):
-                if id(t) in self.made:
-                    sources[id(t)] = self.made[id(t)]
-                elif (number, place) in self.through:
-                    sources[id(t)] = self._stand_in(
-                        number, place, t, images if rows is not None else len(t), times
-                    )
-                elif id(t) not in known:
-                    given = t.detach().clone()
-                    if rows is not None:
-                        given = (
-                            with_length(given, 0, images) if rows else given.new_zeros(images, *t.shape[1:])
-                        )
-                    known[id(t)] = self._given(given, images, times)
-                sources.setdefault(id(t), known.get(id(t)))
-            args, kwargs = pytree.tree_map_only(
-                Tensor, lambda t, s=sources: s[id(t)], (seen.args, seen.kwargs)
-            )
-            calls.append(Call(seen.name, args, kwargs))
         if self.search.uncalled:  # it may read whatever the parts return
             self.read = dict.fromkeys(self.outputs)
+        real: dict[str, list[Seen]] = {}
+        for seen in watch(self.search.model, self.search.inputs, self.search.names, own).calls:
+            real.setdefault(seen.name, []).append(seen)
+        calls = []
+        for number, seen in enumerate(self.base.calls):
+            same = real.get(seen.name)
+            calls.append(self._call(number, seen, same.pop(0) if same else seen))
+        fixed = any(rows is None for rows in self.rows)
         return Parts(
             calls=tuple(calls),
             returned=tuple(len(tensors_in(seen.output)) for seen in self.base.calls),
             read=tuple(self.read) or tuple(self.outputs),
+            example=self.search.inputs,
             inputs=tuple(self.inputs),
-            batching=Batching(images, tuple(self.rows), tuple(self.per_image)),
+            batching=Batching(self.images, tuple(self.rows), tuple(self.per_image), fixed),
             left=dict(self.search.left),
             uncalled=tuple(self.search.uncalled),
             loud=self.search.loud,
         )
 
-    def _given(self, t: Tensor, images: int, times: float) -> Given:
-        grows = t.ndim > 0 and (len(t) == images or (images > 1 and len(t) > 0 and len(t) % images == 0))
+    def _call(self, number: int, seen: Seen, real: Seen) -> Call:
+        """What a part is given; where the example itself gave it nothing, what random numbers did."""
+        tensors = seen.tensors
+        found = real.tensors
+        if len(found) != len(tensors) or not all(t.numel() for t in found):
+            found = tensors
+        lengths = {len(t) if t.ndim else 0 for t in found}
+        # What has no row for every image, such as regions, is captured with one row for each: cheap, and exact
+        few = len(lengths) == 1 and self.images not in lengths and lengths != {0}
+        times = next(iter(lengths)) / self.images if few else 1.0
+        sources: dict[int, Any] = {}
+        for place, t in enumerate(tensors):
+            if id(t) in self.made:
+                sources[id(t)] = self.made[id(t)]
+            elif (number, place) in self.through:
+                sources[id(t)] = self._stand_in(number, place, self.images if few else len(t), times)
+            else:
+                if id(t) not in self.known:
+                    given = found[place].detach().clone()
+                    given = with_length(given, 0, self.images) if few else given
+                    self.known[id(t)] = self._given(given, times)
+                sources[id(t)] = self.known[id(t)]
+        leaves, tree = pytree.tree_flatten((seen.args, seen.kwargs))
+        leaves = [sources[id(x)] if isinstance(x, Tensor) else x for x in leaves]
+        return Call(seen.name, *pytree.tree_unflatten(leaves, tree))
+
+    def _given(self, t: Tensor, times: float) -> Given:
         self.inputs.append(t)
-        self.rows.append(len(t) if grows else None)
+        self.rows.append(len(t) if t.ndim and len(t) == self.images else None)
         self.per_image.append(times)
         return Given(len(self.inputs) - 1)
 
-    def _stand_in(self, number: int, place: int, t: Tensor, rows: int, times: float) -> Through:
+    def _stand_in(self, number: int, place: int, rows: int, times: float) -> Through:
         runs, dim = self.through[number, place]
+        t = self._tensor((number, place))
         shape = tuple(1 if d == dim else size for d, size in enumerate(t.shape) if d)
         # Two dims, so that nobody takes it for images that might have another height and width
         noise = torch.randn(rows, math.prod(shape), generator=_generator(number)).to(t.device, t.dtype)
-        images = max(1, batch_of(self.search.inputs))
-        return Through(runs, dim, shape, self._given(noise, images, times).index)
+        return Through(runs, dim, shape, self._given(noise, times).index)
 
     def _follow(self) -> None:
         """Change outputs, run the rest, and look at what changes."""
@@ -662,9 +689,9 @@ class _Join:
                 changed = {}
                 for o in sources:
                     t = self.outputs[o]
-                    shape = [1] * t.ndim
-                    shape[side] = -1
-                    chosen = (torch.arange(t.shape[side]) >> bit & 1 == value).view(shape).to(t.device)
+                    line = [1] * t.ndim
+                    line[side] = -1
+                    chosen = (torch.arange(t.shape[side]) >> bit & 1 == value).view(line).to(t.device)
                     changed[o] = torch.where(chosen, _random(t, _generator(2000 + bit)), t)
                 seen[bit, value] = self._changed(changed)
         if any(effect.result for effect in seen.values()):
@@ -673,17 +700,11 @@ class _Join:
             own_sources = {o: effects[o].places[at] for o in sources if at in effects[o].places}
             shape = self._tensor(at).shape
             for dim in range(1, len(shape)):
-                over = tuple(d for d in range(len(shape)) if d != dim)
-                lines = {
-                    key: effect.places[at].any(over)
-                    if at in effect.places
-                    else np.zeros(shape[dim], dtype=bool)
-                    for key, effect in seen.items()
-                }
+                nothing = np.zeros(shape, dtype=bool)
+                lines = {key: _along(e.places.get(at, nothing), dim) for key, e in seen.items()}
                 channel = _channels(lines, bits)
-                runs = channel is not None and self._runs(
-                    channel, {o: places.any(over) for o, places in own_sources.items()}, side
-                )
+                touched = {o: _along(places, dim) for o, places in own_sources.items()}
+                runs = None if channel is None else self._runs(channel, touched, side)
                 if runs:
                     self.through[at] = runs, dim
                     break
@@ -754,6 +775,11 @@ def with_tensors(tree: Any, number: int, changed: Mapping[Output, Tensor]) -> An
     return pytree.tree_unflatten(leaves, spec)
 
 
+def _along(flags: Flags, dim: int) -> Flags:
+    """Which positions of a dim have a flag anywhere."""
+    return np.asarray(flags.any(axis=tuple(d for d in range(flags.ndim) if d != dim)))
+
+
 def _channels(lines: Mapping[tuple[int, int], Flags], bits: int) -> npt.NDArray[np.int64] | None:
     """The one channel that each position depends on; None if some depend on several, or none does at all.
 
@@ -774,7 +800,7 @@ def _channels(lines: Mapping[tuple[int, int], Flags], bits: int) -> npt.NDArray[
 
 
 def rest_fails(
-    parts: Parts, model: nn.Module, cut: nn.Module, inputs: Inputs, keep: Mapping[Output, Mapping[int, Keep]]
+    parts: Parts, model: nn.Module, cut: nn.Module, keep: Mapping[Output, Mapping[int, Keep]]
 ) -> str:
     """Why the rest of a model does not do the same between its parts once they are cut; "" if it does.
 
@@ -784,11 +810,10 @@ def rest_fails(
     Args:
         model: the original.
         cut: the same after the cut.
-        inputs: example inputs.
         keep: what stays of every output of a part.
     """
     model, cut = duplicate(model, share=True), duplicate(cut, share=True)
-    base = watch(model, inputs, parts.names, loud if parts.loud else own)
+    base = watch(model, parts.example, parts.names, loud if parts.loud else own)
     ranks: dict[Output, int] = {}
 
     def answer(number: int, forward: Callable[[], Any]) -> Any:
@@ -799,7 +824,7 @@ def rest_fails(
         return with_tensors(base.calls[number].output, number, small)
 
     try:
-        found = watch(cut, inputs, parts.names, answer)
+        found = watch(cut, parts.example, parts.names, answer)
     except Exception as error:
         name = where_raised(cut, error) or type(cut).__name__
         return f"{name} does not take what is left: {first_line(error)}"

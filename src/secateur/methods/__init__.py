@@ -20,7 +20,6 @@ from secateur.engine.session import Session
 from secateur.engine.training_method import TrainingMethod
 from secateur.errors import BudgetError, SecateurError, unknown
 from secateur.graph import Inputs
-from secateur.graph.capture import WholeError
 from secateur.graph.guard import uncompiled
 from secateur.imports import imported
 from secateur.methods.at_init import SNIP, AtInit, GraSP, SynFlow
@@ -189,18 +188,15 @@ def prune(
 def prune_by_choice(
     auto: Auto, model: nn.Module, inputs: Inputs, budget: Budget, context: Context, clock: Clock | None
 ) -> Pruned:
-    """Prune by what "auto" chooses; where rd cannot run the model in steps, by gradients, or norms if there is no loss."""
+    """Prune by what "auto" chooses; where rd cannot run a model in steps, by gradients, or norms without a loss."""
     data = None if context.data is None else list(context.data)
     trained, context = data is not None, replace(context, data=data)
     chosen = choose(auto, bounds=budget.given, trained=trained, data=trained, training=False).method
-    try:
-        return prune_by(chosen, model, inputs, budget, context, clock)
-    except WholeError:
-        if not isinstance(chosen, RD):
-            raise
-    score = OneShot.score if context.loss is Context.loss else "taylor"
-    options = {"freeze": auto.freeze, "scope": auto.scope, "score": score, **auto.options}
-    return prune_by(OneShot.of(options), model, inputs, budget, context, clock)
+    graph = chosen.analyze(model, inputs)
+    if isinstance(chosen, RD) and graph.parts is not None:
+        score = OneShot.score if context.loss is Context.loss else "taylor"
+        chosen = OneShot.of({"freeze": auto.freeze, "scope": auto.scope, "score": score, **auto.options})
+    return prune_by(chosen, model, inputs, budget, replace(context, graph=graph), clock)
 
 
 def prune_by(
@@ -228,7 +224,7 @@ def prune_within_latency(
         cache = context.cache or Path(folder)  # the same for all trials
         again = replace(context, data=data, cache=cache)
         if isinstance(method, OneShot):
-            graph = method.analyze(model, inputs)
+            graph = context.graph or method.analyze(model, inputs)
             again = replace(again, graph=graph, prove=method.compensation != "none")  # of the solved weights
         found = prune_to_latency(
             lambda within: method.prune(model, inputs, within, again), model, budget, clock

@@ -209,9 +209,8 @@ def rest_of(model: nn.Module, cut: nn.Module, graph: Graph, plan: Plan) -> str:
     assert graph.trace is not None
     survivors = graph.trace.survivors(plan.masks(graph))
     kept = [survivors.keep(graph.trace.values[node]) for node in graph.trace.captured.borders]
-    return rest_fails(
-        graph.parts, model, cut, graph.inputs, dict(zip(graph.parts.borders, kept, strict=True))
-    )
+    keep = dict(zip(graph.parts.borders, kept, strict=True))
+    return rest_fails(graph.parts, model, cut, keep)
 
 
 @dataclass(frozen=True)

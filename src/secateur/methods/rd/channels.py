@@ -130,7 +130,7 @@ class RD(Method):
         meter = Meter(context.progress)
         given = images_of(context.data)
         model = duplicate(model).eval()
-        graph = self.analyze(model, inputs)
+        graph = context.graph or self.analyze(model, inputs)
         if not graph.groups:
             raise BudgetError(
                 "nothing can be pruned: the model has no group of removable units (see graph.frozen)"
