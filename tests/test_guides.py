@@ -37,7 +37,9 @@ CHECKS: dict[str, Callable[[dict[str, Any]], bool]] = {
     "guides/own-loop.md": lambda it: within(it["pruned"], 0.5) and it["right_after"] > 0.5 * it["dense"],
     "guides/while-training.md": lambda it: within(it["pruned"], 0.4) and it["pruned"].proof.ok,
     "guides/detector.md": lambda it: (
-        all(within(it[name], 0.5) for name in ("pruned", "measured", "ranked")) and it["after"] < it["before"]
+        all(within(it[name], 0.5) for name in ("pruned", "measured", "ranked"))
+        and all(within(it[name], 0.6) for name in ("whole", "by_loss"))
+        and it["by_loss"].plan.origin["score"] == "taylor"
     ),
     "guides/transformer.md": lambda it: all(within(it[name], 0.6) for name in ("narrow", "dims")),
     "guides/budget.md": lambda it: within(it["both"], 0.4, "params"),

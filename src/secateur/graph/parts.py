@@ -498,6 +498,11 @@ class _Search:
                 for leaf in pytree.tree_leaves(tree):
                     if leaf is not None and not isinstance(leaf, PLAIN):
                         return f"it {what} objects of class {type(leaf).__name__}"
+            numbers = [x for x in pytree.tree_leaves((call.args, call.kwargs)) if type(x) in (int, float)]
+            if numbers and not any(True for _ in _parameters(self.model, name)):
+                return (
+                    "it has no weights and is given numbers, such as sizes"  # that may change with the images
+                )
             if not any(t.is_floating_point() for t in tensors_in(call.output)):
                 return "it returns no tensor of real numbers"
             if why := self._needs_values(name, call):
