@@ -108,6 +108,7 @@ if (
         share = pruned.after["macs"] / pruned.before["macs"]
         print(
             f"| {name} | {len(proof.parts)} | {share:.1%} | {counted[0]:.4f} {counted[1]:.4f} | "
-            f"{proof.max_rel_error:.1e} | {proof.max_rel_error_float32:.1e} | {proof.ok} | {trains} | {same} | {spent:.0f} |",
+            f"{proof.max_rel_error:.1e} | {proof.max_rel_error_float32:.1e} | {proof.ok} | {trains} | {same} | "
+            f"{spent:.0f} |",
             flush=True,
         )

@@ -10,15 +10,20 @@ that failed.
 
 import argparse
 import json
+import multiprocessing
+import os
 import signal
 import subprocess
-import sys
+import tempfile
 import time
+import warnings
 from concurrent.futures import ThreadPoolExecutor
 from fnmatch import fnmatchcase
 from pathlib import Path
+from typing import Any
 
 import zoo_models
+import zoo_one
 import zoo_table
 from zoo_table import Row
 
@@ -60,6 +65,7 @@ def main() -> None:
         if any(fnmatchcase(name, pattern) for pattern in options.only)
         and ((name, tool) not in rows or (options.again and not zoo_table.passed(rows[name, tool])))
     ][: options.limit]
+    zoo_one.load()
     with ThreadPoolExecutor(options.jobs) as pool, results.open("a") as file:
         runs = pool.map(lambda job: run(job[0], job[1], options.seconds, options.memory), todo)
         for number, row in enumerate(runs, 1):
@@ -90,25 +96,52 @@ def read(path: Path) -> dict[tuple[str, str], Row]:
 
 
 def run(tool: str, name: str, seconds: float, memory: float) -> Row:
-    """One process; its last line counts, with the reason where it did not end by itself."""
-    script = Path(__file__).with_name("zoo_one.py")
-    command = [sys.executable, "-W", "ignore", str(script), tool, name, str(seconds), str(memory)]
+    """One process; its last line counts, with the reason where it did not end by itself.
+
+    It is a fork of this one, which has loaded all that takes a while.
+    """
     start = time.perf_counter()
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    try:
-        printed, errors = process.communicate(timeout=WAIT)
-        ended = f"exit code {process.returncode}: {errors.strip()[-300:]}" if process.returncode else ""
-    except subprocess.TimeoutExpired:
-        process.kill()
-        printed, _ = process.communicate()
-        ended = f"not finished after {WAIT} s on the clock"
-    lines = [text for text in printed.splitlines() if text.startswith("{") and text.endswith("}")]
+    with tempfile.TemporaryDirectory() as folder:
+        printed, errors = Path(folder, "out"), Path(folder, "err")
+        process = multiprocessing.get_context("fork").Process(
+            target=one, args=(printed, errors, tool, name, seconds, memory)
+        )
+        process.start()
+        process.join(WAIT)
+        ended = ""
+        if process.exitcode is None:
+            process.kill()
+            process.join()
+            ended = f"not finished after {WAIT} s on the clock"
+        elif process.exitcode:
+            ended = f"exit code {process.exitcode}: {errors.read_text().strip()[-300:]}"
+        lines = [text for text in printed.read_text().splitlines() if text[:1] == "{" and text[-1:] == "}"]
     row: Row = json.loads(lines[-1]) if lines else {"model": name, "tool": tool, "stage": "build"}
-    if process.returncode == -signal.SIGXCPU:
+    if process.exitcode == -signal.SIGXCPU:
         ended = f"not finished in {row.get('limit_s', seconds):g} s of processor time"
     if ended:
         row |= {"error": "Stopped", "message": ended}
-    return row | {"wall_s": time.perf_counter() - start}
+    return row | {"wall_s": time.perf_counter() - start, "code": code()}
+
+
+def one(printed: Path, errors: Path, *job: Any) -> None:
+    """What a process does."""
+    for path, stream in ((printed, 1), (errors, 2)):
+        os.dup2(os.open(path, os.O_CREAT | os.O_WRONLY), stream)
+    warnings.simplefilter("ignore")
+    zoo_one.main(*job)
+    os._exit(0)  # what modules do at the end of a process is no result
+
+
+def code() -> str:
+    """The commit of the package that is measured."""
+    import secateur
+
+    folder = Path(secateur.__file__).parent
+    described = subprocess.run(
+        ["git", "describe", "--always", "--dirty", "--abbrev=7"], cwd=folder, capture_output=True, text=True
+    )
+    return described.stdout.strip() or secateur.__version__
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ The last line holds everything that was found out, so that a process that is kil
 """
 
 import copy
+import functools
 import json
 import math
 import re
@@ -53,11 +54,23 @@ def main(tool: str, name: str, seconds: float, memory_gib: float) -> None:
     print(json.dumps(row), flush=True)
 
 
+@functools.cache
+def load() -> None:
+    """Load what takes a while, so that no network is charged with it."""
+    import timm
+    import torchvision  # noqa: F401
+
+    import secateur as sc
+
+    timm.list_models()
+    sc.analyze(nn.Sequential(nn.Conv2d(3, 4, 1), nn.ReLU(), nn.Conv2d(4, 2, 1)), torch.zeros(1, 3, 8, 8))
+
+
 def secateur(model: nn.Module, x: Tensor, row: Row) -> Any:
     """Analyse, cut half of the units of every group at random, and check the result."""
     import secateur as sc
 
-    sc.analyze(nn.Sequential(nn.Conv2d(3, 4, 1), nn.ReLU(), nn.Conv2d(4, 2, 1)), torch.zeros(1, 3, 8, 8))
+    load()
     row["stage"] = "capture"
     yield
     before = reset_peak()
@@ -94,8 +107,9 @@ def secateur(model: nn.Module, x: Tensor, row: Row) -> Any:
         masks.append(mask)
     plan = sc.Plan.of(graph, masks)
     cut = copy.deepcopy(model)
-    start = time.perf_counter()
+    start, cpu = time.perf_counter(), time.process_time()
     cut = sc.cut_(cut, graph, plan)
+    row["cut_cpu_s"] = time.process_time() - cpu
     row |= {"cut_s": time.perf_counter() - start, "stage": "verify", **form(cut, model)}
     kept = plan.kept(graph)
     row["params_kept"] = sum(p.numel() for p in cut.parameters()) / row["params"]
@@ -103,8 +117,10 @@ def secateur(model: nn.Module, x: Tensor, row: Row) -> Any:
     row["macs_counted"] = counted_macs(cut, x)
     row["macs_kept"] = row["macs_counted"] / row["macs"]
     yield
-    start = time.perf_counter()
+    start, cpu = time.perf_counter(), time.process_time()
     proof = sc.verify(model, cut, graph, plan)
+    row["verify_cpu_s"] = time.process_time() - cpu
+    row["cpu_s"] = sum(row[f"{what}_cpu_s"] for what in ("groups", "cut", "verify"))
     row |= {
         "verify_s": time.perf_counter() - start,
         "error64": proof.max_rel_error,
@@ -112,8 +128,28 @@ def secateur(model: nn.Module, x: Tensor, row: Row) -> Any:
         "sensitivity": proof.sensitivity,
         "trains": proof.trains,
         "verified": proof.ok,
+        "tied": list(getattr(proof, "tied", ()))[:4],  # older code is measured by this script too
+        "elsewhere": getattr(proof, "sizes", ""),
     }
     yield
+    takes = sizes_taken(model, x)
+    row["sizes"], row["sizes_lost"] = len(takes), sorted(takes - sizes_taken(cut, x))
+    yield
+
+
+def sizes_taken(model: nn.Module, x: Tensor) -> set[str]:
+    """Which of other batches and other image sizes a network runs at: none a multiple of the one given, or square."""
+    *_, h, w = x.shape
+    sizes = ((3, h, w), (2, h + 32, w + 64), (1, 2 * h, w + 32), (3, h - 32, 2 * w))
+    taken = set()
+    for n, height, width in sizes:
+        try:
+            with torch.no_grad():
+                model.eval()(torch.zeros(n, x.shape[1], height, width))
+        except Exception:  # whatever a network raises at a size that it does not take
+            continue
+        taken.add(f"{n}x{height}x{width}")
+    return taken
 
 
 def form(cut: nn.Module, model: nn.Module) -> Row:
@@ -225,7 +261,11 @@ def outputs(result: Any) -> list[Tensor]:
 
 
 def counted_macs(model: nn.Module, x: Tensor) -> int:
-    """Multiply-adds torch counts while the model runs on one image; without its values where it needs none."""
+    """Multiply-adds per image that torch counts for two images; without their values where it needs none.
+
+    Two as in the analysis: csatv2 attends between the images of a batch, so that more of them cost more each.
+    """
+    x = torch.cat([x, x])
     fast = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)  # a fused encoder layer would not be counted
     try:

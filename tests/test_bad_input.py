@@ -265,6 +265,15 @@ def test_other_precisions(dtype: torch.dtype) -> None:
     assert {p.dtype for p in result.model.parameters()} == {dtype}
 
 
+def test_the_image_size_that_would_do_is_named() -> None:
+    deep = nn.Sequential(nn.Conv2d(3, 8, 3, stride=8), nn.ReLU(), nn.Conv2d(8, 4, 6))
+    where = r"2 \(Conv2d\): does not run on .*Kernel size.*It does run on images of shape \(2, 3, 64, 48\)"
+    refused(deep, CaptureError, where, torch.randn(2, 3, 32, 24))
+    with pytest.raises(CaptureError) as caught:
+        sc.analyze(deep, torch.randn(2, 4, 32, 24))
+    assert "It does run" not in str(caught.value)
+
+
 def test_inputs_of_another_dtype_are_named() -> None:
     refused(
         network().double(), CaptureError, r"0 \(Conv2d\): does not run on .*\(1, 3, 8, 8\) float32 on cpu"

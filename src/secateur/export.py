@@ -1,4 +1,4 @@
-"""Writing a model for other runtimes: ONNX, or PyTorch's own exported program.
+"""Writing a model for use without Secateur: ONNX, PyTorch's own exported program, or a Python file.
 
 Nothing is written before the exported form has been run beside the module, at several batch sizes, and
 has given the same outputs.
@@ -8,6 +8,7 @@ import contextlib
 import io
 import logging
 import re
+import tempfile
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -15,15 +16,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 from torch.utils import _pytree as pytree
 
+from secateur import __version__
 from secateur.errors import ExportError, FileError, first_line
-from secateur.files import atomic_write
+from secateur.files import atomic_write, write_tensors
 from secateur.graph.capture import Inputs, as_call, batch_of
 from secateur.graph.duplicate import duplicate
 from secateur.graph.guard import uncompiled
+from secateur.rewriting.plain import as_source
 from secateur.settings import checked
 
 Run = Callable[..., object]
@@ -121,6 +125,62 @@ def export_program(model: nn.Module, inputs: Inputs, path: str | Path) -> Export
     return _export(model, inputs, Path(path), encode)
 
 
+@uncompiled
+@checked(ExportError)
+def export_python(model: nn.Module, inputs: Inputs, path: str | Path) -> ExportCheck:
+    """Write `model` as a Python file of plain PyTorch layers, and its weights beside it.
+
+    `small.py` can be read, changed and trained on; its `load()` reads `small.weights.safetensors`. It needs torch and
+    safetensors, and neither Secateur nor the model's own code, but for classes of outputs that the model returns. What
+    the model does in training only (stochastic depth) is left out, where it is not a layer of `torch.nn`.
+
+    The file is loaded again and compared with the module as in `export_onnx`. Images of other sizes are taken where the
+    model takes them, and its numbers follow from the sizes; the class says which it takes otherwise.
+
+    Args:
+        model: any module that `torch.export` can read.
+        inputs: example inputs; the first dimension is the batch.
+        path: the file to write, ending in ".py"; its folder must exist.
+    Raises:
+        ExportError: the model cannot be written down, or the file computes something else; nothing was written.
+        FileError: a file cannot be written.
+    """
+    path = Path(path)
+    if path.suffix != ".py":
+        raise ExportError(f"path is {str(path)!r}; expected a name that ends in .py")
+    twin, inputs, _ = _on_cpu(model, inputs)
+    given = batch_of(inputs)
+    batches = (given, *{1, given + 1} - {given})
+    weights = path.with_suffix(".weights.safetensors")
+    title = f"{type(model).__name__.removeprefix('Rewritten')}, written by Secateur {__version__}."
+    try:
+        with _quiet():
+            source = as_source(twin, inputs)
+        text = source.text(weights.name, title)
+        with tempfile.TemporaryDirectory() as folder:
+            again = Path(folder) / path.name
+            again.write_text(text, encoding="utf-8")
+            write_tensors(again.with_name(weights.name), source.tensors, {})
+            errors = _compare(twin, _load_source(again), inputs, batches)
+    except FileError:
+        raise
+    except Exception as error:  # whatever capturing and running the model raises
+        raise ExportError(
+            f"{path.name}: {type(model).__name__} could not be written as Python: {_reason(error)}. "
+            f"Nothing was written."
+        ) from error
+    write_tensors(weights, source.tensors, {})
+    atomic_write(path, text)
+    return ExportCheck(path, len(text.encode()), batches, *errors, None)
+
+
+def _load_source(path: Path) -> Run:
+    """What a file that was just written computes."""
+    namespace: dict[str, Any] = {"__file__": str(path), "__name__": path.stem}
+    exec(compile(path.read_text(encoding="utf-8"), str(path), "exec"), namespace)
+    return namespace["load"]()  # type: ignore[no-any-return]
+
+
 class OnnxRunner:
     """An ONNX model on the CPU, called with tensors like the module it was made from.
 
@@ -145,9 +205,12 @@ class OnnxRunner:
         self._names = [entry.name for entry in self._session.get_inputs()]
 
     def __call__(self, *args: Any, **kwargs: Any) -> list[Tensor]:
+        return [torch.from_numpy(output) for output in self._session.run(None, self.feed(*args, **kwargs))]
+
+    def feed(self, *args: Any, **kwargs: Any) -> dict[str, NDArray[Any]]:
+        """The tensors of a call by the names that the file has for them."""
         tensors = [leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
-        feed = {name: x.detach().cpu().numpy() for name, x in zip(self._names, tensors, strict=True)}
-        return [torch.from_numpy(output) for output in self._session.run(None, feed)]
+        return {name: x.detach().cpu().numpy() for name, x in zip(self._names, tensors, strict=True)}
 
 
 @checked(FileError)
@@ -176,16 +239,7 @@ def _export(
     path: Path,
     encode: Callable[[ExportedProgram, Any, int], tuple[bytes, Run]],
 ) -> ExportCheck:
-    try:
-        twin = duplicate(model).cpu().eval()
-        inputs = pytree.tree_map(lambda x: x.detach().cpu() if isinstance(x, Tensor) else x, inputs)
-        outputs = len(_outputs(twin, inputs))
-    except Exception as error:  # whatever the model's own code raises
-        raise ExportError(
-            f"{type(model).__name__} cannot be copied to the CPU and run there on the given inputs: "
-            f"{first_line(error)}. Give inputs that fit its forward."
-        ) from error
-
+    twin, inputs, outputs = _on_cpu(model, inputs)
     given = batch_of(inputs)
     static_because = None
     for dynamic in (True, False):
@@ -205,6 +259,19 @@ def _export(
         break
     atomic_write(path, content)
     return ExportCheck(path, len(content), batches, max_abs_error, max_rel_error, static_because)
+
+
+def _on_cpu(model: nn.Module, inputs: Inputs) -> tuple[nn.Module, Inputs, int]:
+    """A copy of the model on the CPU, in evaluation mode, inputs for it, and how many tensors it returns."""
+    try:
+        twin = duplicate(model).cpu().eval()
+        inputs = pytree.tree_map(lambda x: x.detach().cpu() if isinstance(x, Tensor) else x, inputs)
+        return twin, inputs, len(_outputs(twin, inputs))
+    except Exception as error:  # whatever the model's own code raises
+        raise ExportError(
+            f"{type(model).__name__} cannot be copied to the CPU and run there on the given inputs: "
+            f"{first_line(error)}. Give inputs that fit its forward."
+        ) from error
 
 
 def _program(model: nn.Module, inputs: Inputs, dynamic: bool) -> tuple[ExportedProgram, Any]:

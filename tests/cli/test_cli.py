@@ -189,10 +189,16 @@ def test_export_of_a_run(pruned: Path, tmp_path: Path, run: Run) -> None:
     ended = run("export", "--run", pruned)
     assert ended.code == 2
     assert "--overwrite" in ended.err
-    ended = run("export", "--run", pruned, "--out", tmp_path / "files")
-    assert ended.code == 0
-    assert {path.name for path in (tmp_path / "files").iterdir()} == {"model.onnx", "model.pt2"}
-    assert ended.out.count("any") == 2
+    ended = run(
+        *("export", "--run", pruned, "--out", tmp_path / "files", "--python", "--int8"),
+        *("--calibration-images", 50),
+    )
+    assert ended.code == 0, ended.err
+    assert {path.name for path in (tmp_path / "files").iterdir()} == {
+        *("model.onnx", "model.pt2", "model-int8.onnx", "model.py", "model.weights.safetensors")
+    }
+    assert ended.out.count("any") == 3
+    assert "ranges from 50 training images, the same answer to" in ended.out
     program = torch.export.load(tmp_path / "files" / "model.pt2").module()
     assert program(torch.zeros(3, 1, 8, 8)).shape == (3, 10)
 
@@ -304,6 +310,28 @@ def test_inspect_says_what_can_go(run: Run) -> None:
         assert word in table.out
 
 
+def test_inspect_shows_layers_and_writes_a_page(tmp_path: Path, run: Run) -> None:
+    page = tmp_path / "network.html"
+    arguments = ("inspect", "--model", "resnet8", "--layers")
+    found = json.loads(run(*arguments, "--json", "--html", page).out)
+    layers = {layer["name"]: layer for layer in found["layers"]}
+    assert sum(layer["macs"] for layer in layers.values()) == found["macs"]
+    assert all(layer["ms"] > 0 for layer in layers.values())
+    assert (layers["conv1"]["channels"], layers["conv1"]["group"], layers["fc"]["group"]) == (
+        16,
+        "conv1",
+        None,
+    )
+    assert layers["fc"]["frozen"] == "model output"
+    html = page.read_text(encoding="utf-8")
+    assert "block1.conv2: 16 channels, prunable with conv1" in html
+    assert "fc: 10 channels, stays: model output" in html
+    assert "http" not in html.replace("http-equiv", "")
+    table = run(*arguments).out
+    assert "BatchNorm2d" in table
+    assert "BatchNorm2d" not in run(*arguments[:-1]).out
+
+
 def test_inspect_of_a_pruned_model(pruned: Path, run: Run) -> None:
     weights = pruned / "model.safetensors"
     arguments = ("--weights", weights, "--channels", 1, "--image-size", 8, "--json")
@@ -353,8 +381,11 @@ def test_doctor_knows_the_machine(run: Run) -> None:
 
 
 def test_the_report_as_json(tmp_path: Path, run: Run) -> None:
-    ended = run(*PRUNE[:-2], "--no-exports", "--method", "oneshot", *FEW, "--out", tmp_path / "run", "--json")
+    prune = (*PRUNE[:-2], "--no-exports", "--method", "oneshot", *FEW, "--out", tmp_path / "run")
+    ended = run(*prune, "--json")
     assert json.loads(ended.out) == report_of(tmp_path / "run")
+    quiet = run(*prune, "--overwrite", "--quiet")
+    assert (quiet.code, quiet.out, quiet.err) == (0, "", "")
     assert "Choosing what to remove" in ended.err
 
 
@@ -565,6 +596,7 @@ def test_mistakes_of_the_other_commands(tmp_path: Path, run: Run) -> None:
         (("eval", "--run", tmp_path, "--data", "digits"), "takes the place of"),
         (("export",), "give --run, or --model"),
         (("export", "--model", "resnet8"), "give --out"),
+        (("export", "--model", "resnet8", "--out", tmp_path / "x", "--int8"), "give --data"),
         (("export", "--model", "resnet99", "--out", tmp_path / "x"), "unknown model"),
         (("export", "--run", tmp_path, "--weights", "x"), "has weights of its own"),
         (("inspect", "--model", "resnet99"), "unknown model"),

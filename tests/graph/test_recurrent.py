@@ -92,7 +92,7 @@ NETWORKS: dict[str, tuple[Callable[[], nn.Module], dict[str, int]]] = {
     "rnn, relu": (lambda: text_reader("rnn", nonlinearity="relu"), {"c": 8, "r": 6}),
     "projected": (lambda: text_reader("lstm", proj_size=4), {"c": 8, "r": 4}),
     "projected, stacked, both directions":
-        (lambda: text_reader("lstm", proj_size=4, num_layers=2, bidirectional=True), {"c": 8, "r": 4}),
+        (lambda: text_reader("lstm", proj_size=2, num_layers=2, bidirectional=True), {"c": 8, "r": 2, "r#2": 3}),
     "last state": (lambda: parts(last_state, r=nn.LSTM(8, 6, batch_first=True, bidirectional=True),
                                  o=nn.Linear(18, 5)), {"c": 8, "r": 6}),
     "sequencer": (lambda: parts(sequencer, n=nn.LayerNorm(8), v=nn.LSTM(8, 6, batch_first=True, bidirectional=True),

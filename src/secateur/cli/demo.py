@@ -30,7 +30,7 @@ def demo(given: Given) -> None:
             run.out,
             mode=run.mode,
             command=typed_command(),
-            watch=watch(run.no_progress),
+            watch=watch(run.silent),
         )
-    if report:
+    if report and not run.quiet:
         summary(report, run.out)

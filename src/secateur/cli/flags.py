@@ -95,6 +95,7 @@ class RunSettings:
     )
     overwrite: bool = option("replace the run in the folder", default=False, panel=RUN)
     no_progress: bool = option("hide progress", default=False, panel=RUN)
+    quiet: bool = option("print errors only; with --json the result too", default=False, panel=RUN)
 
     def check(self) -> None:
         if self.resume and self.overwrite:
@@ -103,6 +104,11 @@ class RunSettings:
             import torch
 
             torch.set_num_threads(self.threads)
+
+    @property
+    def silent(self) -> bool:
+        """Whether progress is hidden."""
+        return self.no_progress or self.quiet
 
     @property
     def mode(self) -> "Mode":

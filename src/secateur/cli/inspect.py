@@ -1,12 +1,16 @@
 """`secateur inspect`."""
 
 import json
+from pathlib import Path
 from typing import Any
 
 import typer
 
 from secateur.cli.flags import FREEZE, Flags, Given, command, flag
 from secateur.runs.config import METHOD, MODEL, Task
+
+PASSES = 10
+"""Over which layers are timed."""
 
 CLASSES = flag("classes", int, "Size of the output.", panel=MODEL, shown="the model's own", metavar="N")
 CHANNELS = flag("channels", int, "Channels of the input.", panel=MODEL, shown="3", metavar="N")
@@ -34,11 +38,18 @@ INPUT_SIZE = flag(
         shown="heads",
         metavar="NAME",
     ),
+    flag("layers", bool, "Show every layer too: its width, MACs and measured time."),
+    flag("html", Path, "Also write all of it, with pictures, as a page to this file.", metavar="FILE"),
     flag("json", bool, "Print JSON."),
 )
 def inspect(given: Given) -> None:
-    """Show what can be pruned, what stays and why, and which budgets can be reached."""
+    """Show what can be pruned, what stays and why, where the time goes, and which budgets can be reached."""
     found = look(given)
+    if "html" in given:
+        from secateur.files import atomic_write
+        from secateur.report.inspection import render_inspection
+
+        atomic_write(given["html"], render_inspection(found, PASSES))
     if "json" in given:
         typer.echo(json.dumps(found, indent=2))
     else:
@@ -50,6 +61,7 @@ def look(given: Given) -> dict[str, Any]:
     import torch
 
     from secateur import Cost, analyze
+    from secateur.cost.layers import time_layers
     from secateur.errors import SecateurError
     from secateur.runs.config import check_model_name, reachable
     from secateur.runs.task import fresh_model, input_shape, load_into
@@ -69,6 +81,8 @@ def look(given: Given) -> dict[str, Any]:
         attention=given.get("attention", "heads"),
     )
     cost = Cost(graph)
+    producers = {m.module: g for g in graph.groups for m in g.members if m.role in ("out", "depthwise")}
+    frozen = {item.name: item.reason for item in graph.frozen}
 
     groups: list[dict[str, Any]] = []
     for i, group in enumerate(graph.groups):
@@ -82,11 +96,27 @@ def look(given: Given) -> dict[str, Any]:
                 "params": cost.params() - cost.params(least),
             }
         )
+    layers: list[dict[str, Any]] = []
+    if "layers" in given or "html" in given:
+        for row in time_layers({"": network}, torch.zeros(1, *shape), passes=PASSES)[""]:
+            weight = getattr(network.get_submodule(row.layer), "weight", None)
+            layers.append(
+                {
+                    "name": row.layer or "(the model itself)",
+                    "kind": row.kind,
+                    "channels": len(weight) if isinstance(weight, torch.Tensor) and weight.ndim > 1 else None,
+                    "group": producers[row.layer].name if row.layer in producers else None,
+                    "frozen": frozen.get(row.layer),
+                    "macs": row.macs,
+                    "ms": row.ms,
+                }
+            )
     return {
         "model": model,
         "input_shape": list(shape),
         "macs": cost.macs(),
         "params": cost.params(),
+        "layers": layers,
         "groups": groups,
         "frozen": [{"name": item.name, "units": item.units, "reason": item.reason} for item in graph.frozen],
         "unused": list(graph.unused),
@@ -111,6 +141,19 @@ def _show(found: dict[str, Any]) -> None:
             counts = str(group["units"]), str(len(group["layers"]))
             rows.add_row(group["name"], *counts, share(group, "macs"), share(group, "params"))
         rows.caption = "MACs and params: saved if one unit stays"
+        print_table(rows)
+    if found["layers"]:
+        heads = ("layer", "kind", "channels", "MACs", "ms", "group")
+        rows = table("Layers", heads, right=("channels", "MACs", "ms"))
+        for layer in found["layers"]:
+            rows.add_row(
+                layer["name"],
+                layer["kind"],
+                str(layer["channels"] or ""),
+                si(layer["macs"]) if layer["macs"] else "",
+                f"{layer['ms']:.3f}",
+                layer["group"] or ("frozen" if layer["frozen"] else ""),
+            )
         print_table(rows)
     if found["frozen"]:
         rows = table("Frozen", ("layer", "channels", "because"), right=("channels",))

@@ -80,12 +80,10 @@ def prune(given: Given) -> None:
 
     config, run = config_of(given)
     with interruptible(run.out, resume_command()):
-        report = prune_run(
-            config, run.out, mode=run.mode, command=typed_command(), watch=watch(run.no_progress)
-        )
+        report = prune_run(config, run.out, mode=run.mode, command=typed_command(), watch=watch(run.silent))
     if report and "json" in given:
         typer.echo(json.dumps(report.to_json()))
-    elif report:
+    elif report and not run.quiet:
         summary(report, run.out)
 
 

@@ -28,9 +28,7 @@ def train(given: Given) -> None:
     how = given.make(TrainConfig, epochs=given.get("epochs", 30), seed=task.seed)
     config = TrainRunConfig(task=task, train=how)
     with interruptible(run.out, resume_command()):
-        result = train_run(
-            config, run.out, mode=run.mode, command=typed_command(), watch=watch(run.no_progress)
-        )
-    if is_main_process():
+        result = train_run(config, run.out, mode=run.mode, command=typed_command(), watch=watch(run.silent))
+    if is_main_process() and not run.quiet:
         say(f"Accuracy: {100 * result.accuracy:.2f} %, trained in {result.seconds:.0f} s")
         say(f"Weights: {run.out / 'model.safetensors'}")

@@ -2,7 +2,7 @@
 
 import contextlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, TypeAlias
 
 import torch
@@ -21,6 +21,7 @@ from secateur.graph.guard import (
     untouched,
     written_out,
 )
+from secateur.graph.modes import chance, chance_kept
 
 Inputs: TypeAlias = Tensor | tuple[Any, ...] | list[Any] | Mapping[str, Any]
 """Example inputs: one tensor, a list of images (c, h, w), a tuple of positional arguments, or a mapping of keyword
@@ -81,6 +82,7 @@ class Capture:
         batching: how the example inputs were read.
         batch: images in the traced batch; totals over the graph are divided by it.
         borders: see `Parted`.
+        drawn: forward drew random numbers of Python or NumPy, which the graph holds as any other number.
     """
 
     module: fx.GraphModule
@@ -89,6 +91,7 @@ class Capture:
     batching: Batching
     batch: int
     borders: tuple[fx.Node, ...] = ()
+    drawn: bool = False
 
     @property
     def inputs(self) -> list[fx.Node]:
@@ -228,11 +231,13 @@ def capture(
     check_readable(model)
     if not batch_of(inputs):
         raise CaptureError("example inputs: the batch is empty; pass at least one image")
-    with untouched(model), written_out():
+    with untouched(model), written_out(), chance_kept():
         model.train(training)
         read = [model.batching] if isinstance(model, Parted) else batchings(inputs)
         ways = [(read[0], read[0].count(inputs))] if exact else _candidates(read)
+        before = chance()
         captured = _export(model, inputs, ways, any_batch)
+        captured = replace(captured, drawn=chance() != before)
     if not training:
         check_deterministic(captured.module)
     return captured

@@ -20,6 +20,7 @@ from secateur.graph.labels import Atoms, Labels, first
 from secateur.graph.modules import pad_attributes
 from secateur.graph.parts import Parts, capture_parts
 from secateur.graph.propagate import propagate
+from secateur.graph.samples import nearest_size, takes
 from secateur.graph.solve import Solution, solve
 from secateur.graph.trace import Trace
 from secateur.settings import checked
@@ -200,6 +201,23 @@ def analyze(
     return find_groups(model, inputs, freeze, attention, scope=scope)
 
 
+def capture_inputs(model: nn.Module, inputs: Inputs) -> Capture:
+    """The captured graph.
+
+    Raises:
+        CaptureError: it cannot be captured; if the model takes images of another size, the message says which.
+    """
+    try:
+        return capture(model, inputs)
+    except WholeError:
+        raise
+    except CaptureError as error:
+        shape = None if takes(model, inputs) else nearest_size(model, inputs)
+        if shape is None:
+            raise
+        raise CaptureError(f"{error} It does run on images of shape {shape}.") from error
+
+
 def find_groups(
     model: nn.Module,
     inputs: Inputs,
@@ -217,7 +235,7 @@ def find_groups(
     parts, given, whole = None, inputs, None
     try:
         if not scope:
-            captured = capture(model, inputs)
+            captured = capture_inputs(model, inputs)
     except WholeError as error:
         whole = error
     if scope or whole:

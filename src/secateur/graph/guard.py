@@ -126,13 +126,22 @@ def original(x: T) -> T:
 
 @contextmanager
 def written_out() -> Iterator[None]:
-    """Inside, torch's transformer layers run as single operators, as in training, and not as one fused kernel."""
+    """Inside, torch's transformer layers run as single operators, as in training, and not as one fused kernel.
+
+    Nor do they look at the values of a mask to find out whether it is causal; they add it as it is.
+    """
     fused = torch.backends.mha.get_fastpath_enabled()
+    layers, name = nn.modules.transformer, "_detect_is_causal_mask"
+    looks = getattr(layers, name, None)
     torch.backends.mha.set_fastpath_enabled(False)
+    if looks is not None:
+        setattr(layers, name, lambda mask, is_causal=None, size=None: bool(is_causal))
     try:
         yield
     finally:
         torch.backends.mha.set_fastpath_enabled(fused)
+        if looks is not None:
+            setattr(layers, name, looks)
 
 
 @contextmanager

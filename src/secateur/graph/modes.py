@@ -1,8 +1,10 @@
-"""Where a model is, and modes that are given back."""
+"""Where a model is, and modes and random numbers that are given back."""
 
+import random
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -24,6 +26,35 @@ def evaluating(model: nn.Module) -> Iterator[None]:
     with modes_kept(model):
         model.eval()
         yield
+
+
+@contextmanager
+def default_precision(dtype: torch.dtype) -> Iterator[None]:
+    """Inside the block, what a forward makes without naming a precision (`torch.zeros(n)`) is of this one."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
+
+
+@contextmanager
+def chance_kept() -> Iterator[None]:
+    """After the block, the global random generators of PyTorch (CPU), Python and NumPy are as before."""
+    plain, numpy = random.getstate(), np.random.get_state()  # noqa: NPY002 - what forwards draw from
+    try:
+        with torch.random.fork_rng(devices=[]):
+            yield
+    finally:
+        random.setstate(plain)
+        np.random.set_state(numpy)  # noqa: NPY002
+
+
+def chance() -> object:
+    """The state of the global random generators of Python and NumPy, to be compared with another."""
+    _, keys, *more = np.random.get_state()  # noqa: NPY002
+    return random.getstate(), keys.tobytes(), more  # type: ignore[attr-defined]
 
 
 def device_of(model: nn.Module) -> torch.device:

@@ -11,7 +11,7 @@ from torch.utils import _pytree as pytree
 from secateur.graph import Graph, named_tensors
 from secateur.graph.capture import BATCH, Inputs, as_call, with_images
 from secateur.graph.guard import opened
-from secateur.graph.modes import device_of, evaluating
+from secateur.graph.modes import chance_kept, device_of, evaluating
 
 STATISTICS = ("running_mean", "running_var")
 """Buffers that normalisation layers learn."""
@@ -91,7 +91,7 @@ def fit_norms_(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) 
         return
     momenta = [norm.momentum for norm in norms]
     # torch refuses statistics of a single value; the norms before it have theirs by then
-    with evaluating(model), torch.random.fork_rng(devices=[]), suppress(ValueError):
+    with evaluating(model), chance_kept(), suppress(ValueError):
         for norm in norms:
             norm.training, norm.momentum = True, 1.0
         model(*args, **kwargs)
@@ -114,14 +114,22 @@ def floats(output: Any) -> list[Tensor]:
 
 
 def difference(reference: Sequence[Tensor], result: Sequence[Tensor]) -> tuple[float, float]:
-    """Largest absolute and relative difference; infinite where shapes differ or a value is not finite."""
-    if [t.shape for t in reference] != [t.shape for t in result]:
+    """Largest absolute and relative difference; infinite where shapes differ or a value is not finite.
+
+    Infinities in the same places, such as those of a mask, are equal; a tensor of nothing else shows nothing.
+    """
+    nested = any(t.is_nested for t in (*reference, *result))
+    if nested or [t.shape for t in reference] != [t.shape for t in result]:
         return float("inf"), float("inf")
-    if not all(torch.isfinite(t).all() for t in (*reference, *result)):
-        return float("inf"), float("inf")
-    pairs = zip(reference, result, strict=True)
-    error = max(((a - b).abs().max().item() for a, b in pairs if a.numel()), default=0.0)
-    scale = max((a.abs().max().item() for a in reference if a.numel()), default=0.0)
+    error = scale = 0.0
+    for a, b in zip(reference, result, strict=True):
+        finite = torch.isfinite(a)
+        if not torch.equal(a[~finite], b[~finite]) or not (finite.any() or not a.numel()):
+            return float("inf"), float("inf")
+        a, b = a[finite], b[finite]
+        if a.numel():
+            error = max(error, (a - b).abs().max().nan_to_num(float("inf")).item())
+            scale = max(scale, a.abs().max().item())
     return error, error / scale if scale else error
 
 
@@ -129,5 +137,5 @@ def run_once(model: nn.Module, inputs: Inputs) -> Any:
     """One evaluation-mode forward pass that leaves modes and random numbers as they were."""
     device = device_of(model)
     args, kwargs = pytree.tree_map(lambda x: x.to(device) if isinstance(x, Tensor) else x, as_call(inputs))
-    with evaluating(model), torch.no_grad(), torch.random.fork_rng(devices=[]):
+    with evaluating(model), torch.no_grad(), chance_kept():
         return model(*args, **kwargs)

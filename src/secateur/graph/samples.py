@@ -1,6 +1,7 @@
 """Example inputs at other sizes: more images, and images of another height and width."""
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from typing import Any
 
@@ -11,8 +12,8 @@ from torch.func import functional_call
 from torch.utils import _pytree as pytree
 
 from secateur.graph.capture import Batching, Inputs, as_call, as_inputs, with_length
-from secateur.graph.guard import quiet, untouched
-from secateur.graph.modes import evaluating
+from secateur.graph.guard import quiet, untouched, written_out
+from secateur.graph.modes import chance_kept, evaluating
 
 SMALL = 128
 """Images below this many pixels are tried larger, those above mostly smaller, which costs less."""
@@ -37,6 +38,9 @@ AXES: dict[int, tuple[tuple[int, ...], ...]] = {
     2: ((1,),),
 }
 """Rank of the inputs -> dims that may be height and width, or the length of a sequence; the likeliest first."""
+
+
+Size = tuple[int, ...]
 
 
 def main_leaf(inputs: Inputs) -> Tensor | None:
@@ -68,6 +72,52 @@ def at_size(inputs: Inputs, dims: tuple[int, ...], size: tuple[int, ...]) -> Inp
     return as_inputs(args, kwargs, inputs)
 
 
+def by_length(
+    inputs: Inputs, batching: Batching, dims: tuple[int, ...], sizes: Mapping[Size, Size]
+) -> Inputs:
+    """The inputs with these dims at other sizes, where each tensor like the main one may have sizes of its own.
+
+    In tensors of more or fewer dims, such as the mask of a sequence, a dim follows that is as long as one of them.
+
+    Args:
+        inputs: at the sizes given.
+        batching: how they hold images, which stay as many.
+        dims: of the main tensor, and of those with as many dims.
+        sizes: what these dims are -> what they become.
+    """
+    main = main_leaf(inputs)
+    assert main is not None
+    leaves, tree = pytree.tree_flatten(as_call(inputs))
+    lengths = [pair for old, new in sizes.items() for pair in zip(old, new, strict=True)]
+    for i, (x, rows) in enumerate(zip(leaves, batching.rows, strict=True)):
+        if not isinstance(x, Tensor):
+            continue
+        if x.ndim == main.ndim:
+            new = sizes[tuple(x.shape[dim] for dim in dims)]
+            changes: Iterable[tuple[int, int]] = zip(dims, new, strict=True)
+        else:
+            changes = following(x.shape, lengths, 0 if rows is None else 1)
+        for dim, size in changes:
+            x = with_length(x, dim, size)
+        leaves[i] = x
+    args, kwargs = pytree.tree_unflatten(leaves, tree)
+    return as_inputs(args, kwargs, inputs)
+
+
+def following(shape: Size, lengths: Sequence[tuple[int, int]], start: int) -> Iterator[tuple[int, int]]:
+    """(dim, new size) of every dim from `start` that is as long as one that changes; of equal ones in their order.
+
+    >>> list(following((2, 8, 8), [(8, 12), (8, 10)], 1)), list(following((6, 6), [(6, 9)], 0))
+    ([(1, 12), (2, 10)], [(0, 9), (1, 9)])
+    """
+    free = list(lengths)
+    for dim in range(start, len(shape)):
+        found = next((pair for pair in (*free, *lengths) if pair[0] == shape[dim] > 1), None)
+        if found:
+            free = [pair for pair in free if pair is not found]
+            yield dim, found[1]
+
+
 def random_floats(inputs: Inputs, seed: int, dtype: torch.dtype | None = None) -> Inputs:
     """The inputs with random numbers (normal) in place of floating-point ones."""
     generator = torch.Generator().manual_seed(seed)
@@ -80,38 +130,60 @@ def random_floats(inputs: Inputs, seed: int, dtype: torch.dtype | None = None) -
     return pytree.tree_map(random, inputs)  # type: ignore[no-any-return]
 
 
-Size = tuple[tuple[int, ...], tuple[int, ...]]
-"""Dims of the main tensor, and a size for each."""
+USUAL = (32, 64, 96, 128, 160, 192, 224, 256, 288, 320, 384, 448, 512, 640, 768, 1024)
+"""Sides of images that networks are made for."""
 
 
-def other_sizes(inputs: Inputs, runs: Callable[[Inputs], bool], most: int = 5) -> list[Size]:
-    """Other image sizes that a model takes.
+def other_sizes(
+    inputs: Inputs, batching: Batching, runs: Callable[[Inputs], bool], most: int = 5
+) -> list[Inputs]:
+    """The inputs at other image sizes that a model takes.
 
     Args:
         inputs: at the size given.
+        batching: how they hold images.
         runs: whether the model takes inputs; asked at most a few dozen times.
         most: how many sizes are enough.
     """
     main = main_leaf(inputs)
     if main is None:
         return []
+    alike = [x for x in pytree.tree_leaves(as_call(inputs)) if isinstance(x, Tensor) and x.ndim == main.ndim]
     for dims in AXES.get(main.ndim, ()):
-        given = tuple(main.shape[dim] for dim in dims)
-        shares = GROWN if max(given) < SMALL else SHRUNK
+        given = dict.fromkeys(tuple(x.shape[dim] for dim in dims) for x in (main, *alike))
+        shares = GROWN if max(next(iter(given))) < SMALL else SHRUNK
         for step in STEPS:
-            found: dict[tuple[int, ...], None] = {}
-            for number, share in enumerate(shares):
-                size = tuple(
-                    max(step, round(n * s / step) * step) for n, s in zip(given, share, strict=False)
+            found: dict[Any, Inputs] = {}
+            for number in range(len(shares)):
+                sizes = {
+                    size: scaled(size, shares[(number + i) % len(shares)], step)
+                    for i, size in enumerate(given)
+                }
+                ways = (
+                    at_size(inputs, dims, next(iter(sizes.values()))),
+                    by_length(inputs, batching, dims, sizes),
                 )
-                candidate = at_size(inputs, dims, size) if size != given else None
-                if candidate is not None and runs(candidate):
-                    found[size] = None
+                tried = {shapes_of(way): way for way in ways if way is not None}
+                tried.pop(shapes_of(inputs), None)
+                for shapes in list(tried)[:: -1 if number % 2 else 1]:
+                    if shapes not in found and runs(tried[shapes]):
+                        found[shapes] = tried[shapes]
+                        break
                 if len(found) == most or (number == 1 and not found):
                     break
             if found:
-                return [(dims, size) for size in found]
+                return list(found.values())
     return []
+
+
+def scaled(size: Size, share: Sequence[float], step: int) -> Size:
+    """Sizes near a share of those given, as multiples of a step."""
+    return tuple(max(step, round(n * s / step) * step) for n, s in zip(size, share, strict=False))
+
+
+def shapes_of(inputs: Inputs) -> tuple[Size, ...]:
+    """The shapes of all tensors in the inputs."""
+    return tuple(tuple(x.shape) for x in pytree.tree_leaves(as_call(inputs)) if isinstance(x, Tensor))
 
 
 def sampled(
@@ -126,8 +198,8 @@ def sampled(
         batch: images in the analysis.
         most: how many other image sizes are enough.
     Returns:
-        with the image size given: first as in the analysis, then, if the model takes them, with more images; and at
-        other image sizes, with different numbers of images.
+        with the image size given: first as in the analysis, then, if the model takes them, with more images and with
+        one; and at other image sizes, with different numbers of images.
     """
 
     def at_batch(given: Inputs, *counts: int) -> Inputs | None:
@@ -139,17 +211,36 @@ def sampled(
     base = batching.resized(inputs, batch)
     more = at_batch(inputs, batch + 1, batch + batching.images, 2 * batch)
     others = []
-    for number, (dims, size) in enumerate(other_sizes(base, lambda given: takes(model, given), most)):
-        changed = at_size(inputs, dims, size)
-        assert changed is not None
+    for number, changed in enumerate(other_sizes(base, batching, lambda given: takes(model, given), most)):
         count = (3, 2, 1, 1, 2)[number] if more is not None else batch
         found = at_batch(changed, count)
-        others.append(batching.resized(changed, batch) if found is None else found)
-    given = [base] if more is None else [base, more]
+        others.append(changed if found is None else found)
+    one = at_batch(inputs, 1) if batch != 1 else None  # how most networks are used in the end
+    given = [x for x in (base, more, one) if x is not None]
     return (
         [random_floats(x, seed) for seed, x in enumerate(given)],
         [random_floats(x, seed) for seed, x in enumerate(others, len(given))],
     )
+
+
+def nearest_size(model: nn.Module, inputs: Inputs) -> tuple[int, ...] | None:
+    """The shape of images of another size at which a model runs, the nearest of the usual ones; None if it takes none.
+
+    Args:
+        inputs: example inputs that it does not take.
+    """
+    main = main_leaf(inputs)
+    if main is None or main.ndim not in (4, 5) or not main.numel():
+        return None
+    dims = AXES[main.ndim][0]
+    given = [main.shape[dim] for dim in dims]
+    sizes = {(n, n) for n in USUAL} | {tuple(factor * n for n in given) for factor in (2, 4, 8)}
+    for size in sorted(sizes, key=lambda size: (abs(math.log(math.prod(size) / math.prod(given))), size)):
+        candidate = at_size(inputs, dims, size)
+        if candidate is not None and takes(model, candidate):
+            found = main_leaf(candidate)
+            return None if found is None else tuple(found.shape)
+    return None
 
 
 def takes(model: nn.Module, inputs: Inputs) -> bool:
@@ -159,7 +250,14 @@ def takes(model: nn.Module, inputs: Inputs) -> bool:
     """
     leaves = [x for x in pytree.tree_leaves(as_call(inputs)) if isinstance(x, Tensor)]
     small = sum(x.numel() for x in leaves) <= FEW
-    with quiet(), untouched(model), evaluating(model), torch.no_grad(), torch.random.fork_rng(devices=[]):
+    with (
+        quiet(),
+        untouched(model),
+        written_out(),
+        evaluating(model),
+        torch.no_grad(),
+        chance_kept(),
+    ):
         try:
             with nullcontext() if small else FakeTensorMode(allow_non_fake_inputs=True) as mode:
                 copied = mode.from_tensor if mode else Tensor.clone

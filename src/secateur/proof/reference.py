@@ -16,11 +16,12 @@ from torch.utils import _pytree as pytree
 from secateur.errors import CutError
 from secateur.graph.capture import Capture
 from secateur.graph.labels import Value
+from secateur.graph.modes import default_precision
 from secateur.graph.operators import OPERATORS, LiveSite, Step, shapes_of
 from secateur.graph.trace import Survivors, Trace, repeated
 from secateur.rewriting.align import align
 from secateur.rewriting.listing import list_operators
-from secateur.rewriting.program import Ref
+from secateur.rewriting.program import Around, Program, Ref
 from secateur.rewriting.rewrite import fixed_program, tensors_of
 
 
@@ -61,8 +62,7 @@ class Reference:
         """The output for the leaves of the example inputs and masked tensors by name."""
         leaves = [x.clone() if isinstance(x, Tensor) else x for x in pytree.tree_leaves(inputs)]
         named = {name: t if isinstance(t, nn.Parameter) else t.clone() for name, t in named.items()}
-        with torch.no_grad():
-            return self._program.run(leaves, tensors_of(self._lines, named), around=self._around)
+        return run_fixed(self._program, leaves, tensors_of(self._lines, named), self._around)
 
     def _around(self, number: int, args: Sequence[Any], kwargs: Any) -> Any:
         step = self._lines.steps[number]
@@ -99,6 +99,13 @@ class Reference:
                         )
                     result[f"{name}.{i}" if isinstance(arg, list) else name] = mask
         return result
+
+
+def run_fixed(program: Program, inputs: Sequence[Any], tensors: Sequence[Tensor], around: Around) -> Any:
+    """The output of a program of fixed sizes in the precision of its tensors."""
+    dtype = next((t.dtype for t in tensors if t.is_floating_point()), torch.get_default_dtype())
+    with torch.no_grad(), default_precision(dtype):
+        return program.run(inputs, tensors, around=around)
 
 
 def survivors_of(step: Step) -> Callable[[LiveSite], Any] | None:

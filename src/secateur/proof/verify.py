@@ -1,5 +1,6 @@
 """Proof that a cut model computes what the original computes without the removed units."""
 
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,8 +13,8 @@ from secateur.graph import Graph, analyze, named_tensors
 from secateur.graph.capture import Inputs, as_call, capture
 from secateur.graph.duplicate import duplicate
 from secateur.graph.groups import check_model
-from secateur.graph.guard import uncompiled
-from secateur.graph.modes import evaluating
+from secateur.graph.guard import uncompiled, written_out
+from secateur.graph.modes import chance_kept, default_precision, evaluating
 from secateur.graph.parts import rest_fails
 from secateur.graph.positions import kept_positions
 from secateur.graph.probe import (
@@ -26,7 +27,9 @@ from secateur.graph.probe import (
 )
 from secateur.graph.samples import main_leaf, sampled
 from secateur.plan import Plan
-from secateur.proof.reference import Reference
+from secateur.proof.choices import Choices
+from secateur.proof.reference import Reference, run_fixed
+from secateur.rewriting.elsewhere import look_elsewhere
 from secateur.rewriting.rewrite import cut_listing, fixed_program, rewritten_modules, tensors_of
 from secateur.rewriting.settle import fixes_precision, precision
 from secateur.settings import checked
@@ -70,6 +73,12 @@ class Verification:
             another image size, such as "3 × 3 × 160 × 128".
         elsewhere: relative error of that comparison; 0 if there was none.
         uncompared: why another batch or image size was not compared, in words; "" if both were.
+        choices: names of operators (top-k, argmax, a threshold) at which rounding in float32 made the cut model choose
+            something else. There float32 was compared with the choices of the original: what is chosen from, and
+            everything that follows. Float64 compares the whole as it is.
+        stale: what may be wrong on other ways through the modules than the one that was compared (export, fusing,
+            training branches), in words: numbers named like a width that was cut, which such code reads and for which
+            no value is certain, and methods that do not work any more.
     """
 
     max_abs_error: float
@@ -89,6 +98,8 @@ class Verification:
     untrained: str = ""
     parts: tuple[str, ...] = ()
     rest: str = ""
+    choices: tuple[str, ...] = ()
+    stale: tuple[str, ...] = ()
 
     @property
     def ok(self) -> bool:
@@ -127,9 +138,18 @@ class Verification:
             between = f"; what stands between its parts does not go on as before: {self.rest}"
         return (
             f"{verdict} to the masked original{over}: max error {self.max_abs_error:.1e} in float64 "
-            f"({self.max_rel_error:.1e} relative), {self.max_abs_error_float32:.1e} in float32{self._further}"
-            f"{between}; {self.form}{trains}"
+            f"({self.max_rel_error:.1e} relative), {self.max_abs_error_float32:.1e} in float32{self._chosen}"
+            f"{self._further}{between}; {self.form}{trains}{self._stale}"
         )
+
+    @property
+    def _stale(self) -> str:
+        more = f" and {len(self.stale) - 2} more" if len(self.stale) > 2 else ""
+        return f"; may be stale: {'; '.join(self.stale[:2])}{more}" if self.stale else ""
+
+    @property
+    def _chosen(self) -> str:
+        return f" with the same choices ({', '.join(self.choices)})" if self.choices else ""
 
     @property
     def _further(self) -> str:
@@ -176,6 +196,8 @@ def verify(model: nn.Module, cut: nn.Module, graph: Graph, plan: Plan, *, seed: 
         errors = compare(*pair, graph, plan, torch.float64, seed)
         worst = errors if not errors.relative <= worst.relative else worst
     single = compare(*pair, graph, plan, torch.float32, seed)
+    if not single.relative <= TOLERANCE[torch.float32]:
+        single = compare(*pair, graph, plan, torch.float32, seed, choices=Choices())
     names = rewritten_modules(cut)
     sizes, further, uncompared = compare_elsewhere(*pair, graph, plan, errors, seed)
     fails = training_fails(cut, graph, seed)
@@ -190,7 +212,9 @@ def verify(model: nn.Module, cut: nn.Module, graph: Graph, plan: Plan, *, seed: 
         randomised=randomised,
         trains=not fails or bool(untrained),
         statistics=errors.statistics,
-        rewritten=tuple(f"{n} (without {m.lost})" if m.lost else n for n, m in names.items()),
+        rewritten=tuple(
+            f"{n or 'the whole model'} (without {m.lost})" if m.lost else n for n, m in names.items()
+        ),
         replayed=errors.replayed,
         tied=tuple(f"{n or 'the whole model'} {m.tied}" for n, m in names.items() if m.tied),
         sizes=sizes,
@@ -199,6 +223,8 @@ def verify(model: nn.Module, cut: nn.Module, graph: Graph, plan: Plan, *, seed: 
         untrained=untrained,
         rest=rest,
         parts=tuple(graph.parts.names) if graph.parts else (),
+        choices=single.choices,
+        stale=tuple(look_elsewhere(model, cut, random_inputs(graph, torch.float32, seed)).stale),
     )
 
 
@@ -222,12 +248,20 @@ class Errors:
     sensitivity: float
     statistics: tuple[str, ...]
     replayed: bool
+    choices: tuple[str, ...] = ()
 
 
 def compare(
-    model: nn.Module, cut: nn.Module, graph: Graph, plan: Plan, dtype: torch.dtype, seed: int
+    model: nn.Module,
+    cut: nn.Module,
+    graph: Graph,
+    plan: Plan,
+    dtype: torch.dtype,
+    seed: int,
+    *,
+    choices: Choices | None = None,
 ) -> Errors:
-    """Compare in one precision."""
+    """Compare in one precision, if wanted with the choices of the original."""
     assert graph.trace is not None
     survivors = graph.trace.survivors(plan.masks(graph))
     masked = mask_(duplicate(model).to(dtype), graph, plan)
@@ -236,12 +270,15 @@ def compare(
     reference = Reference(graph.trace, survivors)
     expected = replay = None
     if reference.needed:
-        replay = floats(reference.run(given, dict(named_tensors(masked))))
+        with choices.recorded() if choices else nullcontext():
+            replay = floats(reference.run(given, dict(named_tensors(masked))))
     if not reference.sites:
-        expected = run_own(masked, given)
+        with choices.recorded() if choices else nullcontext():
+            expected = run_own(masked, given)
     else:
         expected = replay
-    found, replayed = run_own(small, given), False
+    with choices.repeated(TOLERANCE[dtype]) if choices else nullcontext():
+        found, replayed = run_own(small, given), False
     if dtype is torch.float64 and not agree(expected, found):
         # a forward that names a precision rounds to it, whatever the tensors are
         lines, _ = cut_listing(graph.trace, survivors)
@@ -249,10 +286,7 @@ def compare(
             replayed = True
             expected = replay or floats(reference.run(given, dict(named_tensors(masked))))
             tensors = tensors_of(lines, aliases(small, {}))
-            with torch.no_grad():
-                found = floats(
-                    fixed_program(lines).run(pytree.tree_leaves(given), tensors, around=lines.call)
-                )
+            found = floats(run_fixed(fixed_program(lines), pytree.tree_leaves(given), tensors, lines.call))
     if expected is None or found is None:
         raise CutError(f"{type(model).__name__}: it does not run in {dtype}, so that nothing can be compared")
     if [t.shape for t in expected] != [t.shape for t in found]:
@@ -261,9 +295,11 @@ def compare(
             f"of the original {[tuple(t.shape) for t in expected]}"
         )
     error, relative = difference(expected, found)
+    relative = max(relative, choices.apart) if choices else relative
     scale = max((a.abs().max().item() for a in expected), default=0.0)
     spread = max(((a[:1] - a[1:]).abs().max().item() for a in expected if len(a) > 1), default=0.0)
-    return Errors(error, relative, spread / scale if scale else 0.0, tuple(reference.sites), replayed)
+    spread, overruled = spread / scale if scale else 0.0, tuple(choices.overruled) if choices else ()
+    return Errors(error, relative, spread, tuple(reference.sites), replayed, overruled)
 
 
 def compare_elsewhere(
@@ -359,7 +395,13 @@ def run_own(model: nn.Module, given: tuple[tuple[Any, ...], dict[str, Any]]) -> 
     args, kwargs = given
     model = duplicate(model, share=True)  # a forward may write to its buffers
     try:
-        with evaluating(model), torch.no_grad(), torch.random.fork_rng(devices=[]):
+        with (
+            evaluating(model),
+            written_out(),
+            default_precision(precision(model)),
+            torch.no_grad(),
+            chance_kept(),
+        ):
             torch.manual_seed(0)
             return floats(model(*args, **kwargs))
     except SecateurError:  # it says itself what it does not take
@@ -387,7 +429,7 @@ def training_fails(model: nn.Module, graph: Graph, seed: int) -> str:
         parameter.requires_grad_(True)
         parameter.grad = None
     args, kwargs = random_inputs(graph, torch.float32, seed)
-    with torch.random.fork_rng(devices=[]), torch.enable_grad():
+    with chance_kept(), torch.enable_grad():
         torch.manual_seed(seed)
         try:
             found = floats(trained(*args, **kwargs))

@@ -109,7 +109,7 @@ def time_and_macs(report: Report) -> Strips:
             (layer.ms_before, layer.ms_after, ms),
         ):
             known = old is not None or new is not None
-            row += [_two_bars(old, new, most), f"{_brief(old)} → {_brief(new)}"] if known else ["", ""]
+            row += [_two_bars(old, new, most), f"{brief(old)} → {brief(new)}"] if known else ["", ""]
         rows.append(row)
     return Strips(("layer", "", "MACs", "", "milliseconds"), rows)
 
@@ -119,10 +119,10 @@ def _two_bars(old: float | None, new: float | None, most: float) -> Markup:
     return strip(100, 11, (box(color, 0, y, 100 * value / most, 4) for color, value, y in pairs if value))
 
 
-def _brief(value: float | None) -> str:
+def brief(value: float | None) -> str:
     """A count or a time in little room.
 
-    >>> _brief(0.01234), _brief(1234567), _brief(0), _brief(None)
+    >>> brief(0.01234), brief(1234567), brief(0), brief(None)
     ('0.012', '1.23M', '0', '–')
     """
     if value is None:

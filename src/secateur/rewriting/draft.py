@@ -24,6 +24,7 @@ from secateur.graph.capture import Capture, Inputs, as_call, capture
 from secateur.graph.duplicate import cloned, duplicate
 from secateur.graph.guard import opened
 from secateur.graph.labels import Atoms, Value, along, compress, reshape
+from secateur.graph.modes import default_precision
 from secateur.graph.modules import Keep
 from secateur.graph.operators import OPERATORS, Step
 from secateur.graph.probe import aliases, difference, floats, random_values
@@ -60,6 +61,9 @@ FEWEST = 2
 
 CLOSE = {torch.float64: 1e-9, torch.float32: 1e-4}
 """Largest relative difference of the same operators on the same tensors, by precision."""
+
+TRAINS = "what it does in training mode only"
+"""How `Draft.lost` begins to say that a module does more in training mode."""
 
 VIEWS = ("view", "reshape", "_unsafe_view")
 """Operators that work out one size by themselves."""
@@ -175,9 +179,8 @@ class Writer:
         (captured, *others), training = captures.in_both_modes()
         switches, lost = training_switches(training, captured, captures.training)
         unheard = captures.base.unheard()
-        if unheard:
-            hooks = f"hooks on {', '.join(unheard[:4])}{' …' * (len(unheard) > 4)}"
-            lost = " and ".join([hooks, lost] if lost else [hooks])
+        hooks = f"hooks on {', '.join(unheard[:4])}{' …' * (len(unheard) > 4)}" if unheard else ""
+        lost = " and ".join(filter(None, [hooks, lost, *captures.lost_in_training(bool(lost))]))
         cut = self._cut_dims(captured, values)
         if not all(same_views(captured, other, cut) for other in others):
             raise MixedError("its channels mean something else at other image sizes")
@@ -235,16 +238,21 @@ class Writer:
     def _match(self, name: str, number: int, lines: Listing) -> dict[fx.Node, Any]:
         """What the analysis knows about the nodes of a module that was captured by itself."""
         found = [self._whole.steps[i] for i in self._regions.get((name, number), [])]
-        if [s.target for s in found] != [s.target for s in lines.steps]:
+        # what is contiguous already is not copied, and that may be otherwise within the model
+        found, steps = ([s for s in listed if s.op != "contiguous"] for listed in (found, lines.steps))
+        if [s.target for s in found] != [s.target for s in steps]:
             raise CutError(f"{name}: its forward does other things by itself than within the model")
         values: dict[fx.Node, Any] = {}
-        for theirs, own in zip(found, lines.steps, strict=True):
+        for theirs, own in zip(found, steps, strict=True):
             values[own.node] = self._trace.values.get(theirs.node)
             for a, b in zip(refs(own.args), refs(theirs.args), strict=True):
                 node, value = lines.nodes[a], self._trace.values.get(self._whole.nodes[b])
                 known = values.setdefault(node, value)
                 if isinstance(value, Value) and isinstance(known, Value) and known.shape != value.shape:
                     raise CutError(f"{name}: its forward does other things by itself than within the model")
+        for step in lines.steps:
+            if step.op == "contiguous":
+                values[step.node] = values.get(lines.nodes[step.args["self"].index])
         return values
 
 
@@ -390,7 +398,8 @@ class Captured:
 
         try:
             twin = duplicate(module).to(other)
-            return cls.of(twin, *pytree.tree_map(convert, (args, kwargs)), apart=apart)
+            with default_precision(other):
+                return cls.of(twin, *pytree.tree_map(convert, (args, kwargs)), apart=apart)
         except (CaptureError, CutError):
             return None
 
@@ -718,6 +727,18 @@ class Captures:
         output = sizes.symbolic(self.base.output, self.base.output, [v.output for v in self.variants])
         return placed(output, lines.output)
 
+    def lost_in_training(self, steps: bool) -> Iterator[str]:
+        """What a program loses of the training mode besides its steps, in words.
+
+        Args:
+            steps: some of them are lost too.
+        """
+        if self.training is not None:
+            if not steps and self.training.output != self.base.output:
+                yield "what it returns in training mode"
+            if self.training.captured.drawn:
+                yield "the random numbers of Python that it draws in training mode"
+
     @functools.cached_property
     def training(self) -> Captured | None:
         """As `base`, in training mode; None where that cannot be captured."""
@@ -881,15 +902,17 @@ def training_switches(
         also what cannot be expressed this way, in words.
     """
     if training is not None:
-        result = []
+        result, other = [], set()
         for theirs, ours in zip(training.steps, lines.steps, strict=True):
-            changed = {}
+            changed: dict[str, tuple[str, Any, Any]] = {}
             for key, no in ours.args.items():
                 yes = theirs.args[key]
-                if isinstance(no, bool | float | None) and isinstance(yes, bool | float | None) and no != yes:
-                    changed[key] = (owner(theirs), yes, no)
+                if isinstance(no, bool | float | None) and isinstance(yes, bool | float | None):
+                    changed |= {key: (owner(theirs), yes, no)} if no != yes else {}
+                elif no != yes:
+                    other.add(f"{key} of {ours.op}")
             result.append(changed)
-        return result, ""
+        return result, f"what it does in training mode only ({', '.join(sorted(other))})" if other else ""
     try:
         found = {step.op for step in captured.listing().steps if not counts(step)} if captured else set()
     except CutError:
@@ -899,7 +922,7 @@ def training_switches(
     for step in lines.steps:
         switch = OPERATORS[step.op].trains if step.op in OPERATORS else None
         switches.append({switch: (owner(step), True, False)} if switch else {})
-    return switches, "what it does in training mode only" + (f" ({', '.join(only)})" if only else "")
+    return switches, TRAINS + (f" ({', '.join(only)})" if only else "")
 
 
 def owner(step: Step) -> str:

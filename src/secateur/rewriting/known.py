@@ -1,9 +1,9 @@
-"""Attributes in which well-known classes keep a number that follows a width.
+"""Attributes in which modules keep a number that follows a width.
 
-Attention blocks of timm, torchvision and transformers store their number of heads and the like when they are
-made, and `view` by it. The new value is read off the captured graph: what became of the old number in the
-module's own operators. Where it became several numbers, the attribute stays. Nothing is trusted: the module is
-run and compared afterwards like any other.
+Attention blocks store their number of heads and the like when they are made, and `view` by it; blocks that split
+their channels store how many each part has. The new value is read off the captured graph: what became of the old
+number in the module's own operators. Where it became several numbers, the attribute stays. Nothing is trusted: the
+module is run and compared afterwards like any other.
 """
 
 from typing import Any
@@ -13,35 +13,39 @@ from torch import nn
 from secateur.graph import mirrored
 from secateur.graph.trace import Survivors, Trace
 from secateur.rewriting.listing import find_regions
-from secateur.rewriting.rewrite import Rewritten, cut_listing
+from secateur.rewriting.rewrite import cut_listing
 
-KNOWN = frozenset(
+WORDS = frozenset(
     """
-    num_heads num_attention_heads n_heads heads num_key_value_heads head_dim dim_head attention_head_size
-    attn_dim attn_out_dim all_head_size inner_dim hidden_dim embed_dim hidden_size num_features key_dim
-    key_attn_dim val_dim val_attn_dim dim_key dim_value out_dim out_channels num_channels num_groups groups
+    c ch chs chan chans channel channels dim dims embed embeds feature features ffn group groups head heads hidden in
+    inner inp inplanes key model nh nhead oup out plane planes val value width widths
     """.split()
 )
-"""Names under which these classes keep such numbers."""
+"""Words in the names of attributes that hold a width, a number of heads or of groups, such as `in_chs` or `c1`."""
 
 SHAPES = frozenset(("shape", "bias_shape"))
-"""Names under which they keep the whole shape of a `view`."""
+"""Names under which classes keep the whole shape of a `view`."""
 
 Number = int | tuple[int, ...]
 
 
+def names_width(attribute: str) -> bool:
+    """Whether an attribute is named like a width.
+
+    >>> [names_width(name) for name in ("c", "in_chs", "num_heads", "c2", "kernel_size", "stride")]
+    [True, True, True, True, False, False]
+    """
+    return any(word.rstrip("0123456789") in WORDS for word in attribute.lower().split("_"))
+
+
 def known_attributes(module: nn.Module) -> dict[str, Number]:
     """The attributes of one module that may follow a width, as they are now."""
-    if (
-        isinstance(module, Rewritten)
-        or type(module).__module__.startswith("torch.nn.")
-        or mirrored(module, {})
-    ):
+    if type(module).__module__.startswith("torch.nn.") or mirrored(module, {}):
         return {}
     found: dict[str, Number] = {}
-    for name in sorted(KNOWN | SHAPES):
-        value: Any = module.__dict__.get(name)
-        if type(value) is int if name in KNOWN else type(value) is tuple and all(map(is_size, value)):
+    for name, value in sorted(module.__dict__.items()):
+        shape = name in SHAPES and type(value) is tuple and all(map(is_size, value))
+        if shape or (type(value) is int and names_width(name)):
             found[name] = value
     return found
 

@@ -7,7 +7,7 @@ out from a width is merely a little wrong.
 
 import functools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import numpy as np
@@ -20,8 +20,8 @@ from secateur.errors import CutError
 from secateur.graph import Graph, named_tensors
 from secateur.graph.duplicate import cloned, duplicate
 from secateur.graph.groups import find_groups
-from secateur.graph.guard import guarded
-from secateur.graph.modes import evaluating
+from secateur.graph.guard import guarded, written_out
+from secateur.graph.modes import chance_kept, default_precision, evaluating
 from secateur.graph.positions import removed_positions
 from secateur.graph.probe import aliases, difference, floats, random_inputs, random_values
 from secateur.graph.trace import Survivors
@@ -133,7 +133,12 @@ class Judge:
         self._named = dict(zip(self.lines.names, self._tensors, strict=True))
         self._buffers = {name for name, _ in model.named_buffers(remove_duplicate=False)}
         self.dtype, self.own_precision = dtype, own
+        self.usual = torch.get_default_dtype()
         self._given = random_inputs(graph, dtype, seed=0)
+
+    def precise(self) -> AbstractContextManager[None]:
+        """Inside the block, tensors that are made without a precision have that of the judge."""
+        return default_precision(self.usual if self.own_precision else self.dtype)
 
     @property
     def given(self) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -184,7 +189,7 @@ class Judge:
                         self._named[name].copy_(given.copy_(value))
             return self.lines.call(number, args, kwargs)
 
-        with torch.no_grad():
+        with torch.no_grad(), self.precise():
             *_, output = self.steps(learning)
         return floats(output)
 
@@ -200,7 +205,7 @@ class Judge:
         """The outputs of a model's own forward."""
         args, kwargs = self.given
         values = values | cloned({name: values.get(name, t) for name, t in model.named_buffers()})
-        with evaluating(model), torch.no_grad(), torch.random.fork_rng(devices=[]):
+        with evaluating(model), self.precise(), torch.no_grad(), chance_kept():
             return floats(functional_call(model, values, args, kwargs))
 
 
@@ -287,11 +292,11 @@ class CheckedPass:
         return result
 
     def _gives(self, key: tuple[str, int], region: Sequence[int], result: Any) -> bool:
-        """Whether a call gave what the captured graph says; that knows no outputs that nothing reads."""
+        """Whether a call gave what the captured graph says; that knows no outputs that nothing reads, maybe none."""
         if key not in self._outputs:
             self._outputs[key] = self._graph.after(region)
         found, known = floats(result), self._outputs[key]
-        return self._agree(found, known) or (bool(known) and self._agree(known, found))
+        return self._agree(found, known) or self._agree(known, found)
 
     def _rewrite(
         self,
@@ -311,9 +316,12 @@ class CheckedPass:
         while True:
             broken = frozenset(self._reasons) - {name}
             apart = None if name in self._whole else broken
-            self._calls |= {n: before.get(n, -1) for n in self._calls if inside(n, name)}
+            self._calls = {
+                n: before.get(n, -1) for n in self._calls
+            }  # a shared module may be named elsewhere
             try:
-                draft = draft or self._writer.draft(name, apart)
+                with written_out(), default_precision(self._judge.usual):
+                    draft = draft or self._writer.draft(name, apart)
                 args, kwargs = cloned(given)
                 result = self._run(module, draft, args, kwargs)
                 if not self._gives(key, region, result):
@@ -326,6 +334,9 @@ class CheckedPass:
                 draft = None
             else:
                 self._drafts[name] = draft
+                for (called, call), steps in self._regions.items():  # the program may not have called it
+                    if steps[-1] <= region[-1]:
+                        self._calls[called] = max(self._calls.get(called, -1), call)
                 return result
 
     def _run(self, module: nn.Module, draft: Draft, args: Any, kwargs: Any) -> Any:

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-Edits = Mapping[str, Mapping[str, int | tuple[int, ...]]]
+Edits = Mapping[str, Mapping[str, int | tuple[int, ...] | tuple[str, ...]]]
 """Module name -> attribute name -> new value."""
 
 

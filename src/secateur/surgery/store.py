@@ -21,7 +21,13 @@ from secateur.plan.bits import pack, unpack
 from secateur.rewriting.known import known_attributes
 from secateur.rewriting.program import LONGEST, Call, Program
 from secateur.rewriting.program_json import ProgramReader, to_json
-from secateur.rewriting.rewrite import CONSTANT, rewrite_, rewritten_modules
+from secateur.rewriting.rewrite import (
+    CONSTANT,
+    original_class,
+    other_forwards,
+    rewrite_,
+    rewritten_modules,
+)
 from secateur.settings import checked
 from secateur.surgery.bypass import SIDES, Bypass, add_bypass_, remove_bypass_
 from secateur.surgery.cut import renew_
@@ -51,7 +57,10 @@ def save(model: nn.Module, path: str | Path) -> None:
         "class": f"{type(model).__module__}.{type(model).__qualname__}",
         "attributes": shape_attributes(model),
         "rewritten": {
-            name: {"program": to_json(module.program), "lost": module.lost, "tied": module.tied}
+            name: {
+                **{"program": to_json(module.program), "lost": module.lost, "tied": module.tied},
+                "stands_in": module.stands_in,
+            }
             for name, module in rewritten_modules(model).items()
         },
         "bypasses": {
@@ -170,7 +179,16 @@ def _load(
         edit.done(
             rewrite_(rewritten, program, {c: t.clone().to(device) for c, t in found.items()}, lost, tied)
         )
-    wrong = [name for name, values in shape_attributes(model).items() if attributes.get(name, {}) != values]
+        listed = recipe["rewritten"][name].get("stands_in")
+        ways = other_forwards(original_class(rewritten)) if isinstance(listed, list) else []
+        rewritten.stands_in = tuple(way for way in ways if way in listed)  # type: ignore[assignment]
+    wrong = []
+    for name, values in shape_attributes(model).items():
+        given = attributes.get(name, {})
+        known = known_attributes(model.get_submodule(name))  # of which an older file may lack some
+        wrong += (
+            [name] if any(given.get(a, v if a in known else None) != v for a, v in values.items()) else []
+        )
     if wrong:
         edit.undo()
         raise _misfit(path, model, [f"attributes of {name} contradict its tensors" for name in wrong])

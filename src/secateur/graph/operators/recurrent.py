@@ -85,9 +85,12 @@ def _state(site: Site, cell: Sequence[Value]) -> State:
     hidden = site.labels.fresh(cell[0].shape[0] // _gates(site))
     if len(cell) == 2 or len(cell[-1].shape) == 1:
         return State(hidden, hidden)
+    shown = site.labels.fresh(cell[-1].shape[0])
     # torch takes a layer whose projection is as wide as its hidden units for one without a projection
-    site.labels.pin(hidden, "units behind a projection, which must be more than it makes")
-    return State(hidden, site.labels.fresh(cell[-1].shape[0]))
+    site.labels.pin(
+        hidden[: len(shown) + 1], "hidden units before a projection, which must be more than it makes"
+    )
+    return State(hidden, shown)
 
 
 def _label_cell(site: Site, cell: Sequence[Value], state: State, into: Atoms, rows: int) -> None:

@@ -1,6 +1,6 @@
 """Rate–distortion pruning of channels: curves per group, widths as one problem, consumers solved again."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, ClassVar, Literal, Self
@@ -35,7 +35,7 @@ from secateur.methods.rd.importance import by_power, importances
 from secateur.methods.rd.single_weights import passes
 from secateur.plan import Plan
 from secateur.reconstruction.compensate import WIDEST, Seen, layers, see
-from secateur.reconstruction.leastsquares import Elimination
+from secateur.reconstruction.leastsquares import Elimination, damping
 from secateur.reconstruction.plans import COMPENSATIONS, compensated, positions
 from secateur.settings import option, settings
 
@@ -226,6 +226,7 @@ class Task:
         graph: of it.
         batches: all calibration images.
         few: those that curves are measured on.
+        rest: the others, on which layers are solved again for curves: on what a layer was solved for, it errs less.
         others: those that what is tried is measured on.
         dense: the dense model's outputs on these; None: too much to keep.
         how: the method.
@@ -238,6 +239,7 @@ class Task:
     graph: Graph
     batches: list[Inputs]
     few: list[Inputs]
+    rest: list[Inputs]
     others: list[Inputs]
     dense: list[Outputs] | None
     how: RD
@@ -250,15 +252,16 @@ class Task:
         cls, program: Replay, graph: Graph, batches: list[Inputs], how: RD, multiples: Multiples, meter: Meter
     ) -> Self:
         """What there is to work with, and how much work that is."""
-        few = others = batches
-        if how.estimates:
-            few, others = (part_of(program, batches, how.part, first) for first in (0, 1))
+        few = rest = others = batches
+        if how.estimates and how.part > 1:
+            few, others = (part_of(program, batches, how.part, {place}) for place in (0, 1))
+            rest = part_of(program, batches, how.part, range(1, how.part))
         dense, macs = references(program, others), max(1, Cost(graph).macs())
-        task = cls(program, graph, batches, few, others, dense, how, multiples, macs, meter)
+        task = cls(program, graph, batches, few, rest, others, dense, how, multiples, macs, meter)
         levels = len(how.shares) if how.estimates else how.levels - 1
         tries = len(how.exponents) * (2 if any(map(is_stream, graph.groups)) else 1)
         meter.total = (
-            2 * count(batches) + 4 * count(few) + 0.5 * levels * len(graph.groups) * count(few)
+            2 * count(rest) + 4 * count(few) + 0.5 * levels * len(graph.groups) * count(few)
             + tries * task.solving(few) + how.estimates * task.solving(batches)
             + sum(map(task.ranking, graph.groups))
         )  # fmt: skip
@@ -278,7 +281,7 @@ class Task:
 
     def see(self) -> dict[str, Seen]:
         """What goes into every layer."""
-        return see(self.program, self.batches, self.meter.each(2 * count(self.batches) / len(self.batches)))
+        return see(self.program, self.rest, self.meter.each(2 * count(self.rest) / len(self.rest)))
 
     def rank(self, seen: Mapping[str, Seen]) -> list["Ranking"]:
         """The order in which the units of each group leave."""
@@ -374,10 +377,10 @@ def rank_units(
         return Ranking(order, np.arange(group.units, 0, -1), np.array([0.0, *lost.tolist()]), {})
     left = {}
     for name in dict.fromkeys(m.tensor for m in readers):
-        found = seen[name]
+        (inner,) = seen[name].inputs
         blocks = [columns_of(m, program.tensor(name)) for m in readers if m.tensor == name]
         left[name] = Elimination(
-            found.inputs[0][0], found.damping(), found.weight, torch.cat(blocks, 1), importance[name]
+            inner.a, damping(inner.a, inner.noise), seen[name].weight, torch.cat(blocks, 1), importance[name]
         )
     gone: list[int] = []
     kept, cost, solved = [group.units], [0.0], {}
@@ -395,19 +398,25 @@ def rank_units(
     return Ranking(torch.tensor([*last, *gone[::-1]]), np.array(kept), np.array(cost), solved)
 
 
-def part_of(program: Replay, batches: Sequence[Inputs], part: int, first: int) -> list[Inputs]:
-    """One of every `part` images, in batches as large; whole batches if the graph takes one size only."""
-    if program.batch is not None:
-        return list(batches[first % len(batches) :: part])
-    if sum(batch_of(x) for x in batches) < 2 * part:
+def part_of(program: Replay, batches: Sequence[Inputs], part: int, wanted: Collection[int]) -> list[Inputs]:
+    """Images whose number modulo `part` is one of those wanted, in batches as large; all, where they are too few.
+
+    Of a graph that takes one size only, whole batches.
+    """
+    if sum(batch_of(x) for x in batches) < 2 * part or (program.batch is not None and len(batches) < part):
         return list(batches)
+    if program.batch is not None:
+        return [x for number, x in enumerate(batches) if number % part in wanted]
     found: list[Inputs] = []
     size, before = max(batch_of(x) for x in batches), 0
     for x in batches:
-        some = some_of(x, slice((first - before) % part, None, part))
+        places = torch.tensor(
+            [i for i in range(batch_of(x)) if (before + i) % part in wanted], dtype=torch.long
+        )
         before += batch_of(x)
-        if not batch_of(some):
+        if not len(places):
             continue
+        some = some_of(x, places)
         if found and batch_of(found[-1]) + batch_of(some) <= size:
             found[-1] = joined(found[-1], some)
         else:
