@@ -312,7 +312,7 @@ class Session(Generic[S]):
         plan, device = self.plan(), self.device
         try:
             original = embed(self.original, self.model.cpu(), self.whole, plan)
-            proof = verify(original, self.model, self.whole, plan)
+            proof = verify(original, self.model, self.whole.on(torch.device("cpu")), plan)
         finally:
             self.model.to(device)
         require_equal(self.model, proof)
