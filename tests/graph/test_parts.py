@@ -155,6 +155,9 @@ def test_a_part_that_the_example_does_not_call_keeps_what_it_may_read() -> None:
     assert group_with(graph, "features.2.weight", 0) is None
     assert group_with(graph, "features.0.weight", 0).units == 8
     assert "seldom: stays, and so does what it might read" in str(graph)
+    named = sc.analyze(Seldom(), X, scope=["features", "mask", "head"])
+    assert named.parts.uncalled == ("seldom",)
+    assert group_with(named, "features.2.weight", 0) is None
 
 
 def test_scope_says_what_is_pruned() -> None:

@@ -472,22 +472,43 @@ class _Search:
             for name in self.names:
                 if not seen[name]:
                     names += _children(self.model, name)
-                    if not _children(self.model, name) and any(True for _ in _parameters(self.model, name)):
-                        self.uncalled.append(name)
                 elif why := self._unfit(name, seen[name]):
                     self.left[name] = why
                     names += _children(self.model, name)
                 else:
                     names.append(name)
             if names == self.names:
+                self.uncalled = list(self._without_calls(""))
                 return
             self.names = names
 
     def _run(self) -> None:
+        self._called: set[str] = set()
+        hooks = [
+            module.register_forward_pre_hook(lambda *_, name=name: self._called.add(name))
+            for name, module in self.model.named_modules()
+        ]
         try:
             self.base, self.loud = watch(self.model, self.inputs, self.names, loud), True
         except Exception:  # the rest may ask for something of the numbers, such as to be below 1
             self.base, self.loud = watch(self.model, self.inputs, self.names, own), False
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+    def _without_calls(self, name: str) -> Iterator[str]:
+        """The outermost modules inside of one that hold parameters and no part, and of which nothing was called."""
+        start = f"{name}." if name else ""
+        if name in self.names:
+            return
+        if any(part.startswith(start) for part in self.names):
+            for child, _ in self.model.get_submodule(name).named_children():
+                yield from self._without_calls(start + child)
+            return
+        if any(called == name or called.startswith(start) for called in self._called):
+            return
+        if any(True for _ in _parameters(self.model, name)):
+            yield name
 
     def _unfit(self, name: str, calls: Sequence[Seen]) -> str:
         """Why a module is no part; "" if it is."""
