@@ -1,7 +1,7 @@
 """Proof that a cut model computes what the original computes without the removed units."""
 
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -96,10 +96,10 @@ class Verification:
     elsewhere: float = 0.0
     uncompared: str = ""
     untrained: str = ""
-    parts: tuple[str, ...] = ()
-    rest: str = ""
+    parts: tuple[str, ...] = field(default=(), repr=False)
+    rest: str = field(default="", repr=False)
     choices: tuple[str, ...] = ()
-    stale: tuple[str, ...] = ()
+    stale: tuple[str, ...] = field(default=(), repr=False)
 
     @property
     def ok(self) -> bool:
