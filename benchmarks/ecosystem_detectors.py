@@ -85,7 +85,7 @@ if (
         return counter.get_total_flops() / 2 / len(images)
 
     print(
-        "| detector | parts | MACs kept | torch's count, dense and cut | float64 | float32 | equal | trains | loads | CPU s |"
+        "| detector | parts | MACs kept | torch counts | float64 | float32 | equal | trains | loads | CPU s |"
     )
     print("|---|---|---|---|---|---|---|---|---|---|")
     for name in sys.argv[1:] or CASES:

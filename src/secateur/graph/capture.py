@@ -21,7 +21,7 @@ from secateur.graph.guard import (
     untouched,
     written_out,
 )
-from secateur.graph.modes import chance, chance_kept
+from secateur.graph.modes import chance, chance_kept, forget_kept
 
 Inputs: TypeAlias = Tensor | tuple[Any, ...] | list[Any] | Mapping[str, Any]
 """Example inputs: one tensor, a list of images (c, h, w), a tuple of positional arguments, or a mapping of keyword
@@ -232,6 +232,7 @@ def capture(
     if not batch_of(inputs):
         raise CaptureError("example inputs: the batch is empty; pass at least one image")
     with untouched(model), written_out(), chance_kept():
+        forget_kept(model)
         model.train(training)
         read = [model.batching] if isinstance(model, Parted) else batchings(inputs)
         ways = [(read[0], read[0].count(inputs))] if exact else _candidates(read)

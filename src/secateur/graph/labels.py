@@ -97,12 +97,14 @@ class Contraction:
 
     Attributes:
         per_image: how often it is done for every image; 0 for what a forward pass computes once (a table of positions).
+        node: name of the operator in the captured graph.
     """
 
     module: str
     macs: int
     axes: tuple[Atoms, ...]
     per_image: float = 1.0
+    node: str = ""
 
 
 @dataclass(frozen=True)
@@ -138,6 +140,7 @@ class Labels:
     units: list[Atoms] = field(default_factory=list)
     count: int = 1
     module: str = ""
+    node: str = ""
     _starts: list[int] = field(default_factory=list)
     _keys: list[tuple[str, int]] = field(default_factory=list)
 

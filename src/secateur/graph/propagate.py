@@ -47,12 +47,15 @@ def walk(
     inputs: Sequence[Any],
     labels: Labels,
     values: dict[fx.Node, Any],
+    *,
+    outermost: bool = True,
 ) -> Any:
     """Run a graph on labelled values, which `values` records; returns what its output node holds."""
     remaining = iter(inputs)
     checks = find_checks(graph.graph)
     for node in graph.graph.nodes:
         labels.module = module_of(node) or labels.module
+        labels.node = node.name if outermost else labels.node
         if node.op == "placeholder":
             values[node] = next(remaining)
         elif node.op == "get_attr":  # a constant, or the body of a higher-order operator
@@ -68,7 +71,7 @@ def walk(
 
 
 def find_checks(graph: fx.Graph) -> set[fx.Node]:
-    """The nodes that only ask whether tensors hold what forward expects: assertions, and what is made for them."""
+    """The nodes that only ask whether tensors hold what forward expects: assertions, and what these read."""
     found: set[fx.Node] = set()
     for node in reversed(graph.nodes):
         schema = getattr(node.target, "_schema", None)
@@ -102,7 +105,7 @@ def call_higher_order(
     name = str(node.target)
     body = next((i for i, arg in enumerate(args) if isinstance(arg, fx.GraphModule)), None)
     if name in BODIES and body is not None:
-        return walk(model, args[body], args[body + 1 :], labels, values)
+        return walk(model, args[body], args[body + 1 :], labels, values, outermost=False)
     if body is not None:
         raise CaptureError(
             f"{labels.module or type(model).__name__}: its forward contains {name}, whose body cannot be counted. "

@@ -13,6 +13,7 @@ from typing import Any, TypeAlias
 from torch import Tensor, nn
 
 from secateur.cost import Budget
+from secateur.cost.prices import measure_prices
 from secateur.engine.decay import Decay, Restore
 from secateur.engine.method import Batch, Context, Method, Progress
 from secateur.engine.pruned import Pruned, proven
@@ -29,14 +30,16 @@ from secateur.methods.gate_decorator import GateDecorator
 from secateur.methods.gradual import Gradual
 from secateur.methods.hesso import HESSO
 from secateur.methods.lapp import LAPP
-from secateur.methods.latency import Clock, budget_in_macs, here, prune_to_latency
+from secateur.methods.latency import Clock, budget_in_macs, here, prune_at_prices, prune_to_latency
 from secateur.methods.oneshot import OneShot
 from secateur.methods.oto import OTO
 from secateur.methods.own import Own
 from secateur.methods.paam import PAAM
 from secateur.methods.precrop import PreConfig, PreCrop, RandomFilters, RandomWeights
 from secateur.methods.rd import RD, MaskWeights, RDWeights
+from secateur.plan import Plan
 from secateur.settings import checked
+from secateur.surgery.cut import cut_copy
 
 __all__ = [
     "HESSO",
@@ -215,9 +218,9 @@ def prune_by(
 def prune_within_latency(
     method: Method, model: nn.Module, inputs: Inputs, budget: Budget, context: Context, clock: Clock
 ) -> Pruned:
-    """Prune to a budget with milliseconds: by trying shares of the MACs; see `prune_to_latency`.
+    """Prune to a budget with milliseconds: by trying shares of the MACs, or, where blocks may go, by prices.
 
-    Plain scores share one graph, and only what is returned is proven.
+    See `prune_to_latency` and `prune_at_prices`. Plain scores share one graph, and only what is returned is proven.
     """
     data = None if context.data is None else list(context.data)  # it is gone through once per trial
     with tempfile.TemporaryDirectory() as folder:
@@ -226,6 +229,15 @@ def prune_within_latency(
         if isinstance(method, OneShot):
             graph = context.graph or method.analyze(model, inputs)
             again = replace(again, graph=graph, prove=method.compensation != "none")  # of the solved weights
+        if isinstance(method, RD) and method.granularity != "channels":
+            graph = context.graph or method.analyze(model, inputs)
+            prices = measure_prices(
+                model, graph, lambda masks: cut_copy(model, graph, Plan.of(graph, masks)), clock
+            )
+            again = replace(again, prices=prices)
+            return prune_at_prices(
+                lambda within: method.prune(model, inputs, within, again), model, budget, prices, clock
+            )
         found = prune_to_latency(
             lambda within: method.prune(model, inputs, within, again), model, budget, clock
         )

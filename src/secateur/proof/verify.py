@@ -61,9 +61,10 @@ class Verification:
         parts: names of the submodules that were compared, where the model was captured in parts; empty: all of it was.
         rest: why what stands between these parts does not do the same on what is left; "" if it does.
         untrained: why the original cannot be trained, so that no training step was compared; "" if it can.
-        statistics: "module (operator)" wherever a statistic is taken over channels of which some were removed.
-            Empty: the reference is the original with zeros for the removed units. Otherwise it is the
-            original's graph with statistics over the survivors.
+        statistics: "module (operator)" wherever a statistic is taken over channels of which some were removed, and
+            "module (block)" where a block was removed that zero weights do not silence. Empty: the reference is the
+            original with zeros for the removed units. Otherwise it is the original's graph with statistics over the
+            survivors and without the block.
         rewritten: names of modules whose forward was rewritten, since their own cannot express the widths;
             "" is the model itself. Where training mode loses something, the name is followed by what.
         replayed: True when float64 was compared on the captured graphs, because forward itself computes in
@@ -368,7 +369,9 @@ def same_groups(model: nn.Module, inputs: Inputs, graph: Graph) -> bool:
 
     def described(some: Graph) -> set[frozenset[tuple[str, int, bytes]]]:
         return {
-            frozenset((m.tensor, m.dim, m.index.tobytes()) for m in group.members) for group in some.groups
+            frozenset((m.tensor, m.dim, m.index.tobytes()) for m in group.members)
+            for group in some.groups
+            if not group.branch
         }
 
     try:
@@ -418,7 +421,8 @@ def with_values_of(whole: nn.Module, cut: nn.Module, graph: Graph, plan: Plan) -
     cuts = {id(tensor): dims for tensor, dims in tensor_cuts(whole, keep)}
     with torch.no_grad():
         for name, tensor in named_tensors(whole):
-            tensors[name].copy_(select(tensor, cuts.get(id(tensor), {})))
+            if name in tensors and tensors[name].numel():  # not of a block that was left out
+                tensors[name].copy_(select(tensor, cuts.get(id(tensor), {})))
     return small
 
 

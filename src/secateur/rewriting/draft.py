@@ -20,6 +20,7 @@ from torch.func import functional_call
 from torch.utils import _pytree as pytree
 
 from secateur.errors import CaptureError, CutError
+from secateur.graph.branches import Branch
 from secateur.graph.capture import Capture, Inputs, as_call, capture
 from secateur.graph.duplicate import cloned, duplicate
 from secateur.graph.guard import opened
@@ -51,6 +52,7 @@ from secateur.rewriting.program import (
 )
 from secateur.rewriting.rewrite import CONSTANT, arguments_of, cut_steps, inputs_of, tensor_named
 from secateur.rewriting.sizes import Expressions
+from secateur.rewriting.without import sums_at, sums_of, without
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]
 Calls = list[Call]
@@ -64,6 +66,9 @@ CLOSE = {torch.float64: 1e-9, torch.float32: 1e-4}
 
 TRAINS = "what it does in training mode only"
 """How `Draft.lost` begins to say that a module does more in training mode."""
+
+HINTS = frozenset(("is_causal", "tgt_is_causal", "memory_is_causal", "src_is_causal"))
+"""Arguments of torch's own layers that say of a mask what it shows itself; without them it is added as it is."""
 
 VIEWS = ("view", "reshape", "_unsafe_view")
 """Operators that work out one size by themselves."""
@@ -175,9 +180,13 @@ class Writer:
             raise CutError(f"{name}: its forward cannot be captured by itself ({error})") from None
         except CutError as error:
             raise CutError(f"{name}: {error}") from None
-        values = self._match(name, number, captures.base.operators())
+        values, sums = self._match(name, number, captures.base.operators())
         (captured, *others), training = captures.in_both_modes()
         switches, lost = training_switches(training, captured, captures.training)
+        left_out = sums_at(captured, sums)
+        others = [without(other, left_out)[0] for other in others]
+        captured, kept = without(captured, left_out)
+        switches = [switches[i] for i in kept]
         unheard = captures.base.unheard()
         hooks = f"hooks on {', '.join(unheard[:4])}{' …' * (len(unheard) > 4)}" if unheard else ""
         lost = " and ".join(filter(None, [hooks, lost, *captures.lost_in_training(bool(lost))]))
@@ -235,15 +244,22 @@ class Writer:
         tied = captures.tied and told(program, captures.tied)
         return Draft(program, constants, lost, tied)
 
-    def _match(self, name: str, number: int, lines: Listing) -> dict[fx.Node, Any]:
-        """What the analysis knows about the nodes of a module that was captured by itself."""
+    def _match(
+        self, name: str, number: int, lines: Listing
+    ) -> tuple[dict[fx.Node, Any], dict[fx.Node, Branch]]:
+        """What the analysis knows about the nodes of a module that was captured by itself, and branches that go."""
         found = [self._whole.steps[i] for i in self._regions.get((name, number), [])]
         # what is contiguous already is not copied, and that may be otherwise within the model
         found, steps = ([s for s in listed if s.op != "contiguous"] for listed in (found, lines.steps))
         if [s.target for s in found] != [s.target for s in steps]:
             raise CutError(f"{name}: its forward does other things by itself than within the model")
         values: dict[fx.Node, Any] = {}
+        gone = sums_of(self._whole, self._survivors.skipped)
+        branches = {self._whole.steps[i].node: branch for i, branch in gone.items()}
+        sums: dict[fx.Node, Branch] = {}
         for theirs, own in zip(found, steps, strict=True):
+            if theirs.node in branches:
+                sums[own.node] = branches[theirs.node]
             values[own.node] = self._trace.values.get(theirs.node)
             for a, b in zip(refs(own.args), refs(theirs.args), strict=True):
                 node, value = lines.nodes[a], self._trace.values.get(self._whole.nodes[b])
@@ -253,7 +269,7 @@ class Writer:
         for step in lines.steps:
             if step.op == "contiguous":
                 values[step.node] = values.get(lines.nodes[step.args["self"].index])
-        return values
+        return values, sums
 
 
 @dataclass(frozen=True)
@@ -335,6 +351,8 @@ class FixedCall(nn.Module):
         self.given = arguments_of(module, args, kwargs)
         self.tensors: list[Tensor] = []
         self.arguments = strip(dict(self.given.arguments), self.tensors)
+        if type(module).__module__.startswith("torch.nn.modules."):
+            self.arguments |= {n: ANYTHING for n in HINTS & self.arguments.keys() if not self.arguments[n]}
         self.returned = Returned()
 
     def forward(self, *tensors: Tensor) -> list[Tensor]:

@@ -126,12 +126,17 @@ def find_candidates(before: nn.Module, after: nn.Module) -> dict[str, dict[str, 
     everywhere became also itself.
     """
     modules = dict(after.named_modules())
-    whole = {name: module for name, module in before.named_modules() if name in modules}
+    whole = {
+        name: module
+        for name, module in before.named_modules()
+        if name in modules and original_class(modules[name]) is original_class(module)  # not left out
+    }
     became: dict[str, dict[int, set[int]]] = {}
     for name, module in whole.items():
         found: dict[int, set[int]] = {}
         for old, new in zip(numbers(module), numbers(modules[name]), strict=False):
-            found.setdefault(old, set()).add(new)
+            if new:  # what went with a block has become no other number
+                found.setdefault(old, set()).add(new)
         around = name
         while True:
             own = became.setdefault(around, {})

@@ -280,7 +280,7 @@ class CheckedPass:
         except Exception as error:
             problem, right = error, False
         if not right:
-            if name and not self._agree(floats((args, kwargs)), self._inputs[key]):
+            if name and not self._agree(floats(given), self._inputs[key]):
                 raise problem  # a module before this one went wrong
             try:
                 result = self._rewrite(key, region, module, given, before)

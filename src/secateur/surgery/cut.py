@@ -13,6 +13,7 @@ from secateur.graph import Graph, mirrored, named_tensors
 from secateur.graph.duplicate import duplicate
 from secateur.graph.groups import PadSite, check_model
 from secateur.graph.guard import uncompiled
+from secateur.graph.modes import forget_kept
 from secateur.graph.modules import HELD, Keep, held, worked_out
 from secateur.graph.positions import kept_positions
 from secateur.graph.probe import random_inputs
@@ -22,6 +23,7 @@ from secateur.rewriting.known import following
 from secateur.rewriting.rewrite import rewrite_
 from secateur.rewriting.settle import settle
 from secateur.settings import checked
+from secateur.surgery.absent import leave_out
 from secateur.surgery.edit import Edit, select, select_states
 
 
@@ -29,6 +31,8 @@ from secateur.surgery.edit import Edit, select, select_states
 @checked(CutError)
 def cut_(model: nn.Module, graph: Graph, plan: Plan, *, optimizer: Optimizer | None = None) -> nn.Module:
     """Remove the units of a plan from the model's tensors, and let its layers' attributes follow.
+
+    Modules of a block that goes are replaced by an `Absent`.
 
     The result is the user's own module. Where its own forward does not compute the cut network, the smallest
     submodule that will do is rewritten (`rewritten_modules` names them). Any failure leaves model and
@@ -48,14 +52,17 @@ def cut_(model: nn.Module, graph: Graph, plan: Plan, *, optimizer: Optimizer | N
     masks = plan.masks(graph)
     check_model(model, graph)
     whole, model = model, graph.view(model)
+    assert graph.trace is not None
+    survivors = graph.trace.survivors(masks)
     before = duplicate(model, share=True)
     keep = kept_positions(model, graph, masks)
     edit = Edit(model)
+    emptied = leave_out(edit, model, graph, survivors.skipped)
     edit.attributes(layer_attributes(model, keep))
     edit.attributes(pad_widths(graph.pads, masks))
-    assert graph.trace is not None
-    edit.attributes(following(model, graph.trace, graph.trace.survivors(masks)))
-    for tensor, dims in tensor_cuts(model, keep):
+    edit.attributes(following(model, graph.trace, survivors))
+    nothing = torch.zeros(0, dtype=torch.long)
+    for tensor, dims in [*tensor_cuts(model, keep), *((tensor, {0: nothing}) for tensor in emptied)]:
         edit.tensor(tensor, select(tensor.data, dims))
         if tensor.grad is not None:
             edit.grad(tensor, select(tensor.grad, dims))
@@ -77,7 +84,8 @@ def cut_(model: nn.Module, graph: Graph, plan: Plan, *, optimizer: Optimizer | N
 
 
 def renew_(model: nn.Module, edit: Edit) -> None:
-    """Let weights that hooks work out follow the tensors they are worked out from, as a change that was made."""
+    """Let what modules have worked out follow the tensors it is worked out from, as a change that was made."""
+    forget_kept(model)
     for module in model.modules():
         new = worked_out(module)
         if new:

@@ -68,7 +68,9 @@ class Site:
         They are done as often for every image as an operand has parts for it, or once if `batched`.
         """
         per_image = max((float(batched), *(value.per_image for value in self.operands)))
-        self.labels.contractions.append(Contraction(self.labels.module, macs, axes, per_image))
+        self.labels.contractions.append(
+            Contraction(self.labels.module, macs, axes, per_image, self.labels.node)
+        )
 
     def statistic(self, value: Value, dims: Collection[int]) -> None:
         """This operator computes statistics over these dims."""
