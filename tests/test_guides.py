@@ -48,7 +48,9 @@ CHECKS: dict[str, Callable[[dict[str, Any]], bool]] = {
     ),
     "guides/ultralytics-training.md": lambda it: within(it["prune"].pruned, 0.6) and it["top"] in (0, 1),
     "guides/detector.md": lambda it: (
-        all(within(it[name], 0.5) for name in ("pruned", "measured", "ranked")) and it["after"] < it["before"]
+        all(within(it[name], 0.5) for name in ("pruned", "measured"))
+        and all(within(it[name], 0.6) for name in ("whole", "by_loss"))
+        and it["by_loss"].plan.origin["score"] == "taylor"
     ),
     "guides/ultralytics.md": lambda it: (
         within(it["pruned"], 0.5) and it["pruned"].proof.ok and not it["pruned"].proof.stale

@@ -34,7 +34,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(autouse=True)
 def analysed_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("secateur.engine.session.analyze", analyze_once)
+    monkeypatch.setattr("secateur.engine.method.analyze", analyze_once)
 
 
 @pytest.mark.parametrize("name", FORMS)

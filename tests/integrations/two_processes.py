@@ -1,4 +1,4 @@
-"""Run by `torch.distributed.run`: forms of methods in both trainers, in DistributedDataParallel, and what came of it."""
+"""Run by `torch.distributed.run`: forms of methods in both trainers, in DistributedDataParallel, and their results."""
 
 import json
 import sys
@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from secateur.engine import session
+from secateur.engine import method
 from tests.integrations.examples import EPOCHS, FEW, METHODS, check
 from tests.methods.examples import analyze_once
 
@@ -24,7 +24,7 @@ def digest(network: nn.Module, prune: Any) -> list[Any]:
 
 
 def main(framework: str, folder: Path) -> None:
-    session.analyze = analyze_once  # type: ignore[assignment]
+    method.analyze = analyze_once  # type: ignore[assignment]
     epochs = 2 * EPOCHS  # as many steps as on one process
     options: dict[str, Any] = {"save_strategy": "no", "num_train_epochs": epochs}
     if framework == "lightning":

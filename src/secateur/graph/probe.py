@@ -22,9 +22,9 @@ STATISTICS = ("running_mean", "running_var")
 def probe_inputs(graph: Graph) -> Inputs:
     """The example inputs at the batch size of the captured graph."""
     if graph.trace is None:
-        return with_images(graph.inputs, BATCH)
+        return with_images(graph.given, BATCH)
     captured = graph.trace.captured
-    return captured.batching.resized(graph.inputs, captured.batch)
+    return captured.batching.resized(graph.given, captured.batch)
 
 
 def random_inputs(graph: Graph, dtype: torch.dtype, seed: int) -> tuple[tuple[Any, ...], dict[str, Any]]:

@@ -2,7 +2,7 @@
 
 import functools
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -17,6 +17,7 @@ from secateur.graph.duplicate import cloned, converted, duplicate
 from secateur.graph.groups import check_model
 from secateur.graph.guard import uncompiled, untouched, written_out
 from secateur.graph.modes import chance_kept, default_precision, evaluating
+from secateur.graph.parts import rest_fails
 from secateur.graph.positions import kept_positions
 from secateur.graph.probe import aliases, difference, fit_norms_, floats, random_inputs, randomise_
 from secateur.graph.samples import SHRUNK, SMALLEST, elsewhere, main_leaf, random_floats
@@ -57,6 +58,8 @@ class Verification:
             on random weights instead.
         trains: one backward pass through the cut model, in training mode, gave finite gradients, or the
             original cannot be trained either.
+        parts: names of the submodules that were compared, where the model was captured in parts; empty: all of it was.
+        rest: why what stands between these parts does not do the same on what is left; "" if it does.
         untrained: why the original cannot be trained, so that no training step was compared; "" if it can.
         statistics: "module (operator)" wherever a statistic is taken over channels of which some were removed, and
             "module (block)" where a block was removed that zero weights do not silence. Empty: the reference is the
@@ -94,8 +97,10 @@ class Verification:
     elsewhere: float = 0.0
     uncompared: str = ""
     untrained: str = ""
+    parts: tuple[str, ...] = field(default=(), repr=False)
+    rest: str = field(default="", repr=False)
     choices: tuple[str, ...] = ()
-    stale: tuple[str, ...] = ()
+    stale: tuple[str, ...] = field(default=(), repr=False)
 
     @property
     def ok(self) -> bool:
@@ -105,6 +110,7 @@ class Verification:
             and self.max_rel_error_float32 <= TOLERANCE[torch.float32]
             and self.elsewhere <= TOLERANCE[torch.float32]
             and self.trains
+            and not self.rest
         )
 
     @property
@@ -128,10 +134,13 @@ class Verification:
             trains = (
                 f"; no training step was compared, since the original cannot be trained ({self.untrained})"
             )
+        between = f"; the rest does the same between its {len(self.parts)} parts" if self.parts else ""
+        if self.rest:
+            between = f"; what stands between its parts does not go on as before: {self.rest}"
         return (
             f"{verdict} to the masked original{over}: max error {self.max_abs_error:.1e} in float64 "
             f"({self.max_rel_error:.1e} relative), {self.max_abs_error_float32:.1e} in float32{self._chosen}"
-            f"{self._further}; {self.form}{trains}{self._stale}"
+            f"{self._further}{between}; {self.form}{trains}{self._stale}"
         )
 
     @property
@@ -175,6 +184,8 @@ def verify(model: nn.Module, cut: nn.Module, graph: Graph, plan: Plan, *, seed: 
     """
     plan.check(graph)
     check_model(model, graph)
+    the_model, the_cut = model, cut
+    model, cut = graph.view(model), graph.view(cut)
     pair = Pair(model, cut, graph, plan, seed)
     first = pair.compare()
     randomised = first.sensitivity < SENSITIVE
@@ -184,6 +195,7 @@ def verify(model: nn.Module, cut: nn.Module, graph: Graph, plan: Plan, *, seed: 
     fails = training_fails(cut, graph, seed, few)
     untrained = training_fails(model, graph, seed, few) if fails else ""
     names = rewritten_modules(cut)
+    rest = rest_of(the_model, the_cut, graph, plan)
     return Verification(
         max_abs_error=worst.absolute,
         max_rel_error=worst.relative,
@@ -202,9 +214,22 @@ def verify(model: nn.Module, cut: nn.Module, graph: Graph, plan: Plan, *, seed: 
         elsewhere=errors.elsewhere,
         uncompared=pair.uncompared,
         untrained=untrained,
+        rest=rest,
+        parts=tuple(graph.parts.names) if graph.parts else (),
         choices=errors.choices,
         stale=tuple(look_elsewhere(model, cut, random_inputs(graph, torch.float32, seed)).stale),
     )
+
+
+def rest_of(model: nn.Module, cut: nn.Module, graph: Graph, plan: Plan) -> str:
+    """Why the rest of a model that was captured in parts does not go on as before; "" if it does."""
+    if graph.parts is None:
+        return ""
+    assert graph.trace is not None
+    survivors = graph.trace.survivors(plan.masks(graph))
+    kept = [survivors.keep(graph.trace.values[node]) for node in graph.trace.captured.borders]
+    keep = dict(zip(graph.parts.borders, kept, strict=True))
+    return rest_fails(graph.parts, model, cut, keep)
 
 
 @dataclass(frozen=True)
@@ -271,7 +296,7 @@ class Pair:
         self._survivors = graph.trace.survivors(plan.masks(graph))
         reference = Reference(graph.trace, self._survivors)
         captured = graph.trace.captured
-        given = random_floats(captured.batching.resized(graph.inputs, captured.batch), seed)
+        given = random_floats(captured.batching.resized(graph.given, captured.batch), seed)
         self._own = Place(given, reference if reference.needed else None)
         self.other: Place | None = None
         self.uncompared = ""

@@ -21,7 +21,7 @@ from secateur.errors import CutError
 from secateur.graph import Graph, named_tensors
 from secateur.graph.duplicate import cloned, duplicate
 from secateur.graph.groups import find_groups
-from secateur.graph.guard import written_out
+from secateur.graph.guard import guarded, written_out
 from secateur.graph.modes import chance_kept, default_precision, evaluating
 from secateur.graph.positions import removed_positions
 from secateur.graph.probe import aliases, difference, floats, random_inputs, random_values
@@ -65,7 +65,7 @@ def settle(
         assert graph.trace is not None
         trace = graph.trace
         judge = Judge(model, graph, trace.survivors(masks))
-    return CheckedPass(judge, Writer(before, trace, trace.survivors(masks), graph.inputs)).run()
+    return CheckedPass(judge, Writer(before, trace, trace.survivors(masks), graph.given)).run()
 
 
 def analyzed_again(model: nn.Module, graph: Graph, masks: Sequence[Tensor]) -> tuple[Graph, list[Tensor]]:
@@ -75,7 +75,7 @@ def analyzed_again(model: nn.Module, graph: Graph, masks: Sequence[Tensor]) -> t
         CutError: its groups are others.
     """
     gone = removed_positions(graph, masks)
-    fresh = find_groups(model, graph.inputs, going=gone)
+    fresh = find_groups(model, graph.given, going=gone)
     result = []
     for group in fresh.groups:
         mask = np.ones(group.units, dtype=bool)
@@ -424,31 +424,6 @@ class Lockstep:
 def inside(name: str, other: str) -> bool:
     """Whether one module is a submodule of another, by name."""
     return name != other and (not other or name.startswith(f"{other}."))
-
-
-@contextmanager
-def guarded(model: nn.Module, guard: Callable[..., Any]) -> Iterator[None]:
-    """Inside the block, every call of a submodule goes through `guard(name, module, own forward, args, kwargs)`."""
-    before = {module: module.__dict__.get("forward") for module in model.modules()}
-    try:
-        for name, module in model.named_modules():
-
-            def forward(
-                *args: Any,
-                name: str = name,
-                module: nn.Module = module,
-                own: Any = module.forward,
-                **kwargs: Any,
-            ) -> Any:
-                return guard(name, module, own, args, kwargs)
-
-            module.__dict__["forward"] = functools.wraps(module.forward)(forward)
-        yield
-    finally:
-        for module, own in before.items():
-            module.__dict__.pop("forward")
-            if own is not None:
-                module.__dict__["forward"] = own
 
 
 @contextmanager

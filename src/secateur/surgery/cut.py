@@ -51,6 +51,7 @@ def cut_(model: nn.Module, graph: Graph, plan: Plan, *, optimizer: Optimizer | N
     """
     masks = plan.masks(graph)
     check_model(model, graph)
+    whole, model = model, graph.view(model)
     assert graph.trace is not None
     survivors = graph.trace.survivors(masks)
     before = duplicate(model, share=True)
@@ -79,7 +80,7 @@ def cut_(model: nn.Module, graph: Graph, plan: Plan, *, optimizer: Optimizer | N
         raise CutError(
             f"{type(model).__name__}: the plan cannot be applied ({first_line(error)}). The model is unchanged."
         ) from error
-    return model
+    return whole
 
 
 def renew_(model: nn.Module, edit: Edit) -> None:
@@ -96,6 +97,11 @@ def renew_(model: nn.Module, edit: Edit) -> None:
 def _settle(model: nn.Module, before: nn.Module, graph: Graph, masks: list[Tensor], edit: Edit) -> None:
     """Rewrite the submodules whose own forward does not compute the cut network."""
     drafts = settle(model, graph, masks, functools.partial(duplicate, before, share=True))
+    if "" in drafts and graph.parts is not None:
+        raise CutError(
+            f"{type(model).__name__}: one of its parts ({', '.join(graph.parts.names)}) can neither run at the new "
+            f"widths nor be rewritten; name the others in scope=. The model is unchanged."
+        )
     for name, draft in drafts.items():
         module = model.get_submodule(name)
         edit.done(rewrite_(module, draft.program, draft.constants, draft.lost, draft.tied))
