@@ -173,9 +173,9 @@ def totals(ours: list[Row], peer: dict[str, Row]) -> list[str]:
     busy = [row["cpu_s"] for row in measured] or [0.0]
     lines += [
         "",
-        f"Other sizes were tried for {len(measured)} networks: three images, and three other image sizes. {tied} results "
-        f"say that they are tied to sizes; {lost} do not run at one of these at which the network did. Analysis, cut and "
-        f"proof: {median(busy):.1f} CPU seconds in the median, {max(busy):.0f} at most. Commits: "
+        f"Other sizes were tried for {len(measured)} networks: three images, and three other image sizes. {tied} "
+        f"results say that they are tied to sizes; {lost} do not run at one of these at which the network did. "
+        f"Analysis, cut and proof: {median(busy):.1f} CPU seconds in the median, {max(busy):.0f} at most. Commits: "
         + ", ".join(
             f"{count} {code}" for code, count in Counter(row["code"] for row in measured).most_common()
         )

@@ -180,6 +180,7 @@ def capture(
     if not batch_of(inputs):
         raise CaptureError("example inputs: the batch is empty; pass at least one image")
     with untouched(model), written_out(), chance_kept():
+        model.train()  # what modules keep of earlier passes in evaluation mode goes, and comes back afterwards
         model.train(training)
         ways = [(batchings(inputs)[0], batch_of(inputs))] if exact else _candidates(inputs)
         before = chance()

@@ -22,7 +22,7 @@ from torch.utils import _pytree as pytree
 from secateur.errors import CaptureError, CutError
 from secateur.graph.capture import Capture, Inputs, as_call, capture
 from secateur.graph.duplicate import cloned, duplicate
-from secateur.graph.guard import opened
+from secateur.graph.guard import opened, untouched
 from secateur.graph.labels import Atoms, Value, along, compress, reshape
 from secateur.graph.modules import Keep
 from secateur.graph.operators import OPERATORS, Step
@@ -102,7 +102,7 @@ class Writer:
     """
 
     def __init__(self, model: nn.Module, trace: Trace, survivors: Survivors, inputs: Inputs) -> None:
-        self._model = model.eval()
+        self._model = model.train().eval()  # what modules keep of earlier weights goes
         self._trace = trace
         self._survivors = survivors
         self._inputs = inputs
@@ -148,7 +148,7 @@ class Writer:
         runs: list[dict[str, Calls]] = []
         for given in itertools.chain(*self._samples):
             args, kwargs = as_call(given)
-            with recorded(self._model, names) as calls, torch.no_grad():
+            with untouched(self._model), recorded(self._model, names) as calls, torch.no_grad():
                 try:
                     self._model(*args, **kwargs)
                 except Exception:  # whatever its own code raises at a size it was not made for
@@ -635,7 +635,7 @@ class Captures:
         runner = Runner(self._module, program, self.base.captured.constants)
         named = {f"module.{name}": t for name, t in values.items()}
         try:
-            with torch.no_grad():
+            with untouched(self._module), torch.no_grad():
                 expected = functional_call(self._module, cloned(values), *cloned(call))
                 result = functional_call(runner, cloned(named), *call)
         except Exception:  # whatever sizes that do not fit lead to

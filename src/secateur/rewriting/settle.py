@@ -51,6 +51,7 @@ def settle(
     """
     assert graph.trace is not None
     model = duplicate(model, share=True)  # a forward may keep what it has computed
+    model.train()  # what modules keep of the weights before the cut goes
     judge = Judge(model, graph, graph.trace.survivors(masks))
     if judge.holds():
         return {}

@@ -13,6 +13,7 @@ from secateur.graph import Graph, mirrored, named_tensors
 from secateur.graph.duplicate import duplicate
 from secateur.graph.groups import PadSite, check_model
 from secateur.graph.guard import uncompiled
+from secateur.graph.modes import modes_kept
 from secateur.graph.modules import HELD, Keep, held, worked_out
 from secateur.graph.positions import kept_positions
 from secateur.plan import Plan
@@ -68,6 +69,8 @@ def cut_(model: nn.Module, graph: Graph, plan: Plan, *, optimizer: Optimizer | N
         raise CutError(
             f"{type(model).__name__}: the plan cannot be applied ({first_line(error)}). The model is unchanged."
         ) from error
+    with modes_kept(model):
+        model.train()  # what modules keep of the weights before the cut goes
     return model
 
 
