@@ -29,6 +29,7 @@ def torch_pruning(
     importance: str = "group-norm",
     data: Data | None = None,
     every: int = 10,
+    round_to: int | None = None,
 ) -> nn.Module:
     """Torch-Pruning, global: step by step to the widths that first meet the budget.
 
@@ -37,6 +38,7 @@ def torch_pruning(
             layer alone; "taylor", first order.
         data: for "taylor".
         every: steps between two measurements of the gradients; in between they are cut with the weights.
+        round_to: widths are multiples of this.
     """
     import torch_pruning as tp
 
@@ -52,7 +54,7 @@ def torch_pruning(
         warnings.simplefilter("ignore")  # about its own use of torch
         pruner = pruner_type(
             model, inputs, importances[importance], global_pruning=True, pruning_ratio=0.95, iterative_steps=STEPS,
-            ignored_layers=outputs,
+            ignored_layers=outputs, round_to=round_to,
         )  # fmt: skip
         dense = {name: count(model, inputs) for name, count in COUNTS.items()}
         limits = budget.limits(dense)

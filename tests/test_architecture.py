@@ -12,8 +12,8 @@ import secateur
 SOURCE = Path(secateur.__file__).parent
 ORDER = [
     "errors", "settings", "files", "imports", "measures", "graph", "cost", "scores", "allocate", "plan", "rewriting",
-    "surgery", "proof", "reconstruction", "report", "engine", "methods", "recipes", "export", "int8", "runs", "compare",
-    "cli",
+    "surgery", "proof", "reconstruction", "report", "engine", "methods", "integrations", "recipes", "export", "int8",
+    "runs", "compare", "cli",
 ]  # fmt: skip
 
 COMPARE = [
@@ -27,15 +27,22 @@ def part_of(path: Path) -> str:
     return path.relative_to(SOURCE).parts[0].removesuffix(".py")
 
 
-def imported(path: Path, room: str = "secateur") -> set[str]:
-    """Parts of the package, or of a room of it, that a file imports, anywhere in it."""
-    modules = set()
+def modules(path: Path) -> set[str]:
+    """What a file imports, anywhere in it."""
+    found = set()
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.ImportFrom) and node.module:
-            modules.add(node.module)
+            found.add(node.module)
         elif isinstance(node, ast.Import):
-            modules |= {alias.name for alias in node.names}
-    return {name.removeprefix(f"{room}.").split(".")[0] for name in modules if name.startswith(f"{room}.")}
+            found |= {alias.name for alias in node.names}
+    return found
+
+
+def imported(path: Path, room: str = "secateur") -> set[str]:
+    """Parts of the package, or of a room of it, that a file imports."""
+    return {
+        name.removeprefix(f"{room}.").split(".")[0] for name in modules(path) if name.startswith(f"{room}.")
+    }
 
 
 @pytest.mark.parametrize("path", sorted(SOURCE.rglob("*.py")), ids=lambda p: str(p.relative_to(SOURCE)))
@@ -54,6 +61,16 @@ def test_a_comparison_flows_one_way(name: str) -> None:
     assert not imported(SOURCE / "compare" / f"{name}.py", "secateur.compare").intersection(later)
 
 
+@pytest.mark.parametrize("framework", ["lightning", "transformers", "ultralytics"])
+def test_a_framework_is_imported_in_its_own_file_only(framework: str) -> None:
+    found = [
+        str(path.relative_to(SOURCE))
+        for path in SOURCE.rglob("*.py")
+        if any(name.split(".")[0] == framework for name in modules(path))
+    ]
+    assert found == [f"integrations/{'huggingface' if framework == 'transformers' else framework}.py"]
+
+
 def test_the_core_loads_nothing_it_does_not_use() -> None:
     heavy = [
         "onnx",
@@ -64,7 +81,7 @@ def test_the_core_loads_nothing_it_does_not_use() -> None:
         "tensorboard",
         "PIL",
     ]
-    extras = ["torchvision", "timm", "typer", "rich"]
+    extras = ["torchvision", "timm", "typer", "rich", "lightning", "transformers", "ultralytics"]
     code = f"import sys, secateur; print([m for m in {heavy + extras} if m in sys.modules])"
     assert subprocess.check_output([sys.executable, "-c", code], text=True).strip() == "[]"
 

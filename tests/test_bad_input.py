@@ -254,6 +254,15 @@ def test_other_precisions(dtype: torch.dtype) -> None:
     assert {p.dtype for p in result.model.parameters()} == {dtype}
 
 
+def test_the_image_size_that_would_do_is_named() -> None:
+    deep = nn.Sequential(nn.Conv2d(3, 8, 3, stride=8), nn.ReLU(), nn.Conv2d(8, 4, 6))
+    where = r"2 \(Conv2d\): does not run on .*Kernel size.*It does run on images of shape \(2, 3, 64, 48\)"
+    refused(deep, CaptureError, where, torch.randn(2, 3, 32, 24))
+    with pytest.raises(CaptureError) as caught:
+        sc.analyze(deep, torch.randn(2, 4, 32, 24))
+    assert "It does run" not in str(caught.value)
+
+
 def test_inputs_of_another_dtype_are_named() -> None:
     refused(
         network().double(), CaptureError, r"0 \(Conv2d\): does not run on .*\(1, 3, 8, 8\) float32 on cpu"
@@ -307,6 +316,42 @@ def test_a_cache_filled_by_forward_stays_empty() -> None:
     sc.analyze(model, X)
     assert not model.seen
     assert not model.by_size
+
+
+def test_a_cache_that_evaluation_filled_is_not_taken_for_a_constant() -> None:
+    class Biased(nn.Module):
+        """Keeps a tensor from call to call until it is trained, as LeViT keeps its attention biases."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.body, self.head = network(), nn.Conv2d(4, 4, 1)
+            self.body[6] = nn.Conv2d(8, 4, 1)
+            self.table = nn.Parameter(torch.ones(4, 2))
+            self.kept: dict[str, Tensor] = {}
+
+        def train(self, mode: bool = True) -> "Biased":
+            super().train(mode)
+            if mode:
+                self.kept = {}
+            return self
+
+        def forward(self, x: Tensor) -> Tensor:
+            table = torch.cat([self.table, self.table], 1)
+            if not self.training:
+                table = self.kept.setdefault("table", table)
+            return self.head(self.body(x).softmax(1) + table.mean(1)[:, None, None])
+
+    model = Biased().eval()
+    with torch.no_grad():
+        model(X)
+    before = model.kept["table"]
+    graph = sc.analyze(model, X)
+    assert model.kept["table"] is before
+    assert not graph.trace.captured.constants
+    result = sc.prune(model, X, budget=BUDGET)
+    assert result.proof.ok
+    result.model.train()(X).sum().backward()
+    assert result.model.table.grad is not None
 
 
 def test_frozen_parameters_are_cut_and_stay_frozen() -> None:

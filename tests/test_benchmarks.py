@@ -1,6 +1,7 @@
 """The scripts of benchmarks/: all can be imported, the cheap ones run, and exact statements hold."""
 
 import importlib.util
+import json
 import re
 import shlex
 import warnings
@@ -12,15 +13,25 @@ from types import ModuleType
 import numpy as np
 import pytest
 import torch
+from PIL import Image
+from safetensors.torch import save_file
 
 from benchmarks.additivity import Additivity, check_additivity, draw_levels
 from secateur.methods.rd.curves import geometric
 from secateur.methods.rd.single_weights import FAITHFUL, RDWeights
-from tests.small import residual_net
+from tests.small import ResidualNet, residual_net
 
 FOLDER = Path(__file__).parents[1] / "benchmarks"
-EXTRAS = ("matplotlib", "timm", "torchvision", "torch_pruning")
-"""What the extra `benchmark` installs."""
+EXTRAS = (
+    "matplotlib",
+    "timm",
+    "torchvision",
+    "torch_pruning",
+    "transformers",
+    "segmentation_models_pytorch",
+    "ultralytics",
+)
+"""What the extras `benchmark` and `frameworks` install."""
 
 SMALL = RDWeights(levels=4, steps=2, points=20)
 
@@ -143,3 +154,103 @@ def test_the_picture_shows_the_arms(run_script: Callable[[str, str], str], tmp_p
     out = tmp_path / "front.svg"
     run_script("front", f"{FOLDER.parent}/docs/results/compare.csv --out {out} --arms l2 rd")
     assert {"l2", "rd", "dense"} <= set(re.findall(r">([^<>]+)</text>", out.read_text()))
+
+
+ROW = {
+    "framework": "huggingface",
+    "model": "ViT",
+    "stage": "done",
+    "params": 40_421,
+    "proven": True,
+    "error64": 3e-16,
+    "error32": 1e-7,
+    "macs": 0.6,
+    "macs_counted": 0.6,
+    "rewritten": [],
+    "tied": [],
+    "losses": [2.0, 1.0],
+    "unreached": [],
+    "trains": True,
+    "resumes": True,
+    "exports": "yes",
+    "cpu_s": 9.0,
+    "ended": True,
+}
+
+
+def test_the_ecosystem_is_judged(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(FOLDER)
+    script = load_script("ecosystem")
+    assert script.verdict(ROW) == "equal"
+    late = ROW | {"exports": "as little as the original: no rule for it"}
+    assert script.verdict(late) == "equal"
+    for change, said in [
+        ({"proven": False}, "the proof does not hold"),
+        ({"macs_counted": 0.9}, "0.900 of the MACs"),
+        ({"trains": False, "unreached": ["head.weight"]}, "no gradients for head.weight"),
+        ({"resumes": False}, "it is another"),
+        ({"exports": "a shape differs"}, "export: a shape differs"),
+        ({"error": "ValueError", "message": "no"}, "ValueError in stage done: no"),
+    ]:
+        row = ROW | change
+        assert script.verdict(row) == "wrong"
+        assert said in "; ".join(script.problems(row))
+    refused = ROW | {"error": "CutError", "message": "where it ends", "refused": True}
+    page = script.page(
+        [ROW, late, refused], dict.fromkeys(["Ultralytics", "torchvision detection"], "no module")
+    )
+    assert "3 models: 2 equal, 1 refused, 0 wrong" in page
+    assert "| Hugging Face Transformers | 3 (fewer than 35) | 2 | 1 | 0 | 2 | 0 | 3 |" in page
+    assert "CutError in stage done: where it ends" in page
+    assert "Missing: Ultralytics: no module." in page
+
+
+def test_a_model_of_the_ecosystem_is_run_through(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(FOLDER)
+    script = load_script("ecosystem_one")
+    framework = ModuleType("framework")
+    framework.CASES = {"net": residual_net}  # type: ignore[attr-defined]
+    row: dict[str, object] = {"framework": "huggingface", "model": "net"}
+    for found in script.stages(framework, "net"):
+        row |= found
+    assert load_script("ecosystem").problems(row) == []
+    assert row["stage"] == "done"
+    framework.loss = lambda model, inputs: next(model.parameters()).sum()  # type: ignore[attr-defined]
+    assert all(found.get("trains", True) for found in script.stages(framework, "net"))
+
+
+def network() -> torch.nn.Module:
+    return ResidualNet(16)
+
+
+def test_images_of_a_folder_rank_methods(run_script: Callable[[str, str], str], tmp_path: Path) -> None:
+    """Cells are kept, timed and told; what is there is not measured again."""
+    pytest.importorskip("onnxruntime", reason="install secateur[onnx]")
+    rng = np.random.default_rng(0)
+    for name in "abcde":
+        (tmp_path / "data" / name).mkdir(parents=True)
+        for number in range(8):
+            pixels = rng.integers(0, 256, (24, 24, 3), dtype=np.uint8)
+            Image.fromarray(pixels).save(tmp_path / "data" / name / f"{number}.png")
+    save_file(network().state_dict(), tmp_path / "w.safetensors")
+    words = (
+        f"--data {tmp_path}/data --model tests.test_benchmarks:network --weights {tmp_path}/w.safetensors "
+        f"--image-size 24 --runs {tmp_path}/runs --epochs 1 --tune 0.6 --keep 0.6 --widths any "
+        f"--out {tmp_path}/page.md --methods"
+    )
+    threads = torch.get_num_threads()
+    with warnings.catch_warnings():
+        page = run_script("imagenet", f"{words} rd")
+    cell = tmp_path / "runs" / "any-60-rd.json"
+    row, written = json.loads(cell.read_text()), cell.stat().st_mtime_ns
+    assert row["macs"] <= 0.6
+    assert len(row["right"]) == len(row["tuned"]) == 30
+    assert row["ms"] > 0
+    assert not list((tmp_path / "runs").glob("any*.onnx"))
+    assert f"| rd | {100 * row['right'].count('1') / 30:.1f} ± " in page
+    with warnings.catch_warnings():
+        page = run_script("imagenet", f"{words} rd 'l2, norms'")
+    torch.set_num_threads(threads)
+    assert cell.stat().st_mtime_ns == written
+    assert "- 60%: " in page
+    assert page == (tmp_path / "page.md").read_text() + "\n"

@@ -34,12 +34,30 @@ CHECKS: dict[str, Callable[[dict[str, Any]], bool]] = {
         and all(m.out_channels % 8 == 0 for m in it["even"].model if isinstance(m, it["nn"].Conv2d))
         and 0 < (it["exact"] - it["rounded"]).abs().max() < 0.2 * it["exact"].abs().max()
     ),
+    "guides/blocks.md": lambda it: (
+        len(it["graph"].groups) == 4
+        and len(it["shallow"].plan.removed) == 2
+        and within(it["both"], 0.5)
+        and it["fast"].after["latency_ms"] <= 0.8 * it["fast"].before["latency_ms"]
+    ),
     "guides/own-loop.md": lambda it: within(it["pruned"], 0.5) and it["right_after"] > 0.5 * it["dense"],
     "guides/while-training.md": lambda it: within(it["pruned"], 0.4) and it["pruned"].proof.ok,
+    "guides/lightning.md": lambda it: within(it["prune"].pruned, 0.4) and it["prune"].pruned.proof.ok,
+    "guides/hugging-face-trainer.md": lambda it: (
+        within(it["prune"].pruned, 0.5) and it["prune"].pruned.proof.ok
+    ),
+    "guides/ultralytics-training.md": lambda it: within(it["prune"].pruned, 0.6) and it["top"] in (0, 1),
     "guides/detector.md": lambda it: (
         all(within(it[name], 0.5) for name in ("pruned", "measured", "ranked")) and it["after"] < it["before"]
     ),
+    "guides/ultralytics.md": lambda it: (
+        within(it["pruned"], 0.5) and it["pruned"].proof.ok and not it["pruned"].proof.stale
+    ),
     "guides/transformer.md": lambda it: all(within(it[name], 0.6) for name in ("narrow", "dims")),
+    "guides/hugging-face.md": lambda it: (
+        within(it["pruned"], 0.5) and type(it["loaded"].config) is it["ConvNextConfig"]
+    ),
+    "guides/segmentation.md": lambda it: within(it["pruned"], 0.5) and within(it["decoder"], 0.9),
     "guides/budget.md": lambda it: within(it["both"], 0.4, "params"),
     "guides/compare-fairly.md": lambda it: (
         len(it["outcomes"]) == 6 and not any(o.error for o in it["outcomes"])
@@ -55,13 +73,37 @@ CHECKS: dict[str, Callable[[dict[str, Any]], bool]] = {
 """Page -> whether what it computed is as it says, from its names."""
 
 
+NEEDS = {
+    "guides/ultralytics.md": "ultralytics",
+    "guides/lightning.md": "lightning",
+    "guides/hugging-face-trainer.md": "transformers",
+    "guides/ultralytics-training.md": "ultralytics",
+}
+"""Page -> the framework it is about."""
+
+NOISE = (
+    "ignore:.*does not have many workers",
+    "ignore:The number of training batches",
+    "ignore:.*treespec, LeafSpec:FutureWarning",
+    "ignore:.*pin_memory.*no accelerator",
+    "ignore:.*lr_scheduler.step",
+    "ignore:.*torch.jit.*deprecated",
+    "ignore::torch.jit.TracerWarning",
+)
+"""What the frameworks warn about in their own code."""
+
+
 def fences(page: str, language: str) -> list[str]:
     return re.findall(rf"^```{language}\n(.*?)^```", (DOCS / page).read_text(), re.S | re.M)
 
 
+@pytest.mark.filterwarnings(*NOISE)
 @pytest.mark.parametrize("page", [page for page in RUN if page != "guides/index.md"])
 def test_its_python_runs(page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("torchvision")
+    monkeypatch.setenv("YOLO_CONFIG_DIR", str(tmp_path))
+    monkeypatch.setenv("YOLO_OFFLINE", "true")
+    pytest.importorskip(NEEDS.get(page, "torch"))
     monkeypatch.chdir(tmp_path)
     start, scope = time.process_time(), {"__name__": "guide"}
     for number, fence in enumerate(fences(page, "python"), 1):

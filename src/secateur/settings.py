@@ -212,6 +212,24 @@ def plain(value: Any) -> Any:
     return value
 
 
+def differences(saved: Mapping[str, Any], now: Mapping[str, Any], where: str = "") -> Iterator[str]:
+    """What differs between two trees of settings, one sentence each.
+
+    >>> list(differences({"train": {"lr": 1}, "seed": 0}, {"train": {"lr": 3}, "seed": 0}))
+    ['train.lr was 1, is now 3']
+    """
+    for key in dict.fromkeys([*saved, *now]):
+        then, today = saved.get(key), now.get(key)
+        if isinstance(then, dict) and isinstance(today, dict):
+            yield from differences(then, today, f"{where}{key}.")
+        elif then != today:
+            yield f"{where}{key} was {_shown(then)}, is now {_shown(today)}"
+
+
+def _shown(value: Any) -> str:
+    return "not given" if value is None else "given" if isinstance(value, dict) else str(value)
+
+
 def _check(given: Any, error: type[SecateurError]) -> None:
     hints = get_type_hints(type(given))
     for name, option in options_of(given).items():

@@ -229,8 +229,8 @@ def test_a_masked_unit_behind_a_relu_has_a_gradient(dtype: torch.dtype) -> None:
         with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
             loss = session.model.train()(torch.randn(16, 3, 8, 8)).square().sum()
         session.own.threshold.grad = None
-        with_masked = torch.autograd.grad(loss, session.own.passed, retain_graph=True)
-        for gradient, mask in zip(with_masked, session.own.passed, strict=True):
+        with_masked = torch.autograd.grad(loss, session.passed, retain_graph=True)
+        for gradient, mask in zip(with_masked, session.passed, strict=True):
             gone = mask == 0
             assert gone.any()
             assert (gradient[gone] != 0).float().mean() > 0.9

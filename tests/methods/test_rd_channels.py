@@ -24,7 +24,7 @@ from secateur.methods.rd.channels import (
     is_stream,
 )
 from secateur.proof import verify
-from secateur.reconstruction.leastsquares import DAMPING, Elimination, Moments, solve
+from secateur.reconstruction.leastsquares import Elimination, Moments, solve
 from secateur.reconstruction.plans import compensated
 from secateur.surgery.cut import cut_copy
 from tests.small import residual_net
@@ -199,14 +199,6 @@ def test_two_images_are_enough_to_run_and_nan_is_told() -> None:
         prune(model, x[:2], budget=Budget(macs=0.5), method="rd", data=[torch.full_like(x, torch.nan)])
     with pytest.raises(ScoreError, match="at least 2"):
         prune(model, x[:2], budget=Budget(macs=0.5), method="rd", data=[])
-
-
-def test_fewer_rows_than_inputs_mean_more_damping() -> None:
-    a, zero = torch.eye(40, dtype=torch.float64), torch.zeros(40, dtype=torch.float64)
-    damping = {
-        rows: Moments(a, a, zero, zero, zero, a, rows).damping / DAMPING for rows in (None, 400, 40, 10)
-    }
-    assert damping == pytest.approx({None: 1.0, 400: 1.0, 40: 1.0, 10: 4.0})
 
 
 def test_groups_that_several_layers_write_are_streams() -> None:

@@ -231,7 +231,7 @@ def test_a_folder_that_cannot_be_made_says_so(tmp_path: Path) -> None:
         ),
         (
             lambda m, d, c: (nn.Sequential(*m, nn.Linear(3, 3)), d, c),
-            r"model.7.weight was absent, is now float32",
+            r"model.7.weight was not given, is now float32",
         ),
         (lambda m, d, c: (m.requires_grad_(False)[6].requires_grad_().train() and m, d, c), "frozen"),
         (lambda m, d, c: (m, replace(d, name="other"), c), "data.name was toy, is now other"),

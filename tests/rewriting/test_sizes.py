@@ -301,6 +301,24 @@ class Around(nn.Module):
         return self.o(self.inner(self.kind(y, z)))[:, :, :h, :w]
 
 
+class Apart(nn.Module):
+    """Takes channels apart, and pads width and height one by one, each where it is not whole."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.i, self.a, self.o = nn.Conv2d(3, 16, 3, padding=1), nn.Conv2d(16, 32, 1), nn.Conv2d(16, 2, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        n, _, h, w = x.shape
+        y = self.i(x)
+        if w % 4:
+            y = F.pad(y, (0, -w % 4))
+        if h % 4:
+            y = F.pad(y, (0, 0, 0, -h % 4))
+        y, z = self.a(y).view(n, 2, 16, *y.shape[2:]).unbind(1)
+        return self.o(y * z)
+
+
 CALLS: dict[str, Callable[[], nn.Module]] = {
     "object to a submodule": lambda: Around(Product(), Pair),
     "constants in a submodule": lambda: Around(Row(), lambda *both: both),
@@ -312,6 +330,7 @@ NETWORKS: dict[str, Callable[[], nn.Module]] = {
     "pooled": Pooled,
     "halves": lambda: nn.Sequential(nn.Conv2d(3, 16, 3), Halves(), nn.Conv2d(16, 2, 1)),
     "transformer": Detector,
+    "padded apart": Apart,
     **CALLS,
 }
 

@@ -1,6 +1,7 @@
 """Least squares against the textbook, and compensation against what it promises."""
 
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
@@ -9,7 +10,7 @@ from torch import nn
 
 from secateur.graph.replay import Replay
 from secateur.plan.weight_plan import top
-from secateur.reconstruction.compensate import compensate, layers, reestimate, rows_of
+from secateur.reconstruction.compensate import compensate, layers, reestimate, rows_of, see
 from secateur.reconstruction.leastsquares import DAMPING, Moments, choose, solve
 from tests.small import residual_net
 
@@ -41,6 +42,48 @@ def test_each_output_is_the_least_squares_solution_on_its_support(shared: bool) 
             rows = torch.cat([x[:, keep], damping * torch.eye(int(keep.sum()), dtype=torch.float64)])
             goal = torch.cat([target, damping * before[keep]])
             assert torch.allclose(w[keep], torch.linalg.lstsq(rows, goal[:, None]).solution[:, 0], atol=1e-8)
+
+
+def test_what_differs_between_images_is_trusted_less() -> None:
+    """Weights solved on few images, rows of one image alike: on other images they err less than if all rows counted."""
+    torch.manual_seed(0)
+    g = torch.Generator().manual_seed(0)
+    conv = nn.Conv2d(48, 24, 1, bias=False).requires_grad_(False)
+    mixing = torch.randn(48, 48, generator=g) * torch.linspace(0.1, 1, 48)
+
+    def images(count: int) -> torch.Tensor:  # all positions of an image nearly the same
+        x = torch.randn(count, 48, 1, 1, generator=g) + 0.1 * torch.randn(count, 48, 6, 6, generator=g)
+        return torch.einsum("nihw,oi->nohw", x, mixing)
+
+    few, others = images(24), images(300)
+    replay = Replay(conv, few)
+    mask = torch.ones_like(conv.weight, dtype=torch.bool)
+    mask[:, ::2] = False
+    (fitted,) = compensate(replay, list(few.split(16)), {"weight": mask}).fitted.values()
+    (m,) = fitted.moments
+
+    def missed(w: torch.Tensor) -> float:
+        return float((F.conv2d(others, w.float().view_as(conv.weight)) - conv(others)).square().mean())
+
+    errors = {
+        share: missed(solve(replace(m, noise=share * m.noise), mask.flatten(1))) for share in (0, 1, 100)
+    }
+    assert m.damping > 20 * replace(m, noise=0.0).damping
+    assert errors[1] < 0.7 * errors[0]
+    assert errors[1] < errors[100]
+
+
+def test_the_noise_of_moments_is_their_variance_over_draws_of_images() -> None:
+    g = torch.Generator().manual_seed(0)
+    mixing = torch.randn(40, 40, generator=g)
+    linear = nn.Linear(40, 3)
+    replay = Replay(linear, torch.zeros(2, 40))
+    drawn = [torch.randn(50, 40, generator=g) @ mixing for _ in range(40)]
+    found = [see(replay, list(x.split(25)))["weight"].inputs[0] for x in drawn]
+    true = mixing.T.double() @ mixing.double()
+    squared = [float((inner.a - true).square().sum()) for inner in found]
+    noise = [inner.noise for inner in found]
+    assert sum(noise) == pytest.approx(sum(squared), rel=0.1)
 
 
 @pytest.mark.parametrize("seed", range(5))

@@ -235,3 +235,30 @@ def test_a_precision_that_forward_names_is_judged_in_its_own(
     assert result.proof.ok
     assert result.proof.rewritten == ("",)
     assert result.model.a.out_channels < 16
+
+
+def test_a_forward_that_names_no_precision_is_proven_in_float64() -> None:
+    """A table of zeros and a quotient of whole numbers are float32 by default, and float64 meets them in a product."""
+
+    class Queries(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.keys, self.query, self.norm, self.out = (
+                nn.Linear(3, 8),
+                nn.Linear(8, 8),
+                nn.LayerNorm(8),
+                nn.Linear(8, 2),
+            )
+
+        def forward(self, x: Tensor) -> Tensor:
+            queries = torch.zeros(len(x), 4, 8) + (torch.arange(4) / 4)[:, None]
+            keys = self.norm(self.keys(x))
+            return self.out(torch.softmax(self.query(queries) @ keys.mT, -1) @ keys)
+
+    torch.manual_seed(0)
+    model, x = Queries().eval(), torch.randn(1, 5, 3)
+    pruned = sc.prune(model, x, budget=0.7, round_to=1)
+    assert pruned.proof.ok
+    assert not pruned.proof.replayed
+    assert pruned.proof.statistics
+    assert torch.get_default_dtype() is torch.float32

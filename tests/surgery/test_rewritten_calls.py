@@ -347,3 +347,48 @@ def test_a_program_calls_with_the_arguments_of_the_original() -> None:
     assert call.module == "scaled"
     assert dict(call.kwargs) == {"scale": 0.5, "mask": None}
     assert cut(torch.randn(3, 3, 12, 10)).shape == (3, 4, 12, 10)
+
+
+class States(nn.Module):
+    """Returns all its states, and normalises the last one, which nobody reads."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Conv2d(3, 6, 3, padding=1), nn.Conv2d(6, 6, 3, padding=1)
+        self.norm = nn.BatchNorm2d(6)
+
+    def forward(self, x: Tensor) -> dict[str, Any]:
+        a = self.a(x)
+        b = self.b(a)
+        return {"states": (a, b), "last": self.norm(b)}
+
+
+class Reassemble(nn.Module):
+    """Has a size written into it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.out = nn.Conv2d(6, 4, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        torch._check_tensor_all(x.isfinite())
+        return self.out(x.view(-1, 6, 64).view(-1, 6, 8, 8))
+
+
+class Neck(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.trunk, self.neck = States(), Reassemble()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.neck(sum(self.trunk(x)["states"]))
+
+
+def test_what_nothing_reads_and_what_is_only_checked_is_no_reason_to_rewrite_what_is_around_it() -> None:
+    torch.manual_seed(0)
+    model, x = Neck().eval(), torch.randn(2, 3, 8, 8)
+    graph, plan, cut = cut_down(model, x)
+    assert list(rewritten_modules(cut)) == ["neck"]
+    assert lines(rewritten_modules(cut)["neck"].program) == ["<reshape>", "<reshape>", "out"]
+    proof = sc.verify(model, cut, graph, plan)
+    assert proof.ok, proof

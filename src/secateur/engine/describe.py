@@ -122,6 +122,15 @@ def proof_notes(graph: Graph, proof: Verification | None) -> list[str]:
             "The model's answers hardly depend on its input, so cut and masked model were also compared with "
             "random weights."
         )
+    if proof.choices:
+        notes.append(
+            f"The model chooses ({_some(proof.choices)}), and rounding in float32 made the cut model choose something "
+            f"else. There float32 was compared with the choices of the original; float64 compares the whole as it is."
+        )
+    if proof.stale:
+        notes.append(
+            f"On other ways than the one that was compared, this may be stale: {'; '.join(proof.stale)}."
+        )
     if proof.untrained:
         notes.append(f"No training step was compared: the original cannot be trained ({proof.untrained}).")
     if graph.unused:

@@ -20,6 +20,7 @@ from typing import Any, ClassVar, Literal, Self, TypeAlias
 from torch import Tensor, nn
 
 from secateur.cost import Budget
+from secateur.cost.prices import Prices
 from secateur.engine.pruned import Pruned
 from secateur.errors import ScoreError, SecateurError, unknown
 from secateur.graph import Graph, Inputs
@@ -34,6 +35,9 @@ Batch: TypeAlias = tuple[Any, Any]
 
 Progress: TypeAlias = Callable[[int, int], None]
 """Is told how much is done, of how much: in thousandths of the whole, or in passes."""
+
+
+GRANULARITY_HELP = "what a unit is: channels, whole residual branches (blocks), or both in one budget"
 
 
 class Meter:
@@ -81,6 +85,8 @@ class Context:
         previous: masks of an earlier round: what is gone stays gone.
         graph: of the model, if it is known already.
         prove: whether the cut is proven; a trial need not be, if what comes of it is cut again.
+        prices: what widths and blocks cost in milliseconds, for methods that choose by them; the budget is then of
+            `latency_ms`, as these prices tell it.
     """
 
     data: Iterable[Batch | Inputs] | None = None
@@ -90,6 +96,7 @@ class Context:
     previous: WeightPlan | None = None
     graph: Graph | None = None
     prove: bool = True
+    prices: Prices | None = None
 
 
 @settings

@@ -15,7 +15,8 @@
 With gradient accumulation the hooks run once per optimizer step, and each micro-step adds its share of the
 penalty. With a gradient scaler, say which with `attach(optimizer, scaler=scaler)`, so that what the method itself
 learns is unscaled too, and call `scaler.unscale_(optimizer)` before `before_step`; a step that the scaler skips does
-not count.
+not count. With a model in DistributedDataParallel: `attach(optimizer, wrapped=model)`. Where the loss is out of reach,
+`before_step(penalty=True)` adds the penalty's gradient itself.
 """
 
 import math
@@ -38,6 +39,7 @@ from secateur.engine.describe import layer_facts
 from secateur.engine.gates import Gates
 from secateur.engine.pruned import Pruned, require_equal
 from secateur.engine.state import follow_cut, learned, load_state, move, save_state
+from secateur.engine.wrapper import renew_wrapper
 from secateur.errors import BudgetError, ModelError, TrainingError
 from secateur.graph import Inputs, analyze
 from secateur.graph.duplicate import duplicate
@@ -83,7 +85,9 @@ class Session(Generic[S]):
         history: points of the training, plain JSON.
         optimizer: trains the model; None before `attach`.
         followers: copies of the model that are cut along.
+        wrapped: the model in DistributedDataParallel, if it is.
         gates: that stand on the model now.
+        passed: what the gates were given in the last pass, where the method learns it, with its gradient.
     """
 
     own: S
@@ -106,7 +110,9 @@ class Session(Generic[S]):
         self.optimizer: Optimizer | None = None
         self.followers: tuple[nn.Module, ...] = ()
         self.scaler: torch.amp.GradScaler | None = None
+        self.wrapped: nn.Module | None = None
         self.gates: tuple[Gates, ...] = ()
+        self.passed: list[Tensor] = []
         self.history: list[dict[str, Any]] = []
         self._stepped = False
         self._handle: Any = None
@@ -179,6 +185,7 @@ class Session(Generic[S]):
         *,
         followers: Iterable[nn.Module] = (),
         scaler: torch.amp.GradScaler | None = None,
+        wrapped: nn.Module | None = None,
     ) -> Self:
         """Say which optimizer trains the model; then enter the session as a context.
 
@@ -186,6 +193,7 @@ class Session(Generic[S]):
             optimizer: over all of `model.parameters()` that are trained; its state follows every cut.
             followers: copies of the model that are cut along, such as a moving average.
             scaler: that scales the loss, if one does.
+            wrapped: what the loop calls in place of the model, if it is in DistributedDataParallel.
         """
         known = {p for group in optimizer.param_groups for p in group["params"]}
         strange = [n for n, p in self.model.named_parameters() if p.requires_grad and p not in known]
@@ -194,7 +202,13 @@ class Session(Generic[S]):
                 f"{self.name}: the optimizer does not know {strange[0]} ({len(strange)} in all). Make it from "
                 f"model.parameters() after the start of the method, which may have added some."
             )
+        if wrapped is not None and not isinstance(wrapped, nn.parallel.DistributedDataParallel):
+            raise TrainingError(
+                f"{self.name}: the model is in {type(wrapped).__name__}; expected DistributedDataParallel, because "
+                f"each process must hold the whole model to cut it, and run it uncompiled"
+            )
         self.optimizer, self.followers, self.scaler = optimizer, tuple(followers), scaler
+        self.wrapped = wrapped
         return self
 
     def __enter__(self) -> Self:
@@ -204,7 +218,9 @@ class Session(Generic[S]):
             raise TrainingError(f"{self.name}: its hooks are on the model already; enter the session once")
 
         def count(*_: object) -> None:
-            self._stepped = True
+            # with a scaler a fused optimizer is called for every step, and told which to skip
+            overflow = getattr(self.optimizer, "found_inf", None)
+            self._stepped = overflow is None or not overflow
 
         self._handle = self.optimizer.register_step_post_hook(count)
         try:
@@ -228,11 +244,15 @@ class Session(Generic[S]):
         """What to add to the loss; scalar."""
         return self.method.penalty(self)
 
-    def before_step(self) -> None:
+    def before_step(self, *, penalty: bool = False) -> None:
         """All gradients are there: the method's own are averaged over processes, those of weights may change.
 
         With a gradient scaler the method's own are unscaled, and one that overflowed is dropped.
+
+        Args:
+            penalty: add the gradient of the penalty; for loops whose loss is without it.
         """
+        self._unscale()
         for p in self.parameters():
             if p.grad is None:
                 continue
@@ -242,8 +262,24 @@ class Session(Generic[S]):
             if self.scaler is not None:
                 p.grad /= self.scaler.get_scale()
                 p.grad = p.grad if p.grad.isfinite().all() else None
+        if penalty:
+            self.passed = []  # the loss has used up its graph
+            with torch.enable_grad():  # optimizers call their hooks without
+                value = self.penalty()
+            if value.requires_grad:
+                torch.autograd.backward(value)
         self.pool.observe()
         self.method.gradients(self)
+
+    def _unscale(self) -> None:
+        """Where the scaler is calling a fused optimizer, which would divide the gradients by the scale: do so now."""
+        scale = getattr(self.optimizer, "grad_scale", None)
+        if self.optimizer is not None and scale is not None:
+            for group in self.optimizer.param_groups:
+                for p in group["params"]:
+                    if p.grad is not None:
+                        p.grad.div_(scale)
+            self.optimizer.grad_scale = None  # type: ignore[attr-defined]
 
     def after_step(self) -> None:
         """The optimizer was called; if it did take a step, the method goes on by one."""
@@ -358,6 +394,9 @@ class Session(Generic[S]):
             self.kept = [units[mask] for units, mask in zip(self.kept, masks, strict=True)]
             self.pool.cut(self.graph, masks)
             follow_cut(self.own, masks, self.targets)
+        self.passed = []
+        if self.wrapped is not None:
+            renew_wrapper(self.wrapped)
         self.renew()
 
     def note(self, counts: Sequence[int], **facts: Any) -> None:

@@ -20,7 +20,7 @@ from secateur.graph.guard import (
     untouched,
     written_out,
 )
-from secateur.graph.modes import chance, chance_kept
+from secateur.graph.modes import chance, chance_kept, forget_kept
 
 Inputs: TypeAlias = Tensor | tuple[Any, ...] | list[Any] | Mapping[str, Any]
 """Example inputs: one tensor, a tuple of positional arguments, or a mapping of keyword arguments."""
@@ -180,7 +180,7 @@ def capture(
     if not batch_of(inputs):
         raise CaptureError("example inputs: the batch is empty; pass at least one image")
     with untouched(model), written_out(), chance_kept():
-        model.train()  # what modules keep of earlier passes in evaluation mode goes, and comes back afterwards
+        forget_kept(model)
         model.train(training)
         ways = [(batchings(inputs)[0], batch_of(inputs))] if exact else _candidates(inputs)
         before = chance()

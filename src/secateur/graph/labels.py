@@ -96,12 +96,14 @@ class Contraction:
 
     Attributes:
         batched: done for every image; False for what a forward pass computes once (a table of positions).
+        node: name of the operator in the captured graph.
     """
 
     module: str
     macs: int
     axes: tuple[Atoms, ...]
     batched: bool = True
+    node: str = ""
 
 
 @dataclass(frozen=True)
@@ -137,6 +139,7 @@ class Labels:
     units: list[Atoms] = field(default_factory=list)
     count: int = 1
     module: str = ""
+    node: str = ""
     _starts: list[int] = field(default_factory=list)
     _keys: list[tuple[str, int]] = field(default_factory=list)
 

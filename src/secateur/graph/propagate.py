@@ -47,11 +47,15 @@ def walk(
     inputs: Sequence[Any],
     labels: Labels,
     values: dict[fx.Node, Any],
+    *,
+    outermost: bool = True,
 ) -> Any:
     """Run a graph on labelled values, which `values` records; returns what its output node holds."""
     remaining = iter(inputs)
+    checks = find_checks(graph.graph)
     for node in graph.graph.nodes:
         labels.module = module_of(node) or labels.module
+        labels.node = node.name if outermost else labels.node
         if node.op == "placeholder":
             values[node] = next(remaining)
         elif node.op == "get_attr":  # a constant, or the body of a higher-order operator
@@ -59,11 +63,22 @@ def walk(
             values[node] = (
                 attribute if isinstance(attribute, fx.GraphModule) else Value(tuple(attribute.shape))
             )
-        elif node.op == "call_function":
+        elif node.op == "call_function" and node not in checks:
             values[node] = call(model, node, values, labels)
         elif node.op == "output":
             return resolve(node.args, values)[0]
     raise AssertionError("a graph without an output")
+
+
+def find_checks(graph: fx.Graph) -> set[fx.Node]:
+    """The nodes that only ask whether tensors hold what forward expects: assertions, and what these read."""
+    found: set[fx.Node] = set()
+    for node in reversed(graph.nodes):
+        schema = getattr(node.target, "_schema", None)
+        idle = node.op == "call_function" and not (schema and schema.is_mutable)
+        if idle and ("_assert" in str(node.target) or (node.users and found.issuperset(node.users))):
+            found.add(node)
+    return found
 
 
 def call(model: nn.Module, node: fx.Node, values: dict[fx.Node, Any], labels: Labels) -> Any:
@@ -90,7 +105,7 @@ def call_higher_order(
     name = str(node.target)
     body = next((i for i, arg in enumerate(args) if isinstance(arg, fx.GraphModule)), None)
     if name in BODIES and body is not None:
-        return walk(model, args[body], args[body + 1 :], labels, values)
+        return walk(model, args[body], args[body + 1 :], labels, values, outermost=False)
     if body is not None:
         raise CaptureError(
             f"{labels.module or type(model).__name__}: its forward contains {name}, whose body cannot be counted. "

@@ -32,7 +32,7 @@ def floats(outputs: Outputs) -> list[Tensor]:
     return [x for x in pytree.tree_leaves(outputs) if isinstance(x, Tensor) and x.is_floating_point()]
 
 
-def some_of(inputs: Any, some: slice, images: int | None = None) -> Any:
+def some_of(inputs: Any, some: slice | Tensor, images: int | None = None) -> Any:
     """Some images of a batch: of every tensor whose first dim counts them, as `images` says or the batch itself."""
     images = batch_of(inputs) if images is None else images
 

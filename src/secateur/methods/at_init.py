@@ -61,7 +61,7 @@ class AtInit(Method):
         return weight_score_named(self.score).needs_data
 
     def prune(self, model: nn.Module, inputs: Inputs, budget: Budget, context: Context) -> Pruned:
-        graph = analyze(model, inputs, freeze=self.freeze)
+        graph = context.graph or analyze(model, inputs, freeze=self.freeze)
         layers = tuple(
             layer for layer in list_layers(graph, classifier=True) if not is_frozen(layer.name, self.freeze)
         )

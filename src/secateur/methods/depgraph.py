@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
+from torch.optim import Optimizer
 
 from secateur.engine.decay import Decay
 from secateur.engine.rounds import advance_rounds, check_shares, plan_rounds, relative
@@ -18,10 +19,17 @@ from secateur.settings import option, settings
 
 @dataclass
 class State:
-    """What the method goes by: the steps of its rounds, and the last step of the sparse phase."""
+    """What the method goes by: the steps of its rounds, and the last step of the sparse phase.
+
+    Attributes:
+        when: the steps after which units are chosen.
+        sparse_steps: the last step of the sparse phase.
+        decays: the optimizer's weight decay per group of parameters, which the sparse phase takes away.
+    """
 
     when: list[int] = field(metadata=UNSAVED)
     sparse_steps: int = field(metadata=UNSAVED)
+    decays: list[float] | None = None
 
 
 @settings
@@ -113,15 +121,16 @@ class DepGraph(TrainingMethod):
     @contextmanager
     def attached(self, session: Session[State]) -> Iterator[None]:
         """Without the optimizer's weight decay in the sparse phase."""
-        assert session.optimizer is not None
-        groups = session.optimizer.param_groups if session.step < session.own.sparse_steps else []
-        groups = [group for group in groups if "weight_decay" in group]
-        decays = [group["weight_decay"] for group in groups]
-        for group in groups:
-            group["weight_decay"] = 0.0
+        state, optimizer = session.own, session.optimizer
+        assert optimizer is not None
+        if session.step >= state.sparse_steps:
+            yield
+            return
+        if state.decays is None:  # a checkpoint of the optimizer may hold those of the sparse phase
+            state.decays = [group.get("weight_decay", 0.0) for group in optimizer.param_groups]
+        _set_decays(optimizer, [0.0] * len(state.decays))
         yield
-        for group, decay in zip(groups, decays, strict=True):
-            group["weight_decay"] = decay
+        _set_decays(optimizer, state.decays)
 
     def check(self) -> None:
         check_shares(self, self.sparse_share, self.prune_share, "sparse_share")
@@ -130,6 +139,12 @@ class DepGraph(TrainingMethod):
         session.aim(least=self.min_keep, removal=self.removal)
         when = plan_rounds(session, self.rounds, self.sparse_share, self.prune_share, self.removal.steps)
         return State(when, round(self.sparse_share * session.steps))
+
+
+def _set_decays(optimizer: Optimizer, decays: Sequence[float]) -> None:
+    for group, decay in zip(optimizer.param_groups, decays, strict=True):
+        if "weight_decay" in group:
+            group["weight_decay"] = decay
 
 
 def _importance(session: Session[State], number: int, tensors: Mapping[str, Tensor]) -> Tensor:

@@ -42,7 +42,6 @@ class State:
         bypasses: (convolution, its norm) of each bypass that is still there to fold.
         prune_steps: S.
         last: the step after which all that leave are zero.
-        passed: the masks of the last pass.
         look: what the gradients of this step say about saliency, with the group's number.
     """
 
@@ -56,7 +55,6 @@ class State:
     prune_steps: int = field(metadata=UNSAVED)
     last: int = field(metadata=UNSAVED)
     decided: list[Tensor] | None = None
-    passed: list[Tensor] = field(default_factory=list, metadata=UNSAVED)
     look: list[tuple[int, Tensor]] = field(default_factory=list, metadata=UNSAVED)
 
 
@@ -166,10 +164,11 @@ class LAPP(TrainingMethod):
     def penalty(self, session: Session[State]) -> Tensor:
         """weight · (cost - target), at least 0; of the masks of the last pass. 0 once the budget is met."""
         state = session.own
-        if state.decided is not None or not state.passed:
+        if state.decided is not None:
             return super().penalty(session)
+        masks = session.passed or self.masks(session)
         kept = torch.tensor([len(units) for units in session.kept], dtype=torch.float64)
-        counts = torch.stack([mask.sum() for mask in state.passed]).double().cpu()
+        counts = torch.stack([mask.sum() for mask in masks]).double().cpu()
         soft = kept.index_put((torch.tensor(session.targets),), counts)
         total = torch.zeros((), dtype=torch.float64)
         for name, limit in session.limits.items():
@@ -204,8 +203,8 @@ class LAPP(TrainingMethod):
             if state.decided is not None:
                 gates.set(levels)
                 continue
-            state.passed = self.masks(session)
-            passed = state.passed if self.task_gradient else [mask.detach() for mask in state.passed]
+            session.passed = self.masks(session)
+            passed = session.passed if self.task_gradient else [mask.detach() for mask in session.passed]
             if self.removal.steps > 1:
                 passed = [level + (mask - mask.detach()) for level, mask in zip(levels, passed, strict=True)]
             gates.set(passed, dust=session.model.training)
@@ -315,7 +314,7 @@ class LAPP(TrainingMethod):
     def _note(self, session: Session[State]) -> None:
         state = session.own
         if state.decided is None:
-            counts = self._count(session, state.passed)
+            counts = self._count(session, self.masks(session))
         elif self.bypass == "shared" or session.step < state.last:
             counts = [int(mask.sum()) for mask in state.decided]
         else:

@@ -105,7 +105,6 @@ class State:
         selected: (units at the start,) bool per target group.
         done: whether the scores are folded in and the rest is cut out.
         norms: layer -> the batch norm behind it.
-        passed: S of the last pass that trains scorers.
         still: norms whose statistics rest during this pass, with their momentum.
     """
 
@@ -114,7 +113,6 @@ class State:
     selected: list[Tensor]
     norms: dict[str, str] = field(metadata=UNSAVED)
     done: bool = False
-    passed: list[Tensor] = field(default_factory=list, metadata=UNSAVED)
     still: list[tuple[nn.modules.batchnorm._BatchNorm, float | None]] = field(
         default_factory=list, metadata=UNSAVED
     )
@@ -190,9 +188,9 @@ class PAAM(TrainingMethod):
 
     def penalty(self, session: Session[State]) -> Tensor:
         """weight · mean(S), in the steps that train scorers."""
-        if not self._scores_at(session, session.step) or not session.own.passed:
+        if not self._scores_at(session, session.step):
             return super().penalty(session)
-        return self.weight * torch.cat(session.own.passed).mean()
+        return self.weight * torch.cat(session.passed or self.score(session)).mean()
 
     def measure_overhead(self, session: Session[State]) -> dict[str, float]:
         """What scoring costs while training: parameters, their bytes with Adam's, milliseconds per scoring."""
@@ -254,12 +252,11 @@ class PAAM(TrainingMethod):
             self._note(session)
         self._refresh(session)
 
-    def finish(self, session: Session[State]) -> None:
-        session.own.passed = []
-
     def before_forward(self, session: Session[State]) -> None:
         """Give the gates what the coming pass needs, and hold statistics still while scorers train."""
         self._refresh(session)
+        if session.own.still:
+            return  # a pass within a pass, of a module whose forward calls itself
         if self._alternates and self._scores_at(session, session.step) and session.model.training:
             for module in session.model.modules():  # statistics of the whole network, not of what weights see
                 if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.training:
@@ -280,7 +277,7 @@ class PAAM(TrainingMethod):
         scores = self.score(session)
         ones = [torch.ones_like(s) for s in scores]
         if self._scores_at(session, session.step) and session.model.training:
-            state.passed = scores
+            session.passed = scores
             analog.set(scores)
             hard.set(ones)
             return

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from secateur.engine.session import Session
 from secateur.errors import FileError
 from secateur.files import read_tensors, write_tensors
+from secateur.settings import differences
 
 _FORMAT = "secateur-checkpoint-1"
 _SLOTS = {  # what an optimizer keeps for a parameter it has stepped
@@ -111,11 +112,11 @@ class State:
         try:
             if header["format"] != _FORMAT:
                 raise ValueError(f"format {header['format']!r}, expected {_FORMAT!r}")
-            differences = list(_differences(json.loads(header["run"]), run))
+            found = list(differences(json.loads(header["run"]), run))
         except (KeyError, ValueError, TypeError, AttributeError, RecursionError) as error:
             raise _damaged(path, error) from error
-        if differences:
-            shown = "; ".join(differences[:5]) + ("; …" if len(differences) > 5 else "")
+        if found:
+            shown = "; ".join(found[:5]) + ("; …" if len(found) > 5 else "")
             raise FileError(
                 f"{path}: the checkpoint is of another run: {shown}. Restore these settings, or start "
                 f"afresh (resume=False or another folder)."
@@ -189,17 +190,3 @@ def _damaged(path: Path, error: Exception) -> FileError:
         f"{path}: not a checkpoint that training can go on from ({type(error).__name__}: {error}). "
         f"Start afresh (resume=False or another folder)."
     )
-
-
-def _differences(saved: Mapping[str, Any], now: Mapping[str, Any], where: str = "") -> Iterator[str]:
-    """What differs between two trees of settings, one sentence each.
-
-    >>> list(_differences({"a": {"lr": 1}, "b": 2}, {"a": {"lr": 3}, "b": 2}))
-    ['a.lr was 1, is now 3']
-    """
-    for key in dict.fromkeys([*saved, *now]):
-        then, today = saved.get(key, "absent"), now.get(key, "absent")
-        if isinstance(then, dict) and isinstance(today, dict):
-            yield from _differences(then, today, f"{where}{key}.")
-        elif then != today:
-            yield f"{where}{key} was {then}, is now {today}"

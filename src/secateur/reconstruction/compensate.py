@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx
 
 from secateur.graph import Inputs
+from secateur.graph.capture import batch_of
 from secateur.graph.replay import Call, Replay, Tensors, Values
 from secateur.reconstruction.held import Held
 from secateur.reconstruction.leastsquares import Moments, choose, solve
@@ -25,6 +26,9 @@ POSITIONS = 32
 
 WIDEST = 8192
 """Inputs per output above which a layer is not solved again: its moments alone would take half a gigabyte."""
+
+KNOWN = 32
+"""Inputs per output below which the moments of any images are exact enough."""
 
 _FLOOR = 1e-2  # of a norm's scale, where its inverse amplifies what other branches got wrong
 
@@ -223,7 +227,7 @@ def compensate(
                     replay.run(between, theirs)
                     replay.run(between, ours, result.tensors)
                 target = replay.run(call, theirs) + correction(replay, layer, theirs, ours)
-                sums.add(ours[call.node.args[0]], target, batch)  # type: ignore[index]
+                sums.add(ours[call.node.args[0]], target, batch, batch_of(x))  # type: ignore[index]
                 held.put(batch, (theirs, ours))
             fitted = sums.fitted(result.tensors)
             if channels is None:
@@ -256,52 +260,77 @@ class Sums:
         if channels is not None:
             each = self.weight[0, 0].numel()
             self.columns = (channels.cpu()[:, None] * each + torch.arange(each)).flatten()
-        self._sums: list[list[Tensor]] = [[] for _ in range(layer.groups)]
-        self.rows = 0
+        self._sums: list[Tensor] = []
+        self._squares = torch.zeros(layer.groups, dtype=torch.float64)
+        self._shift: Tensor | None = None
+        self.rows = self.images = 0
 
-    def add(self, x: Tensor, target: Tensor | None, number: int) -> None:
-        """Take in a batch: the layer's input, and what its output is to be, unless only inputs are asked for."""
+    def add(self, x: Tensor, target: Tensor | None, number: int, images: int) -> None:
+        """Take in a batch of images: the layer's input, and what its output is to be, unless only inputs are asked
+        for.
+        """
         if self.channels is not None:
             x = x.index_select(
                 -1 if self.layer.call.node.target in _LINEAR else 1, self.channels.to(x.device)
             )
         rows, targets = rows_of(self.layer, x, target, self.weight, number)
+        if self._shift is None:  # near the mean, so that what is centred later is known more exactly
+            mean = rows.mean(1, keepdim=True)
+            self._shift = mean if self.layer.offset else torch.zeros_like(mean)
+        rows = rows - self._shift
         self.rows += rows.shape[1]
-        parts = [None] * len(rows) if targets is None else targets.chunk(self.layer.groups, 1)
-        for total, xg, tg in zip(self._sums, rows, parts, strict=True):
-            # float32 products of one batch, summed up in float64
-            new = [xg.T @ xg, xg.sum(0)]
-            if tg is not None:
-                new += [tg.T @ xg, tg.square().sum(0), tg.sum(0)]
-            for i, value in enumerate(new):
-                if len(total) <= i:
-                    total.append(value.double())
-                else:
-                    total[i] += value
+        self.images += images
+        self._squares += self._squared(rows, images)
+        # float32 products of one batch, summed up in float64
+        new = [rows.transpose(1, 2) @ rows, rows.sum(1)]
+        if targets is not None:
+            tg = targets.view(len(targets), len(rows), -1).permute(1, 2, 0)  # groups, outputs, rows
+            new += [tg @ rows, tg.square().sum(2), tg.sum(2)]
+        if not self._sums:
+            self._sums = [value.double() for value in new]
+        else:
+            for total, value in zip(self._sums, new, strict=True):
+                total += value
 
-    def inputs(self) -> list[tuple[Tensor, Tensor]]:
-        """Per group of the layer: second moments of the inputs, centred if it has an offset, and their means."""
+    def _squared(self, rows: Tensor, images: int) -> Tensor:
+        """Per group, over the images of a batch, the sum of their own moments' squared entries: (groups,)."""
+        groups, count, k = rows.shape
+        if k < KNOWN:
+            return self._squares.new_zeros(groups)
+        each = rows.view(groups * images, -1, k) if count % images == 0 else rows.view(groups * count, 1, k)
+        size = each.shape[1]
+        own = each @ each.transpose(1, 2) if size < k else each.transpose(1, 2) @ each
+        return own.square().sum((1, 2)).view(groups, -1).double().sum(1).cpu() * (images / count) ** 2
+
+    def inputs(self) -> list["Inner"]:
+        """Per group of the layer, what is known of the inputs."""
+        a, mean = (total.div_(self.rows).cpu() for total in self._sums[:2])
+        assert self._shift is not None
+        shift = self._shift[:, 0].double().cpu()
         found = []
-        for a, mean, *_ in self._sums:
-            a, mean = a.div_(self.rows).cpu(), mean.div_(self.rows).cpu()
-            if self.layer.offset is None:
-                mean = torch.zeros_like(mean)
-            found.append((a.addr_(mean, mean, alpha=-1), mean))
-        self._sums = []
+        for own, away, near, squares in zip(a, mean, shift, self._squares.tolist(), strict=True):
+            between = squares / self.images - float(own.square().sum())
+            noise = max(0.0, between / max(1, self.images - 1)) if len(own) >= KNOWN else 0.0
+            if self.layer.offset is not None:
+                own.addr_(away, away, alpha=-1)
+                found.append(Inner(own, away + near, noise))
+            else:
+                found.append(Inner(own, torch.zeros_like(away), noise))
         return found
 
     def fitted(self, tensors: Tensors) -> Fitted:
         """The layer's problem, for weights that are drawn towards those it has now."""
         before = tensors.get(self.layer.weight, self.weight).flatten(1)
         before = before.cpu() if self.columns is None else before.cpu()[:, self.columns]
-        others = [[value.cpu() / self.rows for value in total[2:]] for total in self._sums]
+        others = [total.cpu() / self.rows for total in self._sums[2:]]
+        means = self._sums[1].cpu() / self.rows  # from the shift
         moments = []
         parts = before.chunk(self.layer.groups)
-        for (a, mean_x), (b, power, mean_t), part in zip(self.inputs(), others, parts, strict=True):
+        for inner, b, power, mean_t, away, part in zip(self.inputs(), *others, means, parts, strict=True):
             if self.layer.offset is None:
                 mean_t = torch.zeros_like(mean_t)
-            b, power = b.addr_(mean_t, mean_x, alpha=-1), power - mean_t.square()
-            moments.append(Moments(a, b, power, mean_x, mean_t, part, self.rows))
+            b, power = b.addr(mean_t, away, alpha=-1), power - mean_t.square()
+            moments.append(Moments(inner.a, b, power, inner.mean, mean_t, part, inner.noise))
         return Fitted(self.layer, tuple(moments), self.dense_offset, self.weight.device, self.columns)
 
     @property
@@ -311,13 +340,27 @@ class Sums:
 
 
 @dataclass(frozen=True)
+class Inner:
+    """What is known of the inputs of a layer, or of one of the groups of a grouped layer.
+
+    Attributes:
+        a: (k, k), float64, their second moments, centred if the layer has an offset.
+        mean: (k,), zero if it has none.
+        noise: the squared error of `a` that is to be expected, from how much the images differ.
+    """
+
+    a: Tensor
+    mean: Tensor
+    noise: float
+
+
+@dataclass(frozen=True)
 class Seen:
     """The inputs of one layer of the dense network.
 
     Attributes:
         layer: which.
-        inputs: per group of the layer: second moments (k, k), centred if it has an offset, and means (k,).
-        rows: that these are means over.
+        inputs: per group of the layer.
         weight: of the layer, (o, k).
         offset: the tensor that holds its offset, if it has one.
         shape: of the weight in the model.
@@ -325,8 +368,7 @@ class Seen:
     """
 
     layer: Layer
-    inputs: tuple[tuple[Tensor, Tensor], ...]
-    rows: int
+    inputs: tuple[Inner, ...]
     weight: Tensor
     offset: Tensor | None
     shape: torch.Size
@@ -335,13 +377,13 @@ class Seen:
     def fitted(self) -> Fitted:
         """The layer's problem: its own outputs are the target."""
         moments: list[Moments] = []
-        for (a, mean), part in zip(self.inputs, self.weight.chunk(len(self.inputs)), strict=True):
+        for inner, part in zip(self.inputs, self.weight.chunk(len(self.inputs)), strict=True):
             w = part.double()
-            b = w @ a
-            mean_t = w @ mean
+            b = w @ inner.a
+            mean_t = w @ inner.mean
             if self.layer.sign > 0 and self.offset is not None:
                 mean_t = mean_t + self.offset.chunk(len(self.inputs))[len(moments)]
-            moments.append(Moments(a, b, (b * w).sum(1), mean, mean_t, part, self.rows))
+            moments.append(Moments(inner.a, b, (b * w).sum(1), inner.mean, mean_t, part, inner.noise))
         return Fitted(self.layer, tuple(moments), self.offset, self.device)
 
     def tensors(self, w: Tensor) -> dict[str, Tensor]:
@@ -350,16 +392,11 @@ class Seen:
         weight = w.view(self.shape).to(self.device, self.weight.dtype)
         found = {self.layer.weight: weight.contiguous(memory_format=layout)}
         if self.layer.offset and self.offset is not None:
-            missing = (self.weight.double() - w.double()) @ self.inputs[0][1]
+            missing = (self.weight.double() - w.double()) @ self.inputs[0].mean
             found[self.layer.offset] = (self.offset.double() + self.layer.sign * missing).to(
                 self.device, self.offset.dtype
             )
         return found
-
-    def damping(self, group: int = 0) -> float:
-        """As `Moments.damping`."""
-        a, mean = self.inputs[group]
-        return Moments(a, a[:0], mean[:0], mean, mean[:0], self.weight[:0], self.rows).damping
 
 
 @torch.no_grad()
@@ -370,7 +407,7 @@ def see(replay: Replay, batches: Sequence[Inputs], tick: Callable[[], None] | No
         values = replay.begin(x)
         for call in replay.calls:
             if call.node in sums:
-                sums[call.node].add(values[call.node.args[0]], None, number)  # type: ignore[index]
+                sums[call.node].add(values[call.node.args[0]], None, number, batch_of(x))  # type: ignore[index]
             replay.run(call, values)
         if tick:
             tick()
@@ -378,7 +415,6 @@ def see(replay: Replay, batches: Sequence[Inputs], tick: Callable[[], None] | No
         s.layer.weight: Seen(
             s.layer,
             tuple(s.inputs()),
-            s.rows,
             s.weight.flatten(1).cpu(),
             s.dense_offset,
             s.weight.shape,
@@ -432,13 +468,14 @@ def rows_of(
         max(1, round((h * w / POSITIONS) ** 0.5)),
     )
     begin = [phase % step for step in steps]
-    padded = F.pad(x, (padding[1], padding[1], padding[0], padding[0]))
-    padded = padded[:, :, begin[0] * stride[0] :, begin[1] * stride[1] :]
-    jump = stride[0] * steps[0], stride[1] * steps[1]
-    some = F.unfold(padded, weight.shape[2:], dilation=dilation, stride=jump)  # n, i * kh * kw, positions
-    n, size, positions = some.shape
-    rows = some.view(n, layer.groups, size // layer.groups, positions).permute(1, 0, 3, 2)
-    rows = rows.reshape(layer.groups, -1, size // layer.groups)
+    some = F.pad(x, (padding[1], padding[1], padding[0], padding[0])) if any(padding) else x
+    some = some[:, :, begin[0] * stride[0] :, begin[1] * stride[1] :]
+    for dim in (0, 1):  # a view: only what lies on the grid is copied
+        reach = dilation[dim] * (weight.shape[2 + dim] - 1) + 1
+        some = some.unfold(2 + dim, reach, stride[dim] * steps[dim])[..., :: dilation[dim]]
+    n, _, down, across = some.shape[:4]
+    some = torch.unflatten(some, 1, (layer.groups, -1))  # n, groups, i, down, across, kh, kw
+    rows = some.permute(1, 0, 3, 4, 2, 5, 6).reshape(layer.groups, n * down * across, -1)
     if t is None:
         return rows, None
     targets = t[:, :, begin[0] :: steps[0], begin[1] :: steps[1]]

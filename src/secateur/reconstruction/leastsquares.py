@@ -5,7 +5,8 @@ on its support S minimise
 
     E (t - w x - b)^2 + d * |w - w0|^2    =>    w[S] = (A[S, S] + d I)^-1 (B[S] + d w0[S])
 
-so that one pair of matrices serves every mask of the layer.
+so that one pair of matrices serves every mask of the layer. How far the weights are drawn to those before depends on
+how much A differs between images: d is what makes A + d I, but for its scale, the best estimate of the true moments.
 """
 
 from collections.abc import Iterator, Sequence
@@ -18,7 +19,9 @@ from secateur.errors import ScoreError
 from secateur.plan.weight_plan import top
 
 DAMPING = 1e-3
-"""d as a share of the mean of A's diagonal, where there are at least as many rows as inputs."""
+"""The least d, as a share of the mean of A's diagonal."""
+
+_MOST = 0.99  # of shrinkage: what is known badly is drawn to what was, and never given up
 
 _WIDE = (
     1024  # inputs above which units are ranked in float32, which is twice as fast and enough to compare them
@@ -37,8 +40,8 @@ class Moments:
         power: (o,), the same of targets.
         mean_x: (k,), mean input; zero if the layer has no offset.
         mean_t: (o,), mean target; zero likewise.
-        before: (o, k), the weights the layer came with: the solution is drawn towards them, weakly.
-        rows: how many the moments are means over; with fewer than k, the solution is drawn more.
+        before: (o, k), the weights the layer came with: the solution is drawn towards them.
+        noise: the squared error of `a` that is to be expected, summed over its entries.
     """
 
     a: Tensor
@@ -47,12 +50,12 @@ class Moments:
     mean_x: Tensor
     mean_t: Tensor
     before: Tensor
-    rows: int | None = None
+    noise: float = 0.0
 
     @property
     def damping(self) -> float:
-        scarce = max(1.0, len(self.a) / self.rows) if self.rows else 1.0
-        return DAMPING * scarce * float(self.a.diagonal().mean()) or DAMPING
+        """What d is."""
+        return damping(self.a, self.noise)
 
     def error(self, w: Tensor) -> float:
         """Mean squared error of the outputs, summed over them, as a share of their power."""
@@ -63,6 +66,23 @@ class Moments:
     def offset(self, w: Tensor) -> Tensor:
         """The offset that gives the outputs the targets' means, (o,)."""
         return self.mean_t - w.double() @ self.mean_x
+
+
+def damping(a: Tensor, noise: float) -> float:
+    """The d for which a + d I is, but for its scale, the best estimate of the true moments.
+
+        noise / (|a|^2 - k mean^2) = s,    d = mean * s / (1 - s),    mean = trace(a) / k
+
+    Args:
+        a: (k, k), moments of a sample.
+        noise: the squared error of a that is to be expected, summed over its entries.
+    Source: Ledoit & Wolf 2004, a well-conditioned estimator for large-dimensional covariance matrices.
+    Differs: d is at least `DAMPING` of the mean, and s at most 0.99.
+    """
+    mean = float(a.diagonal().mean())
+    apart = float(a.square().sum()) - len(a) * mean**2
+    share = min(_MOST, noise / apart) if apart > 0 else 0.0
+    return max(DAMPING, share / (1 - share)) * mean or DAMPING
 
 
 def solve(moments: Moments, mask: Tensor) -> Tensor:

@@ -17,7 +17,7 @@ from secateur.errors import CutError
 from secateur.graph.capture import Capture
 from secateur.graph.labels import Value
 from secateur.graph.operators import OPERATORS, CutSite, Shape, Step, module_of, shapes_of
-from secateur.graph.propagate import BODIES
+from secateur.graph.propagate import BODIES, find_checks
 from secateur.graph.trace import Survivors
 from secateur.rewriting.calls import CALLED, RETURNED
 from secateur.rewriting.program import DEVICE, Call, Named, Op, Ref
@@ -132,12 +132,13 @@ def list_operators(captured: Capture) -> Listing:
 
 
 def _list(graph: fx.GraphModule, environment: dict[fx.Node, Any], result: Listing) -> Any:
+    checks = find_checks(graph.graph)
     for node in graph.graph.nodes:
         if node.op == "output":
             return _resolve(node.args[0], environment)
         if node.op == "get_attr":
             environment[node] = getattr(graph, str(node.target))
-        if node.op != "call_function":
+        if node.op != "call_function" or node in checks:
             continue
         if node.target is operator.getitem and isinstance(environment[node.args[0]], list | tuple):
             environment[node] = environment[node.args[0]][node.args[1]]
@@ -150,8 +151,6 @@ def _list(graph: fx.GraphModule, environment: dict[fx.Node, Any], result: Listin
         )
         if body is not None:
             environment[node] = _list_body(node, body, environment, result)
-            continue
-        if "_assert" in str(node.target):
             continue
         environment[node] = Ref(len(result.nodes))
         result.nodes.append(node)
@@ -190,7 +189,12 @@ def _step(node: fx.Node, environment: dict[fx.Node, Any]) -> Step:
     if node.target is operator.getitem:
         args = {"items": _resolve(node.args[0], environment), "index": node.args[1]}
         return Step(node, "getitem", args, shapes_of(node))
-    schema = node.target._schema  # type: ignore[union-attr]
+    schema = getattr(node.target, "_schema", None)
+    if schema is None:
+        raise CutError(
+            f"{module_of(node) or 'the model'}: its forward computes with a number that it reads from a tensor "
+            f"({node.target}); keep it in a tensor"
+        )
     names = [argument.name for argument in schema.arguments]
     given = dict(zip(names, node.args, strict=False)) | dict(node.kwargs)
     return Step(node, str(node.target), _resolve(given, environment), shapes_of(node))

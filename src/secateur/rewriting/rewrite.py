@@ -18,6 +18,7 @@ from secateur.graph.trace import Survivors, Trace
 from secateur.rewriting.calls import entries_in
 from secateur.rewriting.listing import Listing, as_op, cut_step, is_call, list_operators
 from secateur.rewriting.program import ANYTHING, NAMES, Given, Made, Named, Program, Ref
+from secateur.rewriting.without import sums_of, without
 
 CONSTANT = "rewritten_constant_"
 """Prefix of the buffers that hold the tensors a rewritten forward reads and that had no name."""
@@ -35,6 +36,8 @@ class Rewritten(nn.Module):
     """The forward that the instance had in place of its class's."""
     owners: dict[str, type[nn.Module]]
     """Submodules whose tensors the program reads itself, and their classes."""
+    stands_in: tuple[str, ...] = ()
+    """Other methods that did what the original forward does, and run the program too."""
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """What the original forward computes, at other widths."""
@@ -97,8 +100,28 @@ def rewritten_class(cls: type[nn.Module]) -> type[Rewritten]:
             return Rewritten.forward(self, *args, **kwargs)
 
         namespace = {"forward": forward, "__module__": cls.__module__, "__doc__": cls.__doc__}
+        namespace |= {name: _other(name, getattr(cls, name)) for name in other_forwards(cls)}
         _CLASSES[cls] = type(f"Rewritten{cls.__name__}", (Rewritten, cls), namespace)
     return _CLASSES[cls]
+
+
+def _other(name: str, own: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(own)
+    def method(self: Rewritten, *args: Any, **kwargs: Any) -> Any:
+        return (
+            Rewritten.forward(self, *args, **kwargs) if name in self.stands_in else own(self, *args, **kwargs)
+        )
+
+    return method
+
+
+def other_forwards(cls: type[nn.Module]) -> list[str]:
+    """Methods of a class that take what forward takes and are named like it, such as `forward_split`."""
+    taken = len(inspect.signature(cls.forward).parameters)
+    named = [
+        name for name in dir(cls) if name.startswith("forward_") and inspect.isfunction(getattr(cls, name))
+    ]
+    return [name for name in named if len(inspect.signature(getattr(cls, name)).parameters) == taken]
 
 
 def _rebuild(cls: type[nn.Module]) -> nn.Module:
@@ -213,6 +236,7 @@ def _words(x: Any) -> str:
 def cut_listing(trace: Trace, survivors: Survivors) -> tuple[Listing, list[tuple[Shape, ...]]]:
     """The captured graph as a cut leaves it, and the shapes of every step's results."""
     lines = list_operators(trace.captured)
+    lines, _ = without(lines, sums_of(lines, survivors.skipped))
     return lines, cut_steps(lines, trace.values, survivors)
 
 

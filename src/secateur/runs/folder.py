@@ -15,6 +15,7 @@ from secateur import __version__
 from secateur.errors import FileError
 from secateur.files import atomic_write, explained, remove_unfinished
 from secateur.recipes.data import Normalisation
+from secateur.settings import differences
 
 Mode = Literal["new", "resume", "overwrite"]
 """What to do with a folder that holds a run: refuse it, go on with it, or replace it."""
@@ -213,10 +214,10 @@ class RunFolder:
             raise FileError(
                 f"{self.path}: holds a run of `{saved.kind}`, not of `{self.kind}`. Choose another folder."
             )
-        differences = list(_differences(saved.settings, self.settings))
-        if differences:
+        found = list(differences(saved.settings, self.settings))
+        if found:
             raise FileError(
-                f"{self.path}: holds a run with other settings: {'; '.join(differences[:5])}. Give the "
+                f"{self.path}: holds a run with other settings: {'; '.join(found[:5])}. Give the "
                 f"settings it was started with, replace it with --overwrite, or choose another folder."
             )
         return saved
@@ -242,21 +243,3 @@ def _read_json(path: Path) -> dict[str, Any]:
     except (OSError, ValueError, RecursionError) as error:
         raise FileError(f"{path}: cannot be read as JSON of a run ({error}). Use another copy.") from None
     return data
-
-
-def _differences(saved: Mapping[str, Any], now: Mapping[str, Any], where: str = "") -> Iterator[str]:
-    """What differs between two trees of settings.
-
-    >>> list(_differences({"train": {"lr": 1}, "seed": 0}, {"train": {"lr": 3}, "seed": 0}))
-    ['train.lr was 1, is now 3']
-    """
-    for key in dict.fromkeys([*saved, *now]):
-        then, today = saved.get(key), now.get(key)
-        if isinstance(then, dict) and isinstance(today, dict):
-            yield from _differences(then, today, f"{where}{key}.")
-        elif then != today:
-            yield f"{where}{key} was {_shown(then)}, is now {_shown(today)}"
-
-
-def _shown(value: Any) -> str:
-    return "not given" if value is None else "given" if isinstance(value, dict) else str(value)

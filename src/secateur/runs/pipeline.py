@@ -100,7 +100,11 @@ def prune_run(
     config = run.resolve_auto(config)
     method, dense = run.at_hand(config.chosen), run.task.model
     graph = analyze(
-        dense, run.task.inputs, freeze=method.freeze, attention=getattr(method, "attention", "heads")
+        dense,
+        run.task.inputs,
+        freeze=method.freeze,
+        attention=getattr(method, "attention", "heads"),
+        granularity=getattr(method, "granularity", "channels"),
     )
     config.check_reach(graph)
     if isinstance(method, TrainingMethod):
@@ -315,6 +319,7 @@ def _choose(run: Run, config: PruneConfig, method: Method, graph: Graph, curves:
         clock=clock_of(model, run.task.inputs, config.latency_batch),
         cache=curves,
         progress=run.watch.progress,
+        graph=graph,
     )
 
 

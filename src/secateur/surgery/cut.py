@@ -13,14 +13,17 @@ from secateur.graph import Graph, mirrored, named_tensors
 from secateur.graph.duplicate import duplicate
 from secateur.graph.groups import PadSite, check_model
 from secateur.graph.guard import uncompiled
-from secateur.graph.modes import modes_kept
+from secateur.graph.modes import forget_kept
 from secateur.graph.modules import HELD, Keep, held, worked_out
 from secateur.graph.positions import kept_positions
+from secateur.graph.probe import random_inputs
 from secateur.plan import Plan
+from secateur.rewriting.elsewhere import look_elsewhere
 from secateur.rewriting.known import following
 from secateur.rewriting.rewrite import rewrite_
 from secateur.rewriting.settle import settle
 from secateur.settings import checked
+from secateur.surgery.absent import leave_out
 from secateur.surgery.edit import Edit, select, select_states
 
 
@@ -28,6 +31,8 @@ from secateur.surgery.edit import Edit, select, select_states
 @checked(CutError)
 def cut_(model: nn.Module, graph: Graph, plan: Plan, *, optimizer: Optimizer | None = None) -> nn.Module:
     """Remove the units of a plan from the model's tensors, and let its layers' attributes follow.
+
+    Modules of a block that goes are replaced by an `Absent`.
 
     The result is the user's own module. Where its own forward does not compute the cut network, the smallest
     submodule that will do is rewritten (`rewritten_modules` names them). Any failure leaves model and
@@ -46,13 +51,17 @@ def cut_(model: nn.Module, graph: Graph, plan: Plan, *, optimizer: Optimizer | N
     """
     masks = plan.masks(graph)
     check_model(model, graph)
+    assert graph.trace is not None
+    survivors = graph.trace.survivors(masks)
+    before = duplicate(model, share=True)
     keep = kept_positions(model, graph, masks)
     edit = Edit(model)
+    emptied = leave_out(edit, model, graph, survivors.skipped)
     edit.attributes(layer_attributes(model, keep))
     edit.attributes(pad_widths(graph.pads, masks))
-    assert graph.trace is not None
-    edit.attributes(following(model, graph.trace, graph.trace.survivors(masks)))
-    for tensor, dims in tensor_cuts(model, keep):
+    edit.attributes(following(model, graph.trace, survivors))
+    nothing = torch.zeros(0, dtype=torch.long)
+    for tensor, dims in [*tensor_cuts(model, keep), *((tensor, {0: nothing}) for tensor in emptied)]:
         edit.tensor(tensor, select(tensor.data, dims))
         if tensor.grad is not None:
             edit.grad(tensor, select(tensor.grad, dims))
@@ -61,7 +70,8 @@ def cut_(model: nn.Module, graph: Graph, plan: Plan, *, optimizer: Optimizer | N
     edit.apply()
     renew_(model, edit)
     try:
-        _settle(model, graph, masks, edit)
+        _settle(model, before, graph, masks, edit)
+        follow_elsewhere_(model, before, graph, edit)
     except Exception as error:
         edit.undo()
         if isinstance(error, CutError):
@@ -69,13 +79,12 @@ def cut_(model: nn.Module, graph: Graph, plan: Plan, *, optimizer: Optimizer | N
         raise CutError(
             f"{type(model).__name__}: the plan cannot be applied ({first_line(error)}). The model is unchanged."
         ) from error
-    with modes_kept(model):
-        model.train()  # what modules keep of the weights before the cut goes
     return model
 
 
 def renew_(model: nn.Module, edit: Edit) -> None:
-    """Let weights that hooks work out follow the tensors they are worked out from, as a change that was made."""
+    """Let what modules have worked out follow the tensors it is worked out from, as a change that was made."""
+    forget_kept(model)
     for module in model.modules():
         new = worked_out(module)
         if new:
@@ -84,27 +93,31 @@ def renew_(model: nn.Module, edit: Edit) -> None:
             edit.done(functools.partial(module.__dict__.update, old))
 
 
-def _settle(model: nn.Module, graph: Graph, masks: list[Tensor], edit: Edit) -> None:
+def _settle(model: nn.Module, before: nn.Module, graph: Graph, masks: list[Tensor], edit: Edit) -> None:
     """Rewrite the submodules whose own forward does not compute the cut network."""
-
-    def whole() -> nn.Module:
-        edit.undo()
-        try:
-            return duplicate(model, share=True)
-        finally:
-            edit.apply()
-
-    drafts = settle(model, graph, masks, whole)
+    drafts = settle(model, graph, masks, functools.partial(duplicate, before, share=True))
     for name, draft in drafts.items():
         module = model.get_submodule(name)
         edit.done(rewrite_(module, draft.program, draft.constants, draft.lost, draft.tied))
+
+
+def follow_elsewhere_(model: nn.Module, before: nn.Module, graph: Graph, edit: Edit) -> None:
+    """Set the numbers that only other ways through the modules read, as a change that was made."""
+    found = look_elsewhere(before, model, random_inputs(graph, torch.float32, seed=0))
+    numbers = Edit(model)
+    numbers.attributes(found.edits)
+    numbers.attributes({name: {"stands_in": ways} for name, ways in found.stands_in.items()})
+    numbers.apply()
+    edit.done(numbers.undo)
 
 
 def layer_attributes(
     model: nn.Module, keep: Mapping[tuple[str, int], Keep]
 ) -> dict[str, dict[str, int | tuple[int, ...]]]:
     """Module name -> attributes that change, for every stock layer with a cut tensor."""
-    cut = {tensor for tensor, _ in keep}
+    cut: dict[str, list[tuple[int, Keep]]] = {}
+    for (tensor, dim), mask in keep.items():
+        cut.setdefault(tensor, []).append((dim, mask))
     first = {id(tensor): name for name, tensor in reversed(named_tensors(model))}
     edits = {}
     for name, module in model.named_modules():
@@ -112,8 +125,7 @@ def layer_attributes(
         tensors = dict(module.named_parameters(recurse=False)) | dict(module.named_buffers(recurse=False))
         tensors |= {local: found[1] for local in HELD if (found := held(module, local))}
         for local, tensor in tensors.items():
-            if first[id(tensor)] in cut:
-                own |= {(local, dim): mask for (key, dim), mask in keep.items() if key == first[id(tensor)]}
+            own |= {(local, dim): mask for dim, mask in cut.get(first[id(tensor)], ())}
         if own:
             try:
                 edits[name] = mirrored(module, own)
@@ -146,4 +158,9 @@ def tensor_cuts(
 @checked(CutError)
 def cut_copy(model: nn.Module, graph: Graph, plan: Plan) -> nn.Module:
     """A cut copy; the model stays whole."""
-    return cut_(duplicate(model), graph, plan)
+    small = cut_(duplicate(model, share=True), graph, plan)
+    shared = {parameter.data_ptr() for parameter in model.parameters()}
+    for parameter in small.parameters():
+        if parameter.data_ptr() in shared:
+            parameter.data = parameter.data.clone()
+    return small

@@ -1,5 +1,6 @@
 """Changes to a module that are made together and can be taken back."""
 
+import copy
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -7,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-Edits = Mapping[str, Mapping[str, int | tuple[int, ...]]]
+Edits = Mapping[str, Mapping[str, int | tuple[int, ...] | tuple[str, ...]]]
 """Module name -> attribute name -> new value."""
 
 
@@ -25,6 +26,7 @@ class Edit:
         self._undo: list[Callable[[], None]] = []
         self._states: list[tuple[dict[str, Any], str, Tensor, Tensor]] = []
         self._grads: list[tuple[Tensor, Tensor, Tensor]] = []
+        self._entries: list[tuple[dict[str, Any], str, Any, Any]] = []
 
     def tensor(self, old: Tensor, new: Tensor) -> None:
         """Replace the contents of a parameter or buffer."""
@@ -40,11 +42,23 @@ class Edit:
         self._states.append((state, name, state[name], new))
 
     def attributes(self, edits: Edits) -> None:
-        """Replace attributes of modules."""
+        """Replace attributes of modules; those of an object that a module holds ("config.widths") in a copy of it."""
         for name, values in edits.items():
             module = self._model.get_submodule(name)
+            copies: dict[str, Any] = {}
             for attribute, value in values.items():
+                owner, _, inner = attribute.rpartition(".")
+                if owner:
+                    held = copies.setdefault(owner, copy.copy(getattr(module, owner)))
+                    setattr(held, inner, type(getattr(held, inner))(value))
+                else:
+                    copies[attribute] = value
+            for attribute, value in copies.items():
                 self._attributes.append((module, attribute, getattr(module, attribute), value))
+
+    def entry(self, of: dict[str, Any], key: str, new: Any) -> None:
+        """Replace an entry of a dict, such as the submodules of a module."""
+        self._entries.append((of, key, of[key], new))
 
     def apply(self) -> None:
         """Make all changes."""
@@ -53,6 +67,7 @@ class Edit:
             ((t, new) for t, _, new in self._grads),
             ((s, n, new) for s, n, _, new in self._states),
             ((m, a, new) for m, a, _, new in self._attributes),
+            ((d, k, new) for d, k, _, new in self._entries),
         )
 
     def done(self, undo: Callable[[], None]) -> None:
@@ -68,6 +83,7 @@ class Edit:
             ((t, old) for t, old, _ in self._grads),
             ((s, n, old) for s, n, old, _ in self._states),
             ((m, a, old) for m, a, old, _ in self._attributes),
+            ((d, k, old) for d, k, old, _ in self._entries),
         )
 
     @staticmethod
@@ -76,6 +92,7 @@ class Edit:
         grads: Iterable[tuple[Tensor, Tensor]],
         states: Iterable[tuple[dict[str, Any], str, Tensor]],
         attributes: Iterable[tuple[nn.Module, str, Any]],
+        entries: Iterable[tuple[dict[str, Any], str, Any]],
     ) -> None:
         grads = list(grads)
         for tensor, _ in grads:
@@ -93,6 +110,8 @@ class Edit:
             state[name] = value
         for module, attribute, value in attributes:
             setattr(module, attribute, value)
+        for of, key, value in entries:
+            of[key] = value
 
 
 def select(tensor: Tensor, keep: Mapping[int, Tensor]) -> Tensor:

@@ -68,7 +68,9 @@ class Site:
         They are done for every image if an operand has a part for each, or if `batched`.
         """
         batched = batched or any(value.batched for value in self.operands)
-        self.labels.contractions.append(Contraction(self.labels.module, macs, axes, batched))
+        self.labels.contractions.append(
+            Contraction(self.labels.module, macs, axes, batched, self.labels.node)
+        )
 
     def statistic(self, value: Value, dims: Collection[int]) -> None:
         """This operator computes statistics over these dims."""

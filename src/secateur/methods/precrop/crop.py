@@ -47,7 +47,7 @@ class PreCrop(WidthMethod):
     )
 
     def prune(self, model: nn.Module, inputs: Inputs, budget: Budget | None, context: Context) -> Pruned:
-        graph = analyze(model, inputs, freeze=self.freeze)
+        graph = context.graph or analyze(model, inputs, freeze=self.freeze)
         found = design(model, inputs, graph, limits_of(graph, budget, self), self, context)
         origin = self.record() | found.multiples.record(graph) | {"budget": budget.given if budget else {}}
         return build(model, found, self, self.initialise, origin)
@@ -77,7 +77,7 @@ class PreConfig(WidthMethod):
     )
 
     def prune(self, model: nn.Module, inputs: Inputs, budget: Budget, context: Context) -> Pruned:
-        graph = analyze(model, inputs, freeze=self.freeze)
+        graph = context.graph or analyze(model, inputs, freeze=self.freeze)
         cost = Cost(graph)
         dense = {"macs": cost.macs(), "params": cost.params()}
         limits = dense | cost.limits(budget)

@@ -36,7 +36,7 @@ class RandomWeights(WidthMethod):
     removes: ClassVar[Removes] = "weights"
 
     def prune(self, model: nn.Module, inputs: Inputs, budget: Budget | None, context: Context) -> Pruned:
-        graph = analyze(model, inputs, freeze=self.freeze)
+        graph = context.graph or analyze(model, inputs, freeze=self.freeze)
         found = design(model, inputs, graph, limits_of(graph, budget, self), self, context)
         limits = found.limits
         layers = [layer for layer in list_layers(graph, classifier=True) if found.densities[layer.name] < 1]

@@ -1,6 +1,7 @@
 """Rate–distortion pruning of channels: curves per group, widths as one problem, consumers solved again."""
 
-from collections.abc import Mapping, Sequence
+import itertools
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, ClassVar, Literal, Self
@@ -12,13 +13,14 @@ from torch import Tensor, nn
 
 from secateur.allocate.knapsack import Curve
 from secateur.allocate.products import ChosenWidths, Costs, choose_widths
-from secateur.allocate.table import list_widths
+from secateur.allocate.table import widths_of
 from secateur.cost import Budget, Cost
 from secateur.cost.multiples import AUTO, ROUND_TO, ROUND_TO_HELP, Multiples, choose_multiples
-from secateur.engine.method import Context, Meter, Method, images_of
+from secateur.cost.prices import NANOSECONDS
+from secateur.engine.method import GRANULARITY_HELP, Context, Meter, Method, images_of
 from secateur.engine.pruned import Pruned, cut_and_prove
 from secateur.errors import BudgetError, ScoreError, SecateurError
-from secateur.graph import Graph, Group, Inputs, Member, analyze
+from secateur.graph import Granularity, Graph, Group, Inputs, Member, analyze
 from secateur.graph.capture import batch_of
 from secateur.graph.duplicate import duplicate
 from secateur.graph.replay import Outputs, Replay, chunks, joined, some_of
@@ -35,7 +37,7 @@ from secateur.methods.rd.importance import by_power, importances
 from secateur.methods.rd.single_weights import passes
 from secateur.plan import Plan
 from secateur.reconstruction.compensate import WIDEST, Seen, layers, see
-from secateur.reconstruction.leastsquares import Elimination
+from secateur.reconstruction.leastsquares import Elimination, damping
 from secateur.reconstruction.plans import COMPENSATIONS, compensated, positions
 from secateur.settings import option, settings
 
@@ -100,6 +102,13 @@ class RD(Method):
     )
     part: int = option("estimates are measured on one of so many calibration images", default=4, least=1)
     levels: int = option("widths measured per group, where curves are measured", default=9, least=2)
+    granularity: Granularity = option(GRANULARITY_HELP, default="channels")
+    block_weights: tuple[float, ...] = option(
+        "factors of the curves of blocks, which are measured before other layers make up for them; of several, the "
+        "best is taken",
+        default=(1.0, 0.3),
+        above=0,
+    )
     min_keep: int = option("units that every group keeps at least", default=1, least=1)
     round_to: int | str = option(ROUND_TO_HELP, default=AUTO, choices=ROUND_TO, least=1)
     seed: int = option("of the images for the proof, and of estimates", default=0, least=0)
@@ -107,6 +116,8 @@ class RD(Method):
     def check(self) -> None:
         if not self.exponents:
             raise SecateurError("RD: exponents is empty; give at least one, such as (0.5, 1.0)")
+        if not self.block_weights:
+            raise SecateurError("RD: block_weights is empty; give at least one, such as (1.0,)")
         if not self.shares:
             raise SecateurError("RD: shares is empty; give at least one, such as (0.75, 0.4)")
 
@@ -123,22 +134,25 @@ class RD(Method):
     def prune(self, model: nn.Module, inputs: Inputs, budget: Budget, context: Context) -> Pruned:
         if context.data is None:
             raise ScoreError("method 'rd' measures on data: pass data=, batches of images")
-        if len(budget.bounds) != 1:
-            raise BudgetError(
-                f"method 'rd' takes one bound, got {', '.join(budget.bounds)}; give one of them"
-            )
+        bounds = budget.bounds if context.prices is None else budget.given
+        if len(bounds) != 1:
+            raise BudgetError(f"method 'rd' takes one bound, got {', '.join(bounds)}; give one of them")
         meter = Meter(context.progress)
         given = images_of(context.data)
         model = duplicate(model).eval()
-        graph = analyze(model, inputs, freeze=self.freeze)
+        graph = context.graph or analyze(model, inputs, freeze=self.freeze, granularity=self.granularity)
         if not graph.groups:
             raise BudgetError(
                 "nothing can be pruned: the model has no group of removable units (see graph.frozen)"
             )
-        cost = Cost(graph)
-        ((bound, _),) = budget.bounds.items()
-        cost.sum(bound)  # or it is refused here, before anything is measured
-        limit = budget.limits({bound: cost.of(bound)})[bound]
+        ((bound, asked),) = bounds.items()
+        if context.prices is None:
+            cost = Cost(graph)
+            cost.sum(bound)  # or it is refused here, before anything is measured
+            limit = budget.limits({bound: cost.of(bound)})[bound]
+        else:
+            cost = Cost(graph, {NANOSECONDS: context.prices.formula(graph)})
+            bound, limit = NANOSECONDS, int(1e6 * asked)
         multiples = choose_multiples(
             model, graph, self.round_to, partial(cost.within, {bound: limit}), min_keep=self.min_keep
         )
@@ -175,7 +189,7 @@ class RD(Method):
         return {
             "compensation": self.compensation, "distortion": self.distortion, **how,
             "freeze": list(self.freeze), "min_keep": self.min_keep,
-            "granularity": "channels",
+            "granularity": self.granularity,
         }  # fmt: skip
 
     def _best(
@@ -194,16 +208,20 @@ class RD(Method):
         weights = (1.0, self.stream_weight) if any(map(is_stream, graph.groups)) else (1.0,)
         for weight in weights:
             rival = None
-            for exponent in self.exponents:
-                choice = choose_widths_by(cost, curves, exponent, weight, bound, limit, task.widths)
+            for exponent, block_weight in itertools.product(self.exponents, task.block_weights):
+                factors = [
+                    block_weight if group.branch else weight if is_stream(group) else 1.0
+                    for group in graph.groups
+                ]
+                choice = choose_widths_by(cost, curves, exponent, factors, bound, limit, task.widths)
                 if choice.kept in seen:
                     task.meter.add(task.solving(few))
                     continue
                 seen.add(choice.kept)
                 masks = [keep_first(order, kept) for order, kept in zip(orders, choice.kept, strict=True)]
                 origin = self.record() | task.multiples.record(graph) | {
-                    "exponent": exponent, "stream_weight": weight, "budget": dict(budget.bounds)
-                }  # fmt: skip
+                    "exponent": exponent, "stream_weight": weight, "budget": budget.given
+                } | ({"block_weight": block_weight} if self.granularity != "channels" else {})  # fmt: skip
                 plan = Plan.of(graph, masks, origin)
                 measured, tensors = task.tried(plan, few)
                 if rival is None or measured < rival.measured:
@@ -226,6 +244,7 @@ class Task:
         graph: of it.
         batches: all calibration images.
         few: those that curves are measured on.
+        rest: the others, on which layers are solved again for curves: on what a layer was solved for, it errs less.
         others: those that what is tried is measured on.
         dense: the dense model's outputs on these; None: too much to keep.
         how: the method.
@@ -238,6 +257,7 @@ class Task:
     graph: Graph
     batches: list[Inputs]
     few: list[Inputs]
+    rest: list[Inputs]
     others: list[Inputs]
     dense: list[Outputs] | None
     how: RD
@@ -250,25 +270,32 @@ class Task:
         cls, program: Replay, graph: Graph, batches: list[Inputs], how: RD, multiples: Multiples, meter: Meter
     ) -> Self:
         """What there is to work with, and how much work that is."""
-        few = others = batches
-        if how.estimates:
-            few, others = (part_of(program, batches, how.part, first) for first in (0, 1))
+        few = rest = others = batches
+        if how.estimates and how.part > 1:
+            few, others = (part_of(program, batches, how.part, {place}) for place in (0, 1))
+            rest = part_of(program, batches, how.part, range(1, how.part))
         dense, macs = references(program, others), max(1, Cost(graph).macs())
-        task = cls(program, graph, batches, few, others, dense, how, multiples, macs, meter)
+        task = cls(program, graph, batches, few, rest, others, dense, how, multiples, macs, meter)
         levels = len(how.shares) if how.estimates else how.levels - 1
         tries = len(how.exponents) * (2 if any(map(is_stream, graph.groups)) else 1)
+        tries *= len(task.block_weights)
         meter.total = (
-            2 * count(batches) + 4 * count(few) + 0.5 * levels * len(graph.groups) * count(few)
+            2 * count(rest) + 4 * count(few) + 0.5 * levels * len(graph.groups) * count(few)
             + tries * task.solving(few) + how.estimates * task.solving(batches)
             + sum(map(task.ranking, graph.groups))
         )  # fmt: skip
         return task
 
     @property
+    def block_weights(self) -> tuple[float, ...]:
+        """The factors of the curves of blocks that are tried."""
+        return self.how.block_weights if any(group.branch for group in self.graph.groups) else (1.0,)
+
+    @property
     def widths(self) -> list[list[int]]:
         """Per group, the widths that it may have, ascending."""
         return [
-            list_widths(group.units, self.how.min_keep, step)
+            widths_of(group, self.how.min_keep, step)
             for group, step in zip(self.graph.groups, self.multiples.units, strict=True)
         ]
 
@@ -278,7 +305,7 @@ class Task:
 
     def see(self) -> dict[str, Seen]:
         """What goes into every layer."""
-        return see(self.program, self.batches, self.meter.each(2 * count(self.batches) / len(self.batches)))
+        return see(self.program, self.rest, self.meter.each(2 * count(self.rest) / len(self.rest)))
 
     def rank(self, seen: Mapping[str, Seen]) -> list["Ranking"]:
         """The order in which the units of each group leave."""
@@ -363,6 +390,8 @@ def rank_units(
         importance: weight name -> what the squared error of each output counts, (o,).
         shares: of the units, at which the readers' weights are kept.
     """
+    if group.branch:
+        return Ranking(torch.zeros(1, dtype=torch.long), np.array([1, 0]), np.zeros(2), {})
     readers = [m for m in group.members if m.role == "in" and m.tensor in seen and m.dim == 1]
     readers = [m for m in readers if len(seen[m.tensor].inputs) == 1]
     if not readers:
@@ -374,10 +403,10 @@ def rank_units(
         return Ranking(order, np.arange(group.units, 0, -1), np.array([0.0, *lost.tolist()]), {})
     left = {}
     for name in dict.fromkeys(m.tensor for m in readers):
-        found = seen[name]
+        (inner,) = seen[name].inputs
         blocks = [columns_of(m, program.tensor(name)) for m in readers if m.tensor == name]
         left[name] = Elimination(
-            found.inputs[0][0], found.damping(), found.weight, torch.cat(blocks, 1), importance[name]
+            inner.a, damping(inner.a, inner.noise), seen[name].weight, torch.cat(blocks, 1), importance[name]
         )
     gone: list[int] = []
     kept, cost, solved = [group.units], [0.0], {}
@@ -395,19 +424,25 @@ def rank_units(
     return Ranking(torch.tensor([*last, *gone[::-1]]), np.array(kept), np.array(cost), solved)
 
 
-def part_of(program: Replay, batches: Sequence[Inputs], part: int, first: int) -> list[Inputs]:
-    """One of every `part` images, in batches as large; whole batches if the graph takes one size only."""
-    if program.batch is not None:
-        return list(batches[first % len(batches) :: part])
-    if sum(batch_of(x) for x in batches) < 2 * part:
+def part_of(program: Replay, batches: Sequence[Inputs], part: int, wanted: Collection[int]) -> list[Inputs]:
+    """Images whose number modulo `part` is one of those wanted, in batches as large; all, where they are too few.
+
+    Of a graph that takes one size only, whole batches.
+    """
+    if sum(batch_of(x) for x in batches) < 2 * part or (program.batch is not None and len(batches) < part):
         return list(batches)
+    if program.batch is not None:
+        return [x for number, x in enumerate(batches) if number % part in wanted]
     found: list[Inputs] = []
     size, before = max(batch_of(x) for x in batches), 0
     for x in batches:
-        some = some_of(x, slice((first - before) % part, None, part))
+        places = torch.tensor(
+            [i for i in range(batch_of(x)) if (before + i) % part in wanted], dtype=torch.long
+        )
         before += batch_of(x)
-        if not batch_of(some):
+        if not len(places):
             continue
+        some = some_of(x, places)
         if found and batch_of(found[-1]) + batch_of(some) <= size:
             found[-1] = joined(found[-1], some)
         else:
@@ -439,11 +474,12 @@ def score_ranks(order: Tensor) -> Tensor:
 def measure_curves(task: Task, rankings: Sequence[Ranking], seen: Mapping[str, Seen], key: str) -> Curves:
     """The distortion of each group at several widths, every other group whole."""
     how, groups = task.how, task.graph.groups
-    grids = [grid_of(able) if how.estimates else measured_widths(able, how.levels) for able in task.widths]
-    if how.estimates:
-        widths = [anchors_of(ranking, how.shares) for ranking in rankings]
-    else:
-        widths = [grid[1:].tolist() for grid in grids]
+    grids, widths = [], []
+    for group, ranking, able in zip(groups, rankings, task.widths, strict=True):
+        every = grid_of(able)
+        estimated = how.estimates and not group.branch
+        grids.append(every if how.estimates or group.branch else measured_widths(able, how.levels))
+        widths.append(anchors_of(ranking, how.shares) if estimated else grids[-1][1:].tolist())
     found = measure(
         task.program,
         task.few,
@@ -455,13 +491,13 @@ def measure_curves(task: Task, rankings: Sequence[Ranking], seen: Mapping[str, S
         batched=passes(task.program),
         tick=task.meter.each(0.5 * count(task.few) / len(task.few)),
     )
-    if how.estimates:
-        images = [
-            estimate(ranking, some, moved.mean(1).tolist(), grid)[:, None]
-            for ranking, some, moved, grid in zip(rankings, widths, found, grids, strict=True)
-        ]
-    else:
-        images = [np.concatenate([np.zeros((1, moved.shape[1])), moved]) for moved in found]
+    images = []
+    for group, ranking, some, moved, grid in zip(groups, rankings, widths, found, grids, strict=True):
+        if how.estimates and not group.branch:
+            images.append(estimate(ranking, some, moved.mean(1).tolist(), grid)[:, None])
+        else:
+            own = np.concatenate([np.zeros((1, moved.shape[1])), moved])
+            images.append(own.mean(1, keepdims=True) if how.estimates else own)
     return Curves(tuple(group.name for group in groups), tuple(grids), tuple(images), key)
 
 
@@ -539,19 +575,19 @@ def choose_widths_by(
     cost: Cost,
     curves: Curves,
     exponent: float,
-    stream_weight: float,
+    factors: Sequence[float],
     bound: str,
     limit: float,
     widths: Sequence[Sequence[int]],
 ) -> ChosenWidths:
     """Widths of least summed distortion within the limit, then single steps as long as one more fits."""
     levels, values, possible = [], [], []
-    for group, kept, curve, able in zip(
-        cost.graph.groups, curves.kept, curves.reduced(), widths, strict=True
-    ):
-        factor = stream_weight if is_stream(group) else 1.0
+    for factor, kept, curve, able in zip(factors, curves.kept, curves.reduced(), widths, strict=True):
         levels.append(grid_of(able))
-        values.append(at_levels(kept, (factor * curve) ** exponent, levels[-1]))
+        curve = (factor * curve) ** exponent
+        values.append(
+            at_levels(kept, curve, levels[-1]) if able[0] else curve
+        )  # of a block, it is all there is
         possible.append(np.array(able, dtype=np.int64))
     choice = choose_widths(cost, curves.names, levels, values, bound, limit)
     along = [np.interp(-w, -level, value) for w, level, value in zip(possible, levels, values, strict=True)]
@@ -582,7 +618,7 @@ def choose_widths_by(
 
 def is_stream(group: Group) -> bool:
     """Whether several layers write the units of a group, as they do where branches are added up."""
-    return len({member.tensor for member in group.members if member.role == "out"}) > 1
+    return not group.branch and len({member.tensor for member in group.members if member.role == "out"}) > 1
 
 
 def summed(curves: Curves, kept: Sequence[int], exponent: float) -> float:

@@ -47,7 +47,7 @@ def by_power(seen: Mapping[str, Seen]) -> dict[str, Tensor]:
     found = {}
     for name, layer in seen.items():
         parts = layer.weight.double().chunk(len(layer.inputs))
-        power = sum(float(((w @ a) * w).sum()) for w, (a, _) in zip(parts, layer.inputs, strict=True))
+        power = sum(float(((w @ inner.a) * w).sum()) for w, inner in zip(parts, layer.inputs, strict=True))
         found[name] = torch.full((len(layer.weight),), 1 / max(power, 1e-30), dtype=torch.float64)
     return found
 

