@@ -305,7 +305,10 @@ def main() -> None:
     rows: list[tuple[Network, str, Found]] = []
     for network in NETWORKS:
         for attention in ("heads", "dims") if options.only in network.name else ():
-            found = examine(network, attention)
+            try:
+                found = examine(network, attention)
+            except sc.SecateurError as error:
+                found = Found((), (), tuple(f"refused ({error})" for _ in network.sizes), 0.0)
             if attention == "heads" or found.rewritten != rows[-1][2].rewritten:
                 rows.append((network, attention, found))
                 print(network.name, attention, found, flush=True)

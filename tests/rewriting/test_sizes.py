@@ -151,6 +151,17 @@ def test_a_number_is_told_by_sizes(number: Callable[[int, int], int], found: obj
     assert Expressions(SIZES, literals=[7, 49]).of(column, column[0]) == found
 
 
+def test_images_that_are_halved_come_before_other_numbers_that_fit() -> None:
+    """RAFT divides by a width over 8, less 1: (width + 8) // 9 fits these sizes too."""
+    wide, tall = (128, 72, 112, 88, 104), (128, 96, 64, 112, 152)
+    eighths = tuple(w // 8 - 1 for w in wide)
+    assert eighths == tuple((w + 8) // 9 for w in wide)
+    assert Expressions({W: wide}, literals=[17]).of(eighths, eighths[0]) == Size("//", Size("+", W, -8), 8)
+    halved = tuple(h // 16 - 1 for h in tall)
+    assert halved == tuple(h // 17 for h in tall)
+    assert Expressions({H: tall}).of(halved, halved[0]) == Size("//", Size("+", H, -16), 16)
+
+
 def test_a_cut_changes_a_number_in_proportion() -> None:
     column = tuple(6 * h for h in SIZES[H])
     assert Expressions(SIZES).of(column, 4 * SIZES[H][0]) == Size("*", H, 4)
@@ -481,3 +492,44 @@ def test_what_the_training_mode_loses_is_said(kind: str, lost: str) -> None:
     pruned = sc.prune(Switched(kind).eval(), torch.randn(1, 3, 8, 8), budget=sc.Budget(macs=0.5), round_to=1)
     assert pruned.proof.rewritten == (f"the whole model (without {lost})",)
     assert random.getstate() == before
+
+
+class Keeps(nn.Module):
+    """LeViT's attention: in evaluation mode, what it works out from a table of weights is kept for the next pass."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.i, self.o, self.qkv = nn.Linear(8, 16), nn.Linear(16, 3), nn.Linear(16, 48)
+        self.table, self.kept = nn.Parameter(torch.randn(4, 9)), {}  # type: ignore[var-annotated]
+        self.register_buffer("places", torch.arange(81).view(9, 9) % 9, persistent=False)
+
+    def train(self, mode: bool = True) -> "Keeps":
+        super().train(mode)
+        self.kept = {} if mode else self.kept
+        return self
+
+    def forward(self, x: Tensor) -> Tensor:
+        bias = self.table[:, self.places] if self.training else self.kept.get("bias")
+        if bias is None:
+            bias = self.kept["bias"] = self.table[:, self.places]
+        q, k, v = self.qkv(self.i(x)).view(-1, 9, 3, 4, 4).permute(2, 0, 3, 1, 4)
+        y = (q @ k.mT * 0.5 + bias).softmax(-1) @ v
+        return self.o(y.transpose(1, 2).reshape(-1, 9, 16))
+
+
+@pytest.mark.parametrize("warm", [True, False])
+def test_what_a_module_keeps_of_its_weights_is_worked_out_again(warm: bool) -> None:
+    torch.manual_seed(0)
+    model, x = Keeps().eval(), torch.randn(2, 9, 8)
+    if warm:
+        with torch.no_grad():
+            model(x)
+    pruned = sc.prune(model, x, budget=sc.Budget(macs=0.5), round_to=1)
+    assert pruned.proof.ok
+    assert pruned.proof.rewritten == ("the whole model (without what it does in training mode only)",) or (
+        pruned.proof.rewritten == ("",)
+    )
+    assert ("bias" in model.kept) == warm
+    with torch.no_grad():
+        first = pruned.model.eval()(x)
+        torch.testing.assert_close(pruned.model.train().eval()(x), first)

@@ -668,7 +668,7 @@ class Captures:
         runner = Runner(self._module, program, self.base.captured.constants)
         named = {f"module.{name}": t for name, t in values.items()}
         try:
-            with torch.no_grad():
+            with untouched(self._module), torch.no_grad():
                 expected = functional_call(self._module, cloned(values), *cloned(call))
                 result = functional_call(runner, cloned(named), *call)
         except Exception:  # whatever sizes that do not fit lead to
