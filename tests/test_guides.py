@@ -34,6 +34,12 @@ CHECKS: dict[str, Callable[[dict[str, Any]], bool]] = {
         and all(m.out_channels % 8 == 0 for m in it["even"].model if isinstance(m, it["nn"].Conv2d))
         and 0 < (it["exact"] - it["rounded"]).abs().max() < 0.2 * it["exact"].abs().max()
     ),
+    "guides/blocks.md": lambda it: (
+        len(it["graph"].groups) == 4
+        and len(it["shallow"].plan.removed) == 2
+        and within(it["both"], 0.5)
+        and it["fast"].after["latency_ms"] <= 0.8 * it["fast"].before["latency_ms"]
+    ),
     "guides/own-loop.md": lambda it: within(it["pruned"], 0.5) and it["right_after"] > 0.5 * it["dense"],
     "guides/while-training.md": lambda it: within(it["pruned"], 0.4) and it["pruned"].proof.ok,
     "guides/lightning.md": lambda it: within(it["prune"].pruned, 0.4) and it["prune"].pruned.proof.ok,
@@ -42,7 +48,9 @@ CHECKS: dict[str, Callable[[dict[str, Any]], bool]] = {
     ),
     "guides/ultralytics-training.md": lambda it: within(it["prune"].pruned, 0.6) and it["top"] in (0, 1),
     "guides/detector.md": lambda it: (
-        all(within(it[name], 0.5) for name in ("pruned", "measured", "ranked")) and it["after"] < it["before"]
+        all(within(it[name], 0.5) for name in ("pruned", "measured"))
+        and all(within(it[name], 0.6) for name in ("whole", "by_loss"))
+        and it["by_loss"].plan.origin["score"] == "taylor"
     ),
     "guides/ultralytics.md": lambda it: (
         within(it["pruned"], 0.5) and it["pruned"].proof.ok and not it["pruned"].proof.stale
@@ -81,6 +89,7 @@ NOISE = (
     "ignore:.*treespec, LeafSpec:FutureWarning",
     "ignore:.*pin_memory.*no accelerator",
     "ignore:.*lr_scheduler.step",
+    "ignore:.*torch.jit.*deprecated",
     "ignore::torch.jit.TracerWarning",
 )
 """What the frameworks warn about in their own code."""

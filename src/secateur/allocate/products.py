@@ -7,7 +7,7 @@ ResNets the streams, is searched over, and the rest is solved for each choice.
 
 import itertools
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise
@@ -54,8 +54,10 @@ class ChosenWidths:
         return max(0.0, self.distortion - self.bound) / self.distortion if self.distortion > 0 else 0.0
 
 
-def cover(products: Sequence[Product], groups: int) -> list[int]:
+def cover(products: Sequence[Product], groups: int, first: Collection[int] = ()) -> list[int]:
     """Groups such that every product of widths has at most one group outside of them; most connected first.
+
+    Of equally connected groups, those in `first` are taken.
 
     >>> from secateur.graph import Axis
     >>> chain = [Product("a", 1.0, (Axis(0, ((0, 1),)), Axis(0, ((1, 1),)))),
@@ -71,8 +73,8 @@ def cover(products: Sequence[Product], groups: int) -> list[int]:
             inside |= a & b  # a square of one width
             ties |= {(i, j) for i in a for j in b if i != j}
     while ties := {(i, j) for i, j in ties if i not in inside and j not in inside}:
-        degree = [sum(group in pair for pair in ties) for group in range(groups)]
-        inside.add(int(np.argmax(degree)))
+        degree = [(sum(group in pair for pair in ties), group in first) for group in range(groups)]
+        inside.add(max(range(groups), key=degree.__getitem__))
     return sorted(inside)
 
 
@@ -101,7 +103,8 @@ def choose_widths(
         raise BudgetError(
             f"{measure} at most {limit:,.6g}: out of reach; within reach are {least:,} to {cost.of(measure):,}"
         )
-    fixed = cover(products, len(levels))
+    blocks = {g for g, level in enumerate(levels) if not level.min()}
+    fixed = cover(products, len(levels), blocks)
     task = _Inner(Costs(cost, measure), tuple(names), tuple(levels), tuple(curves), measure, limit, fixed)
     if math.prod(len(levels[g]) for g in fixed) <= EXHAUSTIVE:  # each of them: the bound holds for all widths
         every = list(itertools.product(*(range(len(levels[g])) for g in fixed)))
@@ -262,13 +265,24 @@ class _Inner:
             found[group] = self.levels[group][level]
         return ChosenWidths(tuple(found.tolist()), own + solution.distortion, own + solution.bound)
 
+    def swapped(self, choice: Sequence[int]) -> npt.NDArray[np.int64]:
+        """The choices in which a block that went comes back, and another goes instead: (choices, groups)."""
+        blocks = [place for place, group in enumerate(self.fixed) if not self.levels[group].min()]
+        trials = []
+        for a, b in itertools.combinations(blocks, 2):
+            if choice[a] != choice[b]:
+                trial = list(choice)
+                trial[a], trial[b] = choice[b], choice[a]
+                trials.append(trial)
+        return np.array(trials, dtype=np.int64).reshape(len(trials), len(self.fixed))
+
     def starts(self) -> Iterator[list[int]]:
         """Choices to start from: the same share of every group, from narrow to wide."""
         for share in np.linspace(0, 1, 5):
             yield [round(share * (len(self.levels[g]) - 1)) for g in self.fixed]
 
     def descended(self, choice: list[int]) -> tuple[list[int], float]:
-        """Change one level at a time for as long as that helps; the choice, and what it reaches."""
+        """Change one level at a time for as long as that helps, or swap blocks; the choice, and what it reaches."""
         best = float(self.values(np.array([choice]))[0][0])
         if not np.isfinite(best):
             choice = [int(self.levels[g].argmin()) for g in self.fixed]  # the narrowest fits
@@ -283,4 +297,8 @@ class _Inner:
                 level = int(values.argmin())
                 if values[level] < best - 1e-12 * abs(best):
                     choice, best, improved = trials[level].tolist(), float(values[level]), True
+            if not improved and len(swaps := self.swapped(choice)):
+                values, _ = self.values(swaps)
+                if values.min() < best - 1e-12 * abs(best):
+                    choice, best, improved = swaps[values.argmin()].tolist(), float(values.min()), True
         return choice, best

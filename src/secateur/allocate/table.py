@@ -18,6 +18,7 @@ from torch import Tensor
 from secateur.cost import Budget, Cost
 from secateur.cost.frozen import what_stays
 from secateur.errors import BudgetError
+from secateur.graph import Group
 from secateur.imports import look_up
 from secateur.settings import checked
 
@@ -104,7 +105,7 @@ def allocate(
     """Choose the units to keep: as many as the budget allows.
 
     Args:
-        scores: (units,) per group of `cost.graph`; higher = keep.
+        scores: (units,) per group of `cost.graph`; higher = keep. Blocks together count as one group.
         cost: what widths cost.
         budget: every bound is met from below; no further step of any group would fit.
         allocation: a name in `ALLOCATIONS`, `module:function`, or a function like those in the table.
@@ -116,6 +117,7 @@ def allocate(
     Raises:
         BudgetError: unknown allocation, or a budget out of reach; the message gives the reachable range.
     """
+    groups = cost.graph.groups
     chosen = allocation_named(allocation)
     multiples = [round_to] * len(scores) if isinstance(round_to, int) else list(round_to)
     if min_keep < 1 or min(multiples, default=1) < 1:
@@ -131,9 +133,13 @@ def allocate(
             f"nothing can be pruned: the model has no group of removable units (see graph.frozen)."
             f"{what_stays(cost, 'macs', [])}"
         )
+    blocks = [i for i, group in enumerate(groups) if group.branch]  # the last groups
+    pooled = scores[: len(scores) - len(blocks)]
+    if blocks:  # each is the only unit of its group; together they are compared like the units of one
+        pooled = [*pooled, torch.cat([scores[i] for i in blocks])]
     if relative:
-        scores = [_relative(score) for score in scores]
-    levels = [list_widths(len(score), min_keep, step) for score, step in zip(scores, multiples, strict=True)]
+        pooled = [_relative(score) for score in pooled]
+    levels = [widths_of(group, min_keep, step) for group, step in zip(groups, multiples, strict=True)]
     limits = cost.limits(budget)
     fits = partial(cost.within, limits)
     least = [level[0] for level in levels]
@@ -151,14 +157,16 @@ def allocate(
             f"budget out of reach{with_}: {ranges}. Raise the budget{', or lower ' if lower else ''}"
             f"{' or '.join(lower)}.{what_stays(cost, worst, least)}"
         )
-    order = np.asarray(chosen.order(scores, least))
-    expected = [len(score) - low for score, low in zip(scores, least, strict=True)]
-    if sorted(order.tolist()) != np.repeat(np.arange(len(scores)), expected).tolist():
+    low = [*least[: len(pooled) - 1], 0] if blocks else least
+    order = np.asarray(chosen.order(pooled, low))
+    expected = [len(score) - some for score, some in zip(pooled, low, strict=True)]
+    if sorted(order.tolist()) != np.repeat(np.arange(len(pooled)), expected).tolist():
         raise BudgetError(
             f"allocation {chosen.summary!r}: got an order of {len(order)} steps; expected the number of each group "
             f"once for every unit that it may lose, {sum(expected)} in all"
         )
-
+    if blocks:
+        order[order == blocks[0]] = blocks[0] + pooled[-1].sort(stable=True).indices.numpy()
     steps = _whole_steps(order, levels)
 
     def after(count: int) -> list[int]:
@@ -183,6 +191,11 @@ def list_widths(units: int, min_keep: int, round_to: int) -> list[int]:
     """
     low = min(units, -(-min_keep // round_to) * round_to)
     return sorted({*range(low, units + 1, round_to), units})
+
+
+def widths_of(group: Group, min_keep: int, round_to: int) -> list[int]:
+    """The same for a group; a block goes or stays, whatever the multiples are."""
+    return [0, 1] if group.branch else list_widths(group.units, min_keep, round_to)
 
 
 def _whole_steps(order: Order, levels: Sequence[Sequence[int]]) -> Order:

@@ -34,10 +34,11 @@ class Cost:
     """
 
     @checked(BudgetError)
-    def __init__(self, graph: Graph) -> None:
+    def __init__(self, graph: Graph, further: Mapping[str, Sum] | None = None) -> None:
+        """Further measures may be given by name."""
         self.graph = graph
         self.full = [group.units for group in graph.groups]
-        self._formulas: dict[str, Formula] = {}
+        self._formulas: dict[str, Formula] = dict(further or {})
 
     def formula(self, measure: str) -> Formula:
         """A measure as a function of real-valued unit counts.
@@ -45,9 +46,8 @@ class Cost:
         Raises:
             BudgetError: there is no such measure, or a clock measures it.
         """
-        known = measure_named(measure)
         if measure not in self._formulas:
-            self._formulas[measure] = known.of(self.graph)
+            self._formulas[measure] = measure_named(measure).of(self.graph)
         return self._formulas[measure]
 
     def sum(self, measure: str) -> Sum:

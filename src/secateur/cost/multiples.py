@@ -94,7 +94,7 @@ def choose_multiples(
 
     A number holds for all groups. With hardware, a width counts in channels: units of many, such as heads, may be any
     number. Every group can be halved: one that is too narrow for that takes 8, 4, 2 or 1. If no such widths meet the
-    budget, all take less.
+    budget, all take less. Blocks go or stay.
 
     Args:
         model: that the graph is of; only its device is read.
@@ -115,12 +115,12 @@ def choose_multiples(
     """
     if isinstance(round_to, int):
         why = f"Widths are multiples of {round_to}, as asked for." if round_to > 1 else ""
-        return Multiples(round_to, (round_to,) * len(graph.groups), why)
+        return Multiples(round_to, tuple(1 if g.branch else round_to for g in graph.groups), why)
     round_to = hardware_of(model) if round_to == AUTO else round_to
     if round_to not in HARDWARE:
         raise BudgetError(unknown("hardware", round_to, HARDWARE))
     hardware = HARDWARE[round_to]
-    channels = [contiguous(group) for group in graph.groups]
+    channels = [1 if group.branch else contiguous(group) for group in graph.groups]
     multiple = hardware.multiple
     while True:
         wanted = [
@@ -129,13 +129,14 @@ def choose_multiples(
         ]
         units = tuple(many // math.gcd(many, each) for many, each in zip(wanted, channels, strict=True))
         least = [
-            min(group.units, -(-min_keep // step) * step)
+            min(group.least and group.units, -(-min_keep // step) * step)
             for group, step in zip(graph.groups, units, strict=True)
         ]
         if multiple == 1 or fits(least):
             break
         multiple //= 2
-    return Multiples(round_to, units, _why(hardware, multiple, wanted))
+    wanted = [many for many, group in zip(wanted, graph.groups, strict=True) if not group.branch]
+    return Multiples(round_to, units, _why(hardware, multiple, wanted) if wanted else "")
 
 
 def contiguous(group: Group) -> int:

@@ -20,9 +20,10 @@ from typing import Any, ClassVar, Literal, Self, TypeAlias
 from torch import Tensor, nn
 
 from secateur.cost import Budget
+from secateur.cost.prices import Prices
 from secateur.engine.pruned import Pruned
 from secateur.errors import ScoreError, SecateurError, unknown
-from secateur.graph import Graph, Inputs
+from secateur.graph import Graph, Inputs, analyze
 from secateur.graph.capture import batch_of
 from secateur.plan import WeightPlan
 from secateur.settings import option, options_of, plain, settings
@@ -34,6 +35,9 @@ Batch: TypeAlias = tuple[Any, Any]
 
 Progress: TypeAlias = Callable[[int, int], None]
 """Is told how much is done, of how much: in thousandths of the whole, or in passes."""
+
+
+GRANULARITY_HELP = "what a unit is: channels, whole residual branches (blocks), or both in one budget"
 
 
 class Meter:
@@ -81,6 +85,8 @@ class Context:
         previous: masks of an earlier round: what is gone stays gone.
         graph: of the model, if it is known already.
         prove: whether the cut is proven; a trial need not be, if what comes of it is cut again.
+        prices: what widths and blocks cost in milliseconds, for methods that choose by them; the budget is then of
+            `latency_ms`, as these prices tell it.
     """
 
     data: Iterable[Batch | Inputs] | None = None
@@ -90,6 +96,7 @@ class Context:
     previous: WeightPlan | None = None
     graph: Graph | None = None
     prove: bool = True
+    prices: Prices | None = None
 
 
 @settings
@@ -111,11 +118,19 @@ class Method:
     freeze: tuple[str, ...] = option(
         "modules, or patterns such as 'layer4.*', that no cut may touch", default=()
     )
+    scope: tuple[str, ...] = option(
+        "modules that are pruned, the rest left as it is; none: all that can be captured", default=()
+    )
 
     @property
     def needs_data(self) -> bool:
         """Whether it chooses on labelled images."""
         return False
+
+    def analyze(self, model: nn.Module, inputs: Inputs) -> Graph:
+        """What may be cut together in a model, under the options of the method."""
+        how = {name: getattr(self, name) for name in ("attention", "granularity") if hasattr(self, name)}
+        return analyze(model, inputs, freeze=self.freeze, scope=self.scope, **how)
 
     def prune(self, model: nn.Module, inputs: Inputs, budget: Budget, context: Context) -> Pruned:
         """Prune a copy of a model to a budget.

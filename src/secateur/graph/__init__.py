@@ -5,6 +5,7 @@ from secateur.graph.axes import Axis, Product
 from secateur.graph.capture import Inputs
 from secateur.graph.groups import (
     Frozen,
+    Granularity,
     Graph,
     Group,
     Member,
@@ -19,6 +20,7 @@ __all__ = [
     "Axis",
     "Buffer",
     "Frozen",
+    "Granularity",
     "Graph",
     "Group",
     "Inputs",

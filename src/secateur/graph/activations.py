@@ -2,7 +2,7 @@
 
 import operator
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from torch import Tensor, fx
@@ -37,15 +37,15 @@ def find_buffers(trace: Trace, units: Sequence[int]) -> tuple[Buffer, ...]:
     still needs them. Views and in-place operators allocate nothing: the traced tensors say by their storages what they
     are. The model's own parameters, buffers and constants do not count, nor does the work space inside operators. A
     dim that loses units of a group unevenly, so that its width is no linear function of how many are kept, counts as
-    if they all stayed.
+    if they all stayed. Where a block goes, the sum that it went into still counts as a tensor of its own.
 
     Args:
         trace: from the analysis.
-        units: of every group.
+        units: of every group of channels.
     """
     walk = _Walk(trace, units)
     walk.enter(trace.captured.module)
-    return tuple(Buffer(size, *walk.alive[number]) for number, size in enumerate(walk.sizes))
+    return tuple(Buffer(walk.with_blocks(number), *walk.alive[number]) for number in range(len(walk.sizes)))
 
 
 class _Walk:
@@ -55,6 +55,8 @@ class _Walk:
         sizes: of the buffers found so far.
         alive: the first and the last operator of each, so far.
         home: storage of a traced tensor -> number of its buffer; None: it belongs to the model.
+        makers: of each buffer, the node of the outermost graph that makes it.
+        ends: node of the outermost graph -> the number of its last operator.
     """
 
     def __init__(self, trace: Trace, units: Sequence[int]) -> None:
@@ -65,6 +67,9 @@ class _Walk:
         self.sizes: list[Product] = []
         self.alive: list[tuple[int, int]] = []
         self.home: dict[int, int | None] = {}
+        self.makers: list[str] = []
+        self.ends: dict[str, int] = {}
+        self.outer = ""
         self.now = 0
 
     def enter(self, graph: fx.GraphModule) -> None:
@@ -72,6 +77,9 @@ class _Walk:
         captured = self.trace.captured
         owned = captured.tensors.keys() | captured.constants.keys()
         for node in graph.graph.nodes:
+            if graph is captured.module:
+                self.outer = node.name
+            self.ends[self.outer] = self.now
             if node.op == "get_attr" or (node.op == "placeholder" and node.name in owned):
                 self.home |= {
                     storage: None for storage, _, _ in self.tensors(node) if storage not in self.home
@@ -101,6 +109,7 @@ class _Walk:
             if storage not in self.home:
                 self.home[storage] = len(self.sizes)
                 self.alive.append((self.now, self.now))
+                self.makers.append(self.outer)
                 self.sizes.append(self.size(module, value, each))
 
     def tensors(self, node: fx.Node) -> Iterator[tuple[int, Value, int]]:
@@ -111,7 +120,7 @@ class _Walk:
         for number, tensor in enumerate(tensors):
             value = values[number] if number < len(values) else None
             if not isinstance(value, Value) or value.shape != tuple(tensor.shape):
-                value = Value(tuple(tensor.shape), data=True, batched=True)
+                value = Value(tuple(tensor.shape), data=True, per_image=1.0)
             yield (
                 tensor.untyped_storage()._cdata,
                 value,
@@ -127,8 +136,18 @@ class _Walk:
             if len(dims) == 1 and not dims & axes.keys():
                 axes[min(dims)] = self.axis(varies.ravel())
         rest = [size for dim, size in enumerate(value.shape) if dim not in axes]
-        images = self.trace.captured.batch if value.batched else 1
-        return Product(module, each * float(np.prod(rest)) / images, tuple(axes.values()))
+        times, images = (value.per_image, self.trace.captured.batch) if value.per_image else (1.0, 1)
+        return Product(module, each * float(np.prod(rest)) * times / images, tuple(axes.values()))
+
+    def with_blocks(self, number: int) -> Product:
+        """The size of a buffer, nothing where the block goes that it is in and that it does not outlive."""
+        size = self.sizes[number]
+        inside = tuple(
+            Axis(0, ((group, 1),))
+            for group, branch in self.trace.blocks.items()
+            if self.makers[number] in branch.steps and self.alive[number][1] <= self.ends[branch.sum]
+        )
+        return replace(size, axes=(*size.axes, *inside)) if inside else size
 
     def axis(self, units: Atoms) -> Axis:
         """The width of a dim from the unit at each of its positions, -1 where one stays."""

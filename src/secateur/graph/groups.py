@@ -1,27 +1,41 @@
 """The graph of a model as pruning sees it: groups of units, what is frozen and why, and what things cost."""
 
 import hashlib
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
-from typing import Any
+from types import MappingProxyType
+from typing import Any, Literal, TypeAlias
 
 import numpy as np
 import torch
 from torch import Tensor, fx, nn
+from torch.utils import _pytree as pytree
 
 from secateur.errors import CaptureError, PlanError
 from secateur.graph.activations import Buffer, find_buffers
 from secateur.graph.axes import Axis, Product
-from secateur.graph.capture import Capture, Inputs, capture
+from secateur.graph.branches import Branch, find_branches
+from secateur.graph.capture import Capture, Inputs, Parted, WholeError, capture
 from secateur.graph.guard import uncompiled
 from secateur.graph.labels import Atoms, Labels, first
 from secateur.graph.modules import pad_attributes
+from secateur.graph.parts import Parts, capture_parts
 from secateur.graph.propagate import propagate
 from secateur.graph.samples import nearest_size, takes
 from secateur.graph.solve import Solution, solve
 from secateur.graph.trace import Trace
 from secateur.settings import checked
+
+Granularity: TypeAlias = Literal["channels", "blocks", "both"]
+"""What a unit is: channels (heads, neurons), a residual branch as a whole, or either."""
+
+
+BLOCK = " (block)"
+"""How the name of a block ends."""
+
+MAKING = ("out", "bias", "scale", "shift", "depthwise")
+"""Roles of tensors that make what a layer returns."""
 
 
 @dataclass(frozen=True)
@@ -67,14 +81,21 @@ class Group:
     """Units that can each be removed from every member at once.
 
     Attributes:
-        name: the first layer that makes the units.
+        name: the first layer that makes the units; of a block, its module.
         units: how many there are.
-        members: every tensor dim that shrinks with them.
+        members: every tensor dim that shrinks with them; of a block, every tensor that goes with it.
+        branch: the part of the network that is the only unit, if the group is a block.
     """
 
     name: str
     units: int
     members: tuple[Member, ...]
+    branch: Branch | None = None
+
+    @property
+    def least(self) -> int:
+        """Units that must stay."""
+        return 0 if self.branch else 1
 
 
 @dataclass(frozen=True)
@@ -106,7 +127,7 @@ class Graph:
     """What may be cut together in one model, at the shapes it had when it was analysed.
 
     Attributes:
-        groups: in the order of the forward pass.
+        groups: in the order of the forward pass: first those of channels, then blocks.
         frozen: layers with outputs that stay, and why.
         params: one product per parameter: its number of elements.
         macs: one product per contraction: its multiply-adds on one image.
@@ -118,6 +139,7 @@ class Graph:
         fingerprint: identifies the names and shapes of the model's tensors.
         inputs: the example inputs.
         trace: the captured graph with every node's labels, for surgery; no part of what a graph equals.
+        parts: the submodules that were captured, where the model as a whole cannot be; None: it was.
     """
 
     groups: tuple[Group, ...]
@@ -131,6 +153,27 @@ class Graph:
     fingerprint: str
     inputs: Inputs
     trace: Trace | None = field(default=None, compare=False)
+    parts: Parts | None = field(default=None, compare=False)
+
+    def view(self, model: nn.Module) -> nn.Module:
+        """What of a model the captured graph computes: the model itself, or its parts."""
+        return model if self.parts is None or isinstance(model, Parted) else self.parts.view(model)
+
+    @property
+    def given(self) -> Inputs:
+        """Example inputs of the view."""
+        return self.inputs if self.parts is None else self.parts.inputs
+
+    def on(self, device: torch.device) -> "Graph":
+        """The graph with its example inputs on a device."""
+
+        def moved(tree: Any) -> Any:
+            return pytree.tree_map_only(Tensor, lambda x: x.to(device), tree)
+
+        parts = self.parts and replace(
+            self.parts, inputs=moved(self.parts.inputs), example=moved(self.parts.example)
+        )
+        return replace(self, inputs=moved(self.inputs), parts=parts)
 
     def __repr__(self) -> str:
         units = sum(group.units for group in self.groups)
@@ -143,30 +186,40 @@ class Graph:
             f"  {group.name}: {group.units} units, {len(group.members)} tensors" for group in self.groups
         ]
         lines += [f"  {item.name}: {item.units} channels stay ({item.reason})" for item in self.frozen]
+        lines += str(self.parts).splitlines() if self.parts else []
         return "\n".join(lines)
 
 
 @uncompiled
 @checked(CaptureError, but=("inputs",))
 def analyze(
-    model: nn.Module, inputs: Inputs, *, freeze: Sequence[str] = (), attention: str = "heads"
+    model: nn.Module,
+    inputs: Inputs,
+    *,
+    freeze: Sequence[str] = (),
+    attention: str = "heads",
+    scope: Sequence[str] = (),
+    granularity: Granularity = "channels",
 ) -> Graph:
     """Find what may be cut together in a model.
 
     The model is only read: modes, hooks, gradients and buffers stay as they are.
 
     Args:
-        model: any module that `torch.export` can capture.
-        inputs: example inputs: a tensor, a tuple of arguments, or a dict of keyword arguments.
+        model: any module that `torch.export` can capture, or that has parts it can capture, such as a detector.
+        inputs: example inputs: a tensor, a list of images, a tuple of arguments, or a dict of keyword arguments.
         freeze: module names or shell patterns ("layer4.*"); no tensor inside them is changed.
         attention: what attention loses: whole "heads", or the same "dims" of every head (queries with keys,
             values with the output projection).
+        scope: names of the modules to prune, each captured by itself, and the rest left as it is; none: the model, or
+            if it cannot be captured, its largest submodules that can.
+        granularity: what a unit is: "channels"; "blocks", a whole residual branch; or "both".
     Raises:
-        CaptureError: the graph cannot be read, or a `freeze` pattern names no module.
+        CaptureError: the graph cannot be read, or a `freeze` pattern or `scope` names no module.
     """
     if attention not in ("heads", "dims"):
         raise CaptureError(f"attention={attention!r}: expected 'heads' or 'dims'")
-    return find_groups(model, inputs, freeze, attention)
+    return find_groups(model, inputs, freeze, attention, granularity=granularity, scope=scope)
 
 
 def capture_inputs(model: nn.Module, inputs: Inputs) -> Capture:
@@ -177,6 +230,8 @@ def capture_inputs(model: nn.Module, inputs: Inputs) -> Capture:
     """
     try:
         return capture(model, inputs)
+    except WholeError:
+        raise
     except CaptureError as error:
         shape = None if takes(model, inputs) else nearest_size(model, inputs)
         if shape is None:
@@ -190,6 +245,8 @@ def find_groups(
     freeze: Sequence[str] = (),
     attention: str = "heads",
     going: Mapping[tuple[str, int], Atoms] | None = None,
+    scope: Sequence[str] = (),
+    granularity: Granularity = "channels",
 ) -> Graph:
     """What `analyze` finds.
 
@@ -197,7 +254,15 @@ def find_groups(
         going: (tensor, dim) -> positions that are about to be removed: where there is a choice, groups are made so
             that this can be done.
     """
-    captured = capture_inputs(model, inputs)
+    parts, given, whole = None, inputs, None
+    try:
+        if not scope:
+            captured = capture_inputs(model, inputs)
+    except WholeError as error:
+        whole = error
+    if scope or whole:
+        parts, captured = capture_parts(model, inputs, scope, whole)
+        model, given = parts.view(model), parts.inputs
     labels = Labels(frozenset(name for name, _ in model.named_parameters()))
     names = canonical_names(model)
     values = propagate(model, captured, labels, names)
@@ -205,7 +270,7 @@ def find_groups(
     unused = unread(model, labels, names)
     if unused:  # such as auxiliary heads, which only the training-mode forward pass runs
         try:
-            propagate(model, capture(model, inputs, training=True), labels, names)
+            propagate(model, capture(model, given, training=True), labels, names)
             del labels.contractions[counted:]
             unused = unread(model, labels, names)
         except CaptureError:
@@ -216,7 +281,20 @@ def find_groups(
         if key in labels.tensors:
             wanted[labels.tensors[key][positions]] = True
     solution = solve(labels, attention, wanted if going else None)
-    return build(model, inputs, labels, solution, captured, values, unused)
+    branches: dict[str, Branch] = {}
+    if granularity != "channels":
+        owned = is_frozen_by(names, freeze)
+        found = find_branches(model, captured, values, labels, names)
+        branches = {
+            name: branch
+            for name, branch in zip(block_names(model, found), found, strict=True)
+            if not any(map(owned, branch.tensors))
+        }
+    channels = granularity != "blocks"
+    graph = build(model, inputs, labels, solution, captured, values, unused, branches, channels)
+    if whole and not graph.groups:
+        raise whole
+    return replace(graph, parts=parts)
 
 
 def canonical_names(model: nn.Module) -> dict[str, str]:
@@ -247,15 +325,23 @@ def is_frozen(name: str, freeze: Sequence[str]) -> bool:
     return any(fnmatchcase(path, pattern) for path in paths for pattern in freeze)
 
 
+def is_frozen_by(names: Mapping[str, str], freeze: Sequence[str]) -> Callable[[str], bool]:
+    """Whether a tensor, by its first name, is in a module that one of the patterns matches."""
+    owners: dict[str, set[str]] = {}
+    for alias, name in names.items():
+        owners.setdefault(name, set()).add(alias.rpartition(".")[0])
+    return lambda tensor: any(is_frozen(owner, freeze) for owner in owners[tensor])
+
+
 def pin_modules(model: nn.Module, labels: Labels, names: dict[str, str], freeze: Sequence[str]) -> None:
     modules = [name for name, _ in model.named_modules() if name]
     for pattern in freeze:
         if not any(is_frozen(name, [pattern]) for name in modules):
             some = ", ".join(modules[:8])
             raise CaptureError(f"freeze={pattern!r} matches no module; the model has {some}, …")
+        frozen = is_frozen_by(names, [pattern])
         for (tensor, _), atoms in labels.tensors.items():
-            owners = {alias.rpartition(".")[0] for alias, name in names.items() if name == tensor}
-            if any(is_frozen(owner, [pattern]) for owner in owners):
+            if frozen(tensor):
                 labels.module = tensor.rpartition(".")[0]
                 labels.pin(atoms, "frozen by the user")
 
@@ -280,8 +366,15 @@ def build(
     captured: Capture,
     values: dict[fx.Node, Any],
     unused: tuple[str, ...],
+    branches: Mapping[str, Branch] = MappingProxyType({}),
+    channels: bool = True,
 ) -> Graph:
-    """Collect units with the same members into groups, and express every width by them."""
+    """Collect units with the same members into groups, and express every width by them.
+
+    Args:
+        branches: become groups of one unit each, by their names.
+        channels: without, these are all the groups there are.
+    """
     keys = list(labels.tensors)
     arrays = list(labels.tensors.values())
     tensor_axes = {key: index for index, key in enumerate(keys)}
@@ -297,7 +390,8 @@ def build(
         return axis
 
     mac_axes = [[axis_number(atoms) for atoms in item.axes] for item in labels.contractions]
-    unit_sets = collect(arrays, solution)
+    able = collect(arrays, solution)
+    unit_sets = able if channels else []
     groups: list[Group] = []
     axes = [Axis(len(atoms)) for atoms in arrays]
     for unit_set in unit_sets:
@@ -314,30 +408,76 @@ def build(
         copies = sum(group.name.partition("#")[0] == name for group in groups)
         groups.append(Group(f"{name}#{copies + 1}" if copies else name, units, members))
 
+    first_block = len(groups)
+    groups += [
+        Group(name, 1, block_members(model, branch, labels), branch) for name, branch in branches.items()
+    ]
+
+    def inside(tensor: str = "", node: str = "") -> tuple[Axis, ...]:
+        """A width of 0 or 1 for every block that a tensor or an operator belongs to."""
+        return tuple(
+            Axis(0, ((first_block + number, 1),))
+            for number, branch in enumerate(branches.values())
+            if tensor in branch.tensors or node in branch.steps
+        )
+
     params = []
     for name, parameter in model.named_parameters():
         shape = parameter.shape
         cut = [tensor_axes[name, dim] for dim in range(len(shape)) if (name, dim) in tensor_axes]
         fixed = [size for dim, size in enumerate(shape) if (name, dim) not in tensor_axes]
-        params.append(Product(name, int(np.prod(fixed)), tuple(axes[i] for i in cut)))
+        params.append(Product(name, int(np.prod(fixed)), (*(axes[i] for i in cut), *inside(tensor=name))))
     macs = []
     for item, indices in zip(labels.contractions, mac_axes, strict=True):
-        full = int(np.prod([len(arrays[i]) for i in indices])) * (captured.batch if item.batched else 1)
-        macs.append(Product(item.module, item.macs / full, tuple(axes[i] for i in indices)))
-    trace = Trace(captured, values, labels.tensors, unit_numbers(solution, unit_sets, arrays))
+        full = int(np.prod([len(arrays[i]) for i in indices]))
+        times, images = (item.per_image, captured.batch) if item.per_image else (1.0, 1)
+        widths = (*(axes[i] for i in indices), *inside(node=item.node))
+        macs.append(Product(item.module, item.macs * times / (full * images), widths))
+    blocks = {first_block + number: branch for number, branch in enumerate(branches.values())}
+    trace = Trace(captured, values, labels.tensors, unit_numbers(solution, unit_sets, arrays), blocks)
     return Graph(
         groups=tuple(groups),
-        frozen=frozen_layers(labels, solution, unit_sets, arrays),
+        frozen=frozen_layers(labels, solution, able, arrays),
         params=tuple(params),
         macs=tuple(macs),
-        activations=find_buffers(trace, [group.units for group in groups]),
+        activations=find_buffers(trace, [group.units for group in groups[:first_block]]),
         pads=pad_sites(model, labels, solution, unit_sets, arrays),
-        statistics=statistic_sites(labels, solution),
+        statistics=statistic_sites(labels, solution) if channels else (),
         unused=unused,
         fingerprint=fingerprint(model),
         inputs=inputs,
         trace=trace,
     )
+
+
+def block_names(model: nn.Module, branches: Sequence[Branch]) -> list[str]:
+    """A name for every branch: that of its module, or, of several in one module, that of its largest part."""
+    sizes = {name: sum(p.numel() for p in module.parameters()) for name, module in model.named_modules()}
+    modules = [branch.module for branch in branches]
+    names: list[str] = []
+    for branch in branches:
+        name = branch.module
+        if branch.parts and (not name or modules.count(name) > 1):
+            name = max(branch.parts, key=sizes.__getitem__)
+        copies = sum(other.partition(BLOCK)[0] == name for other in names)
+        names.append(f"{name}{BLOCK}" + (f"#{copies + 1}" if copies else ""))
+    return names
+
+
+def block_members(model: nn.Module, branch: Branch, labels: Labels) -> tuple[Member, ...]:
+    """Every tensor that goes with a branch; those that its output is made with have the roles they have there."""
+    tensors = dict(named_tensors(model))
+    members = []
+    for name in branch.tensors:
+        shape = tensors[name].shape
+        if not shape or not all(shape):
+            continue
+        known = {dim: labels.roles.get((name, dim), "other") for dim in range(len(shape))}
+        telling = [dim for dim, role in known.items() if role in MAKING] if name in branch.last else []
+        dim = telling[0] if telling else 0
+        role = known[dim] if telling else "other"
+        members.append(Member(name, dim, role, np.arange(shape[dim])[None]))
+    return tuple(members)
 
 
 def unit_numbers(solution: Solution, unit_sets: Sequence[dict[int, Atoms]], arrays: Sequence[Atoms]) -> Atoms:

@@ -22,7 +22,7 @@ def removed_positions(graph: Graph, masks: Sequence[Tensor]) -> dict[tuple[str, 
     """
     parts: dict[tuple[str, int], list[Atoms]] = {}
     for group, mask in zip(graph.groups, masks, strict=True):
-        if mask.all():
+        if mask.all() or group.branch:  # what a branch is made of goes as a whole
             continue
         removed = ~mask.cpu().numpy()
         for member in group.members:

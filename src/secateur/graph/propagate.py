@@ -26,18 +26,18 @@ def propagate(
         what every node holds: a labelled value, or a tuple of them.
     """
     values: dict[fx.Node, Any] = {}
-    inputs, given, batched = [], set(captured.inputs), captured.batched
+    inputs, given, per_image = [], set(captured.inputs), captured.per_image
     labels.images = captured.batch
     for node in captured.module.graph.find_nodes(op="placeholder"):
         shape = shapes_of(node)[0] if shapes_of(node) else ()
         name = names.get(captured.tensors.get(node.name, ""))
-        inputs.append(Value(shape, tensor=name, data=node in given, batched=node in batched))
+        inputs.append(Value(shape, tensor=name, data=node in given, per_image=per_image.get(node, 0.0)))
     outputs = walk(model, captured.module, inputs, labels, values)
     labels.module = ""
     for value in flatten([outputs]):
         if isinstance(value, Value):
             for factor in labels.exposed(value).factors:
-                labels.pin(factor, "model output")
+                labels.pin(factor, "read by what is not captured" if captured.borders else "model output")
     return values
 
 
@@ -47,12 +47,15 @@ def walk(
     inputs: Sequence[Any],
     labels: Labels,
     values: dict[fx.Node, Any],
+    *,
+    outermost: bool = True,
 ) -> Any:
     """Run a graph on labelled values, which `values` records; returns what its output node holds."""
     remaining = iter(inputs)
     checks = find_checks(graph.graph)
     for node in graph.graph.nodes:
         labels.module = module_of(node) or labels.module
+        labels.node = node.name if outermost else labels.node
         if node.op == "placeholder":
             values[node] = next(remaining)
         elif node.op == "get_attr":  # a constant, or the body of a higher-order operator
@@ -102,7 +105,7 @@ def call_higher_order(
     name = str(node.target)
     body = next((i for i, arg in enumerate(args) if isinstance(arg, fx.GraphModule)), None)
     if name in BODIES and body is not None:
-        return walk(model, args[body], args[body + 1 :], labels, values)
+        return walk(model, args[body], args[body + 1 :], labels, values, outermost=False)
     if body is not None:
         raise CaptureError(
             f"{labels.module or type(model).__name__}: its forward contains {name}, whose body cannot be counted. "

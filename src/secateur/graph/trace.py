@@ -1,13 +1,14 @@
 """What the analysis knows about every tensor of the captured graph, for those who apply a plan."""
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 from torch import Tensor, fx
 
 from secateur.errors import CutError
+from secateur.graph.branches import Branch
 from secateur.graph.capture import Capture
 from secateur.graph.labels import Atoms, Value
 from secateur.graph.modules import Keep
@@ -22,6 +23,7 @@ class Trace:
         values: node -> a labelled value, or a tuple of them.
         tensors: (parameter or buffer name, dim) -> one atom per position.
         unit: (atoms,), the number of the unit each atom belongs to, counted over all groups; -1 if it stays.
+        blocks: number of a group -> the branch that is its only unit. These groups are the last.
         gone: (atoms,), True for those that earlier cuts removed; None: there were none.
     """
 
@@ -29,13 +31,15 @@ class Trace:
     values: dict[fx.Node, Any]
     tensors: dict[tuple[str, int], Atoms]
     unit: Atoms
+    blocks: Mapping[int, Branch] = field(default_factory=dict)
     gone: Keep | None = None
 
     def survivors(self, masks: Sequence[Tensor]) -> "Survivors":
         """What is left of every tensor under a plan's masks, (units,) bool per group, True = keep."""
         removed = np.concatenate([*(~mask.cpu().numpy() for mask in masks), [False]])
         dead = removed[self.unit]
-        return Survivors(self, dead if self.gone is None else dead | self.gone)
+        skipped = tuple(branch for number, branch in self.blocks.items() if not masks[number].all())
+        return Survivors(self, dead if self.gone is None else dead | self.gone, skipped)
 
     def so_far(self) -> "Survivors":
         """What earlier cuts left."""
@@ -55,10 +59,12 @@ class Survivors:
 
     Attributes:
         dead: (atoms,), True for those that are removed.
+        skipped: branches that are left out.
     """
 
     trace: Trace
     dead: Keep
+    skipped: tuple[Branch, ...] = ()
 
     def keep(self, value: Value) -> dict[int, Keep]:
         """Dim -> mask over its positions, for the dims that lose some.

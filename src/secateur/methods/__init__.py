@@ -13,13 +13,14 @@ from typing import Any, TypeAlias
 from torch import Tensor, nn
 
 from secateur.cost import Budget
+from secateur.cost.prices import measure_prices
 from secateur.engine.decay import Decay, Restore
 from secateur.engine.method import Batch, Context, Method, Progress
 from secateur.engine.pruned import Pruned, proven
 from secateur.engine.session import Session
 from secateur.engine.training_method import TrainingMethod
 from secateur.errors import BudgetError, SecateurError, unknown
-from secateur.graph import Inputs, analyze
+from secateur.graph import Graph, Inputs
 from secateur.graph.guard import uncompiled
 from secateur.imports import imported
 from secateur.methods.at_init import SNIP, AtInit, GraSP, SynFlow
@@ -29,14 +30,16 @@ from secateur.methods.gate_decorator import GateDecorator
 from secateur.methods.gradual import Gradual
 from secateur.methods.hesso import HESSO
 from secateur.methods.lapp import LAPP
-from secateur.methods.latency import Clock, budget_in_macs, here, prune_to_latency
+from secateur.methods.latency import Clock, budget_in_macs, here, prune_at_prices, prune_to_latency
 from secateur.methods.oneshot import OneShot
 from secateur.methods.oto import OTO
 from secateur.methods.own import Own
 from secateur.methods.paam import PAAM
 from secateur.methods.precrop import PreConfig, PreCrop, RandomFilters, RandomWeights
 from secateur.methods.rd import RD, MaskWeights, RDWeights
+from secateur.plan import Plan
 from secateur.settings import checked
+from secateur.surgery.cut import cut_copy
 
 __all__ = [
     "HESSO",
@@ -126,15 +129,16 @@ def method_named(method: MethodLike, options: Mapping[str, Any] | None = None) -
         if method not in METHODS:
             raise SecateurError(unknown("method", method, METHODS))
         if method == Auto.name:
-            freeze = given.pop("freeze", ())
-            return Auto(freeze=freeze, options=given)
+            common = {name: given.pop(name) for name in ("freeze", "scope") if name in given}
+            return Auto(**common, options=given)
         return METHODS[method].of(given)
     found = imported("method", method) if isinstance(method, str) else method
     if not callable(found):
         raise SecateurError(f"method is {found!r}; expected a name, a Method, or a function of your own")
     if isinstance(found, type) and issubclass(found, Method):
         return found.of(given)
-    return Own(function=found, freeze=given.pop("freeze", ()), options=given)
+    common = {name: given.pop(name) for name in ("freeze", "scope") if name in given}
+    return Own(function=found, **common, options=given)
 
 
 @uncompiled
@@ -150,6 +154,7 @@ def prune(
     clock: Clock | None = None,
     cache: str | Path | None = None,
     progress: Progress | None = None,
+    graph: Graph | None = None,
     **options: Any,
 ) -> Pruned:
     """Prune a copy of a model to a budget, and prove the result.
@@ -167,6 +172,7 @@ def prune(
             default: `secateur.methods.latency.here`, PyTorch on the device of `inputs`.
         cache: a folder for measurements that serve several budgets, or the file for them.
         progress: is told how far a long measurement has got: (done, of how many).
+        graph: of the model, from `analyze` with the method's `freeze`, `attention` and `granularity`, if it is known.
         options: of the method; `secateur methods NAME` lists them.
     Raises:
         SecateurError: unknown method or option; else what the method raises.
@@ -178,10 +184,30 @@ def prune(
             f"budget is {budget!r}; expected a Budget, such as Budget(macs=0.5), or a share of the MACs"
         )
     chosen = method_named(method, options)
-    context = Context(data, loss, None if cache is None else Path(cache), progress)
+    context = Context(data, loss, None if cache is None else Path(cache), progress, graph=graph)
     if isinstance(chosen, Auto):
-        trained = data is not None
-        chosen = choose(chosen, bounds=budget.given, trained=trained, data=trained, training=False).method
+        return prune_by_choice(chosen, model, inputs, budget, context, clock)
+    return prune_by(chosen, model, inputs, budget, context, clock)
+
+
+def prune_by_choice(
+    auto: Auto, model: nn.Module, inputs: Inputs, budget: Budget, context: Context, clock: Clock | None
+) -> Pruned:
+    """Prune by what "auto" chooses; where rd cannot run a model in steps, by gradients, or norms without a loss."""
+    data = None if context.data is None else list(context.data)
+    trained, context = data is not None, replace(context, data=data)
+    chosen = choose(auto, bounds=budget.given, trained=trained, data=trained, training=False).method
+    graph = chosen.analyze(model, inputs)
+    if isinstance(chosen, RD) and graph.parts is not None:
+        score = OneShot.score if context.loss is Context.loss else "taylor"
+        chosen = OneShot.of({"freeze": auto.freeze, "scope": auto.scope, "score": score, **auto.options})
+    return prune_by(chosen, model, inputs, budget, replace(context, graph=graph), clock)
+
+
+def prune_by(
+    chosen: Method, model: nn.Module, inputs: Inputs, budget: Budget, context: Context, clock: Clock | None
+) -> Pruned:
+    """Prune by a method that is known."""
     if budget.latency_ms is None or chosen.when == "during":
         return chosen.prune(model, inputs, budget, context)
     if chosen.removes != "channels":
@@ -194,17 +220,26 @@ def prune(
 def prune_within_latency(
     method: Method, model: nn.Module, inputs: Inputs, budget: Budget, context: Context, clock: Clock
 ) -> Pruned:
-    """Prune to a budget with milliseconds: by trying shares of the MACs; see `prune_to_latency`.
+    """Prune to a budget with milliseconds: by trying shares of the MACs, or, where blocks may go, by prices.
 
-    Plain scores share one graph, and only what is returned is proven.
+    See `prune_to_latency` and `prune_at_prices`. Plain scores share one graph, and only what is returned is proven.
     """
     data = None if context.data is None else list(context.data)  # it is gone through once per trial
     with tempfile.TemporaryDirectory() as folder:
         cache = context.cache or Path(folder)  # the same for all trials
         again = replace(context, data=data, cache=cache)
         if isinstance(method, OneShot):
-            graph = analyze(model, inputs, freeze=method.freeze, attention=method.attention)
+            graph = context.graph or method.analyze(model, inputs)
             again = replace(again, graph=graph, prove=method.compensation != "none")  # of the solved weights
+        if isinstance(method, RD) and method.granularity != "channels":
+            graph = context.graph or method.analyze(model, inputs)
+            prices = measure_prices(
+                model, graph, lambda masks: cut_copy(model, graph, Plan.of(graph, masks)), clock
+            )
+            again = replace(again, prices=prices)
+            return prune_at_prices(
+                lambda within: method.prune(model, inputs, within, again), model, budget, prices, clock
+            )
         found = prune_to_latency(
             lambda within: method.prune(model, inputs, within, again), model, budget, clock
         )

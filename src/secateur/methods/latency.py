@@ -7,6 +7,7 @@ from torch import nn
 
 from secateur.cost import Budget
 from secateur.cost.latency import compare_pair, measure_latency
+from secateur.cost.prices import Prices
 from secateur.engine.method import Context
 from secateur.engine.pruned import Pruned
 from secateur.errors import BudgetError
@@ -108,6 +109,74 @@ def prune_to_latency(
         plan=plan,
         before={**best.pruned.before, "latency_ms": dense},
         after={**best.pruned.after, "latency_ms": best.milliseconds},
+    )
+
+
+def prune_at_prices(
+    cut: Callable[[Budget], Pruned],
+    model: nn.Module,
+    budget: Budget,
+    prices: Prices,
+    clock: Clock,
+    *,
+    trials: int = 5,
+) -> Pruned:
+    """Cut by prices in milliseconds, measure, and ask for as much more or less as the prices were wrong.
+
+    Args:
+        cut: a copy of the model within a budget of `latency_ms`, as the prices tell it.
+        model: the dense one.
+        budget: of `latency_ms` alone.
+        prices: of the model's widths and blocks.
+        clock: measures.
+        trials: how many models are cut and measured at most.
+    Returns:
+        the slowest model of those that were fast enough, with `latency`.
+    Raises:
+        BudgetError: the dense model is fast enough, no model that was tried is, or other bounds are given.
+    """
+    limit = budget.latency_ms
+    assert limit is not None
+    if len(budget.given) > 1:
+        raise BudgetError("blocks are chosen by milliseconds alone: give latency_ms and no other bound")
+    if prices.dense <= limit:
+        raise BudgetError(
+            f"budget latency_ms={limit:g}: the dense model takes {prices.dense:.3g} ms and fits already; lower the "
+            f"budget"
+        )
+    asked, seen, refused = _aim(limit), list[tuple[float, float, Pruned]](), ""
+    for _ in range(trials):
+        try:
+            pruned = cut(Budget(latency_ms=asked))
+        except BudgetError as error:
+            refused = f" With less: {error}"
+            break
+        seen.append((clock(pruned.model), asked, pruned))
+        took = seen[-1][0]
+        if _CLOSE * limit <= took <= limit:
+            break
+        asked *= _aim(limit) / took
+    fit = [trial for trial in seen if trial[0] <= limit]
+    if not fit:
+        best = min((trial[0] for trial in seen), default=prices.dense)
+        raise BudgetError(
+            f"budget latency_ms={limit:g}: not reached; the fastest of {len(seen)} trials takes {best:.3g} ms.{refused}"
+        )
+    took, _, found = max(fit, key=lambda trial: trial[0])
+    assert found.plan is not None
+    measured = {
+        "bound": limit,
+        "dense": prices.dense,
+        "per_gmac": 1e9 * prices.per_mac,
+        "blocks": dict(prices.extra),
+        "trials": [[p.after["macs"] / p.before["macs"], ms] for ms, _, p in seen],
+    }
+    plan = replace(found.plan, origin={**found.plan.origin, "budget": budget.given, "latency_ms": measured})
+    return replace(
+        found,
+        plan=plan,
+        before={**found.before, "latency_ms": prices.dense},
+        after={**found.after, "latency_ms": took},
     )
 
 

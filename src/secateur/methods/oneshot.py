@@ -9,10 +9,10 @@ from torch import nn
 from secateur.allocate import ALLOCATIONS, allocate
 from secateur.cost import Budget, Cost
 from secateur.cost.multiples import AUTO, ROUND_TO, ROUND_TO_HELP, choose_multiples
-from secateur.engine.method import Context, Method, images_of, pairs_of
+from secateur.engine.method import GRANULARITY_HELP, Context, Method, images_of, pairs_of
 from secateur.engine.pruned import Pruned, cut_and_prove
 from secateur.errors import ScoreError
-from secateur.graph import Inputs, analyze
+from secateur.graph import Granularity, Inputs
 from secateur.plan import Plan
 from secateur.reconstruction.plans import COMPENSATIONS, compensated_copy
 from secateur.scores import SCORES, score_groups, score_named
@@ -42,6 +42,7 @@ class OneShot(Method):
     allocation: str | Callable[..., Any] = option(
         "how much goes from each group", default="global", choices=ALLOCATIONS, custom=True
     )
+    granularity: Granularity = option(GRANULARITY_HELP, default="channels")
     attention: Literal["heads", "dims"] = option(
         "what attention loses: whole heads, or the same dims of every head", default="heads"
     )
@@ -60,7 +61,7 @@ class OneShot(Method):
         data = None if context.data is None else list(context.data)
         if data is None and self.compensation != "none":
             raise ScoreError(f"compensation {self.compensation!r} needs data: pass data=, batches of images")
-        graph = context.graph or analyze(model, inputs, freeze=self.freeze, attention=self.attention)
+        graph = context.graph or self.analyze(model, inputs)
         scores = score_groups(
             model,
             graph,

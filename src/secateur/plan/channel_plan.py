@@ -64,10 +64,11 @@ class Plan:
                 f"of its tensors differ. Apply the plan to the unpruned model it was made for."
             )
         units = {group.name: group.units for group in graph.groups}
+        least = {group.name: group.least for group in graph.groups}
         if dict(self.units) != units:
             other = sorted(set(self.units.items()) ^ set(units.items()))[:4]
             raise PlanError(
-                f"the plan's groups differ from the model's: {other}. Analyse with the same freeze=."
+                f"the plan's groups differ from the model's: {other}. Analyse with the same freeze= and granularity=."
             )
         for name, gone in self.removed.items():
             if name not in units:
@@ -77,7 +78,7 @@ class Plan:
                     f"group {name!r} ({units[name]} units): removed units must be distinct, ascending and in "
                     f"0…{units[name] - 1}; got {list(gone)[:6]}"
                 )
-            if len(gone) == units[name]:
+            if units[name] - len(gone) < least[name]:
                 raise PlanError(
                     f"group {name!r} ({units[name]} units): the plan removes all {units[name]}; at least 1 must "
                     f"stay. Raise the budget or freeze this group."

@@ -63,6 +63,7 @@ def compensated(
     masks = {
         layer.weight: keep.get(layer.weight, torch.ones_like(program.tensor(layer.weight), dtype=torch.bool))
         for layer in layers(program)
+        if layer.weight not in keep or keep[layer.weight].any()  # not in a block that is left out
     }
     return compensate(program, batches, masks, start=start, keep=keep, tick=tick).tensors
 

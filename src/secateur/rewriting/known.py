@@ -77,6 +77,7 @@ def following(model: nn.Module, trace: Trace, survivors: Survivors) -> dict[str,
     """Module name -> attributes that change with a cut."""
     (before, _), (after, _) = cut_listing(trace, trace.so_far()), cut_listing(trace, survivors)
     places = find_regions(before)
+    later = {step.node: step for step in after.steps}
     edits: dict[str, dict[str, Number]] = {}
     for name, module in model.named_modules():
         attributes = known_attributes(module)
@@ -84,12 +85,13 @@ def following(model: nn.Module, trace: Trace, survivors: Survivors) -> dict[str,
             continue
         became: dict[Number, set[Number]] = {}
         for i in places.get((name, 0), []):
-            if before.steps[i].module == name:
-                note(before.steps[i].args, after.steps[i].args, became)
+            step = before.steps[i]
+            if step.module == name and step.node in later:
+                note(step.args, later[step.node].args, became)
         for attribute, old in attributes.items():
             new = now(old, became)
             if "." in attribute and isinstance(old, tuple):
-                new = tuple(n if isinstance(n := now(width, became), int) else width for width in old)
+                new = tuple(n for width in old if isinstance(n := now(width, became), int))
             if new != old:
                 edits.setdefault(name, {})[attribute] = new
     return edits

@@ -18,6 +18,7 @@ from secateur.graph.trace import Survivors, Trace
 from secateur.rewriting.calls import entries_in
 from secateur.rewriting.listing import Listing, as_op, cut_step, is_call, list_operators
 from secateur.rewriting.program import ANYTHING, NAMES, Given, Made, Named, Program, Ref
+from secateur.rewriting.without import sums_of, without
 
 CONSTANT = "rewritten_constant_"
 """Prefix of the buffers that hold the tensors a rewritten forward reads and that had no name."""
@@ -235,6 +236,7 @@ def _words(x: Any) -> str:
 def cut_listing(trace: Trace, survivors: Survivors) -> tuple[Listing, list[tuple[Shape, ...]]]:
     """The captured graph as a cut leaves it, and the shapes of every step's results."""
     lines = list_operators(trace.captured)
+    lines, _ = without(lines, sums_of(lines, survivors.skipped))
     return lines, cut_steps(lines, trace.values, survivors)
 
 

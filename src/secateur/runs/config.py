@@ -262,11 +262,11 @@ def reachable(graph: "Graph", min_keep: int = 1, round_to: int = 1) -> dict[str,
     >>> reachable(analyze(model, torch.zeros(1, 3, 4, 4)))["macs"]
     (128, 1024)
     """
-    from secateur.allocate import list_widths
+    from secateur.allocate.table import widths_of
     from secateur.cost import Cost
 
     cost = Cost(graph)
-    least = cost.all([list_widths(group.units, min_keep, round_to)[0] for group in graph.groups])
+    least = cost.all([widths_of(group, min_keep, round_to)[0] for group in graph.groups])
     return {measure: (least[measure], dense) for measure, dense in cost.all().items()}
 
 

@@ -23,6 +23,7 @@ from secateur.rewriting.known import following
 from secateur.rewriting.rewrite import rewrite_
 from secateur.rewriting.settle import settle
 from secateur.settings import checked
+from secateur.surgery.absent import leave_out
 from secateur.surgery.edit import Edit, select, select_states
 
 
@@ -30,6 +31,8 @@ from secateur.surgery.edit import Edit, select, select_states
 @checked(CutError)
 def cut_(model: nn.Module, graph: Graph, plan: Plan, *, optimizer: Optimizer | None = None) -> nn.Module:
     """Remove the units of a plan from the model's tensors, and let its layers' attributes follow.
+
+    Modules of a block that goes are replaced by an `Absent`.
 
     The result is the user's own module. Where its own forward does not compute the cut network, the smallest
     submodule that will do is rewritten (`rewritten_modules` names them). Any failure leaves model and
@@ -48,14 +51,18 @@ def cut_(model: nn.Module, graph: Graph, plan: Plan, *, optimizer: Optimizer | N
     """
     masks = plan.masks(graph)
     check_model(model, graph)
+    whole, model = model, graph.view(model)
+    assert graph.trace is not None
+    survivors = graph.trace.survivors(masks)
     before = duplicate(model, share=True)
     keep = kept_positions(model, graph, masks)
     edit = Edit(model)
+    emptied = leave_out(edit, model, graph, survivors.skipped)
     edit.attributes(layer_attributes(model, keep))
     edit.attributes(pad_widths(graph.pads, masks))
-    assert graph.trace is not None
-    edit.attributes(following(model, graph.trace, graph.trace.survivors(masks)))
-    for tensor, dims in tensor_cuts(model, keep):
+    edit.attributes(following(model, graph.trace, survivors))
+    nothing = torch.zeros(0, dtype=torch.long)
+    for tensor, dims in [*tensor_cuts(model, keep), *((tensor, {0: nothing}) for tensor in emptied)]:
         edit.tensor(tensor, select(tensor.data, dims))
         if tensor.grad is not None:
             edit.grad(tensor, select(tensor.grad, dims))
@@ -73,7 +80,7 @@ def cut_(model: nn.Module, graph: Graph, plan: Plan, *, optimizer: Optimizer | N
         raise CutError(
             f"{type(model).__name__}: the plan cannot be applied ({first_line(error)}). The model is unchanged."
         ) from error
-    return model
+    return whole
 
 
 def renew_(model: nn.Module, edit: Edit) -> None:
@@ -90,6 +97,11 @@ def renew_(model: nn.Module, edit: Edit) -> None:
 def _settle(model: nn.Module, before: nn.Module, graph: Graph, masks: list[Tensor], edit: Edit) -> None:
     """Rewrite the submodules whose own forward does not compute the cut network."""
     drafts = settle(model, graph, masks, functools.partial(duplicate, before, share=True))
+    if "" in drafts and graph.parts is not None:
+        raise CutError(
+            f"{type(model).__name__}: one of its parts ({', '.join(graph.parts.names)}) can neither run at the new "
+            f"widths nor be rewritten; name the others in scope=. The model is unchanged."
+        )
     for name, draft in drafts.items():
         module = model.get_submodule(name)
         edit.done(rewrite_(module, draft.program, draft.constants, draft.lost, draft.tied))
@@ -109,7 +121,9 @@ def layer_attributes(
     model: nn.Module, keep: Mapping[tuple[str, int], Keep]
 ) -> dict[str, dict[str, int | tuple[int, ...]]]:
     """Module name -> attributes that change, for every stock layer with a cut tensor."""
-    cut = {tensor for tensor, _ in keep}
+    cut: dict[str, list[tuple[int, Keep]]] = {}
+    for (tensor, dim), mask in keep.items():
+        cut.setdefault(tensor, []).append((dim, mask))
     first = {id(tensor): name for name, tensor in reversed(named_tensors(model))}
     edits = {}
     for name, module in model.named_modules():
@@ -117,8 +131,7 @@ def layer_attributes(
         tensors = dict(module.named_parameters(recurse=False)) | dict(module.named_buffers(recurse=False))
         tensors |= {local: found[1] for local in HELD if (found := held(module, local))}
         for local, tensor in tensors.items():
-            if first[id(tensor)] in cut:
-                own |= {(local, dim): mask for (key, dim), mask in keep.items() if key == first[id(tensor)]}
+            own |= {(local, dim): mask for dim, mask in cut.get(first[id(tensor)], ())}
         if own:
             try:
                 edits[name] = mirrored(module, own)
@@ -151,4 +164,9 @@ def tensor_cuts(
 @checked(CutError)
 def cut_copy(model: nn.Module, graph: Graph, plan: Plan) -> nn.Module:
     """A cut copy; the model stays whole."""
-    return cut_(duplicate(model), graph, plan)
+    small = cut_(duplicate(model, share=True), graph, plan)
+    shared = {parameter.data_ptr() for parameter in model.parameters()}
+    for parameter in small.parameters():
+        if parameter.data_ptr() in shared:
+            parameter.data = parameter.data.clone()
+    return small

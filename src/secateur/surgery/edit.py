@@ -26,6 +26,7 @@ class Edit:
         self._undo: list[Callable[[], None]] = []
         self._states: list[tuple[dict[str, Any], str, Tensor, Tensor]] = []
         self._grads: list[tuple[Tensor, Tensor, Tensor]] = []
+        self._entries: list[tuple[dict[str, Any], str, Any, Any]] = []
 
     def tensor(self, old: Tensor, new: Tensor) -> None:
         """Replace the contents of a parameter or buffer."""
@@ -55,6 +56,10 @@ class Edit:
             for attribute, value in copies.items():
                 self._attributes.append((module, attribute, getattr(module, attribute), value))
 
+    def entry(self, of: dict[str, Any], key: str, new: Any) -> None:
+        """Replace an entry of a dict, such as the submodules of a module."""
+        self._entries.append((of, key, of[key], new))
+
     def apply(self) -> None:
         """Make all changes."""
         self._set(
@@ -62,6 +67,7 @@ class Edit:
             ((t, new) for t, _, new in self._grads),
             ((s, n, new) for s, n, _, new in self._states),
             ((m, a, new) for m, a, _, new in self._attributes),
+            ((d, k, new) for d, k, _, new in self._entries),
         )
 
     def done(self, undo: Callable[[], None]) -> None:
@@ -77,6 +83,7 @@ class Edit:
             ((t, old) for t, old, _ in self._grads),
             ((s, n, old) for s, n, old, _ in self._states),
             ((m, a, old) for m, a, old, _ in self._attributes),
+            ((d, k, old) for d, k, old, _ in self._entries),
         )
 
     @staticmethod
@@ -85,6 +92,7 @@ class Edit:
         grads: Iterable[tuple[Tensor, Tensor]],
         states: Iterable[tuple[dict[str, Any], str, Tensor]],
         attributes: Iterable[tuple[nn.Module, str, Any]],
+        entries: Iterable[tuple[dict[str, Any], str, Any]],
     ) -> None:
         grads = list(grads)
         for tensor, _ in grads:
@@ -102,6 +110,8 @@ class Edit:
             state[name] = value
         for module, attribute, value in attributes:
             setattr(module, attribute, value)
+        for of, key, value in entries:
+            of[key] = value
 
 
 def select(tensor: Tensor, keep: Mapping[int, Tensor]) -> Tensor:

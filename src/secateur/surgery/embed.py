@@ -26,6 +26,8 @@ def embed(whole: nn.Module, small: nn.Module, graph: Graph, plan: Plan) -> nn.Mo
     canonical = {id(tensor): name for name, tensor in reversed(named_tensors(result))}
     with torch.no_grad():
         for name, tensor in named_tensors(result):
+            if name not in theirs or (tensor.numel() and not theirs[name].numel()):
+                continue  # of a block that was left out
             places = []
             for dim, size in enumerate(tensor.shape):
                 mask = keep.get((canonical[id(tensor)], dim))

@@ -29,6 +29,7 @@ from secateur.rewriting.rewrite import (
     rewritten_modules,
 )
 from secateur.settings import checked
+from secateur.surgery.absent import Absent, replace_
 from secateur.surgery.bypass import SIDES, Bypass, add_bypass_, remove_bypass_
 from secateur.surgery.cut import renew_
 from secateur.surgery.edit import Edit
@@ -62,6 +63,11 @@ def save(model: nn.Module, path: str | Path) -> None:
                 "stands_in": module.stands_in,
             }
             for name, module in rewritten_modules(model).items()
+        },
+        "absent": {
+            name: {"copies": module.copies}
+            for name, module in model.named_modules()
+            if isinstance(module, Absent)
         },
         "bypasses": {
             name: {"norm": module.norm_name, "side": module.kind}
@@ -121,11 +127,26 @@ def load(model: nn.Module, path: str | Path) -> nn.Module:
         add_bypass_(model, layers, "full", kinds.pop())  # type: ignore[arg-type]  # it knows which there are
     except ModelError as error:
         raise _misfit(path, model, [str(error)]) from None
+    blocks = Edit(model)
     try:
+        _leave_out(blocks, model, path, recipe["absent"])
+        blocks.apply()
         return _load(model, path, tensors, recipe)
     except FileError:
+        blocks.undo()
         remove_bypass_(model, layers)
         raise
+
+
+def _leave_out(edit: Edit, model: nn.Module, path: str | Path, absent: dict[str, Any]) -> None:
+    """Put an `Absent` in the place of every module that the saved model had one for."""
+    modules = dict(model.named_modules())
+    unknown = [name for name in absent if not name or name not in modules]
+    if unknown:
+        raise _misfit(path, model, [f"{name or 'the model'} is to be left out" for name in unknown])
+    for name, entry in absent.items():
+        stands_in = Absent(copies=entry.get("copies") is True)
+        replace_(edit, model, name, stands_in.train(modules[name].training))
 
 
 def _load(
@@ -201,7 +222,8 @@ def _programs(
     """What is wrong with the programs of a file, and the programs with their constants by module."""
     problems, programs = [], {}
     modules = dict(model.named_modules())
-    packages = {type(module).__module__.partition(".")[0] for module in modules.values()} - {"torch"}
+    own = [type(module) for module in modules.values() if not isinstance(module, Absent)]
+    packages = {cls.__module__.partition(".")[0] for cls in own} - {"torch"}
     for name, entry in recipe.items():
         if name not in modules or not isinstance(entry, dict):
             problems.append(f"{name} is to be rewritten, and the model has no such module")
@@ -264,7 +286,7 @@ def _recipe(path: str | Path, metadata: dict[str, str]) -> dict[str, dict[str, A
         )
     try:
         read = json.loads(metadata["recipe"])
-        optional = {key: read.get(key, {}) for key in ("rewritten", "bypasses", "sparse")}
+        optional = {key: read.get(key, {}) for key in ("rewritten", "absent", "bypasses", "sparse")}
         recipe = {"attributes": read["attributes"], **optional}
         for key, part in recipe.items():
             if not isinstance(part, dict):

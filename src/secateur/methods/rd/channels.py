@@ -1,5 +1,6 @@
 """Rate–distortion pruning of channels: curves per group, widths as one problem, consumers solved again."""
 
+import itertools
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -12,13 +13,14 @@ from torch import Tensor, nn
 
 from secateur.allocate.knapsack import Curve
 from secateur.allocate.products import ChosenWidths, Costs, choose_widths
-from secateur.allocate.table import list_widths
+from secateur.allocate.table import widths_of
 from secateur.cost import Budget, Cost
 from secateur.cost.multiples import AUTO, ROUND_TO, ROUND_TO_HELP, Multiples, choose_multiples
-from secateur.engine.method import Context, Meter, Method, images_of
+from secateur.cost.prices import NANOSECONDS
+from secateur.engine.method import GRANULARITY_HELP, Context, Meter, Method, images_of
 from secateur.engine.pruned import Pruned, cut_and_prove
 from secateur.errors import BudgetError, ScoreError, SecateurError
-from secateur.graph import Graph, Group, Inputs, Member, analyze
+from secateur.graph import Granularity, Graph, Group, Inputs, Member
 from secateur.graph.capture import batch_of
 from secateur.graph.duplicate import duplicate
 from secateur.graph.replay import Outputs, Replay, chunks, joined, some_of
@@ -100,6 +102,13 @@ class RD(Method):
     )
     part: int = option("estimates are measured on one of so many calibration images", default=4, least=1)
     levels: int = option("widths measured per group, where curves are measured", default=9, least=2)
+    granularity: Granularity = option(GRANULARITY_HELP, default="channels")
+    block_weights: tuple[float, ...] = option(
+        "factors of the curves of blocks, which are measured before other layers make up for them; of several, the "
+        "best is taken",
+        default=(1.0, 0.3),
+        above=0,
+    )
     min_keep: int = option("units that every group keeps at least", default=1, least=1)
     round_to: int | str = option(ROUND_TO_HELP, default=AUTO, choices=ROUND_TO, least=1)
     seed: int = option("of the images for the proof, and of estimates", default=0, least=0)
@@ -107,6 +116,8 @@ class RD(Method):
     def check(self) -> None:
         if not self.exponents:
             raise SecateurError("RD: exponents is empty; give at least one, such as (0.5, 1.0)")
+        if not self.block_weights:
+            raise SecateurError("RD: block_weights is empty; give at least one, such as (1.0,)")
         if not self.shares:
             raise SecateurError("RD: shares is empty; give at least one, such as (0.75, 0.4)")
 
@@ -123,22 +134,25 @@ class RD(Method):
     def prune(self, model: nn.Module, inputs: Inputs, budget: Budget, context: Context) -> Pruned:
         if context.data is None:
             raise ScoreError("method 'rd' measures on data: pass data=, batches of images")
-        if len(budget.bounds) != 1:
-            raise BudgetError(
-                f"method 'rd' takes one bound, got {', '.join(budget.bounds)}; give one of them"
-            )
+        bounds = budget.bounds if context.prices is None else budget.given
+        if len(bounds) != 1:
+            raise BudgetError(f"method 'rd' takes one bound, got {', '.join(bounds)}; give one of them")
         meter = Meter(context.progress)
         given = images_of(context.data)
         model = duplicate(model).eval()
-        graph = analyze(model, inputs, freeze=self.freeze)
+        graph = context.graph or self.analyze(model, inputs)
         if not graph.groups:
             raise BudgetError(
                 "nothing can be pruned: the model has no group of removable units (see graph.frozen)"
             )
-        cost = Cost(graph)
-        ((bound, _),) = budget.bounds.items()
-        cost.sum(bound)  # or it is refused here, before anything is measured
-        limit = budget.limits({bound: cost.of(bound)})[bound]
+        ((bound, asked),) = bounds.items()
+        if context.prices is None:
+            cost = Cost(graph)
+            cost.sum(bound)  # or it is refused here, before anything is measured
+            limit = budget.limits({bound: cost.of(bound)})[bound]
+        else:
+            cost = Cost(graph, {NANOSECONDS: context.prices.formula(graph)})
+            bound, limit = NANOSECONDS, int(1e6 * asked)
         multiples = choose_multiples(
             model, graph, self.round_to, partial(cost.within, {bound: limit}), min_keep=self.min_keep
         )
@@ -175,7 +189,7 @@ class RD(Method):
         return {
             "compensation": self.compensation, "distortion": self.distortion, **how,
             "freeze": list(self.freeze), "min_keep": self.min_keep,
-            "granularity": "channels",
+            "granularity": self.granularity, **({"scope": list(self.scope)} if self.scope else {}),
         }  # fmt: skip
 
     def _best(
@@ -194,16 +208,20 @@ class RD(Method):
         weights = (1.0, self.stream_weight) if any(map(is_stream, graph.groups)) else (1.0,)
         for weight in weights:
             rival = None
-            for exponent in self.exponents:
-                choice = choose_widths_by(cost, curves, exponent, weight, bound, limit, task.widths)
+            for exponent, block_weight in itertools.product(self.exponents, task.block_weights):
+                factors = [
+                    block_weight if group.branch else weight if is_stream(group) else 1.0
+                    for group in graph.groups
+                ]
+                choice = choose_widths_by(cost, curves, exponent, factors, bound, limit, task.widths)
                 if choice.kept in seen:
                     task.meter.add(task.solving(few))
                     continue
                 seen.add(choice.kept)
                 masks = [keep_first(order, kept) for order, kept in zip(orders, choice.kept, strict=True)]
                 origin = self.record() | task.multiples.record(graph) | {
-                    "exponent": exponent, "stream_weight": weight, "budget": dict(budget.bounds)
-                }  # fmt: skip
+                    "exponent": exponent, "stream_weight": weight, "budget": budget.given
+                } | ({"block_weight": block_weight} if self.granularity != "channels" else {})  # fmt: skip
                 plan = Plan.of(graph, masks, origin)
                 measured, tensors = task.tried(plan, few)
                 if rival is None or measured < rival.measured:
@@ -260,6 +278,7 @@ class Task:
         task = cls(program, graph, batches, few, rest, others, dense, how, multiples, macs, meter)
         levels = len(how.shares) if how.estimates else how.levels - 1
         tries = len(how.exponents) * (2 if any(map(is_stream, graph.groups)) else 1)
+        tries *= len(task.block_weights)
         meter.total = (
             2 * count(rest) + 4 * count(few) + 0.5 * levels * len(graph.groups) * count(few)
             + tries * task.solving(few) + how.estimates * task.solving(batches)
@@ -268,10 +287,15 @@ class Task:
         return task
 
     @property
+    def block_weights(self) -> tuple[float, ...]:
+        """The factors of the curves of blocks that are tried."""
+        return self.how.block_weights if any(group.branch for group in self.graph.groups) else (1.0,)
+
+    @property
     def widths(self) -> list[list[int]]:
         """Per group, the widths that it may have, ascending."""
         return [
-            list_widths(group.units, self.how.min_keep, step)
+            widths_of(group, self.how.min_keep, step)
             for group, step in zip(self.graph.groups, self.multiples.units, strict=True)
         ]
 
@@ -366,6 +390,8 @@ def rank_units(
         importance: weight name -> what the squared error of each output counts, (o,).
         shares: of the units, at which the readers' weights are kept.
     """
+    if group.branch:
+        return Ranking(torch.zeros(1, dtype=torch.long), np.array([1, 0]), np.zeros(2), {})
     readers = [m for m in group.members if m.role == "in" and m.tensor in seen and m.dim == 1]
     readers = [m for m in readers if len(seen[m.tensor].inputs) == 1]
     if not readers:
@@ -448,11 +474,12 @@ def score_ranks(order: Tensor) -> Tensor:
 def measure_curves(task: Task, rankings: Sequence[Ranking], seen: Mapping[str, Seen], key: str) -> Curves:
     """The distortion of each group at several widths, every other group whole."""
     how, groups = task.how, task.graph.groups
-    grids = [grid_of(able) if how.estimates else measured_widths(able, how.levels) for able in task.widths]
-    if how.estimates:
-        widths = [anchors_of(ranking, how.shares) for ranking in rankings]
-    else:
-        widths = [grid[1:].tolist() for grid in grids]
+    grids, widths = [], []
+    for group, ranking, able in zip(groups, rankings, task.widths, strict=True):
+        every = grid_of(able)
+        estimated = how.estimates and not group.branch
+        grids.append(every if how.estimates or group.branch else measured_widths(able, how.levels))
+        widths.append(anchors_of(ranking, how.shares) if estimated else grids[-1][1:].tolist())
     found = measure(
         task.program,
         task.few,
@@ -464,13 +491,13 @@ def measure_curves(task: Task, rankings: Sequence[Ranking], seen: Mapping[str, S
         batched=passes(task.program),
         tick=task.meter.each(0.5 * count(task.few) / len(task.few)),
     )
-    if how.estimates:
-        images = [
-            estimate(ranking, some, moved.mean(1).tolist(), grid)[:, None]
-            for ranking, some, moved, grid in zip(rankings, widths, found, grids, strict=True)
-        ]
-    else:
-        images = [np.concatenate([np.zeros((1, moved.shape[1])), moved]) for moved in found]
+    images = []
+    for group, ranking, some, moved, grid in zip(groups, rankings, widths, found, grids, strict=True):
+        if how.estimates and not group.branch:
+            images.append(estimate(ranking, some, moved.mean(1).tolist(), grid)[:, None])
+        else:
+            own = np.concatenate([np.zeros((1, moved.shape[1])), moved])
+            images.append(own.mean(1, keepdims=True) if how.estimates else own)
     return Curves(tuple(group.name for group in groups), tuple(grids), tuple(images), key)
 
 
@@ -548,19 +575,19 @@ def choose_widths_by(
     cost: Cost,
     curves: Curves,
     exponent: float,
-    stream_weight: float,
+    factors: Sequence[float],
     bound: str,
     limit: float,
     widths: Sequence[Sequence[int]],
 ) -> ChosenWidths:
     """Widths of least summed distortion within the limit, then single steps as long as one more fits."""
     levels, values, possible = [], [], []
-    for group, kept, curve, able in zip(
-        cost.graph.groups, curves.kept, curves.reduced(), widths, strict=True
-    ):
-        factor = stream_weight if is_stream(group) else 1.0
+    for factor, kept, curve, able in zip(factors, curves.kept, curves.reduced(), widths, strict=True):
         levels.append(grid_of(able))
-        values.append(at_levels(kept, (factor * curve) ** exponent, levels[-1]))
+        curve = (factor * curve) ** exponent
+        values.append(
+            at_levels(kept, curve, levels[-1]) if able[0] else curve
+        )  # of a block, it is all there is
         possible.append(np.array(able, dtype=np.int64))
     choice = choose_widths(cost, curves.names, levels, values, bound, limit)
     along = [np.interp(-w, -level, value) for w, level, value in zip(possible, levels, values, strict=True)]
@@ -591,7 +618,7 @@ def choose_widths_by(
 
 def is_stream(group: Group) -> bool:
     """Whether several layers write the units of a group, as they do where branches are added up."""
-    return len({member.tensor for member in group.members if member.role == "out"}) > 1
+    return not group.branch and len({member.tensor for member in group.members if member.role == "out"}) > 1
 
 
 def summed(curves: Curves, kept: Sequence[int], exponent: float) -> float:
