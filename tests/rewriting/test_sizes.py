@@ -517,7 +517,7 @@ class Keeps(nn.Module):
         return self.o(y.transpose(1, 2).reshape(-1, 9, 16))
 
 
-@pytest.mark.parametrize("warm", [False])
+@pytest.mark.parametrize("warm", [True, False])
 def test_what_a_module_keeps_of_its_weights_is_worked_out_again(warm: bool) -> None:
     torch.manual_seed(0)
     model, x = Keeps().eval(), torch.randn(2, 9, 8)

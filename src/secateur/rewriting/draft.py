@@ -25,7 +25,7 @@ from secateur.graph.capture import Capture, Inputs, as_call, capture
 from secateur.graph.duplicate import cloned, duplicate
 from secateur.graph.guard import opened, quiet, untouched
 from secateur.graph.labels import Atoms, Value, along, compress, reshape
-from secateur.graph.modes import chance_kept, default_precision
+from secateur.graph.modes import chance_kept, default_precision, forget_kept
 from secateur.graph.modules import Keep
 from secateur.graph.operators import OPERATORS, Step
 from secateur.graph.probe import aliases, difference, floats, random_values
@@ -106,6 +106,7 @@ class Writer:
 
     def __init__(self, model: nn.Module, trace: Trace, survivors: Survivors, inputs: Inputs) -> None:
         self._model = model.eval()
+        forget_kept(self._model)
         self._trace = trace
         self._survivors = survivors
         self._inputs = inputs
