@@ -237,6 +237,7 @@ def judge_module(result: Elsewhere, name: str, trial: Trial, options: Mapping[st
         options = {a: v for a, v in options.items() if all(trial.still_works("forward", {a: n}) for n in v)}
     chosen: dict[str, int] = {}
     judged: set[str] = set()
+    failed: set[str] = set()
     for way in ways(cls):
         reads = sorted(readings(cls).get(way, frozenset()) & options.keys())
         if not (reads or isinstance(after, Rewritten)) or not trial.works(way):
@@ -254,9 +255,10 @@ def judge_module(result: Elsewhere, name: str, trial: Trial, options: Mapping[st
             result.stands_in[name] = (*result.stands_in.get(name, ()), way)
         else:
             result.stale.append(f"{name or cls.__name__}: {way}() does not keep what forward gives")
+            failed |= set(reads)  # they stay as they are, so that the proof finds the same
     for attribute, values in sorted(options.items()):
         read_in = readers(after, attribute)
-        if len(values) == 1:
+        if len(values) == 1 and attribute not in failed:
             chosen.setdefault(attribute, next(iter(values)))
         elif read_in and attribute not in judged:
             where = f"{name}.{attribute}".removeprefix(".")
