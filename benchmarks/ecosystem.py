@@ -39,15 +39,15 @@ FRAMEWORKS = {
 """Module `ecosystem_NAME` -> what it is called, its package, and how many models it should have at least."""
 
 ABOUT = """Small configurations of each framework's own classes, with random weights that hide nothing; nothing is
-downloaded. *Pruned*: `secateur.prune` to 0.7 of the MACs, the same share of every group, gives a
-result, and torch's counter finds no more. *Equal*: the
-proof holds: in float64 and float32, at other batches and image sizes, and for a training step. *Trains on*: every parameter
-that gets a gradient in the original gets one, and four steps of Adam lower the loss (Hugging Face classifiers and the
-detectors: the framework's own loss; others: the mean square of all outputs). *Resumes*: the result, saved and loaded into a
-fresh model, gives the same bits, and so does one more step of training with the optimizer's state loaded. *Exports*: to ONNX,
-compared with ONNX Runtime; Ultralytics models with their own exporter. *Refused*: one of our errors, with its reason.
-*Wrong*: anything that does not hold, other exceptions included; an export that fails for the original too is not counted.
-*Tied*: a submodule takes fewer image sizes than before, and says so."""
+downloaded. *Pruned*: `secateur.prune` to 0.7 of the MACs, the same share of every group, gives a result, and
+torch's counter finds no more. *Equal*: the proof holds: in float64 and float32, at other batches and image
+sizes, and for a training step. *Trains on*: every parameter that gets a gradient in the original gets one, and
+four steps of Adam lower the loss (Hugging Face classifiers and the detectors: the framework's own loss; others:
+the mean square of all outputs). *Resumes*: the result, saved and loaded into a fresh model, gives the same
+bits, and so does one more step of training with the optimizer's state loaded. *Exports*: to ONNX, compared with
+ONNX Runtime; Ultralytics models with their own exporter. *Refused*: one of our errors, with its reason.
+*Wrong*: anything that does not hold, other exceptions included; an export that fails for the original too is
+not counted. *Tied*: a submodule takes fewer image sizes than before, and says so."""
 
 
 def main() -> None:
@@ -74,7 +74,8 @@ def main() -> None:
         print(f"{number}/{len(todo)} {line(row)}", flush=True)
     if options.out:
         rows = read(options.work)
-        options.out.write_text(page([rows[key] for key in listed if key in rows], missing))
+        unmeasured = ["/".join(key) for key in listed if key not in rows]
+        options.out.write_text(page([rows[key] for key in listed if key in rows], missing, unmeasured))
     for name, why in missing.items():
         print(f"missing: {name}: {why}")
 
@@ -170,17 +171,26 @@ def line(row: Row) -> str:
     return "  ".join(filter(None, cells))[:400]
 
 
-def page(rows: Sequence[Row], missing: dict[str, str]) -> str:
+def page(rows: Sequence[Row], missing: dict[str, str], unmeasured: Sequence[str] = ()) -> str:
+    """The page of results.
+
+    Args:
+        rows: what was measured.
+        missing: frameworks that cannot be loaded, and why.
+        unmeasured: models that were not run.
+    """
     words = {word: sum(verdict(row) == word for row in rows) for word in ("equal", "refused", "wrong")}
+    packages = [package for title, package, _ in FRAMEWORKS.values() if title not in missing]
+    versions = [f"{package} {version(package)}" for package in packages]
+    minutes = sum(row.get("cpu_s", 0) for row in rows) / 60
     lines = [
         "# The ecosystem",
         "",
         "`python benchmarks/ecosystem.py --work runs/ecosystem --out docs/results/ecosystem.md`",
         "",
-        f"{len(rows)} models: {', '.join(f'{count} {word}' for word, count in words.items())}. torch {torch.__version__}, "
-        f"{', '.join(f'{package} {version(package)}' for title, package, _ in FRAMEWORKS.values() if title not in missing)}, "
-        f"{device_name('cpu')}, one thread, Python {platform.python_version()}; "
-        f"{sum(row.get('cpu_s', 0) for row in rows) / 60:.0f} minutes of processor time.",
+        f"{len(rows)} models: {', '.join(f'{count} {word}' for word, count in words.items())}. "
+        f"torch {torch.__version__}, {', '.join(versions)}, {device_name('cpu')}, one thread, "
+        f"Python {platform.python_version()}; {minutes:.0f} minutes of processor time.",
         "",
         " ".join(ABOUT.split()),
         "",
@@ -199,6 +209,7 @@ def page(rows: Sequence[Row], missing: dict[str, str]) -> str:
         few = "" if len(own) >= least else f" (fewer than {least})"
         lines.append(f"| {title} | {len(own)}{few} | {' | '.join(map(str, [*counts, *more]))} |")
     lines += [f"\nMissing: {title}: {why}." for title, why in missing.items()]
+    lines += [f"\nNot measured yet: {', '.join(unmeasured)}."] if unmeasured else []
     lines += ["", "## What is not as it should be", ""]
     bad = [row for row in rows if verdict(row) != "equal"]
     lines += [
@@ -216,7 +227,8 @@ def page(rows: Sequence[Row], missing: dict[str, str]) -> str:
         "",
         "## Every model",
         "",
-        "| framework | model | parameters | pruned | MACs left | equal | trains on | resumes | exports | rewritten | tied | s |",
+        "| framework | model | parameters | pruned | MACs left | equal | trains on | resumes | exports | rewritten "
+        "| tied | s |",
         "|---|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     lines += ["| " + " | ".join(cells(row)) + " |" for row in rows]

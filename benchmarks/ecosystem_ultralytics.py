@@ -86,7 +86,7 @@ def export(model: nn.Module, inputs: Tensor, path: Path) -> None:
     """
     network: Any = copy.deepcopy(model).eval()
     network.pt_path = path.with_suffix(".pt")  # it writes beside this
-    file = Exporter(overrides={"format": "onnx", "imgsz": SIZE, "simplify": False})(network)
+    file = Exporter(overrides={"format": "onnx", "imgsz": SIZE, "batch": 1, "simplify": False})(network)
     session = onnxruntime.InferenceSession(file, providers=["CPUExecutionProvider"])
     found = [torch.from_numpy(x) for x in session.run(None, {"images": np.asarray(inputs)}) if x.ndim > 1]
     if hasattr(network, "end2end"):

@@ -28,7 +28,7 @@ from secateur.cost.latency import device_name
 from secateur.graph.capture import as_call
 from secateur.graph.duplicate import duplicate
 from secateur.graph.probe import difference, randomise_
-from secateur.proof.verify import Errors, compare, expected_at, run_own
+from secateur.proof.verify import Verification, expected_at, run_own
 
 Size = tuple[int, ...]
 
@@ -268,24 +268,24 @@ def examine(network: Network, attention: str) -> Found:
     proof = pruned.proof
     assert proof is not None
     assert proof.ok, proof
-    errors = compare(model, pruned.model, pruned.graph, pruned.plan, torch.float64, 0)
-    dtype = torch.float32 if errors.replayed else torch.float64  # forward itself computes in float32
+    dtype = torch.float32 if proof.replayed else torch.float64  # forward itself computes in float32
     cut = duplicate(pruned.model).to(dtype)
     at = []
     for size in network.sizes:
-        found = [outcome(network.inputs(count, size), model, cut, pruned, errors) for count in (1, 2, 3)]
+        found = [outcome(network.inputs(count, size), model, cut, pruned, proof) for count in (1, 2, 3)]
         at.append("; ".join(dict.fromkeys(found)))
     return Found(proof.rewritten, proof.tied, tuple(at), seconds)
 
 
-def outcome(inputs: Any, model: nn.Module, cut: nn.Module, pruned: sc.Pruned, errors: Errors) -> str:
+def outcome(inputs: Any, model: nn.Module, cut: nn.Module, pruned: sc.Pruned, proof: Verification) -> str:
     """How a cut model and the masked original compare on some inputs, in words."""
-    dtype = torch.float32 if errors.replayed else torch.float64
+    dtype = torch.float32 if proof.replayed else torch.float64
     call = pytree.tree_map(lambda x: x.to(dtype) if isinstance(x, Tensor) else x, as_call(inputs))
     if run_own(duplicate(model).to(dtype), call) is None:
         return "not taken"
     try:
-        expected = expected_at(call, inputs, model, pruned.graph, pruned.plan, errors, dtype)
+        graph, plan = pruned.graph, pruned.plan
+        expected = expected_at(model, graph, plan, inputs, dtype, statistics=bool(proof.statistics))
         found = run_own(cut, call)
     except sc.SecateurError as error:
         return f"refused ({error})"
@@ -305,7 +305,10 @@ def main() -> None:
     rows: list[tuple[Network, str, Found]] = []
     for network in NETWORKS:
         for attention in ("heads", "dims") if options.only in network.name else ():
-            found = examine(network, attention)
+            try:
+                found = examine(network, attention)
+            except sc.SecateurError as error:
+                found = Found((), (), tuple(f"refused ({error})" for _ in network.sizes), 0.0)
             if attention == "heads" or found.rewritten != rows[-1][2].rewritten:
                 rows.append((network, attention, found))
                 print(network.name, attention, found, flush=True)

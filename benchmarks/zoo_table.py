@@ -19,7 +19,7 @@ COLUMNS = (
     "model tool stage verified error message where note input params macs groups units prunable_macs "
     "prunable_params least_macs least_params macs_kept params_kept macs_predicted macs_counted macs_dense_equal "
     "form rewritten error64 error32 sensitivity trains frozen_units frozen groups_s groups_cpu_s cut_s verify_s "
-    "groups_mib model_mib peak_mib limit_s wall_s"
+    "groups_mib model_mib peak_mib limit_s wall_s cut_cpu_s verify_cpu_s cpu_s tied elsewhere sizes sizes_lost code"
 ).split()
 
 FAMILIES = {
@@ -167,6 +167,20 @@ def totals(ours: list[Row], peer: dict[str, Row]) -> list[str]:
     ]
     forms = Counter(row["form"] for row in ours if passed(row))
     lines += ["", "Form of the exact results: " + ", ".join(f"{n} {f}" for f, n in forms.most_common()) + "."]
+    measured = [row for row in ours if "sizes_lost" in row]
+    lost = sum(bool(row["sizes_lost"]) for row in measured)
+    tied = sum(bool(row["tied"]) for row in measured)
+    busy = [row["cpu_s"] for row in measured] or [0.0]
+    lines += [
+        "",
+        f"Other sizes were tried for {len(measured)} networks: three images, and three other image sizes. {tied} "
+        f"results say that they are tied to sizes; {lost} do not run at one of these at which the network did. "
+        f"Analysis, cut and proof: {median(busy):.1f} CPU seconds in the median, {max(busy):.0f} at most. Commits: "
+        + ", ".join(
+            f"{count} {code}" for code, count in Counter(row["code"] for row in measured).most_common()
+        )
+        + ".",
+    ]
     return lines
 
 

@@ -32,6 +32,9 @@ METHODS: dict[str, TrainingMethod] = WITH_LAYERS | {
     ),
 }
 
+FEW = ["lapp, full bypass", "lapp, no bypass", "paam, alternating", "gradual, decay", "gate decorator, decay"]
+"""One form of each way in which units leave, for tests that take long."""
+
 
 def images() -> list[tuple[Tensor, int]]:
     """Random images of three classes, always the same."""

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from secateur.integrations.lightning import Prune
-from tests.integrations.examples import ACCUMULATE, BATCH, EPOCHS, KEEP, images
+from tests.integrations.examples import ACCUMULATE, BATCH, EPOCHS, KEEP, STEPS, images
 from tests.methods.examples import Residual
 
 
@@ -32,10 +32,12 @@ class Module(LightningModule):
 def run(
     method: Any, folder: Path, *, resume: Path | None = None, **options: Any
 ) -> tuple[Module, Prune, Trainer]:
-    """Train with everything on; a checkpoint after every fourth step."""
+    """Train with everything on; a checkpoint after every epoch, from whose end Lightning resumes exactly."""
     given, callbacks = options.pop("given", {}), options.pop("callbacks", [])
     module, prune = Module(seed=0 if resume is None else 1), Prune(method, budget=KEEP, **given)
-    checkpoints = ModelCheckpoint(folder / "saved", "{step}", every_n_train_steps=4, save_top_k=-1)
+    checkpoints = ModelCheckpoint(
+        folder / "saved", "{step}", every_n_train_steps=STEPS // EPOCHS, save_top_k=-1
+    )
     trainer = Trainer(
         **{
             "accelerator": "cpu",

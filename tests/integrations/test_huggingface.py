@@ -22,7 +22,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:.*pin_memory.*no accelerator")
 
 @pytest.fixture(autouse=True)
 def analysed_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("secateur.engine.session.analyze", analyze_once)
+    monkeypatch.setattr("secateur.engine.method.analyze", analyze_once)
 
 
 @pytest.mark.parametrize("name", METHODS)

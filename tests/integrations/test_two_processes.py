@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.integrations.examples import METHODS
+from tests.integrations.examples import FEW
 
 SCRIPT = Path(__file__).with_name("two_processes.py")
 
@@ -23,11 +23,11 @@ def test_two_processes_take_the_same_decisions(framework: str, tmp_path: Path) -
         [*launch, str(SCRIPT), framework, str(tmp_path)],
         capture_output=True,
         text=True,
-        timeout=600,
+        timeout=1800,
         env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": path},
     )
     assert done.returncode == 0, done.stderr
     first, second = (json.loads((tmp_path / f"{framework}.{rank}.json").read_text()) for rank in range(2))
-    assert set(first) == set(METHODS)
+    assert list(first) == FEW
     for name in first:
         assert first[name] == second[name], name

@@ -10,7 +10,7 @@ import torch
 
 from secateur.errors import TrainingError
 from secateur.methods import LAPP
-from tests.integrations.examples import METHODS, WITH_LAYERS, Overflow, check
+from tests.integrations.examples import FEW, METHODS, WITH_LAYERS, Overflow, check
 from tests.methods.examples import analyze_once
 
 pytest.importorskip("ultralytics")
@@ -34,7 +34,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(autouse=True)
 def analysed_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("secateur.engine.session.analyze", analyze_once)
+    monkeypatch.setattr("secateur.engine.method.analyze", analyze_once)
 
 
 @pytest.mark.parametrize("name", FORMS)
@@ -62,11 +62,11 @@ def test_a_method_in_a_trainer(name: str, folder: Path) -> None:
         )
     model.model = pruned.model
     assert model.predict(torch.rand(1, 3, 32, 32), verbose=False)[0].probs is not None
+    if name == FEW[1]:
+        assert model.val(data=str(folder / "data"), imgsz=32, plots=False, verbose=False, workers=0).top1 >= 0
 
 
-@pytest.mark.parametrize(
-    "name", ["lapp, no bypass", "paam, joint", "gradual, decay", "gate decorator, decay"]
-)
+@pytest.mark.parametrize("name", [name for name in FORMS if name in FEW])
 def test_resume(name: str, folder: Path) -> None:
     """A run that was killed after an epoch goes on with the units it had, to the same number of steps."""
     from tests.integrations.ultralytics_run import BATCHES, run

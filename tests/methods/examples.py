@@ -68,7 +68,7 @@ def start(kind: type[TrainingMethod], options: dict[str, Any]) -> Make:
 
     def make(model: nn.Module) -> Session[Any]:
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr("secateur.engine.session.analyze", analyze_once)
+            patch.setattr("secateur.engine.method.analyze", analyze_once)
             return kind(**given).start(model, INPUTS, **begin)
 
     return make
@@ -77,12 +77,12 @@ def start(kind: type[TrainingMethod], options: dict[str, Any]) -> Make:
 GRAPHS: dict[tuple[str, ...], Graph] = {}
 
 
-def analyze_once(model: nn.Module, inputs: Inputs, *, freeze: Sequence[str] = ()) -> Graph:
+def analyze_once(model: nn.Module, inputs: Inputs, *, freeze: Sequence[str] = (), **how: Any) -> Graph:
     """The analysis of a model; those built alike share it, since a graph is read only and knows no weights."""
     shapes = (f"{name} {tuple(tensor.shape)}" for name, tensor in model.state_dict().items())
-    key = (repr(model), *shapes, *freeze)
+    key = (repr(model), *shapes, *freeze, repr(how))
     if key not in GRAPHS:
-        GRAPHS[key] = analyze(model, inputs, freeze=freeze)
+        GRAPHS[key] = analyze(model, inputs, freeze=freeze, **how)
     return GRAPHS[key]
 
 

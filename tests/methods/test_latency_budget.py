@@ -124,8 +124,7 @@ def test_trials_share_one_graph_and_only_the_winner_is_proven(monkeypatch: pytes
     model, x = chain()
     clock = formula(x, lambda share: 10 * share**0.5)
     for place in (
-        "secateur.methods.analyze",
-        "secateur.methods.oneshot.analyze",
+        "secateur.engine.method.analyze",
         "secateur.engine.pruned.verify",
     ):
         counted(place)

@@ -123,7 +123,10 @@ def test_scores_and_allocations_of_your_own_by_name_or_as_functions() -> None:
         ({"allocation": "fair"}, "allocation is 'fair'; expected one of global, uniform"),
         ({"method": "lap"}, "unknown method 'lap'; choose one of: at-init, auto"),
         ({"method": "lapp"}, r"prunes while the model is trained: .*LAPP\(\.\.\.\)\.start"),
-        ({"rounds": 3}, "method auto takes no rounds; name the method, or choose one of: freeze, score"),
+        (
+            {"rounds": 3},
+            "method auto takes no rounds; name the method, or choose one of: freeze, scope, score",
+        ),
         ({"budget": "half"}, "expected a Budget, such as"),
         ({"method": "snip"}, "data="),
         ({"method": "oneshot", "score": "taylor", "data": [torch.zeros(2, 3, 8, 8)]}, "without targets"),

@@ -1,9 +1,11 @@
 """Rewritten modules at other image and batch sizes, and example inputs that hold images in unlike ways."""
 
 import copy
+import random
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -149,6 +151,17 @@ def test_a_number_is_told_by_sizes(number: Callable[[int, int], int], found: obj
     assert Expressions(SIZES, literals=[7, 49]).of(column, column[0]) == found
 
 
+def test_images_that_are_halved_come_before_other_numbers_that_fit() -> None:
+    """RAFT divides by a width over 8, less 1: (width + 8) // 9 fits these sizes too."""
+    wide, tall = (128, 72, 112, 88, 104), (128, 96, 64, 112, 152)
+    eighths = tuple(w // 8 - 1 for w in wide)
+    assert eighths == tuple((w + 8) // 9 for w in wide)
+    assert Expressions({W: wide}, literals=[17]).of(eighths, eighths[0]) == Size("//", Size("+", W, -8), 8)
+    halved = tuple(h // 16 - 1 for h in tall)
+    assert halved == tuple(h // 17 for h in tall)
+    assert Expressions({H: tall}).of(halved, halved[0]) == Size("//", Size("+", H, -16), 16)
+
+
 def test_a_cut_changes_a_number_in_proportion() -> None:
     column = tuple(6 * h for h in SIZES[H])
     assert Expressions(SIZES).of(column, 4 * SIZES[H][0]) == Size("*", H, 4)
@@ -288,6 +301,24 @@ class Around(nn.Module):
         return self.o(self.inner(self.kind(y, z)))[:, :, :h, :w]
 
 
+class Apart(nn.Module):
+    """Takes channels apart, and pads width and height one by one, each where it is not whole."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.i, self.a, self.o = nn.Conv2d(3, 16, 3, padding=1), nn.Conv2d(16, 32, 1), nn.Conv2d(16, 2, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        n, _, h, w = x.shape
+        y = self.i(x)
+        if w % 4:
+            y = F.pad(y, (0, -w % 4))
+        if h % 4:
+            y = F.pad(y, (0, 0, 0, -h % 4))
+        y, z = self.a(y).view(n, 2, 16, *y.shape[2:]).unbind(1)
+        return self.o(y * z)
+
+
 CALLS: dict[str, Callable[[], nn.Module]] = {
     "object to a submodule": lambda: Around(Product(), Pair),
     "constants in a submodule": lambda: Around(Row(), lambda *both: both),
@@ -299,6 +330,7 @@ NETWORKS: dict[str, Callable[[], nn.Module]] = {
     "pooled": Pooled,
     "halves": lambda: nn.Sequential(nn.Conv2d(3, 16, 3), Halves(), nn.Conv2d(16, 2, 1)),
     "transformer": Detector,
+    "padded apart": Apart,
     **CALLS,
 }
 
@@ -387,3 +419,117 @@ def test_a_module_tied_to_a_size_says_so(tmp_path: Path) -> None:
     assert rewritten_modules(loaded)["s"].tied == rewritten_modules(pruned.model)["s"].tied != ""
     with pytest.raises(CutError, match="only; got"):
         loaded(torch.randn(1, 3, 20, 16))
+
+
+class Pairs(nn.Module):
+    """A sequence, its padding and a mask of positions, beside a sequence of another length."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.i, self.o = nn.Linear(8, 16), nn.Linear(16, 3)
+        self.t = nn.Transformer(16, 2, 1, 1, 24, dropout=0.0, batch_first=True)
+
+    def forward(self, x: Tensor, y: Tensor, padding: Tensor, mask: Tensor) -> Tensor:
+        padded = padding.to(x.dtype) * -10.0
+        return self.o(self.t(self.i(x), self.i(y), tgt_mask=mask, src_key_padding_mask=padded))
+
+
+def pairs(batch: int, first: int, second: int) -> tuple[Tensor, ...]:
+    padding = torch.arange(first).expand(batch, -1) >= first - 2
+    mask = torch.triu(torch.full((second, second), float("-inf")), 1)
+    return torch.randn(batch, first, 8), torch.randn(batch, second, 8), padding, mask
+
+
+def test_sequences_of_their_own_lengths_with_masks() -> None:
+    torch.manual_seed(0)
+    model = Pairs().eval()
+    pruned = sc.prune(model, pairs(1, 6, 5), budget=sc.Budget(macs=0.5), round_to=1)
+    assert pruned.proof.ok, pruned.proof
+    assert pruned.proof.rewritten
+    assert pruned.proof.tied == ()
+    assert not pruned.proof.uncompared
+    masked = mask_(copy.deepcopy(model), pruned.graph, pruned.plan)
+    assert pruned.proof.statistics  # so that zeros are not enough to compare with everywhere
+    for batch, first, second in ((2, 9, 4), (1, 4, 11), (3, 5, 5)):
+        inputs = pairs(batch, first, second)
+        with torch.no_grad():
+            assert pruned.model(*inputs).shape == masked(*inputs).shape == (batch, second, 3)
+            alone = pruned.model(inputs[0], inputs[1][:, :2], inputs[2], inputs[3][:2, :2])
+        # the mask holds at every length: what comes first does not depend on what comes later
+        torch.testing.assert_close(pruned.model(*inputs)[:, :2].detach(), alone)
+
+
+class Switched(nn.Module):
+    """Takes channels apart at a width written out, and does something else in training mode."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.i, self.a, self.o = nn.Conv2d(3, 16, 3, padding=1), nn.Conv2d(16, 32, 1), nn.Conv2d(16, 2, 1)
+        self.kind = kind
+
+    def forward(self, x: Tensor) -> Any:
+        n, _, h, w = x.shape
+        y, z = self.a(self.i(x)).view(n, 2, 16, h, w).unbind(1)
+        if self.kind == "numbers":
+            y = torch.roll(y, 3 if self.training else 1, 2)
+        if self.kind == "chance":
+            y = y * (random.random() if self.training else 1.0)
+        y = self.o(y * z)
+        return [y, y] if self.kind == "outputs" and self.training else y
+
+
+@pytest.mark.parametrize(
+    ("kind", "lost"),
+    [
+        ("numbers", "what it does in training mode only (shifts of roll)"),
+        ("chance", "the random numbers of Python that it draws in training mode"),
+        ("outputs", "what it returns in training mode"),
+    ],
+)
+def test_what_the_training_mode_loses_is_said(kind: str, lost: str) -> None:
+    torch.manual_seed(0)
+    before = random.getstate()
+    pruned = sc.prune(Switched(kind).eval(), torch.randn(1, 3, 8, 8), budget=sc.Budget(macs=0.5), round_to=1)
+    assert pruned.proof.rewritten == (f"the whole model (without {lost})",)
+    assert random.getstate() == before
+
+
+class Keeps(nn.Module):
+    """LeViT's attention: in evaluation mode, what it works out from a table of weights is kept for the next pass."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.i, self.o, self.qkv = nn.Linear(8, 16), nn.Linear(16, 3), nn.Linear(16, 48)
+        self.table, self.kept = nn.Parameter(torch.randn(4, 9)), {}  # type: ignore[var-annotated]
+        self.register_buffer("places", torch.arange(81).view(9, 9) % 9, persistent=False)
+
+    def train(self, mode: bool = True) -> "Keeps":
+        super().train(mode)
+        self.kept = {} if mode else self.kept
+        return self
+
+    def forward(self, x: Tensor) -> Tensor:
+        bias = self.table[:, self.places] if self.training else self.kept.get("bias")
+        if bias is None:
+            bias = self.kept["bias"] = self.table[:, self.places]
+        q, k, v = self.qkv(self.i(x)).view(-1, 9, 3, 4, 4).permute(2, 0, 3, 1, 4)
+        y = (q @ k.mT * 0.5 + bias).softmax(-1) @ v
+        return self.o(y.transpose(1, 2).reshape(-1, 9, 16))
+
+
+@pytest.mark.parametrize("warm", [False])
+def test_what_a_module_keeps_of_its_weights_is_worked_out_again(warm: bool) -> None:
+    torch.manual_seed(0)
+    model, x = Keeps().eval(), torch.randn(2, 9, 8)
+    if warm:
+        with torch.no_grad():
+            model(x)
+    pruned = sc.prune(model, x, budget=sc.Budget(macs=0.5), round_to=1)
+    assert pruned.proof.ok
+    assert pruned.proof.rewritten == ("the whole model (without what it does in training mode only)",) or (
+        pruned.proof.rewritten == ("",)
+    )
+    assert ("bias" in model.kept) == warm
+    with torch.no_grad():
+        first = pruned.model.eval()(x)
+        torch.testing.assert_close(pruned.model.train().eval()(x), first)

@@ -28,15 +28,23 @@ class Encoder(nn.Module):
         return self.o(self.e(self.i(x), src_key_padding_mask=padding))
 
 
+class Masked(Encoder):
+    def forward(self, x: Tensor, mask: Tensor) -> Tensor:  # type: ignore[override]
+        return self.o(self.e(self.i(x), mask=mask))
+
+
 class Decoder(nn.Module):
     def __init__(self, **options: Any) -> None:
         super().__init__()
         self.i, self.o, self.q = nn.Linear(8, 32), nn.Linear(32, 2), nn.Parameter(torch.randn(5, 32))
         self.d = nn.TransformerDecoder(nn.TransformerDecoderLayer(32, 4, 64, batch_first=True, **options), 1)
 
-    def forward(self, x: Tensor, causal: bool = False) -> Tensor:
+    def forward(self, x: Tensor, causal: bool = False, told: bool | None = False) -> Tensor:
         mask = torch.triu(torch.full((5, 5), float("-inf"), dtype=x.dtype), 1) if causal else None
-        return self.o(self.d(self.q.expand(len(x), -1, -1), self.i(x), tgt_mask=mask, tgt_is_causal=causal))
+        queries = self.q.expand(len(x), -1, -1)
+        return self.o(
+            self.d(queries, self.i(x), tgt_mask=mask, tgt_is_causal=causal if told is False else told)
+        )
 
 
 class Detector(nn.Module):
@@ -91,6 +99,7 @@ class MaybeDropout(nn.Module):
         return self.o(self.b(torch.cat([y * z, z], 1)).relu())
 
 
+CAUSAL = torch.triu(torch.full((6, 6), float("-inf")), 1)
 PADDING = torch.tensor([[False, False, False, False, True, True]])
 NETWORKS: dict[str, tuple[Callable[[], nn.Module], Any]] = {
     "encoder layer": (Encoder, X),
@@ -99,10 +108,13 @@ NETWORKS: dict[str, tuple[Callable[[], nn.Module], Any]] = {
     "no dropout": (lambda: Encoder(dropout=0.0), X),
     "encoder": (lambda: Encoder(2), X),
     "encoder with padding": (lambda: Encoder(1, norm_first=True), (X, PADDING)),
+    "encoder with padding, norm last": (lambda: Encoder(1), (X, PADDING)),
+    "encoder with a causal mask": (lambda: Masked(1), (X, CAUSAL)),
     "sequence first": (SequenceFirst, X),
     "decoder": (Decoder, X),
     "decoder, norm first": (lambda: Decoder(norm_first=True), X),
     "causal decoder": (Decoder, (X, True)),
+    "causal decoder that is not told so": (Decoder, (X, True, None)),
     "transformer": (Detector, IMAGE),
     "transformer, norm first": (lambda: Detector(norm_first=True), IMAGE),
     "attention with weights": (lambda: Attention(True), X),

@@ -1,15 +1,18 @@
 """Networks that choose: rounding may choose for them in float32, and that must neither refuse nor excuse anything."""
 
 import copy
+from contextlib import nullcontext
 
 import pytest
 import torch
 from torch import Tensor, nn
 
 import secateur as sc
+from secateur.graph.duplicate import converted
+from secateur.graph.probe import difference, random_inputs
 from secateur.plan import Plan
 from secateur.proof.choices import Choices
-from secateur.proof.verify import compare
+from secateur.proof.verify import run_own
 from tests.oracles import random_masks
 
 
@@ -50,11 +53,25 @@ def cut_down(how: str, *, alike: bool = True) -> tuple[nn.Module, sc.Graph, Plan
     return model, graph, plan, sc.cut_(copy.deepcopy(model), graph, plan)
 
 
+def apart(
+    model: nn.Module, cut: nn.Module, graph: sc.Graph, plan: Plan, choices: Choices | None = None
+) -> float:
+    """How far a cut model is from the masked original in float32, if wanted with the same choices."""
+    whole, call = (
+        sc.mask_(converted(model, torch.float32), graph, plan),
+        random_inputs(graph, torch.float32, 0),
+    )
+    with choices.recorded() if choices else nullcontext():
+        expected = run_own(whole, call)
+    with choices.repeated(1e-3) if choices else nullcontext():
+        relative = difference(expected, run_own(cut, call))[1]
+    return max(relative, choices.apart) if choices else relative
+
+
 @pytest.mark.parametrize("how", ["topk", "max", "sort", "argmax", "gt"])
 def test_float32_is_compared_with_the_same_choices(how: str) -> None:
     model, graph, plan, cut = cut_down(how)
-    alone = compare(model, cut, graph, plan, torch.float32, 0)
-    assert alone.relative > 1e-2  # it chose something else
+    assert apart(model, cut, graph, plan) > 1e-2  # it chose something else
     proof = sc.verify(model, cut, graph, plan)
     assert proof.ok
     assert proof.choices == (how,)
@@ -73,18 +90,18 @@ def changed(cut: nn.Module, name: str, by: float) -> nn.Module:
 def test_wrong_candidates_are_not_excused() -> None:
     """With the choices of the original, only the candidates tell that the scores are wrong."""
     model, graph, plan, cut = cut_down("argmax", alike=False)
-    right = compare(model, cut, graph, plan, torch.float32, 0, choices=Choices())
-    assert right.relative < 1e-5
-    assert not right.choices
+    choices = Choices()
+    assert apart(model, cut, graph, plan, choices) < 1e-5
+    assert not choices.overruled
     wrong = changed(cut, "score.weight", -0.5)
-    assert compare(model, wrong, graph, plan, torch.float32, 0, choices=Choices()).relative > 1e-2
+    assert apart(model, wrong, graph, plan, Choices()) > 1e-2
     assert not sc.verify(model, wrong, graph, plan).ok
 
 
 def test_what_follows_a_choice_is_compared() -> None:
     model, graph, plan, cut = cut_down("topk")
     wrong = changed(cut, "head.weight", 0.01)
-    assert compare(model, wrong, graph, plan, torch.float32, 0, choices=Choices()).relative > 5e-3
+    assert apart(model, wrong, graph, plan, Choices()) > 5e-3
     assert not sc.verify(model, wrong, graph, plan).ok
 
 

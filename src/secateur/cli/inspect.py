@@ -119,6 +119,7 @@ def look(given: Given) -> dict[str, Any]:
         "layers": layers,
         "groups": groups,
         "frozen": [{"name": item.name, "units": item.units, "reason": item.reason} for item in graph.frozen],
+        "parts": str(graph.parts).splitlines() if graph.parts else [],
         "unused": list(graph.unused),
         "reachable": {name: {"least": low, "dense": high} for name, (low, high) in reachable(graph).items()},
     }
@@ -134,6 +135,8 @@ def _show(found: dict[str, Any]) -> None:
 
     shape = "×".join(str(n) for n in found["input_shape"])
     say(f"{found['model']} on {shape}: {si(found['macs'])} MACs, {si(found['params'])} parameters")
+    for line in found["parts"]:
+        say(line)
     if found["groups"]:
         columns = ("group", "units", "layers", "MACs", "params")
         rows = table("Prunable", columns, right=columns[1:])

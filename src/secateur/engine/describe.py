@@ -133,6 +133,8 @@ def proof_notes(graph: Graph, proof: Verification | None) -> list[str]:
         )
     if proof.untrained:
         notes.append(f"No training step was compared: the original cannot be trained ({proof.untrained}).")
+    if graph.parts:
+        notes.append(f"The model cannot be captured as a whole. It was {graph.parts.told}.")
     if graph.unused:
         notes.append(f"No forward pass reads these parameters, which were left alone: {_some(graph.unused)}.")
     return notes

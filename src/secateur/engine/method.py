@@ -23,7 +23,7 @@ from secateur.cost import Budget
 from secateur.cost.prices import Prices
 from secateur.engine.pruned import Pruned
 from secateur.errors import ScoreError, SecateurError, unknown
-from secateur.graph import Graph, Inputs
+from secateur.graph import Graph, Inputs, analyze
 from secateur.graph.capture import batch_of
 from secateur.plan import WeightPlan
 from secateur.settings import option, options_of, plain, settings
@@ -118,11 +118,19 @@ class Method:
     freeze: tuple[str, ...] = option(
         "modules, or patterns such as 'layer4.*', that no cut may touch", default=()
     )
+    scope: tuple[str, ...] = option(
+        "modules that are pruned, the rest left as it is; none: all that can be captured", default=()
+    )
 
     @property
     def needs_data(self) -> bool:
         """Whether it chooses on labelled images."""
         return False
+
+    def analyze(self, model: nn.Module, inputs: Inputs) -> Graph:
+        """What may be cut together in a model, under the options of the method."""
+        how = {name: getattr(self, name) for name in ("attention", "granularity") if hasattr(self, name)}
+        return analyze(model, inputs, freeze=self.freeze, scope=self.scope, **how)
 
     def prune(self, model: nn.Module, inputs: Inputs, budget: Budget, context: Context) -> Pruned:
         """Prune a copy of a model to a budget.

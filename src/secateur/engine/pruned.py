@@ -81,6 +81,7 @@ class Pruned:
                 before, after, measure = self.before[name], self.after[name], MEASURES[name]
                 kept = "" if measure.timed else f" ({after / before:.1%} kept{zeros})"
                 lines.append(f"{measure.label}: {measure.show(before)} -> {measure.show(after)}{kept}")
+        lines += [str(self.graph.parts)] if self.graph.parts else []
         return "\n".join([*lines, *width_notes(self.plan), *([str(self.proof)] if self.proof else [])])
 
 

@@ -22,14 +22,13 @@ not count. With a model in DistributedDataParallel: `attach(optimizer, wrapped=m
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Any, Generic, Self, TypeVar, final
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim import Optimizer
-from torch.utils import _pytree as pytree
 
 from secateur.allocate import allocate
 from secateur.cost import Budget, Cost
@@ -41,7 +40,7 @@ from secateur.engine.pruned import Pruned, require_equal
 from secateur.engine.state import follow_cut, learned, load_state, move, save_state
 from secateur.engine.wrapper import renew_wrapper
 from secateur.errors import BudgetError, ModelError, TrainingError
-from secateur.graph import Inputs, analyze
+from secateur.graph import Inputs
 from secateur.graph.duplicate import duplicate
 from secateur.graph.guard import original
 from secateur.graph.shrink import shrink
@@ -131,7 +130,7 @@ class Session(Generic[S]):
 
     def analyze(self) -> None:
         """Analyse the model as it is now, as the one at the start; `dense` and `limits` stay."""
-        self.whole = self.graph = analyze(self.model, self.inputs, freeze=self.method.freeze)
+        self.whole = self.graph = self.method.analyze(self.model, self.inputs)
         self.cost = Cost(self.whole)
         self.tensors = dict(self.model.named_parameters())
         self.original = duplicate(self.model)
@@ -313,7 +312,7 @@ class Session(Generic[S]):
         plan, device = self.plan(), self.device
         try:
             original = embed(self.original, self.model.cpu(), self.whole, plan)
-            proof = verify(original, self.model, self.whole, plan)
+            proof = verify(original, self.model, self.whole.on(torch.device("cpu")), plan)
         finally:
             self.model.to(device)
         require_equal(self.model, proof)
@@ -384,8 +383,7 @@ class Session(Generic[S]):
         self._hooks.close()
         with self.method.cutting(self):
             device = self.device
-            inputs = pytree.tree_map_only(Tensor, lambda x: x.to(device), self.graph.inputs)
-            here = replace(self.graph, inputs=inputs)
+            here = self.graph.on(device)
             plan = Plan.of(here, masks)
             cut_(self.model, here, plan, optimizer=self.optimizer)
             for follower in self.followers:

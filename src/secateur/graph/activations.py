@@ -120,7 +120,7 @@ class _Walk:
         for number, tensor in enumerate(tensors):
             value = values[number] if number < len(values) else None
             if not isinstance(value, Value) or value.shape != tuple(tensor.shape):
-                value = Value(tuple(tensor.shape), data=True, batched=True)
+                value = Value(tuple(tensor.shape), data=True, per_image=1.0)
             yield (
                 tensor.untyped_storage()._cdata,
                 value,
@@ -136,8 +136,8 @@ class _Walk:
             if len(dims) == 1 and not dims & axes.keys():
                 axes[min(dims)] = self.axis(varies.ravel())
         rest = [size for dim, size in enumerate(value.shape) if dim not in axes]
-        images = self.trace.captured.batch if value.batched else 1
-        return Product(module, each * float(np.prod(rest)) / images, tuple(axes.values()))
+        times, images = (value.per_image, self.trace.captured.batch) if value.per_image else (1.0, 1)
+        return Product(module, each * float(np.prod(rest)) * times / images, tuple(axes.values()))
 
     def with_blocks(self, number: int) -> Product:
         """The size of a buffer, nothing where the block goes that it is in and that it does not outlive."""

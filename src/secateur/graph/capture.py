@@ -17,13 +17,15 @@ from secateur.graph.guard import (
     culprit,
     plain_outputs,
     quiet,
+    unknown_size,
     untouched,
     written_out,
 )
-from secateur.graph.modes import chance, chance_kept
+from secateur.graph.modes import chance, chance_kept, forget_kept
 
 Inputs: TypeAlias = Tensor | tuple[Any, ...] | list[Any] | Mapping[str, Any]
-"""Example inputs: one tensor, a tuple of positional arguments, or a mapping of keyword arguments."""
+"""Example inputs: one tensor, a list of images (c, h, w), a tuple of positional arguments, or a mapping of keyword
+arguments."""
 
 BATCH = 2
 """Images in the traced batch: at 1, a batch dimension looks like a broadcast one."""
@@ -36,14 +38,28 @@ class Batching:
     Attributes:
         images: in the inputs as they were given.
         rows: of every leaf of the inputs, its first dim if that grows with the images; None: it stays.
+        per_image: of every leaf, how many rows an image really has for each row of it, 0 if it holds none for an
+            image; empty: one for those that grow.
+        fixed: they can hold no other number of images, such as where each is a tensor of its own.
     """
 
     images: int
     rows: tuple[int | None, ...]
+    per_image: tuple[float, ...] = ()
+    fixed: bool = False
 
     def allows(self, images: int) -> bool:
         """Whether the inputs can hold this many images."""
+        if self.fixed:
+            return images == self.images
         return all(rows is None or rows * images % self.images == 0 for rows in self.rows)
+
+    def count(self, inputs: Inputs) -> int:
+        """Images in inputs like these."""
+        if self.fixed:
+            return self.images
+        leaves = zip(pytree.tree_leaves(as_call(inputs)), self.rows, strict=True)
+        return next((len(x) * self.images // rows for x, rows in leaves if rows), self.images)
 
     def resized(self, inputs: Inputs, images: int) -> Inputs:
         """The same inputs with this many images: the first ones, repeated if there are too few."""
@@ -65,6 +81,7 @@ class Capture:
         constants: placeholder name -> a tensor that `forward` reads and that is neither of these.
         batching: how the example inputs were read.
         batch: images in the traced batch; totals over the graph are divided by it.
+        borders: see `Parted`.
         drawn: forward drew random numbers of Python or NumPy, which the graph holds as any other number.
     """
 
@@ -73,6 +90,7 @@ class Capture:
     constants: dict[str, Tensor]
     batching: Batching
     batch: int
+    borders: tuple[fx.Node, ...] = ()
     drawn: bool = False
 
     @property
@@ -82,29 +100,53 @@ class Capture:
         return [n for n in self.module.graph.find_nodes(op="placeholder") if n.name not in given]
 
     @property
-    def batched(self) -> set[fx.Node]:
-        """Those of the inputs that grow with the number of images."""
-        return {n for n, rows in zip(self.inputs, self.batching.rows, strict=True) if rows is not None}
+    def per_image(self) -> dict[fx.Node, float]:
+        """Of those inputs that hold something for every image: how many rows an image has for each of theirs."""
+        grown = tuple(float(rows is not None) for rows in self.batching.rows)
+        return dict(zip(self.inputs, self.batching.per_image or grown, strict=True))
+
+
+class Parted(nn.Module):
+    """Parts of a model that are called one after the other, as if that were its forward; see parts.py.
+
+    Attributes:
+        batching: how its inputs hold images.
+        outputs: how many of the tensors that it returns while it is captured are its outputs. The others are seen at
+            the borders of its parts: they become `Capture.borders`.
+    """
+
+    batching: Batching
+    outputs: int
+
+
+class WholeError(CaptureError):
+    """The model runs, but its graph cannot be captured as a whole."""
 
 
 def as_call(inputs: Inputs) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """Example inputs as positional and keyword arguments of `forward`."""
-    if isinstance(inputs, Tensor):
+    if isinstance(inputs, Tensor) or are_images(inputs):
         return (inputs,), {}
     if isinstance(inputs, Mapping):
         return (), dict(inputs)
     if isinstance(inputs, tuple | list):
         return tuple(inputs), {}
     raise CaptureError(
-        f"example inputs: got {type(inputs).__name__}; expected a tensor, a tuple of arguments or a dict of "
-        f"keyword arguments. Pass for example torch.randn(1, 3, 224, 224)."
+        f"example inputs: got {type(inputs).__name__}; expected a tensor, a list of images (c, h, w), a tuple of "
+        f"arguments or a dict of keyword arguments. Pass for example torch.randn(1, 3, 224, 224)."
     )
 
 
 def as_inputs(args: tuple[Any, ...], kwargs: dict[str, Any], like: Inputs) -> Inputs:
     """Arguments of `forward` in the form of some example inputs."""
-    result: Inputs = args[0] if isinstance(like, Tensor) else kwargs if isinstance(like, Mapping) else args
+    single = isinstance(like, Tensor) or are_images(like)
+    result: Inputs = args[0] if single else kwargs if isinstance(like, Mapping) else args
     return result
+
+
+def are_images(x: Any) -> bool:
+    """Whether this is a list of images, each a tensor (c, h, w): one argument, such as detectors take."""
+    return isinstance(x, list) and bool(x) and all(isinstance(t, Tensor) and t.ndim == 3 for t in x)
 
 
 def batchings(inputs: Inputs) -> list[Batching]:
@@ -116,6 +158,8 @@ def batchings(inputs: Inputs) -> list[Batching]:
     leaves = pytree.tree_leaves(as_call(inputs))
     first = [x.shape[0] if isinstance(x, Tensor) and x.ndim else None for x in leaves]
     images = max(1, batch_of(inputs))
+    if list_of_images(inputs) is not None:
+        return [Batching(images, tuple(first), fixed=True)]
     equal = Batching(images, tuple(rows if rows == images else None for rows in first))
     related = Batching(
         images,
@@ -134,9 +178,18 @@ def with_length(x: Tensor, dim: int, size: int) -> Tensor:
 
 
 def batch_of(inputs: Inputs) -> int:
-    """Images in the inputs: the first dim of the first tensor of several dims, or else of one."""
+    """Images in the inputs: of a list of them, or the first dim of the first tensor of several dims, or else of one."""
+    images = list_of_images(inputs)
+    if images is not None:
+        return len(images)
     tensors = [x for x in pytree.tree_leaves(as_call(inputs)) if isinstance(x, Tensor) and x.ndim]
     return next((len(x) for x in sorted(tensors, key=lambda x: x.ndim == 1)), 1)
+
+
+def list_of_images(inputs: Inputs) -> list[Tensor] | None:
+    """The first argument that is a list of images; None: there is none."""
+    args, kwargs = as_call(inputs)
+    return next((x for x in (*args, *kwargs.values()) if are_images(x)), None)
 
 
 def with_images(inputs: Inputs, images: int) -> Inputs:
@@ -145,12 +198,11 @@ def with_images(inputs: Inputs, images: int) -> Inputs:
     return batching.resized(inputs, images) if batching.allows(images) else inputs
 
 
-def _candidates(inputs: Inputs) -> list[tuple[Batching, int]]:
+def _candidates(read: Sequence[Batching]) -> list[tuple[Batching, int]]:
     """What to trace: few images, or a multiple of those given, or the inputs as they are.
 
     Where tensors may or may not grow with the images, only the inputs as they are show how much work an image is.
     """
-    read = batchings(inputs)
     given = read[0].images
     if given > 1 and len(read) > 1:
         return [(read[0], given)]
@@ -180,8 +232,10 @@ def capture(
     if not batch_of(inputs):
         raise CaptureError("example inputs: the batch is empty; pass at least one image")
     with untouched(model), written_out(), chance_kept():
+        forget_kept(model)
         model.train(training)
-        ways = [(batchings(inputs)[0], batch_of(inputs))] if exact else _candidates(inputs)
+        read = [model.batching] if isinstance(model, Parted) else batchings(inputs)
+        ways = [(read[0], read[0].count(inputs))] if exact else _candidates(read)
         before = chance()
         captured = _export(model, inputs, ways, any_batch)
         captured = replace(captured, drawn=chance() != before)
@@ -201,23 +255,37 @@ def _export(
         try:
             with quiet(), plain_outputs(model):
                 program = torch.export.export(model, args, kwargs, dynamic_shapes=free, strict=False)
-        except CaptureError:
-            raise
         except Exception as error:
             failure = error  # the last candidate is the user's own
             continue
+        if not any_batch and (where := unknown_size(program.graph_module)):
+            raise WholeError(
+                f"{where}: runs, but how much it returns depends on the values in a tensor, so that its graph cannot "
+                f"be captured. Name the submodules to prune in scope=, or move this out of the module that is pruned."
+            )
         signature = program.graph_signature
         tensors = {**signature.inputs_to_parameters, **signature.inputs_to_buffers}
         constants = {
             name: program.constants[key] for name, key in signature.inputs_to_lifted_tensor_constants.items()
         }
-        return Capture(program.graph_module, tensors, constants, batching, images)
+        borders = _take_borders(program.graph_module, model.outputs) if isinstance(model, Parted) else ()
+        return Capture(program.graph_module, tensors, constants, batching, images, borders)
     assert failure is not None
     _check_runs(model, inputs)
-    raise CaptureError(
+    if isinstance(failure, CaptureError):
+        raise WholeError(str(failure)) from failure
+    raise WholeError(
         f"{culprit(model, failure)}: runs, but its graph cannot be captured: {first_line(failure)}. Control flow "
         f"that depends on tensor values must be replaced by torch.where, or moved out of the module that is pruned."
     ) from failure
+
+
+def _take_borders(module: fx.GraphModule, outputs: int) -> tuple[fx.Node, ...]:
+    """Take from a graph the outputs behind the first ones."""
+    node = next(iter(module.graph.find_nodes(op="output")))
+    every: tuple[Any, ...] = tuple(node.args[0])
+    node.args = (every[:outputs],)
+    return every[outputs:]
 
 
 def _free_batch(x: Any) -> Any:

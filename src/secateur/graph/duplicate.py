@@ -3,6 +3,7 @@
 import copy
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
@@ -31,7 +32,7 @@ def duplicate(model: nn.Module, *, share: bool = False) -> nn.Module:
     """
     memo: dict[int, Any] = {}
     for parameter in model.parameters() if share else []:  # not the buffers: a forward may write to them
-        memo[id(parameter)] = nn.Parameter(parameter.detach(), parameter.requires_grad)
+        memo[id(parameter)] = type(parameter)(parameter.detach(), parameter.requires_grad)
     try:
         with _WithoutHistory():
             return copy.deepcopy(model, memo)
@@ -40,6 +41,21 @@ def duplicate(model: nn.Module, *, share: bool = False) -> nn.Module:
             f"{type(model).__name__} cannot be copied ({first_line(error)}); remove what cannot be copied "
             f"from its attributes"
         ) from error
+
+
+def converted(model: nn.Module, dtype: torch.dtype) -> nn.Module:
+    """A copy whose floating-point tensors have a precision; every tensor is copied once.
+
+    Raises:
+        CutError: something in the model cannot be copied.
+    """
+
+    def convert(t: Tensor) -> Tensor:
+        return t.to(dtype, copy=True) if t.is_floating_point() else t.clone()
+
+    copied = duplicate(model, share=True)
+    copied._apply(convert)  # type: ignore[no-untyped-call]
+    return copied
 
 
 def cloned(tree: Any) -> Any:

@@ -2,7 +2,7 @@
 
 import hashlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from types import MappingProxyType
 from typing import Any, Literal, TypeAlias
@@ -10,15 +10,17 @@ from typing import Any, Literal, TypeAlias
 import numpy as np
 import torch
 from torch import Tensor, fx, nn
+from torch.utils import _pytree as pytree
 
 from secateur.errors import CaptureError, PlanError
 from secateur.graph.activations import Buffer, find_buffers
 from secateur.graph.axes import Axis, Product
 from secateur.graph.branches import Branch, find_branches
-from secateur.graph.capture import Capture, Inputs, capture
+from secateur.graph.capture import Capture, Inputs, Parted, WholeError, capture
 from secateur.graph.guard import uncompiled
 from secateur.graph.labels import Atoms, Labels, first
 from secateur.graph.modules import pad_attributes
+from secateur.graph.parts import Parts, capture_parts
 from secateur.graph.propagate import propagate
 from secateur.graph.samples import nearest_size, takes
 from secateur.graph.solve import Solution, solve
@@ -137,6 +139,7 @@ class Graph:
         fingerprint: identifies the names and shapes of the model's tensors.
         inputs: the example inputs.
         trace: the captured graph with every node's labels, for surgery; no part of what a graph equals.
+        parts: the submodules that were captured, where the model as a whole cannot be; None: it was.
     """
 
     groups: tuple[Group, ...]
@@ -150,6 +153,27 @@ class Graph:
     fingerprint: str
     inputs: Inputs
     trace: Trace | None = field(default=None, compare=False)
+    parts: Parts | None = field(default=None, compare=False)
+
+    def view(self, model: nn.Module) -> nn.Module:
+        """What of a model the captured graph computes: the model itself, or its parts."""
+        return model if self.parts is None or isinstance(model, Parted) else self.parts.view(model)
+
+    @property
+    def given(self) -> Inputs:
+        """Example inputs of the view."""
+        return self.inputs if self.parts is None else self.parts.inputs
+
+    def on(self, device: torch.device) -> "Graph":
+        """The graph with its example inputs on a device."""
+
+        def moved(tree: Any) -> Any:
+            return pytree.tree_map_only(Tensor, lambda x: x.to(device), tree)
+
+        parts = self.parts and replace(
+            self.parts, inputs=moved(self.parts.inputs), example=moved(self.parts.example)
+        )
+        return replace(self, inputs=moved(self.inputs), parts=parts)
 
     def __repr__(self) -> str:
         units = sum(group.units for group in self.groups)
@@ -162,6 +186,7 @@ class Graph:
             f"  {group.name}: {group.units} units, {len(group.members)} tensors" for group in self.groups
         ]
         lines += [f"  {item.name}: {item.units} channels stay ({item.reason})" for item in self.frozen]
+        lines += str(self.parts).splitlines() if self.parts else []
         return "\n".join(lines)
 
 
@@ -173,6 +198,7 @@ def analyze(
     *,
     freeze: Sequence[str] = (),
     attention: str = "heads",
+    scope: Sequence[str] = (),
     granularity: Granularity = "channels",
 ) -> Graph:
     """Find what may be cut together in a model.
@@ -180,18 +206,20 @@ def analyze(
     The model is only read: modes, hooks, gradients and buffers stay as they are.
 
     Args:
-        model: any module that `torch.export` can capture.
-        inputs: example inputs: a tensor, a tuple of arguments, or a dict of keyword arguments.
+        model: any module that `torch.export` can capture, or that has parts it can capture, such as a detector.
+        inputs: example inputs: a tensor, a list of images, a tuple of arguments, or a dict of keyword arguments.
         freeze: module names or shell patterns ("layer4.*"); no tensor inside them is changed.
         attention: what attention loses: whole "heads", or the same "dims" of every head (queries with keys,
             values with the output projection).
+        scope: names of the modules to prune, each captured by itself, and the rest left as it is; none: the model, or
+            if it cannot be captured, its largest submodules that can.
         granularity: what a unit is: "channels"; "blocks", a whole residual branch; or "both".
     Raises:
-        CaptureError: the graph cannot be read, or a `freeze` pattern names no module.
+        CaptureError: the graph cannot be read, or a `freeze` pattern or `scope` names no module.
     """
     if attention not in ("heads", "dims"):
         raise CaptureError(f"attention={attention!r}: expected 'heads' or 'dims'")
-    return find_groups(model, inputs, freeze, attention, granularity=granularity)
+    return find_groups(model, inputs, freeze, attention, granularity=granularity, scope=scope)
 
 
 def capture_inputs(model: nn.Module, inputs: Inputs) -> Capture:
@@ -202,6 +230,8 @@ def capture_inputs(model: nn.Module, inputs: Inputs) -> Capture:
     """
     try:
         return capture(model, inputs)
+    except WholeError:
+        raise
     except CaptureError as error:
         shape = None if takes(model, inputs) else nearest_size(model, inputs)
         if shape is None:
@@ -215,6 +245,7 @@ def find_groups(
     freeze: Sequence[str] = (),
     attention: str = "heads",
     going: Mapping[tuple[str, int], Atoms] | None = None,
+    scope: Sequence[str] = (),
     granularity: Granularity = "channels",
 ) -> Graph:
     """What `analyze` finds.
@@ -223,7 +254,15 @@ def find_groups(
         going: (tensor, dim) -> positions that are about to be removed: where there is a choice, groups are made so
             that this can be done.
     """
-    captured = capture_inputs(model, inputs)
+    parts, given, whole = None, inputs, None
+    try:
+        if not scope:
+            captured = capture_inputs(model, inputs)
+    except WholeError as error:
+        whole = error
+    if scope or whole:
+        parts, captured = capture_parts(model, inputs, scope, whole)
+        model, given = parts.view(model), parts.inputs
     labels = Labels(frozenset(name for name, _ in model.named_parameters()))
     names = canonical_names(model)
     values = propagate(model, captured, labels, names)
@@ -231,7 +270,7 @@ def find_groups(
     unused = unread(model, labels, names)
     if unused:  # such as auxiliary heads, which only the training-mode forward pass runs
         try:
-            propagate(model, capture(model, inputs, training=True), labels, names)
+            propagate(model, capture(model, given, training=True), labels, names)
             del labels.contractions[counted:]
             unused = unread(model, labels, names)
         except CaptureError:
@@ -252,7 +291,10 @@ def find_groups(
             if not any(map(owned, branch.tensors))
         }
     channels = granularity != "blocks"
-    return build(model, inputs, labels, solution, captured, values, unused, branches, channels)
+    graph = build(model, inputs, labels, solution, captured, values, unused, branches, channels)
+    if whole and not graph.groups:
+        raise whole
+    return replace(graph, parts=parts)
 
 
 def canonical_names(model: nn.Module) -> dict[str, str]:
@@ -387,10 +429,10 @@ def build(
         params.append(Product(name, int(np.prod(fixed)), (*(axes[i] for i in cut), *inside(tensor=name))))
     macs = []
     for item, indices in zip(labels.contractions, mac_axes, strict=True):
-        full = int(np.prod([len(arrays[i]) for i in indices])) * (captured.batch if item.batched else 1)
-        macs.append(
-            Product(item.module, item.macs / full, (*(axes[i] for i in indices), *inside(node=item.node)))
-        )
+        full = int(np.prod([len(arrays[i]) for i in indices]))
+        times, images = (item.per_image, captured.batch) if item.per_image else (1.0, 1)
+        widths = (*(axes[i] for i in indices), *inside(node=item.node))
+        macs.append(Product(item.module, item.macs * times / (full * images), widths))
     blocks = {first_block + number: branch for number, branch in enumerate(branches.values())}
     trace = Trace(captured, values, labels.tensors, unit_numbers(solution, unit_sets, arrays), blocks)
     return Graph(

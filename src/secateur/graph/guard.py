@@ -6,7 +6,7 @@ import functools
 import io
 import logging
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from typing import Any, ParamSpec, TypeVar
 
@@ -188,11 +188,24 @@ def check_deterministic(graph: fx.GraphModule) -> None:
         if not (isinstance(target, torch._ops.OpOverload) and node.users):
             continue
         if torch.Tag.nondeterministic_seeded in target.tags and _draws(node, target):
-            stack = list((node.meta.get("nn_module_stack") or {"": ("", None)}).values())
             raise CaptureError(
-                f"{stack[-1][0] or 'the model'}: its forward is random in evaluation mode ({target}), so that no cut "
+                f"{_place(node)}: its forward is random in evaluation mode ({target}), so that no cut "
                 f"could be compared with the original; let it draw only if self.training"
             )
+
+
+def unknown_size(graph: fx.GraphModule) -> str:
+    """The module and the operator that return a tensor whose size is no number; "" if none does."""
+    for node in graph.graph.nodes:
+        for x in pytree.tree_leaves(node.meta.get("val")):
+            if isinstance(x, Tensor) and not all(isinstance(size, int) for size in x.shape):
+                return f"{_place(node)} ({node.target})"
+    return ""
+
+
+def _place(node: fx.Node) -> str:
+    stack = list((node.meta.get("nn_module_stack") or {"": ("", None)}).values())
+    return stack[-1][0] or "the model"
 
 
 def _draws(node: fx.Node, op: torch._ops.OpOverload) -> bool:
@@ -206,12 +219,52 @@ def _draws(node: fx.Node, op: torch._ops.OpOverload) -> bool:
 
 def culprit(model: nn.Module, error: BaseException) -> str:
     """Name and class of the innermost module in whose forward an error was raised."""
+    name = where_raised(model, error)
+    found = model.get_submodule(name)
+    return f"{name} ({type(found).__name__})" if name else type(found).__name__
+
+
+def where_raised(model: nn.Module, error: BaseException) -> str:
+    """Name of the innermost module in whose forward an error was raised; "" for the model itself."""
     names = {id(module): name for name, module in model.named_modules()}
-    found, current = model, error.__traceback__
+    found, current = "", error.__traceback__
     while current is not None:
         owner = current.tb_frame.f_locals.get("self")
-        if isinstance(owner, nn.Module) and id(owner) in names:
-            found = owner
+        if isinstance(owner, nn.Module):
+            found = names.get(id(owner), found)
         current = current.tb_next
-    name = names[id(found)]
-    return f"{name} ({type(found).__name__})" if name else type(found).__name__
+    return found
+
+
+@contextmanager
+def guarded(
+    model: nn.Module, guard: Callable[..., Any], names: Collection[str] | None = None
+) -> Iterator[None]:
+    """Inside the block, every call of a submodule goes through `guard(name, module, own forward, args, kwargs)`.
+
+    Args:
+        model: whose submodules are meant.
+        guard: what is called in their place.
+        names: of the submodules; None: all.
+    """
+    modules = {name: module for name, module in model.named_modules() if names is None or name in names}
+    before = {module: module.__dict__.get("forward") for module in modules.values()}
+    try:
+        for name, module in modules.items():
+
+            def forward(
+                *args: Any,
+                name: str = name,
+                module: nn.Module = module,
+                own: Any = module.forward,
+                **kwargs: Any,
+            ) -> Any:
+                return guard(name, module, own, args, kwargs)
+
+            module.__dict__["forward"] = functools.wraps(module.forward)(forward)
+        yield
+    finally:
+        for module, own in before.items():
+            module.__dict__.pop("forward")
+            if own is not None:
+                module.__dict__["forward"] = own

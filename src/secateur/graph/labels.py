@@ -27,7 +27,8 @@ class Value:
         tensor: name, if it is a parameter or buffer.
         weight: it is computed from parameters and constants alone, such as a standardised kernel.
         data: it depends on the model's inputs.
-        batched: it has a part for every image.
+        per_image: parts it has for every image; 0: it is there once. Mostly 1; more where the capture holds fewer
+            rows than an image really has.
     """
 
     shape: tuple[int, ...]
@@ -35,7 +36,7 @@ class Value:
     tensor: str | None = None
     weight: bool = False
     data: bool = False
-    batched: bool = False
+    per_image: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -95,14 +96,14 @@ class Contraction:
     """Multiply-adds of one operation: `macs` times the share of every axis that is kept.
 
     Attributes:
-        batched: done for every image; False for what a forward pass computes once (a table of positions).
+        per_image: how often it is done for every image; 0 for what a forward pass computes once (a table of positions).
         node: name of the operator in the captured graph.
     """
 
     module: str
     macs: int
     axes: tuple[Atoms, ...]
-    batched: bool = True
+    per_image: float = 1.0
     node: str = ""
 
 

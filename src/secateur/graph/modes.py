@@ -7,6 +7,7 @@ from contextlib import contextmanager
 import numpy as np
 import torch
 from torch import nn
+from torch.utils import _pytree as pytree
 
 
 @contextmanager
@@ -55,6 +56,19 @@ def chance() -> object:
     """The state of the global random generators of Python and NumPy, to be compared with another."""
     _, keys, *more = np.random.get_state()  # noqa: NPY002
     return random.getstate(), keys.tobytes(), more  # type: ignore[attr-defined]
+
+
+def forget_kept(model: nn.Module) -> None:
+    """Let modules drop the tensors that they keep from call to call in evaluation mode, as their own `train` does."""
+    with modes_kept(model):
+        for module in model.modules():
+            containers = [
+                x for name, x in vars(module).items() if name[0] != "_" and isinstance(x, dict | list)
+            ]
+            if type(module).train is not nn.Module.train and any(
+                isinstance(x, torch.Tensor) for x in pytree.tree_leaves(containers)
+            ):
+                module.train()
 
 
 def device_of(model: nn.Module) -> torch.device:

@@ -26,18 +26,18 @@ def propagate(
         what every node holds: a labelled value, or a tuple of them.
     """
     values: dict[fx.Node, Any] = {}
-    inputs, given, batched = [], set(captured.inputs), captured.batched
+    inputs, given, per_image = [], set(captured.inputs), captured.per_image
     labels.images = captured.batch
     for node in captured.module.graph.find_nodes(op="placeholder"):
         shape = shapes_of(node)[0] if shapes_of(node) else ()
         name = names.get(captured.tensors.get(node.name, ""))
-        inputs.append(Value(shape, tensor=name, data=node in given, batched=node in batched))
+        inputs.append(Value(shape, tensor=name, data=node in given, per_image=per_image.get(node, 0.0)))
     outputs = walk(model, captured.module, inputs, labels, values)
     labels.module = ""
     for value in flatten([outputs]):
         if isinstance(value, Value):
             for factor in labels.exposed(value).factors:
-                labels.pin(factor, "model output")
+                labels.pin(factor, "read by what is not captured" if captured.borders else "model output")
     return values
 
 
@@ -71,7 +71,7 @@ def walk(
 
 
 def find_checks(graph: fx.Graph) -> set[fx.Node]:
-    """The nodes that only ask whether tensors hold what forward expects: assertions, and what is worked out for them."""
+    """The nodes that only ask whether tensors hold what forward expects: assertions, and what these read."""
     found: set[fx.Node] = set()
     for node in reversed(graph.nodes):
         schema = getattr(node.target, "_schema", None)

@@ -13,7 +13,7 @@ from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
 from secateur.errors import CaptureError, first_line
-from secateur.graph.capture import Capture, Inputs, as_call, batch_of, capture
+from secateur.graph.capture import Capture, Inputs, WholeError, as_call, batch_of, capture
 from secateur.graph.guard import plain
 from secateur.graph.modes import evaluating
 
@@ -109,10 +109,10 @@ class Replay:
                 break
         else:
             assert failure is not None
-            raise CaptureError(
+            raise WholeError(
                 f"{type(model).__name__}: its forward pass cannot be captured to run in steps ({first_line(failure)}). "
-                f"Methods that measure outputs need this; wrap the model in a module that leaves out what depends on "
-                f"tensor values."
+                f"Methods that measure outputs need this. Rank by the gradients of a loss instead (method='oneshot', "
+                f"score='taylor'), or wrap the model in a module that leaves out what depends on tensor values."
             ) from failure
         if not floats(expected):
             raise CaptureError(

@@ -1,5 +1,6 @@
 """Example inputs at other sizes: more images, and images of another height and width."""
 
+import itertools
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
@@ -30,6 +31,9 @@ SHRUNK = ((0.72, 0.57), (0.51, 0.89), (0.87, 0.66), (1.19, 0.79), (0.12, 0.1))
 
 The last is where windows and pools no longer fit into the image.
 """
+
+SMALLEST = (2 / 7, 3 / 7)
+"""An eighth of the pixels: as few as leave several positions to a network that divides by 32."""
 
 AXES: dict[int, tuple[tuple[int, ...], ...]] = {
     5: ((3, 4), (2, 3)),
@@ -134,46 +138,52 @@ USUAL = (32, 64, 96, 128, 160, 192, 224, 256, 288, 320, 384, 448, 512, 640, 768,
 """Sides of images that networks are made for."""
 
 
+Shares = Sequence[tuple[float, float]]
+"""Heights and widths, as shares of those given."""
+
+
 def other_sizes(
-    inputs: Inputs, batching: Batching, runs: Callable[[Inputs], bool], most: int = 5
-) -> list[Inputs]:
-    """The inputs at other image sizes that a model takes.
+    inputs: Inputs, batching: Batching, grown: Shares = GROWN, shrunk: Shares = SHRUNK
+) -> Iterator[Iterator[list[Inputs]]]:
+    """The inputs at other image sizes: several series, the next for models that take none of the one before.
 
     Args:
         inputs: at the size given.
         batching: how they hold images.
-        runs: whether the model takes inputs; asked at most a few dozen times.
-        most: how many sizes are enough.
+        grown: what to try for small images.
+        shrunk: what to try for others.
+    Yields:
+        series of sizes, and for every size the ways in which the inputs may have it.
     """
     main = main_leaf(inputs)
     if main is None:
-        return []
+        return
     alike = [x for x in pytree.tree_leaves(as_call(inputs)) if isinstance(x, Tensor) and x.ndim == main.ndim]
     for dims in AXES.get(main.ndim, ()):
         given = dict.fromkeys(tuple(x.shape[dim] for dim in dims) for x in (main, *alike))
-        shares = GROWN if max(next(iter(given))) < SMALL else SHRUNK
+        shares = grown if max(next(iter(given))) < SMALL else shrunk
         for step in STEPS:
-            found: dict[Any, Inputs] = {}
-            for number in range(len(shares)):
-                sizes = {
-                    size: scaled(size, shares[(number + i) % len(shares)], step)
-                    for i, size in enumerate(given)
-                }
-                ways = (
-                    at_size(inputs, dims, next(iter(sizes.values()))),
-                    by_length(inputs, batching, dims, sizes),
-                )
-                tried = {shapes_of(way): way for way in ways if way is not None}
-                tried.pop(shapes_of(inputs), None)
-                for shapes in list(tried)[:: -1 if number % 2 else 1]:
-                    if shapes not in found and runs(tried[shapes]):
-                        found[shapes] = tried[shapes]
-                        break
-                if len(found) == most or (number == 1 and not found):
-                    break
-            if found:
-                return list(found.values())
-    return []
+            yield (ways_at(inputs, batching, dims, given, shares, step, n) for n in range(len(shares)))
+
+
+def ways_at(
+    inputs: Inputs,
+    batching: Batching,
+    dims: tuple[int, ...],
+    given: Iterable[Size],
+    shares: Shares,
+    step: int,
+    number: int,
+) -> list[Inputs]:
+    """The ways in which inputs may have the size of a share; none that leaves them as they are."""
+    sizes = {size: scaled(size, shares[(number + i) % len(shares)], step) for i, size in enumerate(given)}
+    ways = (
+        at_size(inputs, dims, next(iter(sizes.values()))),
+        by_length(inputs, batching, dims, sizes),
+    )
+    tried = {shapes_of(way): way for way in ways if way is not None}
+    tried.pop(shapes_of(inputs), None)
+    return list(tried.values())[:: -1 if number % 2 else 1]
 
 
 def scaled(size: Size, share: Sequence[float], step: int) -> Size:
@@ -187,40 +197,67 @@ def shapes_of(inputs: Inputs) -> tuple[Size, ...]:
 
 
 def sampled(
-    model: nn.Module, inputs: Inputs, batching: Batching, batch: int, most: int = 5
+    inputs: Inputs, batching: Batching, batch: int, runs: Callable[[Inputs], bool], most: int = 5
 ) -> tuple[list[Inputs], list[Inputs]]:
-    """Random inputs that a model takes in evaluation mode, at several sizes.
+    """Random inputs that a model takes, at several sizes.
 
     Args:
-        model: it is only read.
         inputs: example inputs.
         batching: how they hold images.
         batch: images in the analysis.
+        runs: runs the model, and says whether it takes the inputs; the first are as in the analysis.
         most: how many other image sizes are enough.
     Returns:
         with the image size given: first as in the analysis, then, if the model takes them, with more images and with
         one; and at other image sizes, with different numbers of images.
     """
-
-    def at_batch(given: Inputs, *counts: int) -> Inputs | None:
-        for count in counts:
-            if batching.allows(count) and takes(model, changed := batching.resized(given, count)):
-                return changed
-        return None
-
+    seeds = itertools.count()
     base = batching.resized(inputs, batch)
-    more = at_batch(inputs, batch + 1, batch + batching.images, 2 * batch)
-    others = []
-    for number, changed in enumerate(other_sizes(base, batching, lambda given: takes(model, given), most)):
-        count = (3, 2, 1, 1, 2)[number] if more is not None else batch
-        found = at_batch(changed, count)
-        others.append(changed if found is None else found)
-    one = at_batch(inputs, 1) if batch != 1 else None  # how most networks are used in the end
-    given = [x for x in (base, more, one) if x is not None]
-    return (
-        [random_floats(x, seed) for seed, x in enumerate(given)],
-        [random_floats(x, seed) for seed, x in enumerate(others, len(given))],
-    )
+
+    def first(ways: Sequence[Inputs], *counts: int) -> list[Inputs]:
+        for way, count in itertools.product(ways, dict.fromkeys(counts)):
+            if batching.allows(count):
+                changed = random_floats(batching.resized(way, count), next(seeds))
+                if runs(changed):
+                    return [changed]
+        return []
+
+    same = first([base], batch)
+    more = first([base], batch + 1, batch + batching.images, 2 * batch)
+    same += more + (first([base], 1) if batch != 1 else [])  # one is how most networks are used in the end
+    for series in other_sizes(base, batching):
+        others: dict[tuple[Size, ...], Inputs] = {}
+        for number, ways in enumerate(series):
+            new = [way for way in ways if shapes_of(way) not in others]
+            found = first(new, (3, 2, 1, 1, 2)[number] if more else batch, batch)
+            others |= {shapes_of(batching.resized(x, batch)): x for x in found}
+            if len(others) == most or (number == 1 and not others):
+                break
+        if others:
+            return same, list(others.values())
+    return same, []
+
+
+def elsewhere(inputs: Inputs, batching: Batching, counts: Sequence[int], shrunk: Shares) -> Iterator[Inputs]:
+    """Random inputs of other sizes, which a model may take or not.
+
+    Args:
+        inputs: as in the analysis, with random images.
+        batching: how they hold images.
+        counts: numbers of images to try, the first that the inputs can hold first.
+        shrunk: sizes to try for large images.
+    Yields:
+        at other image sizes; then the first images at the size given.
+    """
+    counts = [count for count in counts if batching.allows(count)]
+    tried = set()
+    for series in other_sizes(inputs, batching, GROWN[:2], shrunk):
+        for way, count in itertools.product(itertools.chain.from_iterable(series), counts):
+            changed = batching.resized(way, count)
+            if shapes_of(changed) not in tried:
+                tried.add(shapes_of(changed))
+                yield random_floats(changed, count)
+    yield from (batching.resized(inputs, count) for count in sorted(counts))
 
 
 def nearest_size(model: nn.Module, inputs: Inputs) -> tuple[int, ...] | None:

@@ -119,8 +119,13 @@ class Prune(InTrainer):
     def on_train_end(self, trainer: BaseTrainer) -> None:
         """Prove the result, with the weights of the average."""
         self.leave()
-        self.running.model.load_state_dict(trainer.ema.ema.state_dict())
+        model: Any = self.running.model
+        model.load_state_dict(trainer.ema.ema.state_dict())
         self.finish()
+        model.args, model.task = (
+            dict(trainer.args),
+            trainer.args.task,
+        )  # as in a model that Ultralytics has loaded
 
     def teardown(self, trainer: BaseTrainer) -> None:
         """Also after an error."""

@@ -20,7 +20,7 @@ from secateur.engine.pruned import Pruned, proven
 from secateur.engine.session import Session
 from secateur.engine.training_method import TrainingMethod
 from secateur.errors import BudgetError, SecateurError, unknown
-from secateur.graph import Inputs, analyze
+from secateur.graph import Graph, Inputs
 from secateur.graph.guard import uncompiled
 from secateur.imports import imported
 from secateur.methods.at_init import SNIP, AtInit, GraSP, SynFlow
@@ -129,15 +129,16 @@ def method_named(method: MethodLike, options: Mapping[str, Any] | None = None) -
         if method not in METHODS:
             raise SecateurError(unknown("method", method, METHODS))
         if method == Auto.name:
-            freeze = given.pop("freeze", ())
-            return Auto(freeze=freeze, options=given)
+            common = {name: given.pop(name) for name in ("freeze", "scope") if name in given}
+            return Auto(**common, options=given)
         return METHODS[method].of(given)
     found = imported("method", method) if isinstance(method, str) else method
     if not callable(found):
         raise SecateurError(f"method is {found!r}; expected a name, a Method, or a function of your own")
     if isinstance(found, type) and issubclass(found, Method):
         return found.of(given)
-    return Own(function=found, freeze=given.pop("freeze", ()), options=given)
+    common = {name: given.pop(name) for name in ("freeze", "scope") if name in given}
+    return Own(function=found, **common, options=given)
 
 
 @uncompiled
@@ -153,6 +154,7 @@ def prune(
     clock: Clock | None = None,
     cache: str | Path | None = None,
     progress: Progress | None = None,
+    graph: Graph | None = None,
     **options: Any,
 ) -> Pruned:
     """Prune a copy of a model to a budget, and prove the result.
@@ -170,6 +172,7 @@ def prune(
             default: `secateur.methods.latency.here`, PyTorch on the device of `inputs`.
         cache: a folder for measurements that serve several budgets, or the file for them.
         progress: is told how far a long measurement has got: (done, of how many).
+        graph: of the model, from `analyze` with the method's `freeze`, `attention` and `granularity`, if it is known.
         options: of the method; `secateur methods NAME` lists them.
     Raises:
         SecateurError: unknown method or option; else what the method raises.
@@ -181,10 +184,30 @@ def prune(
             f"budget is {budget!r}; expected a Budget, such as Budget(macs=0.5), or a share of the MACs"
         )
     chosen = method_named(method, options)
-    context = Context(data, loss, None if cache is None else Path(cache), progress)
+    context = Context(data, loss, None if cache is None else Path(cache), progress, graph=graph)
     if isinstance(chosen, Auto):
-        trained = data is not None
-        chosen = choose(chosen, bounds=budget.given, trained=trained, data=trained, training=False).method
+        return prune_by_choice(chosen, model, inputs, budget, context, clock)
+    return prune_by(chosen, model, inputs, budget, context, clock)
+
+
+def prune_by_choice(
+    auto: Auto, model: nn.Module, inputs: Inputs, budget: Budget, context: Context, clock: Clock | None
+) -> Pruned:
+    """Prune by what "auto" chooses; where rd cannot run a model in steps, by gradients, or norms without a loss."""
+    data = None if context.data is None else list(context.data)
+    trained, context = data is not None, replace(context, data=data)
+    chosen = choose(auto, bounds=budget.given, trained=trained, data=trained, training=False).method
+    graph = chosen.analyze(model, inputs)
+    if isinstance(chosen, RD) and graph.parts is not None:
+        score = OneShot.score if context.loss is Context.loss else "taylor"
+        chosen = OneShot.of({"freeze": auto.freeze, "scope": auto.scope, "score": score, **auto.options})
+    return prune_by(chosen, model, inputs, budget, replace(context, graph=graph), clock)
+
+
+def prune_by(
+    chosen: Method, model: nn.Module, inputs: Inputs, budget: Budget, context: Context, clock: Clock | None
+) -> Pruned:
+    """Prune by a method that is known."""
     if budget.latency_ms is None or chosen.when == "during":
         return chosen.prune(model, inputs, budget, context)
     if chosen.removes != "channels":
@@ -206,16 +229,10 @@ def prune_within_latency(
         cache = context.cache or Path(folder)  # the same for all trials
         again = replace(context, data=data, cache=cache)
         if isinstance(method, OneShot):
-            graph = analyze(
-                model,
-                inputs,
-                freeze=method.freeze,
-                attention=method.attention,
-                granularity=method.granularity,
-            )
+            graph = context.graph or method.analyze(model, inputs)
             again = replace(again, graph=graph, prove=method.compensation != "none")  # of the solved weights
         if isinstance(method, RD) and method.granularity != "channels":
-            graph = analyze(model, inputs, freeze=method.freeze, granularity=method.granularity)
+            graph = context.graph or method.analyze(model, inputs)
             prices = measure_prices(
                 model, graph, lambda masks: cut_copy(model, graph, Plan.of(graph, masks)), clock
             )

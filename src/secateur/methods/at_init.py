@@ -15,7 +15,7 @@ from secateur.cost import Budget, Cost
 from secateur.engine.method import Context, Method, Removes, When, pairs_of
 from secateur.engine.pruned import Pruned, mask_copy
 from secateur.errors import BudgetError, ScoreError
-from secateur.graph import Graph, Inputs, analyze, is_frozen
+from secateur.graph import Graph, Inputs, is_frozen
 from secateur.plan import WeightPlan
 from secateur.plan.weight_plan import top
 from secateur.scores.at_init import WEIGHT_SCORES, Weights, weight_score_named
@@ -61,7 +61,7 @@ class AtInit(Method):
         return weight_score_named(self.score).needs_data
 
     def prune(self, model: nn.Module, inputs: Inputs, budget: Budget, context: Context) -> Pruned:
-        graph = analyze(model, inputs, freeze=self.freeze)
+        graph = context.graph or self.analyze(model, inputs)
         layers = tuple(
             layer for layer in list_layers(graph, classifier=True) if not is_frozen(layer.name, self.freeze)
         )

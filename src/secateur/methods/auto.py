@@ -66,7 +66,7 @@ def choose(auto: Auto, *, bounds: Collection[str], trained: bool, data: bool, tr
         ("the budget bounds a peak, and rd needs a sum over layers", any(MEASURES[b].peak for b in bounds)),
         (f"rd takes no {', '.join(strange)}", bool(strange)),
     )
-    given = {"freeze": auto.freeze, **auto.options}
+    given = {"freeze": auto.freeze, "scope": auto.scope, **auto.options}
     for reason, holds in against:
         if holds:
             if not (trained and data):

@@ -12,7 +12,7 @@ from secateur.cost.multiples import AUTO, ROUND_TO, ROUND_TO_HELP, choose_multip
 from secateur.engine.method import GRANULARITY_HELP, Context, Method, images_of, pairs_of
 from secateur.engine.pruned import Pruned, cut_and_prove
 from secateur.errors import ScoreError
-from secateur.graph import Granularity, Inputs, analyze
+from secateur.graph import Granularity, Inputs
 from secateur.plan import Plan
 from secateur.reconstruction.plans import COMPENSATIONS, compensated_copy
 from secateur.scores import SCORES, score_groups, score_named
@@ -61,9 +61,7 @@ class OneShot(Method):
         data = None if context.data is None else list(context.data)
         if data is None and self.compensation != "none":
             raise ScoreError(f"compensation {self.compensation!r} needs data: pass data=, batches of images")
-        graph = context.graph or analyze(
-            model, inputs, freeze=self.freeze, attention=self.attention, granularity=self.granularity
-        )
+        graph = context.graph or self.analyze(model, inputs)
         scores = score_groups(
             model,
             graph,

@@ -21,8 +21,8 @@ class Own(Method):
     """A function that prunes a trained model: (model, inputs, budget, *, options by name) -> the smaller model, or a
     `Pruned`.
 
-    It gets a copy of the model, which it may change; and `data`, batches of (inputs, targets), and `freeze`, if it has
-    such parameters. Its options are its other keyword parameters.
+    It gets a copy of the model, which it may change; and `data`, batches of (inputs, targets), `freeze` and `scope`, if
+    it has such parameters. Its options are its other keyword parameters.
     """
 
     name: ClassVar[str] = "own"
@@ -32,12 +32,13 @@ class Own(Method):
     options: Mapping[str, Any] = option("what it is called with besides", default={})
 
     def check(self) -> None:
-        able = set(self._parameters) - {"data", "freeze"}
+        able = set(self._parameters) - {"data", *self._common}
         for name in self.options:
             if name not in able:
                 raise SecateurError(f"method {self.title}: {unknown('option', name, able)}")
-        if self.freeze and "freeze" not in self._parameters:
-            raise SecateurError(f"method {self.title} takes no freeze")
+        for name, value in self._common.items():
+            if value and name not in self._parameters:
+                raise SecateurError(f"method {self.title} takes no {name}")
 
     @property
     def title(self) -> str:
@@ -49,6 +50,11 @@ class Own(Method):
         return "data" in self._parameters
 
     @property
+    def _common(self) -> dict[str, tuple[str, ...]]:
+        """The options of every method."""
+        return {"freeze": self.freeze, "scope": self.scope}
+
+    @property
     def _parameters(self) -> list[str]:
         """Its parameters after model, inputs and budget: all that is known of a function of somebody else's."""
         return list(inspect.signature(self.function).parameters)[3:]
@@ -57,8 +63,7 @@ class Own(Method):
         given = dict(self.options)
         if self.needs_data:
             given["data"] = context.data
-        if "freeze" in self._parameters:
-            given["freeze"] = self.freeze
+        given |= {name: value for name, value in self._common.items() if name in self._parameters}
         result = self.function(duplicate(model), inputs, budget, **given)
         if isinstance(result, Pruned):
             return result
@@ -72,7 +77,12 @@ class Own(Method):
         return Pruned(result, None, graph, (), None, *count_costs(graph, result), facts=facts)
 
     def record(self) -> dict[str, Any]:
-        return {"method": self.title, **dict(plain(self.options)), "freeze": list(self.freeze)}
+        return {
+            "method": self.title,
+            **dict(plain(self.options)),
+            "freeze": list(self.freeze),
+            "scope": list(self.scope),
+        }
 
 
 def count_costs(graph: Graph, small: nn.Module) -> tuple[dict[str, int], dict[str, int]]:

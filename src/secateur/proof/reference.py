@@ -28,6 +28,14 @@ from secateur.rewriting.rewrite import fixed_program, tensors_of
 from secateur.rewriting.without import sums_at, sums_of
 
 
+class Rehearsal(LiveSite):
+    """A site whose operator does not run."""
+
+    def call(self, /, **changed: Any) -> Any:
+        """Its first tensor."""
+        return next(arg for arg in self.args.values() if isinstance(arg, Tensor))
+
+
 class Reference:
     """The forward pass of the original in evaluation mode, with statistics over the survivors of a plan.
 
@@ -62,7 +70,32 @@ class Reference:
     @property
     def needed(self) -> bool:
         """Whether zeros alone might give something else: statistics over removed positions, or blocks that go."""
-        return bool(self._sums) or any(survivors_of(step) and self._alive(step) for step in self._lines.steps)
+        return bool(self._sums) or any(map(self._may_differ, self._lines.steps))
+
+    def _may_differ(self, step: Step) -> bool:
+        """Whether an operator does other things to ones than it would without the removed positions.
+
+        Its tensors have size 1 along all dims that lose nothing, and what it computes in the end is left out.
+        """
+        survivors = survivors_of(step)
+        alive = self._alive(step) if survivors else {}
+        if survivors is None or not alive:
+            return False
+
+        def ones(arg: Any, name: str) -> Any:
+            if isinstance(arg, list):
+                return [ones(part, f"{name}.{i}") for i, part in enumerate(arg)]
+            if not isinstance(arg, Ref):
+                return arg
+            found = shapes_of(self._lines.nodes[arg.index])
+            return torch.ones(alive[name].shape if name in alive else [1] * len(found[0] if found else ()))
+
+        site = Rehearsal(step, {name: ones(arg, name) for name, arg in step.args.items()}, alive)
+        try:
+            survivors(site)
+        except Exception:  # such as where two tensors no longer fit
+            return True
+        return site.touched
 
     def run(self, inputs: Any, named: Mapping[str, Tensor]) -> Any:
         """The output for the leaves of the example inputs and masked tensors by name."""
@@ -106,7 +139,7 @@ class Reference:
                     shape = shapes_of(node)[0]
                     mask = torch.ones([1] * len(shape), dtype=torch.bool)
                     for dim, line in keep.items():
-                        fits = repeated(line, shape[dim])
+                        fits = line if len(line) == shape[dim] else repeated(line, shape[dim])
                         if fits is None:
                             raise CutError("the model's channels mean something else at other sizes")
                         mask = mask & torch.from_numpy(fits).reshape(

@@ -197,8 +197,16 @@ def _named_alike(lines: Listing, other: Listing) -> dict[int, int]:
 
 
 def complete(*steps: Sequence[Step]) -> None:
-    """Give each step the arguments that any of its counterparts has: the default, where it is left out."""
+    """Give each step the arguments that any of its counterparts has: the default, where it is left out.
+
+    A pad may name more dims in one of them; the others do not pad these.
+    """
     for counterparts in zip(*steps, strict=True):
+        if any("pad" in step.args for step in counterparts):
+            dims = max(len(step.args["pad"]) for step in counterparts)
+            for step in counterparts:
+                if step.args.get("mode", "constant") == "constant":
+                    step.args["pad"] = step.args["pad"] + [0] * (dims - len(step.args["pad"]))
         for key in {key for step in counterparts for key in step.args}:
             for step in counterparts:
                 if key not in step.args:

@@ -23,9 +23,9 @@ from secateur.errors import CaptureError, CutError
 from secateur.graph.branches import Branch
 from secateur.graph.capture import Capture, Inputs, as_call, capture
 from secateur.graph.duplicate import cloned, duplicate
-from secateur.graph.guard import opened
+from secateur.graph.guard import opened, quiet, untouched
 from secateur.graph.labels import Atoms, Value, along, compress, reshape
-from secateur.graph.modes import default_precision
+from secateur.graph.modes import chance_kept, default_precision
 from secateur.graph.modules import Keep
 from secateur.graph.operators import OPERATORS, Step
 from secateur.graph.probe import aliases, difference, floats, random_values
@@ -66,6 +66,9 @@ CLOSE = {torch.float64: 1e-9, torch.float32: 1e-4}
 
 TRAINS = "what it does in training mode only"
 """How `Draft.lost` begins to say that a module does more in training mode."""
+
+HINTS = frozenset(("is_causal", "tgt_is_causal", "memory_is_causal", "src_is_causal"))
+"""Arguments of torch's own layers that say of a mask what it shows itself; without them it is added as it is."""
 
 VIEWS = ("view", "reshape", "_unsafe_view")
 """Operators that work out one size by themselves."""
@@ -110,6 +113,7 @@ class Writer:
         self._regions = find_calls(self._whole, self._model)
         self._runs: dict[str, list[Calls]] = {}
         self._captures: dict[Any, Captures] = {}
+        self._samples: tuple[list[Inputs], list[Inputs]] | None = None
 
     def draft(self, name: str, apart: Collection[str] | None = ()) -> Draft:
         """The program of a submodule; "" is the model itself.
@@ -125,6 +129,7 @@ class Writer:
         runs = self._runs[name]
         if not runs[0]:
             raise CutError(f"{name}: it is not called in evaluation mode")
+        assert self._samples is not None
         given, tied = len(self._samples[0]), ""
         for some in dict.fromkeys((len(runs), given)):  # at least at the image size of the analysis
             calls = [[run[i] if i < len(run) else None for run in runs[:some]] for i in range(len(runs[0]))]
@@ -146,23 +151,34 @@ class Writer:
         kind = type(self._model.get_submodule(name))
         names = [n for n, module in self._model.named_modules() if type(module) is kind]
         runs: list[dict[str, Calls]] = []
-        for given in itertools.chain(*self._samples):
-            args, kwargs = as_call(given)
-            with recorded(self._model, names) as calls, torch.no_grad():
-                try:
-                    self._model(*args, **kwargs)
-                except Exception:  # whatever its own code raises at a size it was not made for
-                    if not runs:
-                        raise
-                    calls = {n: [] for n in names}
-            runs.append(calls)
-        for n in names:
-            self._runs[n] = [run[n] for run in runs]
 
-    @functools.cached_property
-    def _samples(self) -> tuple[list[Inputs], list[Inputs]]:
-        captured = self._trace.captured
-        return sampled(self._model, self._inputs, captured.batching, captured.batch)
+        def run(given: Inputs) -> bool:
+            args, kwargs = as_call(given)
+            try:
+                with (
+                    quiet(),
+                    untouched(self._model),
+                    chance_kept(),
+                    torch.no_grad(),
+                    recorded(self._model, names) as calls,
+                ):
+                    self._model(*args, **kwargs)
+            except Exception:  # whatever its own code raises at a size it was not made for
+                if not runs:
+                    raise
+                return False
+            runs.append(calls)
+            return True
+
+        if self._samples is None:
+            captured = self._trace.captured
+            self._samples = sampled(self._inputs, captured.batching, captured.batch, run)
+        else:
+            for given in itertools.chain(*self._samples):
+                if not run(given):
+                    runs.append({n: [] for n in names})
+        for n in names:
+            self._runs[n] = [calls[n] for calls in runs]
 
     def _draft(
         self, name: str, number: int, calls: Sequence[Call | None], apart: Collection[str] | None
@@ -177,7 +193,7 @@ class Writer:
             raise CutError(f"{name}: its forward cannot be captured by itself ({error})") from None
         except CutError as error:
             raise CutError(f"{name}: {error}") from None
-        values, sums = self._match(name, number, captures.base.operators())
+        values, sums = self._match(name, number, captures.base.operators)
         (captured, *others), training = captures.in_both_modes()
         switches, lost = training_switches(training, captured, captures.training)
         left_out = sums_at(captured, sums)
@@ -218,10 +234,9 @@ class Writer:
         alike = likeness((module, calls), {}), apart
         if alike in self._captures:
             return self._captures[alike]
-        captures = Captures.of(module, calls, len(self._samples[0]), apart)
-        if not captures.base.captured.constants:  # these may differ, whatever else is equal
-            self._captures[alike] = captures
-        return captures
+        assert self._samples is not None
+        self._captures[alike] = Captures.of(module, calls, len(self._samples[0]), apart)
+        return self._captures[alike]
 
     def _finish(self, lines: Listing, captures: "Captures", output: Any, limits: Any, lost: str) -> Draft:
         base = captures.base
@@ -348,6 +363,8 @@ class FixedCall(nn.Module):
         self.given = arguments_of(module, args, kwargs)
         self.tensors: list[Tensor] = []
         self.arguments = strip(dict(self.given.arguments), self.tensors)
+        if type(module).__module__.startswith("torch.nn.modules."):
+            self.arguments |= {n: ANYTHING for n in HINTS & self.arguments.keys() if not self.arguments[n]}
         self.returned = Returned()
 
     def forward(self, *tensors: Tensor) -> list[Tensor]:
@@ -416,22 +433,23 @@ class Captured:
         except (CaptureError, CutError):
             return None
 
+    @functools.cached_property
     def operators(self) -> Listing:
         """Its operators, those of submodules that are called included."""
         return list_operators(self.captured)
 
+    @functools.cached_property
     def listing(self) -> Listing:
         """Its operators and the calls of submodules that can be made as they are."""
-        lines = self.operators()
-        return collapse(lines, [self.sites[call.site] for call in lines.calls])
+        return collapse(self.operators, [self.sites[call.site] for call in self.operators.calls])
 
     def refused(self) -> set[str]:
         """Submodules whose calls were marked and cannot be made as they are."""
-        return {site.module for site in self.sites} - {*calls_of(self.listing())}
+        return {site.module for site in self.sites} - {*calls_of(self.listing)}
 
     def unheard(self) -> list[str]:
         """The submodules that the module calls and whose operators are written out."""
-        called = calls_of(self.listing())
+        called = calls_of(self.listing)
         names = [*self.sites.passed, *(site.module for site in self.sites)]
         return [name for name in dict.fromkeys(names) if name not in called]
 
@@ -460,12 +478,13 @@ class Captures:
         self._alike = alike
         while True:
             self.base = Captured.of(module, *calls[0], apart=self._apart)
-            refused = self.base.refused() | {*calls_of(self.base.listing())} & {*self.base.sites.passed}
+            refused = self.base.refused() | {*calls_of(self.base.listing)} & {*self.base.sites.passed}
             if self._apart is None or refused <= {*self._apart}:
                 break
             self._apart = {*self._apart, *refused}  # what they call is looked at instead
         self.tied = ""
         self._found: dict[tuple[int, bool], Captured | None] = {}
+        self._other = {number for number in range(len(calls)) if self._sizes(number) is None}
         self._forget()
 
     @classmethod
@@ -489,7 +508,7 @@ class Captures:
         """
         captures = cls(module, calls, alike, apart)
         sized, batches = range(alike, len(calls)), range(1, alike)
-        if not sized or not captures._settle([[*sized, *batches], [*reversed(sized), *batches]]):
+        if not sized or not captures._settle([[*reversed(sized), *batches], [*sized, *batches]]):
             captures._forget()
             captures._compare(batches)
         if captures._unfit & set(range(alike)):
@@ -514,7 +533,7 @@ class Captures:
                 continue
             if best is None or (len(self._fit), -length) > best[0]:
                 best = (len(self._fit), -length), dict(vars(self))
-            if not self._unfit:
+            if self._unfit <= self._other:
                 break
         vars(self).update(best[1] if best else {})
         self.tied = self._reason if best is None or self._unfit else ""
@@ -580,12 +599,16 @@ class Captures:
 
     def _add(self, number: int) -> bool:
         """Capture a call, the first in float64; False if it does other things than in the analysis."""
+        if number in self._other:
+            return False
         found = None if self.variants else self._capture(number, True)
         if found is None and number:
             found = self._capture(number, False)
         if found is None:
             return not number
-        if align([capture.listing() for capture in (self.base, *self.variants, found)]) is None:
+        if align([capture.listing for capture in (self.base, *self.variants, found)]) is None:
+            if align([self.base.listing, found.listing]) is None:
+                self._other.add(number)
             return False
         self.variants.append(found)
         self._captured.append(number)
@@ -605,15 +628,15 @@ class Captures:
 
     def listings(self) -> list[Listing]:
         """The operators and calls of all captures; the first is that of the analysis."""
-        found = align([captured.listing() for captured in (self.base, *self.variants)])
+        found = align([captured.listing for captured in (self.base, *self.variants)])
         assert found is not None
         return found
 
     def in_both_modes(self) -> tuple[list[Listing], Listing | None]:
         """The same with every step of the training mode, and beside it the steps in that; None: they are others."""
-        captures = [captured.listing() for captured in (self.base, *self.variants)]
+        captures = [captured.listing for captured in (self.base, *self.variants)]
         try:
-            found = align([*captures, self.training.listing()]) if self.training else None
+            found = align([*captures, self.training.listing]) if self.training else None
         except CutError:
             found = None
         if found is None or not same_calls(found[0], found[-1]):
@@ -645,7 +668,7 @@ class Captures:
         runner = Runner(self._module, program, self.base.captured.constants)
         named = {f"module.{name}": t for name, t in values.items()}
         try:
-            with torch.no_grad():
+            with untouched(self._module), torch.no_grad():
                 expected = functional_call(self._module, cloned(values), *cloned(call))
                 result = functional_call(runner, cloned(named), *call)
         except Exception:  # whatever sizes that do not fit lead to
@@ -876,27 +899,32 @@ def named_numbers(args: Sequence[Any], others: Sequence[Sequence[Any]]) -> list[
     return list(found)
 
 
-def likeness(x: Any, known: dict[int, int]) -> Any:
+def likeness(x: Any, known: dict[int, int], *, owned: bool = True) -> Any:
     """What two modules, or two calls, have in common if what is captured of one holds for the other.
 
-    Modules count by class, attributes and submodules, tensors by shape and type, anything unknown by identity.
+    Modules count by class, attributes and submodules, anything unknown by identity; tensors by shape and type if they
+    are parameters, buffers or arguments, which a capture does not look into.
 
     Args:
         x: module, or anything that may be an attribute or argument of one.
         known: tensors and modules met so far, by identity; those met are added.
+        owned: whether tensors are of these kinds.
     """
     if isinstance(x, nn.Module | Tensor):
         if id(x) in known:
             return "again", known[id(x)]
         known[id(x)] = len(known)
     if isinstance(x, nn.Module):
-        return type(x), likeness(vars(x), known)
-    if isinstance(x, Tensor) and x.layout is torch.strided:
+        return type(x), tuple(
+            (name, likeness(value, known, owned=name in ("_parameters", "_buffers")))
+            for name, value in vars(x).items()
+        )
+    if isinstance(x, Tensor) and x.layout is torch.strided and owned:
         return type(x), x.shape, x.stride(), x.dtype, x.device, x.requires_grad
     if isinstance(x, Mapping):
-        return type(x), tuple((key, likeness(value, known)) for key, value in x.items())
+        return type(x), tuple((key, likeness(value, known, owned=owned)) for key, value in x.items())
     if type(x) in (list, tuple, torch.Size):
-        return type(x), tuple(likeness(part, known) for part in x)
+        return type(x), tuple(likeness(part, known, owned=owned) for part in x)
     if x is None or type(x) in (bool, int, float, str):
         return type(x), x
     return ("set", frozenset(x)) if type(x) is set else ("object", id(x))
@@ -927,7 +955,7 @@ def training_switches(
             result.append(changed)
         return result, f"what it does in training mode only ({', '.join(sorted(other))})" if other else ""
     try:
-        found = {step.op for step in captured.listing().steps if not counts(step)} if captured else set()
+        found = {step.op for step in captured.listing.steps if not counts(step)} if captured else set()
     except CutError:
         found = set()
     only = sorted(found - {s.op for s in lines.steps})

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from secateur.graph import mirrored
 from secateur.graph.duplicate import cloned, duplicate
-from secateur.graph.modes import evaluating
+from secateur.graph.modes import chance_kept, evaluating
 from secateur.graph.probe import difference, fit_norms_, floats, randomise_
 from secateur.rewriting.known import known_attributes
 from secateur.rewriting.rewrite import Rewritten, original_class, other_forwards
@@ -102,7 +102,7 @@ def harmless(found: Elsewhere, model: nn.Module, inputs: tuple[Any, Any]) -> Els
             for attribute, value in values.items():
                 setattr(changed.get_submodule(name), attribute, value)
         try:
-            with evaluating(changed), torch.no_grad(), torch.random.fork_rng(devices=[]):
+            with evaluating(changed), torch.no_grad(), chance_kept():
                 torch.manual_seed(0)
                 return floats(changed(*args, **kwargs))
         except Exception:  # whatever its own code raises
@@ -158,6 +158,8 @@ def find_candidates(before: nn.Module, after: nn.Module) -> dict[str, dict[str, 
 
 def needs_trial(module: nn.Module, options: Mapping[str, set[int]]) -> bool:
     """Whether other ways through a module, or its forward, may read what is not certain."""
+    if not options and not isinstance(module, Rewritten):
+        return False
     cls = original_class(module)
     reads = readings(cls)
     return (
@@ -281,7 +283,7 @@ def right(module: nn.Module, way: str, call: Call, values: Mapping[str, int]) ->
         module = duplicate(module, share=not changes)
         for attribute, value in values.items():
             setattr(module, attribute, value)
-        with evaluating(module), torch.no_grad(), torch.random.fork_rng(devices=[]):
+        with evaluating(module), torch.no_grad(), chance_kept():
             if not changes:
                 return agree(expected, getattr(module, way), args, kwargs)
             made = getattr(module, way)()

@@ -2,10 +2,13 @@
 
 Attention blocks store their number of heads and the like when they are made, and `view` by it; blocks that split
 their channels store how many each part has. The new value is read off the captured graph: what became of the old
-number in the module's own operators. Where it became several numbers, the attribute stays. Nothing is trusted: the
-module is run and compared afterwards like any other.
+number in the module's own operators. Where it became several numbers, the attribute stays. Lists of widths in a
+configuration (`self.config.hidden_sizes[-1]`) follow too, in a copy that the module alone holds. Nothing is trusted:
+the module is run and compared afterwards like any other.
 """
 
+import inspect
+from collections.abc import Mapping
 from typing import Any
 
 from torch import nn
@@ -13,7 +16,7 @@ from torch import nn
 from secateur.graph import mirrored
 from secateur.graph.trace import Survivors, Trace
 from secateur.rewriting.listing import find_regions
-from secateur.rewriting.rewrite import cut_listing
+from secateur.rewriting.rewrite import cut_listing, original_class
 
 WORDS = frozenset(
     """
@@ -47,7 +50,22 @@ def known_attributes(module: nn.Module) -> dict[str, Number]:
         shape = name in SHAPES and type(value) is tuple and all(map(is_size, value))
         if shape or (type(value) is int and names_width(name)):
             found[name] = value
-    return found
+    return found | configured_widths(module)
+
+
+def configured_widths(module: nn.Module) -> dict[str, Number]:
+    """The lists of widths that a module's forward reads from its configuration: "config.hidden_sizes" -> (16, 32)."""
+    lists = vars(module.__dict__.get("config")) if hasattr(module.__dict__.get("config"), "__dict__") else {}
+    code = getattr(inspect.unwrap(original_class(module).forward), "__code__", None) if lists else None
+    names = code.co_names if code is not None and "config" in code.co_names else ()
+    return {
+        f"config.{name}": tuple(value)
+        for name in sorted(names)
+        if names_width(name)
+        and isinstance(value := lists.get(name), list | tuple)
+        and value
+        and all(map(is_size, value))
+    }
 
 
 def is_size(x: Any) -> bool:
@@ -71,10 +89,18 @@ def following(model: nn.Module, trace: Trace, survivors: Survivors) -> dict[str,
             if step.module == name and step.node in later:
                 note(step.args, later[step.node].args, became)
         for attribute, old in attributes.items():
-            new = became.get(old, {old}) - {old}
-            if len(new) == 1:
-                edits.setdefault(name, {})[attribute] = next(iter(new))
+            new = now(old, became)
+            if "." in attribute and isinstance(old, tuple):
+                new = tuple(n for width in old if isinstance(n := now(width, became), int))
+            if new != old:
+                edits.setdefault(name, {})[attribute] = new
     return edits
+
+
+def now(old: Number, became: Mapping[Number, set[Number]]) -> Number:
+    """What a number became; itself, if that is several numbers."""
+    new = became.get(old, {old}) - {old}
+    return next(iter(new)) if len(new) == 1 else old
 
 
 def note(before: Any, after: Any, became: dict[Number, set[Number]]) -> None:

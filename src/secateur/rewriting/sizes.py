@@ -86,13 +86,19 @@ class Expressions:
                     yield plus(Size("+", a, times(b, sign)), rest.pop())
 
     def _divided(self, column: Column, divisors: Sequence[int] = ()) -> Iterator[Number]:
-        """(size + b) // c: what is rounded down or up comes first, by a number that the forward names."""
-        for usual, named in ((True, True), (True, False), (False, True), (False, False)):
-            for c in divisors or self._divisors(named):
+        """(size + b) // c: what is rounded down or up comes first, by a number that the forward names.
+
+        Then comes what is rounded and shifted, by a power of two before others: networks halve images, and over a few
+        sizes many another number fits as well.
+        """
+        named, others = self._divisors(named=True), sorted(self._divisors(), key=lambda c: c & (c - 1) != 0)
+        for kind, choice in (("rounded", named), ("shifted", others), ("any", named), ("any", others)):
+            for c in divisors or choice:
                 for symbol, sizes in self.symbols.items():
                     least = max(n * c - s for n, s in zip(column, sizes, strict=True))
                     most = min(n * c + c - 1 - s for n, s in zip(column, sizes, strict=True))
-                    shifts = [0, c - 1] if usual else [most]
+                    shifted = [most // c * c, (most + 1) // c * c - 1]
+                    shifts = {"rounded": [0, c - 1], "shifted": shifted, "any": [most]}[kind]
                     yield from (over(plus(symbol, b), c) for b in shifts if least <= b <= most)
 
     def _padding(self, column: Column) -> Iterator[Number]:

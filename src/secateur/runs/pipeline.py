@@ -20,7 +20,7 @@ from secateur.engine.method import Context, Method
 from secateur.engine.pruned import Pruned
 from secateur.engine.training_method import TrainingMethod
 from secateur.files import explained
-from secateur.graph import Graph, analyze
+from secateur.graph import Graph
 from secateur.graph.duplicate import duplicate
 from secateur.methods import Auto, OneShot, Own, budget_in_macs, choose, prune
 from secateur.plan import Plan, WeightPlan
@@ -99,13 +99,7 @@ def prune_run(
     run = Run(config, out, "prune", mode, command, watch)
     config = run.resolve_auto(config)
     method, dense = run.at_hand(config.chosen), run.task.model
-    graph = analyze(
-        dense,
-        run.task.inputs,
-        freeze=method.freeze,
-        attention=getattr(method, "attention", "heads"),
-        granularity=getattr(method, "granularity", "channels"),
-    )
+    graph = method.analyze(dense, run.task.inputs)
     config.check_reach(graph)
     if isinstance(method, TrainingMethod):
         pruned, last = _prune_during(run, config, method)
@@ -319,6 +313,7 @@ def _choose(run: Run, config: PruneConfig, method: Method, graph: Graph, curves:
         clock=clock_of(model, run.task.inputs, config.latency_batch),
         cache=curves,
         progress=run.watch.progress,
+        graph=graph,
     )
 
 
@@ -331,6 +326,7 @@ def _in_closed_form(run: Run, config: PruneConfig, method: Method) -> Budget:
     evenly = OneShot(
         allocation="uniform",
         freeze=method.freeze,
+        scope=method.scope,
         min_keep=getattr(method, "min_keep", 1),
         round_to=getattr(method, "round_to", 1),
     )

@@ -1,5 +1,6 @@
 """The table of scores. To add one, write a function of `Slice`s and enter it in `SCORES`."""
 
+import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -8,10 +9,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from secateur.errors import ScoreError
+from secateur.errors import ScoreError, first_line
 from secateur.graph import Graph, Group
 from secateur.graph.capture import as_call
 from secateur.graph.modes import evaluating
+from secateur.graph.parts import Parts, train_rest_
 from secateur.imports import look_up
 from secateur.settings import checked
 
@@ -227,7 +229,9 @@ def score_groups(
     if empty:
         raise ScoreError(f"{empty[0]} has no values (device meta); load the weights before scoring them")
     generator = torch.Generator().manual_seed(seed)
-    batches = gradients(model, data, loss) if entry.needs_data and data is not None else iter([{}])
+    batches = (
+        gradients(model, data, loss, graph.parts) if entry.needs_data and data is not None else iter([{}])
+    )
     parameters = dict(model.named_parameters())
     total = [torch.zeros(group.units, dtype=torch.float64) for group in graph.groups]
     count = 0
@@ -262,10 +266,15 @@ def group_slices(group: Group, parameters: Mapping[str, Tensor], grads: Mapping[
 
 
 def gradients(
-    model: nn.Module, data: Iterable[tuple[Any, Any]], loss: Callable[[Any, Any], Tensor]
+    model: nn.Module,
+    data: Iterable[tuple[Any, Any]],
+    loss: Callable[[Any, Any], Tensor],
+    parts: Parts | None = None,
 ) -> Iterator[dict[str, Tensor]]:
     """Gradient of each batch's mean loss, in evaluation mode, per parameter.
 
+    A model that was captured in parts, such as a detector, gives its losses in training mode only and asks for the
+    targets itself: all but its parts is in that mode then, and `targets` is passed if its forward has such an argument.
     `.grad`, `requires_grad` and the modes of the user's model are as they were after every batch.
 
     Raises:
@@ -279,13 +288,45 @@ def gradients(
             try:
                 for p in required:
                     p.requires_grad_(True)
+                y = on_device(y, device)
                 args, kwargs = as_call(on_device(x, device))
-                value = loss_of(loss, model(*args, **kwargs), on_device(y, device))
+                if parts is not None:
+                    train_rest_(model, parts)
+                    kwargs = with_targets(model, args, kwargs, y)
+                value = loss_of(loss, outputs_of(model, args, kwargs, parts is not None), y)
                 found = torch.autograd.grad(value, list(required), allow_unused=True)
             finally:
                 for p, flag in required.items():
                     p.requires_grad_(flag)
         yield {name: g for name, g in zip(named, found, strict=True) if g is not None}
+
+
+def with_targets(model: nn.Module, args: Any, kwargs: dict[str, Any], targets: Any) -> dict[str, Any]:
+    """The keyword arguments with the targets, if forward takes them under this name and has not got them yet."""
+    signature = inspect.signature(model.forward)
+    given = signature.bind_partial(*args, **kwargs).arguments
+    return (
+        {**kwargs, "targets": targets}
+        if {"targets"} <= signature.parameters.keys() - given.keys()
+        else kwargs
+    )
+
+
+def outputs_of(model: nn.Module, args: Any, kwargs: dict[str, Any], training: bool) -> Any:
+    """What a model returns.
+
+    Raises:
+        ScoreError: it fails in training mode.
+    """
+    try:
+        return model(*args, **kwargs)
+    except Exception as error:
+        if not training:
+            raise
+        raise ScoreError(
+            f"{type(model).__name__} fails in training mode ({first_line(error)}). Gradients are taken there: pass "
+            f"data=, batches of (images, targets) as in its own training, and loss=, a function of (losses, targets)"
+        ) from error
 
 
 def on_device(tree: Any, device: torch.device) -> Any:

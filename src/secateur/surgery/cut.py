@@ -13,6 +13,7 @@ from secateur.graph import Graph, mirrored, named_tensors
 from secateur.graph.duplicate import duplicate
 from secateur.graph.groups import PadSite, check_model
 from secateur.graph.guard import uncompiled
+from secateur.graph.modes import forget_kept
 from secateur.graph.modules import HELD, Keep, held, worked_out
 from secateur.graph.positions import kept_positions
 from secateur.graph.probe import random_inputs
@@ -50,6 +51,7 @@ def cut_(model: nn.Module, graph: Graph, plan: Plan, *, optimizer: Optimizer | N
     """
     masks = plan.masks(graph)
     check_model(model, graph)
+    whole, model = model, graph.view(model)
     assert graph.trace is not None
     survivors = graph.trace.survivors(masks)
     before = duplicate(model, share=True)
@@ -78,11 +80,12 @@ def cut_(model: nn.Module, graph: Graph, plan: Plan, *, optimizer: Optimizer | N
         raise CutError(
             f"{type(model).__name__}: the plan cannot be applied ({first_line(error)}). The model is unchanged."
         ) from error
-    return model
+    return whole
 
 
 def renew_(model: nn.Module, edit: Edit) -> None:
-    """Let weights that hooks work out follow the tensors they are worked out from, as a change that was made."""
+    """Let what modules have worked out follow the tensors it is worked out from, as a change that was made."""
+    forget_kept(model)
     for module in model.modules():
         new = worked_out(module)
         if new:
@@ -94,6 +97,11 @@ def renew_(model: nn.Module, edit: Edit) -> None:
 def _settle(model: nn.Module, before: nn.Module, graph: Graph, masks: list[Tensor], edit: Edit) -> None:
     """Rewrite the submodules whose own forward does not compute the cut network."""
     drafts = settle(model, graph, masks, functools.partial(duplicate, before, share=True))
+    if "" in drafts and graph.parts is not None:
+        raise CutError(
+            f"{type(model).__name__}: one of its parts ({', '.join(graph.parts.names)}) can neither run at the new "
+            f"widths nor be rewritten; name the others in scope=. The model is unchanged."
+        )
     for name, draft in drafts.items():
         module = model.get_submodule(name)
         edit.done(rewrite_(module, draft.program, draft.constants, draft.lost, draft.tied))
@@ -113,7 +121,9 @@ def layer_attributes(
     model: nn.Module, keep: Mapping[tuple[str, int], Keep]
 ) -> dict[str, dict[str, int | tuple[int, ...]]]:
     """Module name -> attributes that change, for every stock layer with a cut tensor."""
-    cut = {tensor for tensor, _ in keep}
+    cut: dict[str, list[tuple[int, Keep]]] = {}
+    for (tensor, dim), mask in keep.items():
+        cut.setdefault(tensor, []).append((dim, mask))
     first = {id(tensor): name for name, tensor in reversed(named_tensors(model))}
     edits = {}
     for name, module in model.named_modules():
@@ -121,8 +131,7 @@ def layer_attributes(
         tensors = dict(module.named_parameters(recurse=False)) | dict(module.named_buffers(recurse=False))
         tensors |= {local: found[1] for local in HELD if (found := held(module, local))}
         for local, tensor in tensors.items():
-            if first[id(tensor)] in cut:
-                own |= {(local, dim): mask for (key, dim), mask in keep.items() if key == first[id(tensor)]}
+            own |= {(local, dim): mask for dim, mask in cut.get(first[id(tensor)], ())}
         if own:
             try:
                 edits[name] = mirrored(module, own)
@@ -155,4 +164,9 @@ def tensor_cuts(
 @checked(CutError)
 def cut_copy(model: nn.Module, graph: Graph, plan: Plan) -> nn.Module:
     """A cut copy; the model stays whole."""
-    return cut_(duplicate(model), graph, plan)
+    small = cut_(duplicate(model, share=True), graph, plan)
+    shared = {parameter.data_ptr() for parameter in model.parameters()}
+    for parameter in small.parameters():
+        if parameter.data_ptr() in shared:
+            parameter.data = parameter.data.clone()
+    return small

@@ -1,5 +1,6 @@
 """Changes to a module that are made together and can be taken back."""
 
+import copy
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -41,10 +42,18 @@ class Edit:
         self._states.append((state, name, state[name], new))
 
     def attributes(self, edits: Edits) -> None:
-        """Replace attributes of modules."""
+        """Replace attributes of modules; those of an object that a module holds ("config.widths") in a copy of it."""
         for name, values in edits.items():
             module = self._model.get_submodule(name)
+            copies: dict[str, Any] = {}
             for attribute, value in values.items():
+                owner, _, inner = attribute.rpartition(".")
+                if owner:
+                    held = copies.setdefault(owner, copy.copy(getattr(module, owner)))
+                    setattr(held, inner, type(getattr(held, inner))(value))
+                else:
+                    copies[attribute] = value
+            for attribute, value in copies.items():
                 self._attributes.append((module, attribute, getattr(module, attribute), value))
 
     def entry(self, of: dict[str, Any], key: str, new: Any) -> None:

@@ -9,6 +9,7 @@ from secateur.errors import PlanError
 from secateur.graph import Graph
 from secateur.graph.groups import check_model
 from secateur.graph.guard import uncompiled
+from secateur.graph.modes import forget_kept
 from secateur.plan import Plan
 from secateur.settings import checked
 
@@ -35,6 +36,7 @@ def mask_(model: nn.Module, graph: Graph, plan: Plan) -> nn.Module:
     check_model(model, graph)
     parameters = dict(model.named_parameters())
     kept = directions(model)
+    forget_kept(model)
     with torch.no_grad():
         for group, mask in zip(graph.groups, masks, strict=True):
             for member in group.members:

@@ -65,11 +65,11 @@ class Site:
     def count(self, macs: int, *axes: Atoms, batched: bool = False) -> None:
         """This operator performs `macs` multiply-adds, in proportion to what is kept of each axis.
 
-        They are done for every image if an operand has a part for each, or if `batched`.
+        They are done as often for every image as an operand has parts for it, or once if `batched`.
         """
-        batched = batched or any(value.batched for value in self.operands)
+        per_image = max((float(batched), *(value.per_image for value in self.operands)))
         self.labels.contractions.append(
-            Contraction(self.labels.module, macs, axes, batched, self.labels.node)
+            Contraction(self.labels.module, macs, axes, per_image, self.labels.node)
         )
 
     def statistic(self, value: Value, dims: Collection[int]) -> None:

@@ -96,12 +96,12 @@ def label(site: Site) -> Result:
     result = entry.rule(site) if entry else without_rule(site)
     operands = site.operands
     repeated = entry is not None and entry.repeats and repeats_per_image(site)
-    batched = repeated or any(value.batched for value in operands)
-    data = batched or any(value.data for value in operands)
+    per_image = max((float(repeated), *(value.per_image for value in operands)))
+    data = per_image > 0 or any(value.data for value in operands)
     weight = not data and any(v.weight or v.tensor in site.labels.parameters for v in operands)
     if isinstance(result, Value):
-        return replace(result, weight=weight, data=data, batched=batched)
-    return tuple(replace(value, weight=weight, data=data, batched=batched) for value in result)
+        return replace(result, weight=weight, data=data, per_image=per_image)
+    return tuple(replace(value, weight=weight, data=data, per_image=per_image) for value in result)
 
 
 def repeats_per_image(site: Site) -> bool:

@@ -12,7 +12,7 @@ from secateur.engine.describe import layer_facts
 from secateur.engine.method import Context
 from secateur.engine.pruned import Pruned, cut_and_prove
 from secateur.errors import CutError
-from secateur.graph import Inputs, analyze
+from secateur.graph import Inputs
 from secateur.graph.duplicate import duplicate
 from secateur.imports import imported
 from secateur.methods.precrop.design import Design, WidthMethod, design, limits_of
@@ -47,7 +47,7 @@ class PreCrop(WidthMethod):
     )
 
     def prune(self, model: nn.Module, inputs: Inputs, budget: Budget | None, context: Context) -> Pruned:
-        graph = analyze(model, inputs, freeze=self.freeze)
+        graph = context.graph or self.analyze(model, inputs)
         found = design(model, inputs, graph, limits_of(graph, budget, self), self, context)
         origin = self.record() | found.multiples.record(graph) | {"budget": budget.given if budget else {}}
         return build(model, found, self, self.initialise, origin)
@@ -77,7 +77,7 @@ class PreConfig(WidthMethod):
     )
 
     def prune(self, model: nn.Module, inputs: Inputs, budget: Budget, context: Context) -> Pruned:
-        graph = analyze(model, inputs, freeze=self.freeze)
+        graph = context.graph or self.analyze(model, inputs)
         cost = Cost(graph)
         dense = {"macs": cost.macs(), "params": cost.params()}
         limits = dense | cost.limits(budget)
@@ -95,7 +95,7 @@ def build(
     if any(widths[group.name] > group.units for group in graph.groups):
         whole = widen_(duplicate(model), graph, [max(g.units, widths[g.name]) for g in graph.groups])
         reset_(whole, seed=how.seed)
-        graph = analyze(whole, graph.inputs, freeze=how.freeze)
+        graph = how.analyze(whole, graph.inputs)
         if {group.name for group in graph.groups} != widths.keys():
             raise CutError(
                 f"{type(model).__name__}: channels are tied otherwise once it is wider. Allow no growth (cap=1)."

@@ -8,7 +8,7 @@ from secateur.allocate.density import list_layers
 from secateur.cost import Budget, Cost
 from secateur.engine.method import Context, Removes
 from secateur.engine.pruned import Pruned, mask_copy
-from secateur.graph import Inputs, analyze
+from secateur.graph import Inputs
 from secateur.methods.at_init import densities_of, draw_masks, layer_bounds
 from secateur.methods.precrop.design import WidthMethod, design, limits_of
 from secateur.plan import WeightPlan
@@ -36,7 +36,7 @@ class RandomWeights(WidthMethod):
     removes: ClassVar[Removes] = "weights"
 
     def prune(self, model: nn.Module, inputs: Inputs, budget: Budget | None, context: Context) -> Pruned:
-        graph = analyze(model, inputs, freeze=self.freeze)
+        graph = context.graph or self.analyze(model, inputs)
         found = design(model, inputs, graph, limits_of(graph, budget, self), self, context)
         limits = found.limits
         layers = [layer for layer in list_layers(graph, classifier=True) if found.densities[layer.name] < 1]

@@ -20,7 +20,7 @@ from secateur.cost.prices import NANOSECONDS
 from secateur.engine.method import GRANULARITY_HELP, Context, Meter, Method, images_of
 from secateur.engine.pruned import Pruned, cut_and_prove
 from secateur.errors import BudgetError, ScoreError, SecateurError
-from secateur.graph import Granularity, Graph, Group, Inputs, Member, analyze
+from secateur.graph import Granularity, Graph, Group, Inputs, Member
 from secateur.graph.capture import batch_of
 from secateur.graph.duplicate import duplicate
 from secateur.graph.replay import Outputs, Replay, chunks, joined, some_of
@@ -140,7 +140,7 @@ class RD(Method):
         meter = Meter(context.progress)
         given = images_of(context.data)
         model = duplicate(model).eval()
-        graph = analyze(model, inputs, freeze=self.freeze, granularity=self.granularity)
+        graph = context.graph or self.analyze(model, inputs)
         if not graph.groups:
             raise BudgetError(
                 "nothing can be pruned: the model has no group of removable units (see graph.frozen)"
@@ -189,7 +189,7 @@ class RD(Method):
         return {
             "compensation": self.compensation, "distortion": self.distortion, **how,
             "freeze": list(self.freeze), "min_keep": self.min_keep,
-            "granularity": self.granularity,
+            "granularity": self.granularity, **({"scope": list(self.scope)} if self.scope else {}),
         }  # fmt: skip
 
     def _best(

@@ -15,7 +15,7 @@ from secateur.cost import Budget
 from secateur.engine.method import Context, Meter, Method, Progress, Removes, images_of
 from secateur.engine.pruned import Pruned, costs_left
 from secateur.errors import BudgetError, PlanError, ScoreError, SecateurError
-from secateur.graph import Graph, Inputs, analyze, is_frozen
+from secateur.graph import Graph, Inputs, is_frozen
 from secateur.graph.capture import batch_of
 from secateur.graph.duplicate import duplicate
 from secateur.graph.replay import Replay, Tensors, chunks
@@ -78,7 +78,7 @@ class _WeightMethod(Method):
                 f"{', '.join(budget.bounds)}"
             )
         given = images_of(context.data)
-        graph = analyze(model, inputs, freeze=self.freeze)
+        graph = context.graph or self.analyze(model, inputs)
         model = duplicate(model).eval()
         if context.previous is not None:
             context.previous.apply_(model)
@@ -266,8 +266,9 @@ class Task:
         same = {"exponent": 1.0, "solver": "hull", "points": 0, "corrections": 0, "reduction": "mean"}
         relevant = plain(how) | same  # what they do not depend on
         del relevant["rivals"]
-        if not how.freeze:
-            del relevant["freeze"]
+        for name in ("freeze", "scope"):
+            if not relevant[name]:
+                del relevant[name]
         masked = {name: mask.sum().item() for name, mask in self.alive.items()}
         key = key_of(self.program.model, self.batches, {"settings": relevant, "alive": masked})
         return Curves.once(path, key, lambda: self.measure_curves(how, key))
