@@ -34,6 +34,7 @@ from secateur.recipes.models.weights import load_weights, normalisation_for
 
 GRANULARITIES = ("channels", "blocks", "both")
 SHARES = (0.7, 0.5)
+VIT = "vit_b_16"
 BOUNDS = {"macs": "MACs", "ms": "milliseconds"}
 CALIBRATION, TEST = 256, 2000
 
@@ -221,7 +222,7 @@ def main() -> None:
     parser.add_argument(
         "--data", type=Path, required=True, help="holds cifar10, imagenet1k-sample and weights"
     )
-    parser.add_argument("--only", nargs="*", default=[*NETWORKS, "vit_b_16"])
+    parser.add_argument("--only", nargs="*", default=[*NETWORKS, VIT])
     parser.add_argument("--bounds", nargs="*", default=list(BOUNDS), choices=list(BOUNDS))
     parser.add_argument("--shares", nargs="*", type=float, default=list(SHARES))
     parser.add_argument("--runs", type=Path, default=Path("runs/blocks"))
@@ -239,10 +240,13 @@ def main() -> None:
 def page(options: argparse.Namespace) -> str:
     """Measure what is missing, and tell all of it."""
     cells = Cells(options)
+    every = {"only": [*NETWORKS, VIT], "bounds": list(BOUNDS), "shares": list(SHARES)}
+    chosen = {name: getattr(options, name) for name, all_ in every.items() if getattr(options, name) != all_}
+    asked = "".join(f" --{name} {' '.join(map(str, some))}" for name, some in chosen.items())
     lines = [
         "# Blocks, channels or both",
         "",
-        "`OMP_NUM_THREADS=1 python benchmarks/blocks.py --data DATA_FOLDER --out docs/results/blocks.md`",
+        f"`OMP_NUM_THREADS=1 python benchmarks/blocks.py --data DATA_FOLDER{asked} --out docs/results/blocks.md`",
         "",
         "`rd` prunes to a bound: by channels only, by whole residual branches only, or by both. Accuracy is right",
         f"after the cut, without fine-tuning; {CALIBRATION} training images of CIFAR-10, or 250 of an ImageNet sample,",
@@ -254,10 +258,9 @@ def page(options: argparse.Namespace) -> str:
     ]
     for name in [name for name in options.only if name in NETWORKS]:
         lines += table(name, cells, options)
-    if "vit_b_16" in options.only:
+    if VIT in options.only:
         found = {
-            kind: cells.get(f"vit_b_16-{kind}", lambda kind=kind: vit_cell(kind))
-            for kind in GRANULARITIES[:2]
+            kind: cells.get(f"{VIT}-{kind}", lambda kind=kind: vit_cell(kind)) for kind in GRANULARITIES[:2]
         }  # type: ignore[misc]
         if any(found.values()):
             lines += ["## ViT-B/16, fresh weights, by `l2`: what half of the MACs becomes", ""]
