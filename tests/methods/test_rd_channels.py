@@ -212,7 +212,7 @@ def test_streams_are_protected_where_that_measures_enough_better() -> None:
 
     def by(weight: float, gain: float) -> Pruned:
         return prune(
-            model, x[:2], budget=Budget(macs=0.6), method="rd", data=[x], curves="measured", levels=5, exponents=(0.5,),
+            model, x[:2], budget=Budget(macs=0.4), method="rd", data=[x], curves="measured", levels=5, exponents=(0.5,),
             stream_weight=weight, stream_gain=gain, round_to=1,
         )  # fmt: skip
 

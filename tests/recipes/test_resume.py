@@ -227,7 +227,7 @@ def test_a_folder_that_cannot_be_made_says_so(tmp_path: Path) -> None:
     [
         (
             lambda m, d, c: (m, d, replace(c, lr=0.1, ema=0.5)),
-            "config.lr was 0.05, is now 0.1; config.ema was None",
+            "config.lr was 0.05, is now 0.1; config.ema was not given",
         ),
         (
             lambda m, d, c: (nn.Sequential(*m, nn.Linear(3, 3)), d, c),

@@ -46,7 +46,7 @@ class Cost:
         Raises:
             BudgetError: there is no such measure, or a clock measures it.
         """
-        if measure not in self._formulas:
+        if not isinstance(measure, str) or measure not in self._formulas:
             self._formulas[measure] = measure_named(measure).of(self.graph)
         return self._formulas[measure]
 

@@ -80,11 +80,18 @@ def look_elsewhere(before: nn.Module, after: nn.Module, inputs: tuple[Any, Any],
             whole = randomise_(duplicate(before).float(), seed)
             fit_norms_(whole, *cloned(inputs))
             calls_before, calls = observed(whole, tried, inputs), observed(small, tried, inputs)
-    for name in sorted({*candidates, *tried}):
-        trial = Trial(
-            whole.get_submodule(name), small.get_submodule(name), calls_before.get(name), calls.get(name)
-        )
-        judge_module(result, name, trial, candidates.get(name, {}))
+    with ExitStack() as stack:
+        for name in sorted(
+            {*candidates, *tried}, reverse=True
+        ):  # inner modules first: outer ways go through theirs
+            module = small.get_submodule(name)
+            trial = Trial(whole.get_submodule(name), module, calls_before.get(name), calls.get(name))
+            judge_module(result, name, trial, candidates.get(name, {}))
+            for attribute, value in result.edits.get(name, {}).items():
+                if small is not after:
+                    stack.callback(setattr, module, attribute, getattr(module, attribute))
+                    setattr(module, attribute, value)
+    result.stale.sort()
     return harmless(result, small, inputs) if result.edits else result
 
 

@@ -128,7 +128,9 @@ def read_image(path: Path, side: int, crop: npt.NDArray[np.float64] | None = Non
             if crop is not None and crop[4] >= 0.5:
                 square = ImageOps.mirror(square)
     except Exception as error:  # the decoders raise many kinds on hostile files
-        raise DataError(f"{path}: cannot be read as an image: {error}. Remove or replace it.") from error
+        # other packages put an `Image.open` of their own in place, which then misses a decoder
+        cause = error.__context__ if isinstance(error, ImportError) and error.__context__ else error
+        raise DataError(f"{path}: cannot be read as an image: {cause}. Remove or replace it.") from error
     return torch.from_numpy(np.array(square)).permute(2, 0, 1)
 
 
