@@ -1,6 +1,7 @@
 """Training schedules by name, the same for every method of a comparison."""
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 from secateur.recipes.train_config import TrainConfig
@@ -19,6 +20,7 @@ class Schedule:
         schedule: of the learning rate.
         weight_decay, batch_size, test_every: as in `TrainConfig`.
         dense_share: share of the epochs that a method which prunes trained models trains the dense one.
+        more: other settings of `TrainConfig`.
     """
 
     summary: str
@@ -32,6 +34,7 @@ class Schedule:
     batch_size: int = 128
     test_every: int = 1
     dense_share: float = 0.5
+    more: Mapping[str, Any] = field(default_factory=dict)
 
     def make_config(self, *, epochs: int | None = None, tune: bool = False, **changes: Any) -> TrainConfig:
         """Settings for training from scratch, or for training on."""
@@ -42,6 +45,7 @@ class Schedule:
             "weight_decay": self.weight_decay,
             "batch_size": self.batch_size,
             "test_every": self.test_every,
+            **self.more,
         }
         return TrainConfig(**settings | changes)
 
@@ -49,6 +53,17 @@ class Schedule:
 SCHEDULES = {
     "tiny": Schedule("for trying things out: 1,000 images, 2 epochs", 1000, 2, 2, batch_size=50),
     "short": Schedule("for CPUs: 12,800 images, 10 epochs of 100 steps", 12_800, 10, 5, test_every=5),
+    "cpu": Schedule(
+        "for two CPU cores: all images, 24 epochs in bfloat16, smaller images at first, tested at the end",
+        None,
+        24,
+        12,
+        lr=0.4,
+        tune_lr=0.04,
+        batch_size=256,
+        test_every=24,
+        more={"precision": "bf16", "initial_size": 0.5, "alternate_flips": True, "ema": 0.998},
+    ),
     "standard": Schedule("for one GPU: all images, 40 epochs", None, 40, 20),
     "paper": Schedule(
         "as papers train CIFAR networks: all images, 200 epochs",
