@@ -114,7 +114,8 @@ def page(rows: list[dict[str, Any]], options: argparse.Namespace) -> str:
             "",
             f"{options.model} on CIFAR-10, all 50,000 images, {options.epochs} epochs of the schedule `cpu`, once as",
             "it is and once with each change; accuracy on the 10,000 test images. *Difference* is paired by seed.",
-            f"{' and '.join(sorted({row['device'] for row in rows}))}, {torch.get_num_threads()} threads, "
+            f"{' and '.join(sorted({row['device'] for row in rows}))}, "
+            f"{torch.get_num_threads()} CPU thread(s), "
             f"torch {torch.__version__}, Python {platform.python_version()}.",
             "",
             "| | accuracy, % | difference, points | processor seconds | seeds |",
