@@ -97,7 +97,7 @@ def stages(framework: ModuleType, name: str) -> Iterator[Row]:
     yield {
         "losses": losses,
         "unreached": sorted(missing)[:5],
-        "trains": not missing and all(map(finite, losses)) and losses[-1] < losses[0],
+        "trains": not missing and all(map(finite, losses)) and min(losses[1:]) < losses[0],
         "stage": "load",
     }
     with tempfile.TemporaryDirectory() as folder:

@@ -208,3 +208,15 @@ def test_a_hostile_index_is_refused(tmp_path: Path) -> None:
     with pytest.raises(FileError, match="distinct, ascending channels"):
         sc.load(model, tmp_path / "h.safetensors")
     assert [name for name, _ in model.named_modules()] == names
+
+
+def test_numbers_below_zero_that_are_named_like_widths_are_left_alone(tmp_path: Path) -> None:
+    class Head(nn.Sequential):
+        def __init__(self) -> None:
+            super().__init__(nn.Conv2d(3, 8, 1), nn.ReLU(), nn.Conv2d(8, 2, 1))
+            self.head_in_index = -1
+
+    pruned = sc.prune(Head(), torch.randn(2, 3, 6, 6), budget=0.5, method="oneshot")
+    pruned.save(tmp_path / "head.safetensors")
+    again = sc.load(Head(), tmp_path / "head.safetensors")
+    assert again.head_in_index == -1

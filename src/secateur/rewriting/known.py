@@ -48,7 +48,7 @@ def known_attributes(module: nn.Module) -> dict[str, Number]:
     found: dict[str, Number] = {}
     for name, value in sorted(module.__dict__.items()):
         shape = name in SHAPES and type(value) is tuple and all(map(is_size, value))
-        if shape or (type(value) is int and names_width(name)):
+        if shape or (is_size(value) and names_width(name)):
             found[name] = value
     return found | configured_widths(module)
 
