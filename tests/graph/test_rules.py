@@ -210,3 +210,23 @@ def test_regions_of_their_own_are_read_too() -> None:
     plan = sc.Plan.of(graph, random_masks(graph, 0))
     assert sc.verify(model, sc.cut_(copy.deepcopy(model), graph, plan), graph, plan).ok
     assert sc.Cost(graph).macs() == counted_macs(model, INPUT.float())
+
+
+def test_a_linear_layer_whose_weight_is_a_vector() -> None:
+    """The mean of a distribution over bins, as detectors take it."""
+
+    class Bins(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Linear(6, 32), nn.Linear(32, 5)
+            self.register_buffer("bins", torch.arange(5.0))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return F.linear(self.b(self.a(x).relu()).softmax(-1), self.bins)
+
+    model, x = Bins(), torch.randn(2, 3, 6)
+    pruned = sc.prune(model, x, budget=0.6, method="oneshot", round_to=1)
+    assert pruned.proof.ok
+    assert pruned.model(x).shape == (2, 3)
+    assert pruned.model.a.out_features < 32
+    assert pruned.model.b.out_features == 5

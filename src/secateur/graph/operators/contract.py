@@ -170,8 +170,10 @@ def add_bias(site: Site, out: Atoms) -> None:
 @operator("linear", PLAIN.but(survivors=product_of_survivors))
 def linear(site: Site) -> Result:
     lead = [("x", dim) for dim in range(len(site["input"].shape) - 1)]
-    result = contract(site, [(site["input"], [*lead, "in"]), (site["weight"], ["out", "in"])], [*lead, "out"])
-    add_bias(site, site.labels.axis(site["weight"], 0, "out"))
+    of = ["out", "in"] if len(site["weight"].shape) == 2 else ["in"]  # a vector gives one number
+    result = contract(site, [(site["input"], [*lead, "in"]), (site["weight"], of)], [*lead, *of[:-1]])
+    if len(of) == 2:
+        add_bias(site, site.labels.axis(site["weight"], 0, "out"))
     return result
 
 
