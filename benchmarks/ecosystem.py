@@ -40,14 +40,16 @@ FRAMEWORKS = {
 
 ABOUT = """Small configurations of each framework's own classes, with random weights that hide nothing; nothing is
 downloaded. *Pruned*: `secateur.prune` to 0.7 of the MACs, the same share of every group, gives a result, and
-torch's counter finds no more. *Equal*: the proof holds: in float64 and float32, at other batches and image
-sizes, and for a training step. *Trains on*: every parameter that gets a gradient in the original gets one, and
-four steps of Adam lower the loss (Hugging Face classifiers and the detectors: the framework's own loss; others:
-the mean square of all outputs). *Resumes*: the result, saved and loaded into a fresh model, gives the same
-bits, and so does one more step of training with the optimizer's state loaded. *Exports*: to ONNX, compared with
-ONNX Runtime; Ultralytics models with their own exporter. *Refused*: one of our errors, with its reason.
-*Wrong*: anything that does not hold, other exceptions included; an export that fails for the original too is
-not counted. *Tied*: a submodule takes fewer image sizes than before, and says so."""
+torch's counter finds no more; models in parts, whose regions depend on the weights, are counted by
+`benchmarks/ecosystem_detectors.py`. *Equal*: the proof holds: in float64 and float32, at other batches and
+image sizes, and for a training step. *Trains on*: every parameter that gets a gradient in the original gets
+one, and the loss falls within four steps of Adam, if the original's does (Hugging Face classifiers and the
+detectors: the framework's own loss; others: the mean square of all outputs). *Resumes*: the result, saved and
+loaded into a fresh model, gives the same bits, and so does one more step of training with the optimizer's
+state loaded. *Exports*: to ONNX, compared with ONNX Runtime; Ultralytics models with their own exporter.
+*Refused*: one of our errors, with its reason. *Wrong*: anything that does not hold, other exceptions
+included; an export that fails for the original too is not counted. *Tied*: a submodule takes fewer image
+sizes than before, and says so."""
 
 
 def main() -> None:

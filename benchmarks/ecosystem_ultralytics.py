@@ -56,6 +56,7 @@ def loss(model: nn.Module, inputs: Tensor) -> Tensor:
     network: Any = model
     if not hasattr(network.args, "box"):
         network.args = get_cfg(overrides=dict(network.args))  # what its trainer does
+    network.nc = network.yaml["nc"]  # likewise
     generator = torch.Generator().manual_seed(0)
     images, side = len(inputs), inputs.shape[-1] // 4
     number = 2 * images
