@@ -197,7 +197,7 @@ def prune_by_choice(
     data = None if context.data is None else list(context.data)
     trained, context = data is not None, replace(context, data=data)
     chosen = choose(auto, bounds=budget.given, trained=trained, data=trained, training=False).method
-    graph = chosen.analyze(model, inputs)
+    graph = context.graph or chosen.analyze(model, inputs)
     if isinstance(chosen, RD) and graph.parts is not None:
         score = OneShot.score if context.loss is Context.loss else "taylor"
         chosen = OneShot.of({"freeze": auto.freeze, "scope": auto.scope, "score": score, **auto.options})
