@@ -10,7 +10,7 @@ from torch import nn
 from secateur.errors import FileError, SecateurError, TrainingError
 from secateur.files import read_tensors
 from tests.integrations.examples import METHODS, STEPS, check, same
-from tests.methods.examples import Residual, analyze_once
+from tests.methods.examples import Residual
 
 pytest.importorskip("transformers")
 
@@ -18,11 +18,6 @@ from secateur.integrations.huggingface import FILE, Prune
 from tests.integrations.huggingface_run import Model, run, sgd
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*pin_memory.*no accelerator")
-
-
-@pytest.fixture(autouse=True)
-def analysed_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("secateur.engine.method.analyze", analyze_once)
 
 
 @pytest.mark.parametrize("name", METHODS)

@@ -10,7 +10,6 @@ import torch
 from secateur.errors import SecateurError, TrainingError
 from secateur.methods.in_trainer import InTrainer
 from tests.integrations.examples import ACCUMULATE, METHODS, STEPS, Overflow, check, same
-from tests.methods.examples import analyze_once
 
 pytest.importorskip("lightning")
 
@@ -25,11 +24,6 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:.*treespec, LeafSpec:FutureWarning"),
     pytest.mark.filterwarnings("ignore:The dirpath has changed"),  # a resumed run here writes elsewhere
 ]
-
-
-@pytest.fixture(autouse=True)
-def analysed_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("secateur.engine.method.analyze", analyze_once)
 
 
 @pytest.mark.parametrize("name", METHODS)

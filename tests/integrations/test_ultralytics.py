@@ -11,7 +11,6 @@ import torch
 from secateur.errors import TrainingError
 from secateur.methods import LAPP
 from tests.integrations.examples import FEW, METHODS, WITH_LAYERS, Overflow, check
-from tests.methods.examples import analyze_once
 
 pytest.importorskip("ultralytics")
 
@@ -30,11 +29,6 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
     prepare(found)
     return found
-
-
-@pytest.fixture(autouse=True)
-def analysed_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("secateur.engine.method.analyze", analyze_once)
 
 
 @pytest.mark.parametrize("name", FORMS)
