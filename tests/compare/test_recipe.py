@@ -21,7 +21,7 @@ Write = Callable[..., Path]
         ("seeds", "sedes", "unknown setting 'sedes'"),
         ("before = true", "befor = true", "arm 'uniform width': Arm: unknown option 'befor'"),
         ("before = true", "before = 1", "arm 'uniform width': Arm: before is 1; expected True or False"),
-        ('"tiny"', '"tinny"', "schedule is 'tinny'; expected one of tiny, short, standard, paper, imagenet"),
+        ('"tiny"', '"tinny"', "schedule is 'tinny'; expected one of tiny, short, cpu, standard"),
         ("before = true", 'against = "l1"', "unknown arm 'l1'"),
         ("rounds", "runds", "unknown option 'runds'"),
         ("macs = ", "flops = ", "unknown measure 'flops'; choose one of: macs, params"),
