@@ -22,7 +22,9 @@ from secateur.methods.rd.channels import (
     estimate,
     grid_of,
     is_stream,
+    part_of,
 )
+from secateur.methods.rd.curves import joint
 from secateur.proof import verify
 from secateur.reconstruction.leastsquares import Elimination, Moments, solve
 from secateur.reconstruction.plans import compensated
@@ -225,6 +227,21 @@ def test_streams_are_protected_where_that_measures_enough_better() -> None:
     kept = [plan.plan.kept(plan.graph) for plan in (plain, protected)]
     (stream,) = (place for place, group in enumerate(plain.graph.groups) if is_stream(group))
     assert kept[0][stream] < kept[1][stream]
+
+
+@torch.no_grad()
+def test_the_distortion_told_is_of_images_that_nothing_was_solved_on() -> None:
+    """Two quarters of the images try widths; the weights that are returned are then solved on all of them."""
+    model, x = residual_net(images=64)
+    pruned = prune(model, x[:2], budget=Budget(macs=0.5), method="rd", data=[x])
+    program = Replay(model, x)
+    few, others = (part_of(program, [x], 4, {place}) for place in (0, 1))
+    tried, final = (
+        compensated(program, pruned.graph, pruned.plan, images, "least-squares") for images in (few, [x])
+    )
+    assert pruned.facts["measured"] == pytest.approx(joint(program, others, tried).mean(), rel=1e-4)
+    assert joint(program, others, final).mean() < 0.9 * pruned.facts["measured"]
+    torch.testing.assert_close(pruned.model(x), program(x, final), rtol=1e-3, atol=1e-4)
 
 
 def test_mistakes_say_what_to_do() -> None:

@@ -202,7 +202,10 @@ class RD(Method):
         limit: float,
         budget: Budget,
     ) -> "Trial":
-        """Of the widths that the sums ask for, those whose measured distortion is lowest."""
+        """Of the widths that the sums ask for, those whose measured distortion is lowest.
+
+        That stays the number that is told; in the end all images are solved on, and none is left to measure on.
+        """
         graph, few = task.graph, task.few
         best, seen = None, set()
         weights = (1.0, self.stream_weight) if any(map(is_stream, graph.groups)) else (1.0,)
@@ -229,10 +232,7 @@ class RD(Method):
             if best is None or (rival is not None and rival.measured < self.stream_gain * best.measured):
                 best = rival
         assert best is not None
-        if few is not task.batches:
-            measured, tensors = task.tried(best.plan, task.batches)
-            best = replace(best, measured=measured, tensors=tensors)
-        return best
+        return best if few is task.batches else replace(best, tensors=task.solved(best.plan, task.batches))
 
 
 @dataclass(frozen=True)
@@ -327,12 +327,14 @@ class Task:
         wide = {m.tensor: self.program.tensor(m.tensor)[0].numel() for m in group.members if m.role == "in"}
         return sum(5.0 * k**3 for k in wide.values() if k <= WIDEST) / (2 * self.macs)
 
+    def solved(self, plan: Plan, batches: Sequence[Inputs]) -> dict[str, Tensor]:
+        """The tensors of a plan that is made up for on some batches."""
+        each = self.meter.each(self.solving(batches) / max(1, len(layers(self.program))))
+        return compensated(self.program, self.graph, plan, batches, self.how.compensation, each)
+
     def tried(self, plan: Plan, batches: Sequence[Inputs]) -> tuple[float, dict[str, Tensor]]:
-        """The mean distortion that a plan leads to when it is made up for on some batches, and the tensors."""
-        each = self.solving(batches) / max(1, len(layers(self.program)))
-        tensors = compensated(
-            self.program, self.graph, plan, batches, self.how.compensation, self.meter.each(each)
-        )
+        """The mean distortion on other images when a plan is made up for on some batches, and the tensors."""
+        tensors = self.solved(plan, batches)
         found = joint(self.program, self.others, tensors, distortion=self.how.distortion, dense=self.dense)
         return float(found.mean()), tensors
 
