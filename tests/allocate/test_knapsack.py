@@ -138,3 +138,15 @@ def test_malformed_items_are_named() -> None:
         Problem(("a", "b"), (np.zeros(1), np.zeros(2)), {"weights": (np.ones(1), np.ones(3))})
     with pytest.raises(BudgetError, match="not finite"):
         Problem(("a",), (np.array([np.nan]),), {"weights": (np.ones(1),)})
+
+
+def test_what_the_solver_takes_for_a_rounding_error_is_not_overspent() -> None:
+    """Costs in milliseconds are no whole numbers; HiGHS lets them exceed a limit by a millionth."""
+    problem = Problem(
+        ("a", "b"),
+        (np.array([0.0, 1.0]), np.array([0.0, 3.0])),
+        {"ms": (np.array([1.0000004e6, 1.0]), np.array([1e6, 2.0]))},
+    )
+    found = milp(problem, {"ms": 2e6})
+    assert found.levels == (1, 0)
+    assert found.distortion == 1.0
