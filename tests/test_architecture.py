@@ -13,7 +13,7 @@ SOURCE = Path(secateur.__file__).parent
 ORDER = [
     "errors", "settings", "files", "imports", "measures", "graph", "cost", "scores", "allocate", "plan", "rewriting",
     "surgery", "proof", "reconstruction", "report", "engine", "methods", "integrations", "recipes", "export", "int8",
-    "runs", "compare", "cli",
+    "onnx_clock", "runs", "compare", "cli",
 ]  # fmt: skip
 
 COMPARE = [

@@ -154,7 +154,7 @@ def export_python(model: nn.Module, inputs: Inputs, path: str | Path) -> ExportC
     weights = path.with_suffix(".weights.safetensors")
     title = f"{type(model).__name__.removeprefix('Rewritten')}, written by Secateur {__version__}."
     try:
-        with _quiet():
+        with quiet():
             source = as_source(twin, inputs)
         text = source.text(weights.name, title)
         with tempfile.TemporaryDirectory() as folder:
@@ -245,7 +245,7 @@ def _export(
     for dynamic in (True, False):
         batches = (given, *{1, given + 1} - {given}) if dynamic else (given,)
         try:
-            with _quiet():
+            with quiet():
                 content, run = encode(*_program(twin, inputs, dynamic), outputs)
             max_abs_error, max_rel_error = _compare(twin, run, inputs, batches)
         except Exception as error:  # the exporters let through what each of their parts raises
@@ -349,7 +349,7 @@ def _reason(error: BaseException) -> str:
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """Keeps what the exporters say about their own insides from the user; the model's warnings pass."""
     loggers = [logging.getLogger(name) for name in ("torch.onnx", "onnxscript", "onnx_ir")]
     levels = [logger.level for logger in loggers]
