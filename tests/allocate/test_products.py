@@ -64,6 +64,42 @@ def test_the_descent_finds_widths_within_the_limit(monkeypatch: pytest.MonkeyPat
     assert whole.distortion - 1e-9 <= found.distortion <= 1.3 * whole.distortion
 
 
+class Gated(nn.Module):
+    """An expansion whose channels are gated by what a narrow layer makes of their means."""
+
+    def __init__(self, width: int, expanded: int) -> None:
+        super().__init__()
+        self.expand, self.project = nn.Conv2d(width, expanded, 1), nn.Conv2d(expanded, width, 1)
+        self.squeeze, self.excite = nn.Conv2d(expanded, 16, 1), nn.Conv2d(16, expanded, 1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = torch.relu(self.expand(x))
+        gate = self.excite(torch.relu(self.squeeze(y.mean((2, 3), keepdim=True))))
+        return x + self.project(y * gate)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_the_descent_passes_what_one_group_does_not_by_itself(
+    seed: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where the budget is spent, one group gets wider only while another gets narrower."""
+    blocks = [Gated(width=8, expanded=expanded) for expanded in (32, 64, 32, 64)]
+    model = nn.Sequential(nn.Conv2d(3, 8, 1), *blocks, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 4))
+    cost, rng = Cost(analyze(model, torch.zeros(1, 3, 8, 8))), np.random.default_rng(seed)
+    names = [group.name for group in cost.graph.groups]
+    levels = [np.arange(units, 0, -max(1, units // 4)) for units in cost.full]
+    curves = [
+        rng.exponential(1) * np.r_[0, np.sort(rng.exponential(1, units)).cumsum()][units - level]
+        for units, level in zip(cost.full, levels, strict=True)
+    ]
+    limit = 0.4 * cost.macs()
+    monkeypatch.setattr("secateur.allocate.products.EXHAUSTIVE", 10**5)
+    whole = choose_widths(cost, names, levels, curves, "macs", limit)
+    monkeypatch.setattr("secateur.allocate.products.EXHAUSTIVE", 1)
+    found = choose_widths(cost, names, levels, curves, "macs", limit)
+    assert whole.distortion - 1e-9 <= found.distortion <= 1.02 * whole.distortion
+
+
 def test_the_cover_touches_every_product() -> None:
     cost = chain()
     assert cover(cost.graph.macs, 3) == [1]

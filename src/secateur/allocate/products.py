@@ -25,6 +25,8 @@ EXHAUSTIVE = 1000
 
 _FEWEST = 5  # levels of each group searched over; where even these are too many choices, it is a descent
 
+_REACH = (1, 3)  # levels that one group becomes wider or narrower by while another does the opposite
+
 POLISHED = 1e-3
 """Gap above which the groups that are not searched over are solved exactly."""
 
@@ -120,7 +122,7 @@ def choose_widths(
     else:
         starts = list(task.starts())
     ends = [task.descended(start) for start in starts]
-    best = task.polished(min(ends, key=lambda end: end[1])[0])
+    best = task.polished(task.refined(*min(ends, key=lambda end: end[1])))
     return ChosenWidths(best.kept, best.distortion, float("-inf"))
 
 
@@ -265,16 +267,19 @@ class _Inner:
             found[group] = self.levels[group][level]
         return ChosenWidths(tuple(found.tolist()), own + solution.distortion, own + solution.bound)
 
-    def swapped(self, choice: Sequence[int]) -> npt.NDArray[np.int64]:
-        """The choices in which a block that went comes back, and another goes instead: (choices, groups)."""
-        blocks = [place for place, group in enumerate(self.fixed) if not self.levels[group].min()]
-        trials = []
-        for a, b in itertools.combinations(blocks, 2):
-            if choice[a] != choice[b]:
-                trial = list(choice)
-                trial[a], trial[b] = choice[b], choice[a]
-                trials.append(trial)
-        return np.array(trials, dtype=np.int64).reshape(len(trials), len(self.fixed))
+    def exchanged(self, choice: Sequence[int]) -> npt.NDArray[np.int64]:
+        """The choices in which one group is some levels wider and another some narrower: (choices, groups).
+
+        Where the budget is spent, no group can become wider by itself. Of blocks, one comes back and another goes.
+        """
+        pairs = itertools.permutations(range(len(self.fixed)), 2)
+        moves = [(a, b, up, down) for a, b in pairs for up in _REACH for down in _REACH]
+        a, b, up, down = np.array(moves, dtype=np.int64).reshape(-1, 4).T
+        rows, trials = np.arange(len(a)), np.tile(np.array(choice, dtype=np.int64), (len(a), 1))
+        trials[rows, a] += up
+        trials[rows, b] -= down
+        able = np.array([len(self.levels[g]) for g in self.fixed], dtype=np.int64)
+        return trials[((trials >= 0) & (trials < able)).all(1)]
 
     def starts(self) -> Iterator[list[int]]:
         """Choices to start from: the same share of every group, from narrow to wide."""
@@ -282,7 +287,7 @@ class _Inner:
             yield [round(share * (len(self.levels[g]) - 1)) for g in self.fixed]
 
     def descended(self, choice: list[int]) -> tuple[list[int], float]:
-        """Change one level at a time for as long as that helps, or swap blocks; the choice, and what it reaches."""
+        """Change one level at a time for as long as that helps; the choice, and what it reaches."""
         best = float(self.values(np.array([choice]))[0][0])
         if not np.isfinite(best):
             choice = [int(self.levels[g].argmin()) for g in self.fixed]  # the narrowest fits
@@ -297,8 +302,13 @@ class _Inner:
                 level = int(values.argmin())
                 if values[level] < best - 1e-12 * abs(best):
                     choice, best, improved = trials[level].tolist(), float(values[level]), True
-            if not improved and len(swaps := self.swapped(choice)):
-                values, _ = self.values(swaps)
-                if values.min() < best - 1e-12 * abs(best):
-                    choice, best, improved = swaps[values.argmin()].tolist(), float(values.min()), True
         return choice, best
+
+    def refined(self, choice: list[int], best: float) -> list[int]:
+        """Exchange levels between two groups, and descend again, for as long as that helps."""
+        while len(trials := self.exchanged(choice)):
+            values, _ = self.values(trials)
+            if values.min() >= best - 1e-12 * abs(best):
+                break
+            choice, best = self.descended(trials[values.argmin()].tolist())
+        return choice
