@@ -28,7 +28,7 @@ _FEWEST = 5  # levels of each group searched over; where even these are too many
 _REACH = (1, 3)  # levels that one group becomes wider or narrower by while another does the opposite
 
 POLISHED = 1e-3
-"""Gap above which the groups that are not searched over are solved exactly."""
+"""Gap above which the groups that are not searched over are solved exactly, and gain that exchanges are worth."""
 
 Solver = Callable[[Problem, Mapping[str, float]], Solution]
 
@@ -270,9 +270,11 @@ class _Inner:
     def exchanged(self, choice: Sequence[int]) -> npt.NDArray[np.int64]:
         """The choices in which one group is some levels wider and another some narrower: (choices, groups).
 
-        Where the budget is spent, no group can become wider by itself. Of blocks, one comes back and another goes.
+        Where the budget is spent, no group can become wider by itself. Where there are blocks, these alone are
+        exchanged: one comes back and another goes.
         """
-        pairs = itertools.permutations(range(len(self.fixed)), 2)
+        blocks = [place for place, group in enumerate(self.fixed) if not self.levels[group].min()]
+        pairs = itertools.permutations(blocks or range(len(self.fixed)), 2)
         moves = [(a, b, up, down) for a, b in pairs for up in _REACH for down in _REACH]
         a, b, up, down = np.array(moves, dtype=np.int64).reshape(-1, 4).T
         rows, trials = np.arange(len(a)), np.tile(np.array(choice, dtype=np.int64), (len(a), 1))
@@ -305,10 +307,10 @@ class _Inner:
         return choice, best
 
     def refined(self, choice: list[int], best: float) -> list[int]:
-        """Exchange levels between two groups, and descend again, for as long as that helps."""
+        """Exchange levels between two groups, and descend again, for as long as that helps noticeably."""
         while len(trials := self.exchanged(choice)):
             values, _ = self.values(trials)
-            if values.min() >= best - 1e-12 * abs(best):
+            if values.min() >= best - POLISHED * abs(best):
                 break
             choice, best = self.descended(trials[values.argmin()].tolist())
         return choice
