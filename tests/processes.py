@@ -18,7 +18,9 @@ import torch
 from torch.multiprocessing.spawn import start_processes
 
 FORKS = multiprocessing.get_context("forkserver")
-FORKS.set_forkserver_preload(["secateur.cli", "secateur.runs.pipeline", "torch.export._trace"])
+FORKS.set_forkserver_preload(
+    ["secateur.cli", "secateur.runs.pipeline", "torch.export._trace", "accelerate", "torch.utils.tensorboard"]
+)
 
 
 @dataclass(frozen=True)
