@@ -121,7 +121,7 @@ def render(rows: list[Row], before: list[Row]) -> str:
         "of its own size (column *input* of the CSV). Half of the units of every group go, chosen at random. *Exact*: "
         "the largest difference between the cut model and the masked original is below 1e-9 of the largest output in "
         "float64 and 1e-3 in float32, a training step gives finite gradients, and the MACs predicted before the cut "
-        "are the ones that torch counts after it. Prunable MACs: share in layers that at least one group shrinks; "
+        "are the ones that torch counts after it (for one image; for two where images attend to one another). Prunable MACs: share in layers that at least one group shrinks; "
         "least MACs: what is left with one unit per group. Torch-Pruning runs with its defaults; its survivors are "
         "traced, and its result is compared in float64 with the original in which all other weights are zero "
         "(normalisation over channels: over the survivors only). A process may use 120 s of processor time plus half a "
