@@ -39,8 +39,11 @@ class Running:
         return (self.folder / "err").read_text()
 
     def end(self, timeout: float = 600) -> int | None:
-        """Wait for the end; the exit code."""
+        """Wait for the end; the exit code. What takes too long is killed."""
         self.process.join(timeout)
+        if self.process.is_alive():
+            self.process.kill()
+            self.process.join()
         return self.process.exitcode
 
 
@@ -89,8 +92,8 @@ def _rank(rank: int, function: Callable[..., object], arguments: tuple[Any, ...]
     function(*arguments)
 
 
-def secateur(*arguments: object) -> None:
-    """The command line."""
+def command_line(*arguments: object) -> None:
+    """`secateur` with arguments."""
     from secateur.cli import main
 
     sys.argv = ["secateur", *map(str, arguments)]

@@ -22,7 +22,7 @@ from torch.distributed.run import main as torchrun
 from secateur.cli import main
 from secateur.files import read_tensors
 from secateur.recipes.models import build_model
-from tests.processes import secateur, start
+from tests.processes import command_line, start
 
 pytestmark = pytest.mark.xdist_group("command line")  # one process makes the runs that tests read
 
@@ -701,7 +701,7 @@ def test_killed_and_resumed_equals_uninterrupted(trained: Path, tmp_path: Path, 
         *("--option", "score=taylor", "--calibration-images", 100, "--checkpoint-every", 4),
     ]
     killed = tmp_path / "killed"
-    work = start(tmp_path / "printed", secateur, *arguments, "--out", killed)
+    work = start(tmp_path / "printed", command_line, *arguments, "--out", killed)
     metrics, deadline = killed / "metrics.jsonl", time.monotonic() + 120
     while not metrics.exists() or len(metrics.read_text().splitlines()) < 2:
         assert work.process.is_alive(), work.err
