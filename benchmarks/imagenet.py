@@ -45,6 +45,9 @@ METHODS: dict[str, dict[str, Any]] = {
 WIDTHS: dict[str, int | str] = {"default": "auto", "any": 1}
 """Name -> `round_to`."""
 
+RATE = 2e-4
+"""Of the training after the cut: batch norms keep their statistics, and 0.001 takes a third from what l2 leaves."""
+
 KEEP = (0.9, 0.8, 0.7, 0.6, 0.5)
 BATCH = 50
 
@@ -80,7 +83,7 @@ def main() -> None:
     parser.add_argument("--image-size", type=int, default=224)
     parser.add_argument("--calibrate", type=int, default=250, help="images at most")
     parser.add_argument("--test", type=int, default=750, help="images at most")
-    parser.add_argument("--epochs", type=int, default=2, help="over the calibration images, after the cut")
+    parser.add_argument("--epochs", type=int, default=4, help="over the calibration images, after the cut")
     parser.add_argument(
         "--tune", nargs="*", type=float, default=[0.7, 0.5], help="shares of the MACs that are tuned"
     )
@@ -254,7 +257,7 @@ def tune(model: nn.Module, task: Task, epochs: int) -> None:
     Batch norms keep their statistics.
     """
     generator = torch.Generator().manual_seed(0)
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9)
+    optimizer = torch.optim.SGD(model.parameters(), lr=RATE, momentum=0.9)
     steps = epochs * 2 * len(task.calibrate)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     for _ in range(epochs):
