@@ -303,7 +303,9 @@ def _name_modules(graph: fx.GraphModule, model: nn.Module) -> None:
             stack = node.meta.get("nn_module_stack") or {}
             if any("slice(" in name for name, _ in stack.values()):
                 named = {key: (_unsliced(model, name), cls) for key, (name, cls) in stack.items()}
-                node.meta["nn_module_stack"] = {key: entry for key, entry in named.items() if entry[0] is not None}
+                node.meta["nn_module_stack"] = {
+                    key: entry for key, entry in named.items() if entry[0] is not None
+                }
 
 
 def _unsliced(model: nn.Module, name: str) -> str | None:
