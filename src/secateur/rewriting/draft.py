@@ -177,7 +177,7 @@ class Writer:
                 continue
             try:
                 other = self._written(name, calls, apart, taken)
-            except CutError:  # then such calls are refused
+            except Exception:  # it is not like what is known of the module: then such calls are refused
                 continue
             first = FixedCall(module, *calls[0][0])
             kinds = tuple(map(kind_of, first.tensors))
@@ -240,13 +240,14 @@ class Writer:
         for n in names:
             self._runs[n] = [calls[n] for calls in runs]
         exported: list[dict[str, Calls]] = []
-        with suppress(Exception), as_exported():  # whatever its own code raises
-            for given in itertools.chain(*self._samples):
-                exported.append(calls_of(given))
-                if not any(differ(self._model.get_submodule(n), runs[0][n], exported[0][n]) for n in names):
-                    break
-            else:
-                self._exported |= {n: [calls[n] for calls in exported] for n in names}
+        for given in itertools.chain(*self._samples):
+            calls: dict[str, Calls] = {n: [] for n in names}
+            with suppress(Exception), as_exported():  # whatever its own code raises
+                calls = calls_of(given)
+            exported.append(calls)
+            if not any(differ(self._model.get_submodule(n), runs[0][n], exported[0][n]) for n in names):
+                return
+        self._exported |= {n: [calls[n] for calls in exported] for n in names}
 
     def _draft(
         self,
