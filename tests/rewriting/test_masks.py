@@ -127,5 +127,5 @@ def test_programs_for_other_arguments_are_checked(others: Any, tmp_path: Path) -
     entry = recipe["rewritten"]["attention"]
     entry["others"] = [entry["program"] | other for other in others] if isinstance(others, list) else others
     write_tensors(path, tensors, metadata | {"recipe": json.dumps(recipe)})
-    with pytest.raises(FileError, match="others must be a list|kinds must be a list"):
+    with pytest.raises(FileError, match=r"others must be a list|kinds must be a list"):
         sc.load(Attending().eval(), path)

@@ -310,14 +310,12 @@ def _name_modules(graph: fx.GraphModule, model: nn.Module) -> None:
 
 def _unsliced(model: nn.Module, name: str) -> str | None:
     """The name of a module without slices of containers; None for such a slice, which is no module of the model."""
-    module, path = model, []
-    keys = list(module._modules)
-    sliced = False
+    module, path, keys, sliced = model, list[str](), list(model._modules), False
     for part in name.split(".") if name else ():
-        sliced = SLICE.fullmatch(part) is not None
-        if sliced:
-            bounds = (None if n == "None" else int(n) for n in SLICE.fullmatch(part).groups())  # type: ignore[union-attr]
-            keys = keys[slice(*bounds)]
+        bounds = SLICE.fullmatch(part)
+        sliced = bounds is not None
+        if bounds:
+            keys = keys[slice(*(None if n == "None" else int(n) for n in bounds.groups()))]
             continue
         path.append(keys[int(part)] if isinstance(module, nn.ModuleList) else part)
         module = module.get_submodule(path[-1])

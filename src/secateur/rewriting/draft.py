@@ -345,8 +345,8 @@ class Writer:
         sums: dict[fx.Node, Branch] = {}
         for theirs, own in counterparts(found, steps):
             if theirs is None:  # such as what adds a mask to scores: its result is like what it reads
-                known = (values.get(lines.nodes[ref]) for ref in refs(own.args))
-                alike = (v for v in known if isinstance(v, Value) and (v.shape,) == own.shapes)
+                read = (values.get(lines.nodes[ref]) for ref in refs(own.args))
+                alike = (v for v in read if isinstance(v, Value) and (v.shape,) == own.shapes)
                 values[own.node] = next(alike, None)
                 continue
             if theirs.node in branches:
