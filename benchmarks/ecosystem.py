@@ -39,7 +39,10 @@ FRAMEWORKS = {
 """Module `ecosystem_NAME` -> what it is called, its package, and how many models it should have at least."""
 
 NOTES = {
-    ("huggingface", "VideoMAE"): """Its table of positions is a plain tensor that the module holds, neither parameter
+    (
+        "huggingface",
+        "VideoMAE",
+    ): """Its table of positions is a plain tensor that the module holds, neither parameter
 nor buffer: it is in no state dict, so that a cut of it could not be saved with the model, and the channels that it is
 added to stay. With `register_buffer` in its place, 0.70 of the MACs are reached and the result is equal.""",
 }

@@ -269,7 +269,7 @@ def find_groups(
     values = propagate(model, captured, labels, names)
     passes = [values]
     counted = len(labels.contractions)
-    unused = unread(model, labels, names)
+    aside = unused = unread(model, labels, names)
     if unused:  # such as auxiliary heads, which only the training-mode forward pass runs
         try:
             passes.append(propagate(model, capture(model, given, training=True), labels, names))
@@ -278,7 +278,7 @@ def find_groups(
         except CaptureError:
             pass  # what training would read is unknown, but so is it to the user: the names are reported
     pin_modules(model, labels, names, freeze)
-    following = follow(model, passes, labels, names, attention)
+    following = follow(model, aside, passes, labels, attention) if aside else set()
     unused = tuple(name for name in unused if names[name] not in following)
     wanted = np.zeros(labels.count, dtype=bool)
     for key, positions in (going or {}).items():

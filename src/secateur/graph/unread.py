@@ -6,7 +6,7 @@ belongs to: with those that are as wide. It follows these, and where there are s
 lose the same positions.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -22,23 +22,19 @@ Values = Mapping[fx.Node, Any]
 
 
 def follow(
-    model: nn.Module, passes: Sequence[Values], labels: Labels, names: Mapping[str, str], attention: str
+    model: nn.Module, aside: Sequence[str], passes: Sequence[Values], labels: Labels, attention: str
 ) -> set[str]:
-    """Tie parameters that nothing reads to the widths that they are made for.
+    """Tie parameters that nothing reads, or only as a whole, to the widths that they are made for.
 
     Args:
+        aside: parameters that the evaluation pass does not read.
         passes: what every node holds, of each pass that was captured.
-        names: of every parameter and buffer -> the first name of the same tensor.
         attention: see `solve`.
     Returns:
         names of the parameters that follow.
     """
-    tensors = dict(model.named_parameters())
-    alone = [
-        name
-        for name in untouched(labels, tensors)
-        if name == names[name] and any(n > 1 for n in tensors[name].shape)
-    ]
+    tensors = {name: p for name, p in model.named_parameters() if name in aside and p.numel() > 1}
+    alone = untouched(labels, tensors)
     if not alone:
         return set()
     solution = solve(labels, attention)
@@ -64,8 +60,8 @@ def follow(
     return found
 
 
-def untouched(labels: Labels, parameters: Mapping[str, Any]) -> list[str]:
-    """Parameters that no operator reads, or only as a whole, such as their sum."""
+def untouched(labels: Labels, parameters: Iterable[str]) -> list[str]:
+    """Those of these parameters that no operator reads, or only as a whole, such as their sum."""
     touched = np.zeros(labels.count, dtype=bool)
     for item in (*labels.ties, *(option.ties for a in labels.alternatives for option in a.options)):
         touched[item[0]] = touched[item[1]] = True

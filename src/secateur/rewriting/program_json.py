@@ -57,7 +57,7 @@ def to_json(program: Program) -> dict[str, Any]:
         "ops": [_line(op) for op in program.ops],
         "output": encode(program.output),
         "limits": [[limit and list(limit) for limit in limits] for limits in program.limits],
-        "kinds": list(program.kinds),
+        **({"kinds": list(program.kinds)} if program.kinds else {}),
     }
 
 
