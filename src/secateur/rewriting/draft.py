@@ -357,7 +357,7 @@ class Writer:
             both = own.args.keys() & theirs.args.keys()
             pairs = [
                 pair
-                for key in both
+                for key in sorted(both)
                 for pair in zip(refs(own.args[key]), refs(theirs.args[key]), strict=False)
             ]
             for a, b in pairs:
