@@ -94,6 +94,20 @@ def test_what_is_frozen_keeps_both(name: str) -> None:
     assert [group.name for group in graph.groups][-1] == "other"
 
 
+def test_what_may_meet_something_that_stays_keeps_all_that_is_as_wide() -> None:
+    model, x = Denoising().eval(), torch.randn(2, 5, 6)
+    model.register_forward_hook(
+        lambda module, args, output: (output, module.project(args[0]))
+    )  # is an output
+    graph, _, cut = pruned(model, x)
+    assert [group.name for group in graph.groups] == ["other"]
+    assert cut.objects.weight.shape == (7, 16)
+    model = Denoising().eval()
+    model.objects, model.extra = nn.Embedding(7, 5), nn.Linear(4, 5)
+    model.register_forward_hook(lambda module, args, output: (output, module.project(args[0])))
+    assert [group.name for group in sc.analyze(model, x).groups] == ["memory", "other"]
+
+
 def test_what_is_as_wide_as_nothing_is_left_alone() -> None:
     model = Masked().eval()
     model.tokens.hidden_token = nn.Parameter(torch.randn(1, 1, 5))

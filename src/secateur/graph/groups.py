@@ -278,7 +278,9 @@ def find_groups(
         except CaptureError:
             pass  # what training would read is unknown, but so is it to the user: the names are reported
     pin_modules(model, labels, names, freeze)
-    following = follow(model, aside, passes, labels, attention) if aside else set()
+    if parts is not None:  # what stands between the parts may read others in any way
+        aside = tuple(name for name in aside if is_inside(name, parts.names))
+    following = follow(model, aside, passes, labels) if aside else set()
     unused = tuple(name for name in unused if names[name] not in following)
     wanted = np.zeros(labels.count, dtype=bool)
     for key, positions in (going or {}).items():
@@ -316,6 +318,11 @@ def unread(model: nn.Module, labels: Labels, names: dict[str, str]) -> tuple[str
     """Parameters that no operator so far has asked labels for."""
     seen = {name for name, _ in labels.tensors}
     return tuple(name for name, p in model.named_parameters() if p.ndim and names[name] not in seen)
+
+
+def is_inside(tensor: str, modules: Iterable[str]) -> bool:
+    """Whether a tensor belongs to one of these modules, by name."""
+    return any(tensor.startswith(f"{module}.") for module in modules)
 
 
 def is_frozen(name: str, freeze: Sequence[str]) -> bool:

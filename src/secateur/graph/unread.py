@@ -3,7 +3,7 @@
 The token that stands for a masked patch, or the embedding of the objects that a detector learns to denoise, is read
 only where the model is given a mask, or targets. Whatever reads it then meets it with tensors of the module it
 belongs to: with those that are as wide. It follows these, and where there are several widths of that size, they
-lose the same positions.
+lose the same positions, or none if one of them stays.
 """
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -16,42 +16,29 @@ from torch.nn.modules.conv import _ConvNd
 
 from secateur.graph.labels import Atoms, Labels, Value, support
 from secateur.graph.operators import module_of
-from secateur.graph.solve import solve
 
 Values = Mapping[fx.Node, Any]
 
 
-def follow(
-    model: nn.Module, aside: Sequence[str], passes: Sequence[Values], labels: Labels, attention: str
-) -> set[str]:
+def follow(model: nn.Module, aside: Sequence[str], passes: Sequence[Values], labels: Labels) -> set[str]:
     """Tie parameters that nothing reads, or only as a whole, to the widths that they are made for.
 
     Args:
         aside: parameters that the evaluation pass does not read.
         passes: what every node holds, of each pass that was captured.
-        attention: see `solve`.
     Returns:
         names of the parameters that follow.
     """
     tensors = {name: p for name, p in model.named_parameters() if name in aside and p.numel() > 1}
-    alone = untouched(labels, tensors)
-    if not alone:
-        return set()
-    solution = solve(labels, attention)
     seen: dict[str, list[Value]] = {}
     found = set()
-    for name in alone:
+    for name in untouched(labels, tensors):
         owner = around(model, name, passes)
         if owner not in seen:
             seen[owner] = list(values_in(owner, passes))
         for dim, from_end in widths(model, name):
             size = tensors[name].shape[dim]
-            partners = [
-                atoms
-                for value in seen[owner]
-                for atoms in lines(value, from_end, size)
-                if solution.removable[solution.root[atoms]].all()
-            ]
+            partners = [atoms for value in seen[owner] for atoms in lines(value, from_end, size)]
             if partners:
                 own = labels.tensor_axis(name, dim, size, "other")
                 for atoms in partners:
