@@ -87,7 +87,7 @@ def main() -> None:
     parser.add_argument("--keep", nargs="*", type=float, default=list(KEEP), help="shares of the MACs")
     parser.add_argument("--methods", nargs="*", default=list(METHODS), choices=METHODS, metavar="NAME")
     parser.add_argument("--widths", nargs="*", default=list(WIDTHS), choices=WIDTHS)
-    parser.add_argument("--no-times", action="store_true", help="leave the milliseconds out")
+    parser.add_argument("--no-times", action="store_true", help="leave the milliseconds for a later run")
     parser.add_argument("--runs", type=Path, default=Path("runs/imagenet"), help="where the cells are kept")
     parser.add_argument("--out", type=Path, help="also write the page to this Markdown file")
     options = parser.parse_args()
@@ -202,8 +202,7 @@ def measure(
     seconds = time.process_time() - started
     model = model.eval().to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     found: dict[str, Any] = {"seconds": seconds, "macs": macs, "right": answers(model, task)}
-    if not options.no_times:
-        export_onnx(model, task.example[:1], file)
+    export_onnx(model, task.example[:1], file)
     if options.epochs and keep in options.tune:
         tune(model, task, options.epochs)
         found["tuned"] = answers(model, task)

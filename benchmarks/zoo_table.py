@@ -1,9 +1,11 @@
 """The table of the zoo: one line per network, totals, and every failure with its reason."""
 
+import ast
 import csv
 import platform
 import re
 from collections import Counter, defaultdict
+from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
 from statistics import median
@@ -66,17 +68,43 @@ def line(row: Row) -> str:
     return "  ".join(filter(None, cells))[:240]
 
 
-def write(path: Path, rows: list[Row]) -> None:
-    """PATH.csv with every column, PATH.md to be read."""
+def read(path: Path) -> dict[tuple[str, str], Row]:
+    """The rows of PATH.csv by network and tool, if there is one."""
+    file = path.with_suffix(".csv")
+    if not file.exists():
+        return {}
+    with file.open(newline="") as lines:
+        rows = [{k: value(v) for k, v in row.items() if v} for row in csv.DictReader(lines)]
+    return {(row["model"], row["tool"]): row for row in rows}
+
+
+def value(text: str) -> Any:
+    """A cell of a CSV file.
+
+    >>> value("0.5"), value("True"), value("{'model output': 10}"), value("timm/vgg11")
+    (0.5, True, {'model output': 10}, 'timm/vgg11')
+    """
+    try:
+        return float(text) if text in ("nan", "inf") else ast.literal_eval(text)
+    except (ValueError, SyntaxError):
+        return text
+
+
+def write(path: Path, rows: list[Row], before: list[Row]) -> None:
+    """PATH.csv with every column, PATH.md to be read.
+
+    Args:
+        before: the same networks by another version of the package.
+    """
     with path.with_suffix(".csv").open("w", newline="") as file:
         table = csv.DictWriter(file, COLUMNS, extrasaction="ignore", lineterminator="\n")
         table.writeheader()
         for row in rows:
             table.writerow({k: f"{v:.4g}" if isinstance(v, float) else v for k, v in row.items()})
-    path.with_suffix(".md").write_text(render(rows))
+    path.with_suffix(".md").write_text(render(rows, before))
 
 
-def render(rows: list[Row]) -> str:
+def render(rows: list[Row], before: list[Row]) -> str:
     ours = [row for row in rows if row["tool"] == "secateur"]
     peer = {row["model"]: row for row in rows if row["tool"] == "torch-pruning"}
     lines = [
@@ -103,6 +131,7 @@ def render(rows: list[Row]) -> str:
         "",
         *failures(ours),
         "",
+        *(beside(before, ours) if before else ()),
         *frozen(ours),
         "",
         "## Every network",
@@ -163,7 +192,8 @@ def totals(ours: list[Row], peer: dict[str, Row]) -> list[str]:
         "",
         f"Torch-Pruning, run on {len(peer)} of the {len(ours)} networks: "
         + ", ".join(f"{count} {name}" for name, count in ends.most_common())
-        + ".",
+        + "."
+        + (" These rows are of an earlier run." if all("taken_over" in row for row in peer.values()) else ""),
     ]
     forms = Counter(row["form"] for row in ours if passed(row))
     lines += ["", "Form of the exact results: " + ", ".join(f"{n} {f}" for f, n in forms.most_common()) + "."]
@@ -182,6 +212,37 @@ def totals(ours: list[Row], peer: dict[str, Row]) -> list[str]:
         + ".",
     ]
     return lines
+
+
+def beside(before: list[Row], ours: list[Row]) -> list[str]:
+    """Another version and this one, on the networks that both did."""
+    now = {row["model"]: row for row in ours if passed(row) and "sizes_lost" in row}
+    pairs = [(row, now[row["model"]]) for row in before if row["model"] in now]
+    both = [(old, new) for old, new in pairs if passed(old)]
+    ratios = [new["cpu_s"] / old["cpu_s"] for old, new in both if "cpu_s" in old]
+    codes = [
+        Counter(row.get("code", "") for row in rows).most_common(1)[0][0] for rows in zip(*pairs, strict=True)
+    ]
+
+    def counts(what: str, test: Callable[[Row], bool]) -> str:
+        return f"| {what} | {sum(test(old) for old, _ in pairs)} | {sum(test(new) for _, new in pairs)} |"
+
+    old_s, new_s = (median(row["cpu_s"] for row in rows) for rows in zip(*both, strict=True))
+    return [
+        "## Beside another version",
+        "",
+        f"| {len(pairs)} of these networks | {codes[0]} | {codes[1]} |",
+        "|---|---|---|",
+        counts("exact", passed),
+        counts("with rewritten modules", lambda row: row.get("form") == "rewritten"),
+        counts("do not run at a size at which the network did", lambda row: bool(row.get("sizes_lost"))),
+        counts("say that they are tied to sizes", lambda row: bool(row.get("tied"))),
+        f"| CPU seconds for analysis, cut and proof, median | {old_s:.1f} | {new_s:.1f} |",
+        "",
+        f"Seconds of {codes[1]} ÷ seconds of {codes[0]}, network by network: {median(ratios):.2f} in the median, "
+        f"{min(ratios):.2f} to {max(ratios):.2f}.",
+        "",
+    ]
 
 
 def stage(row: Row) -> str:

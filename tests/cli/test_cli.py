@@ -310,6 +310,17 @@ def test_inspect_says_what_can_go(run: Run) -> None:
         assert word in table.out
 
 
+def test_inspect_shows_blocks(run: Run) -> None:
+    found = json.loads(run("inspect", "--model", "resnet8", "--granularity", "both", "--json").out)
+    block = next(group for group in found["groups"] if group["name"] == "block2 (block)")
+    assert (block["units"], block["layers"]) == (
+        1,
+        [f"block2.{part}" for part in ("bn1", "bn2", "conv1", "conv2")],
+    )
+    assert block["macs"] == 16 * 16 * 9 * (16 * 32 + 32 * 32)  # without its projection, which stays
+    assert "block2.conv1" in {group["name"] for group in found["groups"]}
+
+
 def test_inspect_shows_layers_and_writes_a_page(tmp_path: Path, run: Run) -> None:
     page = tmp_path / "network.html"
     arguments = ("inspect", "--model", "resnet8", "--layers")
