@@ -89,8 +89,6 @@ CASES = {
                                            order=ORDER), {"a": 6}, set()),
     "gather by repeated copies": (chain(lambda y, m: y.gather(2, m.order.view(8, 1).repeat(len(y), 6, 1, 8).cpu()),
                                         6, order=ORDER), {"a": 6}, set()),
-    "copies that are added": (chain(lambda y, m: y + m.order.view(1, 1, 8, 1).expand_as(y), 6, order=ORDER), {},
-                              {"meets a tensor whose channels are fixed"}),
     "index add": (chain(lambda y, m: torch.zeros(len(y), 9, 8, 8, dtype=y.dtype).index_add(1, m.order[:6], y), 9,
                         order=ORDER), {"a": 6}, set()),
     "cumulative sum": (chain(lambda y, m: y.cumsum(1) + y.cumsum(2), 6), {}, {"aten.cumsum over channels"}),
