@@ -55,6 +55,53 @@ def test_the_onnx_file_is_the_model(tmp_path: Path):
     assert proto.opset_import[0].version == 18
 
 
+class Halved(Net):
+    """Adds what it makes of a smaller image, resized to the size of the first."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = torch.relu(self.norm(self.conv(x)))
+        small = nn.functional.interpolate(nn.functional.avg_pool2d(y, 2), size=y.shape[2:], mode="bilinear")
+        return (y + small).flatten(2).transpose(1, 2) @ self.head.weight.T
+
+
+class Tabled(Net):
+    """Adds a table of positions, and so takes one size of images only."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = nn.Parameter(torch.randn(1, 8, 8, 8))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head((self.conv(x) + self.table).mean((2, 3)))
+
+
+@EXPORTS
+def test_the_file_takes_any_image_size(export, tmp_path: Path):
+    model, path = Halved().eval(), tmp_path / "model.file"
+    check = export(model, images(), path, any_size=True)
+    assert check.one_size_because is None
+    assert check.static_because is None
+    assert len(set(check.sizes)) == 3
+    assert check.sizes[0] == (2, 3, 8, 8)
+    assert 0 <= check.max_rel_error < 1e-5
+    run = onnx_runner(path) if export is export_onnx else torch.export.load(path).module()
+    x = torch.randn(5, 3, 14, 26)
+    found = run(x)[0] if export is export_onnx else run(x)
+    torch.testing.assert_close(found, model(x), rtol=1e-4, atol=1e-5)
+    export(model, images(), path)
+    run = onnx_runner(path) if export is export_onnx else torch.export.load(path).module()
+    with pytest.raises(Exception, match=r"(?i)invalid dimensions|expected|guard"):
+        run(x)
+
+
+@EXPORTS
+def test_one_image_size_is_kept_and_said(export, tmp_path: Path):
+    check = export(Tabled(), images(), tmp_path / "model.file", any_size=True)
+    assert check.one_size_because == "the model takes no other"
+    assert check.sizes == ((2, 3, 8, 8),)
+    assert check.static_because is None
+
+
 def test_the_program_is_the_model(tmp_path: Path):
     model = Net().eval()
     check = export_program(model, images(), tmp_path / "model.pt2")
