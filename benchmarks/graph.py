@@ -11,6 +11,8 @@ on what else the machine does, and divided by those of one forward pass, hardly 
 import argparse
 import json
 import os
+import resource
+import signal
 import statistics
 import subprocess
 import sys
@@ -22,6 +24,8 @@ from typing import Any
 
 MODELS = ("resnet50", "densenet121", "vit_b_16", "swin_t", "convnext_tiny", "vit_l_16")
 STEPS = ("analyse", "cut", "prove")
+SECONDS, MEMORY = 300, 12 * 2**30
+"""Processor time and bytes that one process may use."""
 
 
 class Meter:
@@ -146,7 +150,10 @@ def run_alone(cell: tuple[str, str]) -> dict[str, Any]:
     name, tool = cell
     command = [sys.executable, "-W", "ignore", __file__, "--one", tool, name]
     alone = os.environ | {"OMP_NUM_THREADS": "1"}
-    found = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True, env=alone)
+    found = subprocess.run(command, stdout=subprocess.PIPE, text=True, env=alone)
+    if found.returncode == -signal.SIGXCPU:
+        return {"error": f"not finished in {SECONDS} s"}
+    found.check_returncode()
     return dict(json.loads(found.stdout.splitlines()[-1]))
 
 
@@ -161,14 +168,18 @@ def main() -> None:
     parser.add_argument("--one", nargs=2, metavar=("TOOL", "MODEL"), help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.one:
+        resource.setrlimit(resource.RLIMIT_CPU, (SECONDS, SECONDS + 9))
+        resource.setrlimit(resource.RLIMIT_DATA, (MEMORY, MEMORY))
         print(json.dumps(measure(*options.one)))
         return
     cells = [(name, tool) for name in options.models for tool in TOOLS]
     runs: dict[tuple[str, str], list[dict[str, Any]]] = {cell: [] for cell in cells}
     with ThreadPoolExecutor(options.jobs) as pool:
-        every = cells * options.repeats
-        for cell, found in zip(every, pool.map(run_alone, every), strict=True):
-            runs[cell].append(found)
+        for _ in range(options.repeats):
+            left = [cell for cell in cells if not any("error" in found for found in runs[cell])]
+            for cell, found in zip(left, pool.map(run_alone, left), strict=True):
+                runs[cell].append(found)
+                print(*cell, found, file=sys.stderr, flush=True)
     table = render(runs, options.repeats)
     print(table)
     if options.out:
@@ -191,7 +202,8 @@ def render(runs: dict[tuple[str, str], list[dict[str, Any]]], repeats: int) -> s
         f"Median of {repeats} processes, {device_name(torch.device('cpu'))}, 1 thread, torch {torch.__version__}, "
         f"Torch-Pruning {version('torch-pruning')}, Python {platform.python_version()}, 224 × 224. Half of the "
         "channels of every group go, by L1 norm. Seconds are CPU seconds; a forward pass is one of the whole network, "
-        "of one image, in float32. Memory is the peak beyond the loaded model.",
+        "of one image, in float32. Memory is the peak beyond the loaded model. A process may use "
+        f"{SECONDS} s and {MEMORY / 2**30:.0f} GiB.",
         "",
         "| network (one forward pass, s) | tool | analyse, s | cut, s | prove, s | cut + prove without `torch.export`, "
         "forward passes | memory, copies of the weights | parameters kept |",

@@ -5,7 +5,12 @@
 
 Every network and tool runs in a process of its own with a limit on processor time and memory. A finished one
 is a line in `results.jsonl` in the working folder and is skipped by the next call; `--again` repeats those
-that failed.
+that failed. What was not run is taken over from the table that is there, so that a new one can be of one tool:
+
+    python benchmarks/zoo.py --work runs/zoo --tools secateur --out docs/results/zoo
+
+Another version of the package is run with PYTHONPATH=ITS/src and a working folder of its own, and set beside this one
+by `--before`.
 """
 
 import argparse
@@ -53,6 +58,7 @@ def main() -> None:
     )
     parser.add_argument("--memory", type=float, default=14, help="memory limit of one process in GiB")
     parser.add_argument("--again", action="store_true", help="repeat runs that did not verify")
+    parser.add_argument("--before", type=Path, help="the working folder of another version, for --out")
     options = parser.parse_args()
     options.work.mkdir(parents=True, exist_ok=True)
     names = all_names(options.work / "names.json")
@@ -73,12 +79,14 @@ def main() -> None:
             file.flush()
             print(f"{number}/{len(todo)} {zoo_table.line(row)}", flush=True)
     if options.out:
-        rows = read(results)
-        zoo_table.write(options.out, [rows[key] for name in names for key in keys(name) if key in rows])
-
-
-def keys(name: str) -> list[tuple[str, str]]:
-    return [(name, tool) for tool in TOOLS]
+        taken_over, rows = zoo_table.read(options.out), read(results)
+        every = {key: taken_over[key] | {"taken_over": True} for key in taken_over} | rows
+        before = read(options.before / "results.jsonl") if options.before else {}
+        zoo_table.write(
+            options.out,
+            [every[name, tool] for name in names for tool in TOOLS if (name, tool) in every],
+            [row for (_, tool), row in before.items() if tool == "secateur"],
+        )
 
 
 def all_names(cache: Path) -> list[str]:

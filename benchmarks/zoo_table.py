@@ -1,9 +1,11 @@
 """The table of the zoo: one line per network, totals, and every failure with its reason."""
 
+import ast
 import csv
 import platform
 import re
 from collections import Counter, defaultdict
+from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
 from statistics import median
@@ -66,17 +68,43 @@ def line(row: Row) -> str:
     return "  ".join(filter(None, cells))[:240]
 
 
-def write(path: Path, rows: list[Row]) -> None:
-    """PATH.csv with every column, PATH.md to be read."""
+def read(path: Path) -> dict[tuple[str, str], Row]:
+    """The rows of PATH.csv by network and tool, if there is one."""
+    file = path.with_suffix(".csv")
+    if not file.exists():
+        return {}
+    with file.open(newline="") as lines:
+        rows = [{k: value(v) for k, v in row.items() if v} for row in csv.DictReader(lines)]
+    return {(row["model"], row["tool"]): row for row in rows}
+
+
+def value(text: str) -> Any:
+    """A cell of a CSV file.
+
+    >>> value("0.5"), value("True"), value("{'model output': 10}"), value("timm/vgg11")
+    (0.5, True, {'model output': 10}, 'timm/vgg11')
+    """
+    try:
+        return float(text) if text in ("nan", "inf") else ast.literal_eval(text)
+    except (ValueError, SyntaxError):
+        return text
+
+
+def write(path: Path, rows: list[Row], before: list[Row]) -> None:
+    """PATH.csv with every column, PATH.md to be read.
+
+    Args:
+        before: the same networks by another version of the package.
+    """
     with path.with_suffix(".csv").open("w", newline="") as file:
         table = csv.DictWriter(file, COLUMNS, extrasaction="ignore", lineterminator="\n")
         table.writeheader()
         for row in rows:
             table.writerow({k: f"{v:.4g}" if isinstance(v, float) else v for k, v in row.items()})
-    path.with_suffix(".md").write_text(render(rows))
+    path.with_suffix(".md").write_text(render(rows, before))
 
 
-def render(rows: list[Row]) -> str:
+def render(rows: list[Row], before: list[Row]) -> str:
     ours = [row for row in rows if row["tool"] == "secateur"]
     peer = {row["model"]: row for row in rows if row["tool"] == "torch-pruning"}
     lines = [
@@ -93,7 +121,8 @@ def render(rows: list[Row]) -> str:
         "of its own size (column *input* of the CSV). Half of the units of every group go, chosen at random. *Exact*: "
         "the largest difference between the cut model and the masked original is below 1e-9 of the largest output in "
         "float64 and 1e-3 in float32, a training step gives finite gradients, and the MACs predicted before the cut "
-        "are the ones that torch counts after it. Prunable MACs: share in layers that at least one group shrinks; "
+        "are the ones that torch counts after it (for one image; for two where images attend to one another). "
+        "Prunable MACs: share in layers that at least one group shrinks; "
         "least MACs: what is left with one unit per group. Torch-Pruning runs with its defaults; its survivors are "
         "traced, and its result is compared in float64 with the original in which all other weights are zero "
         "(normalisation over channels: over the survivors only). A process may use 120 s of processor time plus half a "
@@ -103,6 +132,7 @@ def render(rows: list[Row]) -> str:
         "",
         *failures(ours),
         "",
+        *(beside(before, ours) if before else ()),
         *frozen(ours),
         "",
         "## Every network",
@@ -163,7 +193,8 @@ def totals(ours: list[Row], peer: dict[str, Row]) -> list[str]:
         "",
         f"Torch-Pruning, run on {len(peer)} of the {len(ours)} networks: "
         + ", ".join(f"{count} {name}" for name, count in ends.most_common())
-        + ".",
+        + "."
+        + (" These rows are of an earlier run." if all("taken_over" in row for row in peer.values()) else ""),
     ]
     forms = Counter(row["form"] for row in ours if passed(row))
     lines += ["", "Form of the exact results: " + ", ".join(f"{n} {f}" for f, n in forms.most_common()) + "."]
@@ -182,6 +213,41 @@ def totals(ours: list[Row], peer: dict[str, Row]) -> list[str]:
         + ".",
     ]
     return lines
+
+
+def beside(before: list[Row], ours: list[Row]) -> list[str]:
+    """Another version and this one, on the networks that both did."""
+    now = {row["model"]: row for row in ours if passed(row) and "sizes_lost" in row}
+    pairs = [(row, now[row["model"]]) for row in before if row["model"] in now]
+    both = [(old, new) for old, new in pairs if passed(old)]
+    codes = [
+        Counter(row.get("code", "") for row in rows).most_common(1)[0][0] for rows in zip(*pairs, strict=True)
+    ]
+
+    def counts(what: str, test: Callable[[Row], bool]) -> str:
+        return f"| {what} | {sum(test(old) for old, _ in pairs)} | {sum(test(new) for _, new in pairs)} |"
+
+    def seconds(what: str, form: str) -> str:
+        some = [(old["cpu_s"], new["cpu_s"]) for old, new in both if new["form"] == form]
+        old_s, new_s = (median(each) for each in zip(*some, strict=True))
+        ratio = median(new / old for old, new in some)
+        return f"| CPU seconds, median of {len(some)} {what} | {old_s:.1f} | {new_s:.1f}, {ratio:.2f} times as many |"
+
+    return [
+        "## Beside another version",
+        "",
+        f"| {len(pairs)} of these networks | {codes[0]} | {codes[1]} |",
+        "|---|---|---|",
+        counts("exact", passed),
+        counts("with rewritten modules", lambda row: row.get("form") == "rewritten"),
+        counts("do not run at a size at which the network did", lambda row: bool(row.get("sizes_lost"))),
+        counts("say that they are tied to sizes", lambda row: bool(row.get("tied"))),
+        seconds("that keep their own forward", "own"),
+        seconds("with rewritten modules", "rewritten"),
+        "",
+        "Seconds are those of analysis, cut and proof; the ratio is the median of the networks' own.",
+        "",
+    ]
 
 
 def stage(row: Row) -> str:

@@ -71,18 +71,24 @@ def test_a_framework_is_imported_in_its_own_file_only(framework: str) -> None:
     assert found == [f"integrations/{'huggingface' if framework == 'transformers' else framework}.py"]
 
 
-def test_the_core_loads_nothing_it_does_not_use() -> None:
-    heavy = [
-        "onnx",
-        "onnxscript",
-        "onnxruntime",
-        "jinja2",
-        "accelerate",
-        "tensorboard",
-        "PIL",
-    ]
-    extras = ["torchvision", "timm", "typer", "rich", "lightning", "transformers", "ultralytics"]
-    code = f"import sys, secateur; print([m for m in {heavy + extras} if m in sys.modules])"
+LIBRARIES = (
+    "onnx onnxscript onnxruntime jinja2 accelerate tensorboard torchvision timm typer rich lightning transformers "
+    "ultralytics"
+).split()
+FILES = "export report recipes.train recipes.models.weights recipes.data".split()
+
+
+@pytest.mark.parametrize(
+    ("files", "libraries"),
+    [
+        ([], [*LIBRARIES, "PIL"]),
+        (FILES, LIBRARIES),  # each loads what it works with when it is called
+    ],
+    ids=["core", "files"],
+)
+def test_importing_loads_nothing_that_is_not_used(files: list[str], libraries: list[str]) -> None:
+    names = ", ".join(["sys", "secateur", *(f"secateur.{file}" for file in files)])
+    code = f"import {names}; print([m for m in {libraries} if m in sys.modules])"
     assert subprocess.check_output([sys.executable, "-c", code], text=True).strip() == "[]"
 
 

@@ -32,7 +32,7 @@ CHECKS: dict[str, Callable[[dict[str, Any]], bool]] = {
     "guides/too-slow.md": lambda it: (
         it["deployed"].after["latency_ms"] <= it["limit"]
         and all(m.out_channels % 8 == 0 for m in it["even"].model if isinstance(m, it["nn"].Conv2d))
-        and 0 < (it["exact"] - it["rounded"]).abs().max() < 0.2 * it["exact"].abs().max()
+        and 0 < it["check"].rel_error < 0.2
     ),
     "guides/blocks.md": lambda it: (
         len(it["graph"].groups) == 4

@@ -67,7 +67,10 @@ def mobilevit() -> nn.Module:
         neck_hidden_sizes=[8, 8, 12, 16, 20, 24, 40],
         num_attention_heads=2,
     )
-    return transformers.MobileViTForImageClassification(config)
+    model = transformers.MobileViTForImageClassification(config)
+    for stage in model.mobilevit.encoder.layer[2:]:
+        del stage.transformer.layer[1:]  # their number is no option
+    return model
 
 
 MODELS = {f.__name__: f for f in (vit, deit, dinov2, swin, convnext, segformer, mobilevit)}

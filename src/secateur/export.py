@@ -10,7 +10,7 @@ import logging
 import re
 import tempfile
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,13 +24,17 @@ from torch.utils import _pytree as pytree
 from secateur import __version__
 from secateur.errors import ExportError, FileError, first_line
 from secateur.files import atomic_write, write_tensors
-from secateur.graph.capture import Inputs, as_call, batch_of
+from secateur.graph.capture import Inputs, as_call, batch_of, batchings
 from secateur.graph.duplicate import duplicate
 from secateur.graph.guard import uncompiled
+from secateur.graph.samples import main_leaf, other_sizes, random_floats, takes
 from secateur.rewriting.plain import as_source
 from secateur.settings import checked
 
 Run = Callable[..., object]
+
+COMPARED_SIZES = 2
+"""Other image sizes at which a file that takes any is compared."""
 
 
 @dataclass(frozen=True)
@@ -44,6 +48,8 @@ class ExportCheck:
         max_abs_error: the largest difference of any output, over all of them.
         max_rel_error: the same, divided by the largest output.
         static_because: None if the file takes any batch size; else why it takes only `batches[0]`.
+        sizes: where any image size was asked for: the shapes of the images with which it was compared.
+        one_size_because: None if the file takes other image sizes, or none were asked for; else why it does not.
     """
 
     path: Path
@@ -52,15 +58,24 @@ class ExportCheck:
     max_abs_error: float
     max_rel_error: float
     static_because: str | None
+    sizes: tuple[tuple[int, ...], ...] = ()
+    one_size_because: str | None = None
 
     def to_json(self) -> dict[str, Any]:
         """The fields by name, with the path's last part in place of the path."""
-        return {**self.__dict__, "path": self.path.name, "batches": list(self.batches)}
+        return {
+            **self.__dict__,
+            "path": self.path.name,
+            "batches": list(self.batches),
+            "sizes": list(self.sizes),
+        }
 
 
 @uncompiled
 @checked(ExportError)
-def export_onnx(model: nn.Module, inputs: Inputs, path: str | Path, *, opset: int = 18) -> ExportCheck:
+def export_onnx(
+    model: nn.Module, inputs: Inputs, path: str | Path, *, opset: int = 18, any_size: bool = False
+) -> ExportCheck:
     """Write `model` in evaluation mode as one ONNX file that takes any batch size.
 
     The file's outputs are compared with the module's by onnxruntime on the CPU: at the batch of `inputs`,
@@ -77,6 +92,8 @@ def export_onnx(model: nn.Module, inputs: Inputs, path: str | Path, *, opset: in
         path: the file to write; its folder must exist. ONNX limits a file to 2 GiB.
         opset: version of the ONNX operators. 18 is what the exporter's own rules are written in; later
             ones are converted from it.
+        any_size: let the file take images of other heights and widths too, as far as the model does. It is then
+            compared at two of them as well; if that fails, it takes those of `inputs` only, and the result says why.
     Raises:
         ExportError: the model cannot be exported, or onnxruntime computes something else; `path` is as it
             was before.
@@ -100,12 +117,14 @@ def export_onnx(model: nn.Module, inputs: Inputs, path: str | Path, *, opset: in
         content: bytes = exported.model_proto.SerializeToString()
         return content, OnnxRunner(content, torch.get_num_threads())
 
-    return _export(model, inputs, Path(path), encode)
+    return _export(model, inputs, Path(path), encode, any_size)
 
 
 @uncompiled
 @checked(ExportError)
-def export_program(model: nn.Module, inputs: Inputs, path: str | Path) -> ExportCheck:
+def export_program(
+    model: nn.Module, inputs: Inputs, path: str | Path, *, any_size: bool = False
+) -> ExportCheck:
     """Write `model` in evaluation mode as an exported program (`.pt2`), to be read by `torch.export.load`.
 
     The file is loaded again and compared with the module as in `export_onnx`, which says the rest.
@@ -122,7 +141,7 @@ def export_program(model: nn.Module, inputs: Inputs, path: str | Path) -> Export
         buffer.seek(0)
         return buffer.getvalue(), torch.export.load(buffer).module()
 
-    return _export(model, inputs, Path(path), encode)
+    return _export(model, inputs, Path(path), encode, any_size)
 
 
 @uncompiled
@@ -238,17 +257,23 @@ def _export(
     inputs: Inputs,
     path: Path,
     encode: Callable[[ExportedProgram, Any, int], tuple[bytes, Run]],
+    any_size: bool,
 ) -> ExportCheck:
     twin, inputs, outputs = _on_cpu(model, inputs)
     given = batch_of(inputs)
+    sized = _other_sizes(twin, inputs) if any_size else []
     static_because = None
-    for dynamic in (True, False):
+    one_size_because = "the model takes no other" if any_size and not sized else None
+    for dynamic, others in [(True, sized)] * bool(sized) + [(True, []), (False, [])]:
         batches = (given, *{1, given + 1} - {given}) if dynamic else (given,)
         try:
             with quiet():
-                content, run = encode(*_program(twin, inputs, dynamic), outputs)
-            max_abs_error, max_rel_error = _compare(twin, run, inputs, batches)
+                content, run = encode(*_program(twin, inputs, dynamic, others), outputs)
+            errors = [_compare(twin, run, some, batches) for some in (inputs, *others)]
         except Exception as error:  # the exporters let through what each of their parts raises
+            if others:
+                one_size_because = _reason(error)
+                continue
             if dynamic:
                 static_because = _reason(error)
                 continue
@@ -258,7 +283,30 @@ def _export(
             ) from error
         break
     atomic_write(path, content)
-    return ExportCheck(path, len(content), batches, max_abs_error, max_rel_error, static_because)
+    max_abs_error, max_rel_error = (max(each) for each in zip(*errors, strict=True))
+    images = [main_leaf(some) for some in (inputs, *others)] if any_size else []
+    sizes = tuple(tuple(x.shape) for x in images if x is not None)
+    return ExportCheck(
+        path,
+        len(content),
+        batches,
+        max_abs_error,
+        max_rel_error,
+        static_because,
+        sizes,
+        one_size_because,
+    )
+
+
+def _other_sizes(model: nn.Module, inputs: Inputs) -> list[Inputs]:
+    """The inputs with images of two other sizes, where the model takes any."""
+    for series in other_sizes(inputs, batchings(inputs)[0]):
+        found: list[Inputs] = []
+        for ways in series:
+            found += [way for way in ways if takes(model, way)][:1]
+            if len(found) == COMPARED_SIZES:
+                return [random_floats(some, seed) for seed, some in enumerate(found)]
+    return []
 
 
 def _on_cpu(model: nn.Module, inputs: Inputs) -> tuple[nn.Module, Inputs, int]:
@@ -274,16 +322,30 @@ def _on_cpu(model: nn.Module, inputs: Inputs) -> tuple[nn.Module, Inputs, int]:
         ) from error
 
 
-def _program(model: nn.Module, inputs: Inputs, dynamic: bool) -> tuple[ExportedProgram, Any]:
-    batch = batch_of(inputs)
-    if dynamic:
-        inputs = _with_batch(inputs, max(batch, 2))  # a batch of 1 would be taken for a constant
-        batch = batch_of(inputs)
-    size = Dim("batch")
+def _program(
+    model: nn.Module, inputs: Inputs, dynamic: bool, others: Sequence[Inputs]
+) -> tuple[ExportedProgram, Any]:
+    """The exported program, and which dims of the inputs it leaves free.
+
+    Args:
+        dynamic: the batch.
+        others: the inputs at other image sizes; what is of another size there is free too.
+    """
+    given, batch, size = inputs, batch_of(inputs), Dim("batch")
+    if dynamic:  # a batch of 1 would be taken for a constant, and a height that equals the width for the same
+        inputs = _with_batch((*others, inputs)[0], max(batch, 2))
+
+    def free(x: Any, *same: Any) -> dict[int, Any] | None:
+        if not isinstance(x, Tensor):
+            return None
+        sized = {dim: Dim.AUTO for dim in range(x.ndim) if any(y.shape[dim] != x.shape[dim] for y in same)}
+        found = ({0: size} if dynamic and _has_batch(x, batch) else {}) | sized
+        return found or None
+
+    leaves = [pytree.tree_leaves(as_call(some)) for some in (given, *others)]
+    freed = [free(*each) for each in zip(*leaves, strict=True)]
     args, kwargs = as_call(inputs)
-    shapes = pytree.tree_map(
-        lambda x: {0: size} if dynamic and _has_batch(x, batch) else None, kwargs if kwargs else args
-    )
+    shapes = pytree.tree_unflatten(freed, pytree.tree_structure((args, kwargs)))[1 if kwargs else 0]
     with torch.no_grad():
         program = torch.export.export(model, args, kwargs, dynamic_shapes=shapes, strict=False)
     return program, shapes

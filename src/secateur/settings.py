@@ -267,6 +267,9 @@ def checked(
     >>> shorten("unit", "all")
     Traceback (most recent call last):
     secateur.errors.SecateurError: shorten: to is 'all'; expected a whole number, or None
+    >>> shorten("unit", most=2)
+    Traceback (most recent call last):
+    secateur.errors.SecateurError: shorten: got an unexpected keyword argument 'most'; its arguments are: text, to
     """
 
     def check(function: Callable[P, R]) -> Callable[P, R]:
@@ -275,7 +278,12 @@ def checked(
 
         @functools.wraps(function)
         def call(*args: P.args, **kwargs: P.kwargs) -> R:
-            for name, value in signature.bind(*args, **kwargs).arguments.items():
+            try:
+                given_to = signature.bind(*args, **kwargs).arguments
+            except TypeError as wrong:
+                names = ", ".join(name for name in signature.parameters if name != "self")
+                raise error(f"{function.__name__}: {wrong}; its arguments are: {names}") from None
+            for name, value in given_to.items():
                 kind = signature.parameters[name].kind
                 several = kind in (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
                 if not several and name not in but and name in hints() and not _holds(value, hints()[name]):

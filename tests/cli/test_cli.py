@@ -5,8 +5,6 @@ import json
 import os
 import re
 import shlex
-import signal
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -19,10 +17,12 @@ import pytest
 import torch
 from PIL import Image
 from torch import nn
+from torch.distributed.run import main as torchrun
 
 from secateur.cli import main
 from secateur.files import read_tensors
 from secateur.recipes.models import build_model
+from tests.processes import command_line, start
 
 pytestmark = pytest.mark.xdist_group("command line")  # one process makes the runs that tests read
 
@@ -70,17 +70,6 @@ def threads() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
-
-
-def process(*arguments: object) -> subprocess.Popen[str]:
-    """The command line in a process of its own."""
-    return subprocess.Popen(
-        [sys.executable, "-m", "secateur.cli", *map(str, arguments)],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        env=os.environ | {"OMP_NUM_THREADS": "1", "COLUMNS": "100"},
-    )
 
 
 @pytest.fixture(scope="module")
@@ -308,6 +297,17 @@ def test_inspect_says_what_can_go(run: Run) -> None:
     assert table.code == 0
     for word in ("layer2.0.conv1", "frozen by the user", "--keep-macs", "Within reach"):
         assert word in table.out
+
+
+def test_inspect_shows_blocks(run: Run) -> None:
+    found = json.loads(run("inspect", "--model", "resnet8", "--granularity", "both", "--json").out)
+    block = next(group for group in found["groups"] if group["name"] == "block2 (block)")
+    assert (block["units"], block["layers"]) == (
+        1,
+        [f"block2.{part}" for part in ("bn1", "bn2", "conv1", "conv2")],
+    )
+    assert block["macs"] == 16 * 16 * 9 * (16 * 32 + 32 * 32)  # without its projection, which stays
+    assert "block2.conv1" in {group["name"] for group in found["groups"]}
 
 
 def test_inspect_shows_layers_and_writes_a_page(tmp_path: Path, run: Run) -> None:
@@ -701,14 +701,14 @@ def test_killed_and_resumed_equals_uninterrupted(trained: Path, tmp_path: Path, 
         *("--option", "score=taylor", "--calibration-images", 100, "--checkpoint-every", 4),
     ]
     killed = tmp_path / "killed"
-    work = process(*arguments, "--out", killed)
+    work = start(tmp_path / "printed", command_line, *arguments, "--out", killed)
     metrics, deadline = killed / "metrics.jsonl", time.monotonic() + 120
     while not metrics.exists() or len(metrics.read_text().splitlines()) < 2:
-        assert work.poll() is None, work.communicate()
+        assert work.process.is_alive(), work.err
         assert time.monotonic() < deadline
         time.sleep(0.01)
-    work.send_signal(signal.SIGKILL)
-    work.communicate()
+    work.process.kill()
+    work.end()
     assert not (killed / "model.safetensors").exists()
     done = metrics.read_text().splitlines()
     assert len(done) < 6
@@ -841,14 +841,11 @@ def test_steps_show_as_lines_or_spinners(
 @pytest.mark.slow
 def test_two_processes_make_one_run(tmp_path: Path, run: Run) -> None:
     arguments = [*PRUNE, "--epochs", "2", "--train-images", "200", "--out", str(tmp_path / "two")]
-    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "secateur.cli"]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    two = subprocess.run(
-        [sys.executable, *launch, *arguments], capture_output=True, text=True, env=environment
-    )
-    assert two.returncode == 0, two.stderr
-    assert two.stdout.count("Report:") == 1
-    assert "Warning: " not in two.stderr
+    launch = ["--standalone", "--nproc-per-node=2", "-m", "secateur.cli"]
+    two = start(tmp_path / "printed", torchrun, [*launch, *arguments], OMP_NUM_THREADS="1")
+    assert two.end() == 0, two.err
+    assert two.out.count("Report:") == 1
+    assert "Warning: " not in two.err
     one = run(*arguments[:-1], tmp_path / "one")
     assert one.code == 0, one.err
     ours, theirs = report_of(tmp_path / "two"), report_of(tmp_path / "one")

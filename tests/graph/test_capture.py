@@ -7,6 +7,7 @@ from torch import nn
 import secateur as sc
 from secateur.errors import CaptureError
 from secateur.graph.capture import capture
+from secateur.graph.operators import module_of
 
 
 class Branching(nn.Module):
@@ -27,6 +28,24 @@ class TwoInputs(nn.Module):
 
     def forward(self, x: torch.Tensor, depth: torch.Tensor) -> torch.Tensor:
         return self.head(self.a(x) + self.b(depth))
+
+
+class Sliced(nn.Module):
+    """Runs parts of its containers, and one module in several places."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        shared = nn.ReLU()
+        self.first = nn.Sequential(nn.Conv2d(3, 6, 1), shared, nn.Conv2d(6, 6, 1), shared, nn.Conv2d(6, 6, 1))
+        self.rest = nn.ModuleList([nn.Conv2d(6, 6, 1), nn.Conv2d(6, 6, 1), nn.Conv2d(6, 6, 1), nn.Dropout()])
+        self.head = nn.Conv2d(6, 2, 1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for layer in self.first[:-1]:
+            x = layer(x)
+        for layer in self.rest[1:][1:]:
+            x = layer(x)
+        return self.head(self.rest[0](x))
 
 
 def snapshot(model: nn.Module) -> dict[str, object]:
@@ -95,3 +114,14 @@ def test_models_that_take_one_batch_size_only() -> None:
 
     graph = sc.analyze(Fixed(), torch.randn(1, 3, 8, 8))
     assert sc.Cost(graph).macs() == 36 * 4 * 27 + 4 * 36 * 5
+
+
+def test_modules_taken_from_a_slice_have_their_own_names() -> None:
+    found = capture(Sliced(), torch.randn(1, 3, 8, 8), training=True)
+    nodes = [node for node in found.module.graph.nodes if node.op == "call_function"]
+    names = [module_of(node) for node in nodes if "conv" in str(node.target) or "dropout" in str(node.target)]
+    assert names == ["first.0", "first.2", "rest.2", "rest.3", "rest.0", "head"]
+    weights = [found.tensors[node.args[1].name] for node in nodes if "conv" in str(node.target)]
+    assert [f"{name}.weight" for name in names if name != "rest.3"] == weights
+    around = [[entry[0] for entry in node.meta["nn_module_stack"].values()] for node in nodes]
+    assert not any("slice" in name for stack in around for name in stack)

@@ -4,7 +4,7 @@ import pytest
 
 from tests.methods.examples import analyze_once
 
-collect_ignore = ["huggingface_run.py", "lightning_run.py", "two_processes.py", "ultralytics_run.py"]
+collect_ignore = ["huggingface_run.py", "lightning_run.py", "ultralytics_run.py"]
 
 
 @pytest.fixture(autouse=True)

@@ -1,7 +1,7 @@
-"""Run by `torch.distributed.run`: forms of methods in both trainers, in DistributedDataParallel, and their results."""
+"""In each of two processes: forms of methods in a trainer, in DistributedDataParallel, and their results."""
 
 import json
-import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -23,19 +23,16 @@ def digest(network: nn.Module, prune: Any) -> list[Any]:
     return [[units.tolist() for units in prune.running.kept], prune.running.history, learned, weights]
 
 
-def main(framework: str, folder: Path) -> None:
+def main(framework: str, run: Callable[..., Any], folder: Path) -> None:
     method.analyze = analyze_once  # type: ignore[assignment]
     epochs = 2 * EPOCHS  # as many steps as on one process
-    options: dict[str, Any] = {"save_strategy": "no", "num_train_epochs": epochs}
-    if framework == "lightning":
-        from tests.integrations import lightning_run as runs
-
-        options = {"devices": 2, "strategy": "ddp", "max_epochs": epochs}
-    else:
-        from tests.integrations import huggingface_run as runs  # type: ignore[no-redef]
+    options: dict[str, Any] = {
+        "lightning": {"devices": 2, "strategy": "ddp", "max_epochs": epochs},
+        "transformers": {"save_strategy": "no", "num_train_epochs": epochs},
+    }[framework]
     found = {}
     for name in FEW:
-        model, prune, _ = runs.run(METHODS[name], folder / name, **options)
+        model, prune, _ = run(METHODS[name], folder / name, **options)
         network = prune.running.model
         check(prune.pruned, network)
         assert network in model.modules()
@@ -45,7 +42,3 @@ def main(framework: str, folder: Path) -> None:
     (folder / f"{framework}.{rank}.json").write_text(json.dumps(found))
     torch.distributed.barrier()
     torch.distributed.destroy_process_group()
-
-
-if __name__ == "__main__":
-    main(sys.argv[1], Path(sys.argv[2]))

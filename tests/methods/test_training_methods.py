@@ -3,10 +3,7 @@
 import copy
 import functools
 import json
-import os
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -27,6 +24,7 @@ from secateur.recipes.checkpoint import State
 from secateur.recipes.train import fit
 from secateur.settings import options_of
 from tests.methods.examples import CONFIG, INPUTS, KINDS, METHODS, STEPS, Make, Residual, lapp, train
+from tests.processes import start_ranks
 from tests.recipes.test_train import toy_data
 
 in_one_process = pytest.mark.xdist_group("whole runs")
@@ -350,43 +348,22 @@ def test_shrink_equals_a_second_analysis() -> None:
     assert whole.stem[0].out_channels == 8
 
 
-TWO = """
-import sys
-sys.path.insert(0, {root!r})
-import torch
-torch.set_num_threads(1)
-from dataclasses import replace
-from pathlib import Path
-from tests.methods.examples import CONFIG, METHODS, STEPS, train
-
-for number, (name, make) in enumerate(METHODS.items()):
-    if name not in {ties!r}:
-        train(make, Path({folder!r}) / str(number), replace(CONFIG, checkpoint_every=STEPS))
-"""
-
 TIES = {"paam, free, streams"}
 """Adam's first step moves all free scores by ±lr, so that rounding decides which of them are selected."""
+
+
+def train_all(folder: Path) -> None:
+    for number, (name, make) in enumerate(METHODS.items()):
+        if name not in TIES:
+            train(make, folder / str(number), replace(CONFIG, checkpoint_every=STEPS))
 
 
 @in_one_process
 @pytest.mark.slow
 def test_two_processes_take_the_same_decisions_as_one(run: Callable[[str], Whole], tmp_path: Path) -> None:
     """For every method: the same units go, and the weights agree as far as sums in another order allow."""
-    script = tmp_path / "two.py"
-    script.write_text(
-        TWO.format(root=str(Path(__file__).parents[2]), folder=str(tmp_path / "two"), ties=TIES)
-    )
-    launch = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc-per-node=2",
-        str(script),
-    ]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    two = subprocess.run(launch, capture_output=True, text=True, timeout=600, env=environment)
-    assert two.returncode == 0, two.stderr
+    two = start_ranks(tmp_path / "printed", train_all, tmp_path / "two")
+    assert two.end() == 0, two.err
     for number, name in enumerate(METHODS):
         if name in TIES:
             continue

@@ -2,7 +2,6 @@
 
 import re
 import struct
-import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -185,14 +184,6 @@ def test_torchvision_takes_three_channels():
     pytest.importorskip("torchvision")
     with pytest.raises(ModelError, match="3 input channels, not 1"):
         build_model("resnet18", in_channels=1)
-
-
-def test_importing_the_recipes_imports_no_optional_library():
-    code = (
-        "import sys, secateur.recipes.models.weights, secateur.recipes.data; "
-        "sys.exit(any(name in sys.modules for name in ('torchvision', 'timm')))"
-    )
-    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
 def test_missing_libraries_are_named(monkeypatch):

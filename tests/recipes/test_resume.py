@@ -7,8 +7,6 @@ import json
 import os
 import shutil
 import signal
-import subprocess
-import sys
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -21,6 +19,7 @@ from torch import Tensor, nn
 from secateur.errors import FileError, TrainingError
 from secateur.files import read_tensors, write_tensors
 from secateur.recipes.train import FitResult, TrainConfig, fit
+from tests.processes import start, start_ranks
 from tests.recipes.toy import (
     CONFIG,
     CONFIGS,
@@ -113,54 +112,38 @@ def test_phases_live_side_by_side_and_are_not_repeated(tmp_path: Path) -> None:
     assert [line["phase"] for line in lines(tmp_path)] == ["train"] + ["finetune"] * 2
 
 
-SCRIPT = """
-import os, signal, sys
-sys.path.insert(0, {tests!r})
-import torch
-torch.set_num_threads(1)
-from secateur.recipes.train import TrainConfig, fit
-from tests.recipes.toy import CONFIG, Killed, before_step, kill, toy_data, toy_model
-{body}
-"""
-
-
-def script(body: str, folder: Path) -> Path:
-    path = folder / "script.py"
-    path.write_text(SCRIPT.format(tests=str(Path(__file__).parents[2]), body=body))
-    return path
+def train_and_die(folder: Path) -> None:
+    model = toy_model()
+    before_step(model, 7, lambda: os.kill(os.getpid(), signal.SIGKILL))
+    fit(model, toy_data(), CONFIG, folder)
 
 
 @pytest.mark.slow
 def test_sigkill(finished: Callable[[str], Run], tmp_path: Path) -> None:
-    body = f"""
-model = toy_model()
-before_step(model, 7, lambda: os.kill(os.getpid(), signal.SIGKILL))
-fit(model, toy_data(), CONFIG, {str(tmp_path / "killed")!r})
-"""
-    killed = subprocess.run([sys.executable, script(body, tmp_path)], capture_output=True, text=True)
-    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    killed = start(tmp_path / "printed", train_and_die, tmp_path / "killed")
+    assert killed.end() == -signal.SIGKILL, killed.err
     resumed, whole = toy_model(seed=1), finished("sgd")
     done = fit(resumed, toy_data(), CONFIG, tmp_path / "killed", resume=True)
     assert_same_weights(resumed, whole.model)
     assert timeless(done.history) == timeless(whole.result.history)
 
 
+def train_and_resume(config: TrainConfig, folder: Path) -> None:
+    seed = int(os.environ["RANK"])  # the first process's weights count
+    killed, resumed = toy_model(0, seed), toy_model(0, seed + 2)
+    before_step(killed, 9, kill)
+    try:
+        fit(killed, toy_data(), config, folder)
+    except Killed:
+        fit(resumed, toy_data(), config, folder, resume=True)
+
+
 @pytest.mark.slow
 def test_two_processes_equal_one(tmp_path: Path) -> None:
     """With batch norm, a last batch of 7 images that two processes cannot share evenly, and a resumption."""
     config = replace(CONFIG, ema=0.5, clip_norm=0.5)
-    body = f"""
-seed = int(os.environ["RANK"])  # the first process's weights count
-killed, resumed = toy_model(0, seed), toy_model(0, seed + 2)
-before_step(killed, 9, kill)
-try:
-    fit(killed, toy_data(), {config!r}, {str(tmp_path / "two")!r})
-except Killed:
-    fit(resumed, toy_data(), {config!r}, {str(tmp_path / "two")!r}, resume=True)
-"""
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    run = subprocess.run([*launch, script(body, tmp_path)], capture_output=True, text=True, timeout=300)
-    assert run.returncode == 0, run.stderr
+    two = start_ranks(tmp_path / "printed", train_and_resume, config, tmp_path / "two")
+    assert two.end() == 0, two.err
 
     one = fit(toy_model(dropout=0), toy_data(), config, tmp_path / "one")
     assert [line["loss"] for line in lines(tmp_path / "two")] == pytest.approx([e.loss for e in one.history])

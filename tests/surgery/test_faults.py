@@ -45,9 +45,9 @@ class Normalised(Convolutions):
 
 
 CASES: dict[str, tuple[type[nn.Module], int, str]] = {
-    "small images": (Convolutions, 32, "3 × 3 × 52 × 42"),
+    "small images": (Convolutions, 32, "3 × 3 × 83 × 35"),
     "large images": (Convolutions, 160, "3 × 3 × 46 × 69"),
-    "small images, statistics": (Normalised, 32, "1 × 3 × 52 × 42"),
+    "small images, statistics": (Normalised, 32, "1 × 3 × 83 × 35"),
     "large images, statistics": (Normalised, 160, "1 × 3 × 115 × 91"),
     "one image size": (TinyViT, 16, "1 × 3 × 16 × 16"),
 }
@@ -139,6 +139,23 @@ class OneSize(Convolutions):
         y = super().forward(x)
         whole = self.stem.out_channels == 16 or x.shape[2:] == (160, 160)
         return y if whole else y * 1.01
+
+
+class LongSides(Convolutions):
+    """Wrong, once it is cut, where a side is longer than in all that the analysis records."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = super().forward(x)
+        whole = self.stem.out_channels == 16 or max(x.shape[2:]) <= 2.2 * 32
+        return y if whole else y * 1.01
+
+
+def test_what_is_wrong_beyond_the_sizes_of_the_analysis_is_found() -> None:
+    model, graph, plan, cut = case("small images")
+    model, cut = copy.deepcopy(model), copy.deepcopy(cut)
+    model.__class__ = cut.__class__ = LongSides
+    assert cut.stem.out_channels < 16
+    assert sc.verify(model, cut, graph, plan).elsewhere == pytest.approx(0.01, rel=0.01)
 
 
 def test_what_is_wrong_at_another_size_is_found() -> None:

@@ -16,6 +16,11 @@ from secateur.runs.config import Task
     INPUT_SIZE,
     CHANNELS,
     CLASSES,
+    flag(
+        "any_size",
+        bool,
+        "Let model.onnx and model.pt2 take images of other sizes too, as far as the model does.",
+    ),
     flag("python", bool, "Also write model.py: plain PyTorch layers, with weights beside it."),
     flag(
         "int8",
@@ -79,13 +84,19 @@ def export(given: Given) -> None:
     inputs = torch.randn(1, *shape, generator=torch.Generator().manual_seed(0))
     with explained(out):
         out.mkdir(parents=True, exist_ok=True)
-    rows = table(model, ("file", "size", "batch", "max error"), right=("size", "max error"))
-    checks = [export_onnx(network, inputs, paths[0], opset=given.get("opset", 18))]
-    checks += [export_program(network, inputs, paths[1])]
+    sized = "any_size" in given
+    columns = ("file", "size", "batch", *(["images"] if sized else []), "max error")
+    rows = table(model, columns, right=("size", "max error"))
+    checks = [export_onnx(network, inputs, paths[0], opset=given.get("opset", 18), any_size=sized)]
+    checks += [export_program(network, inputs, paths[1], any_size=sized)]
     checks += [export_python(network, inputs, out / "model.py")] if "python" in given else []
     for check in checks:
         batch = f"1 only: {check.static_because}" if check.static_because else "any"
-        rows.add_row(str(check.path), si(check.file_bytes, "B"), batch, f"{check.max_abs_error:.1e}")
+        reason = (
+            check.one_size_because and f"{' × '.join(map(str, shape[1:]))} only: {check.one_size_because}"
+        )
+        taken = [reason or "any"] if sized else []
+        rows.add_row(str(check.path), si(check.file_bytes, "B"), batch, *taken, f"{check.max_abs_error:.1e}")
     print_table(rows)
     if "int8" in given:
         task = load_task(Given({**given, "model": model, "weights": weights}).make(Task))

@@ -2,12 +2,15 @@
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import typer
 
 from secateur.cli.flags import FREEZE, Flags, Given, command, flag
 from secateur.runs.config import METHOD, MODEL, Task
+
+if TYPE_CHECKING:
+    from secateur.graph.groups import Group, Member
 
 PASSES = 10
 """Over which layers are timed."""
@@ -36,6 +39,14 @@ INPUT_SIZE = flag(
         "What attention loses: whole heads, or the same dims of every head.",
         panel=METHOD,
         shown="heads",
+        metavar="NAME",
+    ),
+    flag(
+        "granularity",
+        str,
+        "What a unit is: channels, whole residual branches (blocks), or both.",
+        panel=METHOD,
+        shown="channels",
         metavar="NAME",
     ),
     flag("layers", bool, "Show every layer too: its width, MACs and measured time."),
@@ -79,19 +90,20 @@ def look(given: Given) -> dict[str, Any]:
         torch.zeros(1, *shape),
         freeze=given.get("freeze", ()),
         attention=given.get("attention", "heads"),
+        granularity=given.get("granularity", "channels"),
     )
     cost = Cost(graph)
-    producers = {m.module: g for g in graph.groups for m in g.members if m.role in ("out", "depthwise")}
+    producers = {m.module: g for g in reversed(graph.groups) for m in g.members if made(m, g)}
     frozen = {item.name: item.reason for item in graph.frozen}
 
     groups: list[dict[str, Any]] = []
     for i, group in enumerate(graph.groups):
-        least = [1 if j == i else other.units for j, other in enumerate(graph.groups)]
+        least = [other.least if j == i else other.units for j, other in enumerate(graph.groups)]
         groups.append(
             {
                 "name": group.name,
                 "units": group.units,
-                "layers": sorted({m.module for m in group.members if m.role in ("out", "depthwise")}),
+                "layers": sorted({m.module for m in group.members if made(m, group)}),
                 "macs": cost.macs() - cost.macs(least),
                 "params": cost.params() - cost.params(least),
             }
@@ -125,6 +137,11 @@ def look(given: Given) -> dict[str, Any]:
     }
 
 
+def made(member: "Member", group: "Group") -> bool:
+    """Whether a layer's own channels go with the units; all layers of a block go with it."""
+    return member.role in ("out", "depthwise") or group.branch is not None
+
+
 def _show(found: dict[str, Any]) -> None:
     from secateur.cli.show import print_table, say, table
     from secateur.report.html import percent, si
@@ -143,7 +160,7 @@ def _show(found: dict[str, Any]) -> None:
         for group in found["groups"]:
             counts = str(group["units"]), str(len(group["layers"]))
             rows.add_row(group["name"], *counts, share(group, "macs"), share(group, "params"))
-        rows.caption = "MACs and params: saved if one unit stays"
+        rows.caption = "MACs and params: saved if one unit stays, or none of a block"
         print_table(rows)
     if found["layers"]:
         heads = ("layer", "kind", "channels", "MACs", "ms", "group")

@@ -281,7 +281,13 @@ class Session(Generic[S]):
             self.optimizer.grad_scale = None  # type: ignore[attr-defined]
 
     def after_step(self) -> None:
-        """The optimizer was called; if it did take a step, the method goes on by one."""
+        """The optimizer was called; if it did take a step, the method goes on by one.
+
+        Raises:
+            TrainingError: the session was not entered, so that no step would count.
+        """
+        if self._handle is None:
+            raise TrainingError(f"{self.name}: train within `with session.attach(optimizer):`")
         if self._stepped:
             self._stepped = False
             self.step += 1

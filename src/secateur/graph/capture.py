@@ -1,6 +1,7 @@
 """Read a model's graph once, without touching the model."""
 
 import contextlib
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, TypeAlias
@@ -26,6 +27,9 @@ from secateur.graph.modes import chance, chance_kept, forget_kept
 Inputs: TypeAlias = Tensor | tuple[Any, ...] | list[Any] | Mapping[str, Any]
 """Example inputs: one tensor, a list of images (c, h, w), a tuple of positional arguments, or a mapping of keyword
 arguments."""
+
+SLICE = re.compile(r"slice\((-?\d+|None), (-?\d+|None), (-?\d+|None)\)")
+"""How the exporter names the part of a container that a forward takes (`self.layers[:-1]`)."""
 
 BATCH = 2
 """Images in the traced batch: at 1, a batch dimension looks like a broadcast one."""
@@ -269,6 +273,7 @@ def _export(
             name: program.constants[key] for name, key in signature.inputs_to_lifted_tensor_constants.items()
         }
         borders = _take_borders(program.graph_module, model.outputs) if isinstance(model, Parted) else ()
+        _name_modules(program.graph_module, model)
         return Capture(program.graph_module, tensors, constants, batching, images, borders)
     assert failure is not None
     _check_runs(model, inputs)
@@ -286,6 +291,36 @@ def _take_borders(module: fx.GraphModule, outputs: int) -> tuple[fx.Node, ...]:
     every: tuple[Any, ...] = tuple(node.args[0])
     node.args = (every[:outputs],)
     return every[outputs:]
+
+
+def _name_modules(graph: fx.GraphModule, model: nn.Module) -> None:
+    """Let every node name the modules it ran in as the model does.
+
+    Where modules are shared, the exporter names those that a forward takes from a slice of a container after the slice.
+    """
+    for part in graph.modules():
+        for node in part.graph.nodes if isinstance(part, fx.GraphModule) else ():
+            stack = node.meta.get("nn_module_stack") or {}
+            if any("slice(" in name for name, _ in stack.values()):
+                named = {key: (_unsliced(model, name), cls) for key, (name, cls) in stack.items()}
+                node.meta["nn_module_stack"] = {
+                    key: entry for key, entry in named.items() if entry[0] is not None
+                }
+
+
+def _unsliced(model: nn.Module, name: str) -> str | None:
+    """The name of a module without slices of containers; None for such a slice, which is no module of the model."""
+    module, path, keys, sliced = model, list[str](), list(model._modules), False
+    for part in name.split(".") if name else ():
+        bounds = SLICE.fullmatch(part)
+        sliced = bounds is not None
+        if bounds:
+            keys = keys[slice(*(None if n == "None" else int(n) for n in bounds.groups()))]
+            continue
+        path.append(keys[int(part)] if isinstance(module, nn.ModuleList) else part)
+        module = module.get_submodule(path[-1])
+        keys = list(module._modules)
+    return None if sliced else ".".join(path)
 
 
 def _free_batch(x: Any) -> Any:

@@ -25,6 +25,7 @@ from secateur.graph.propagate import propagate
 from secateur.graph.samples import nearest_size, takes
 from secateur.graph.solve import Solution, solve
 from secateur.graph.trace import Trace
+from secateur.graph.unread import follow
 from secateur.settings import checked
 
 Granularity: TypeAlias = Literal["channels", "blocks", "both"]
@@ -135,7 +136,7 @@ class Graph:
         pads: modules that pad channels with zeros.
         statistics: "module (operator)" wherever something is computed over channels that may be removed (the
             mean of a layer norm, the sum of a softmax): without them it is computed over the others.
-        unused: parameters that no forward pass reads; they are left alone.
+        unused: parameters that no forward pass reads, and whose widths are no other's; they are left alone.
         fingerprint: identifies the names and shapes of the model's tensors.
         inputs: the example inputs.
         trace: the captured graph with every node's labels, for surgery; no part of what a graph equals.
@@ -266,16 +267,21 @@ def find_groups(
     labels = Labels(frozenset(name for name, _ in model.named_parameters()))
     names = canonical_names(model)
     values = propagate(model, captured, labels, names)
+    passes = [values]
     counted = len(labels.contractions)
-    unused = unread(model, labels, names)
+    aside = unused = unread(model, labels, names)
     if unused:  # such as auxiliary heads, which only the training-mode forward pass runs
         try:
-            propagate(model, capture(model, given, training=True), labels, names)
+            passes.append(propagate(model, capture(model, given, training=True), labels, names))
             del labels.contractions[counted:]
             unused = unread(model, labels, names)
         except CaptureError:
             pass  # what training would read is unknown, but so is it to the user: the names are reported
     pin_modules(model, labels, names, freeze)
+    if parts is not None:  # what stands between the parts may read others in any way
+        aside = tuple(name for name in aside if is_inside(name, parts.names))
+    following = follow(model, aside, passes, labels) if aside else set()
+    unused = tuple(name for name in unused if names[name] not in following)
     wanted = np.zeros(labels.count, dtype=bool)
     for key, positions in (going or {}).items():
         if key in labels.tensors:
@@ -312,6 +318,11 @@ def unread(model: nn.Module, labels: Labels, names: dict[str, str]) -> tuple[str
     """Parameters that no operator so far has asked labels for."""
     seen = {name for name, _ in labels.tensors}
     return tuple(name for name, p in model.named_parameters() if p.ndim and names[name] not in seen)
+
+
+def is_inside(tensor: str, modules: Iterable[str]) -> bool:
+    """Whether a tensor belongs to one of these modules, by name."""
+    return any(tensor.startswith(f"{module}.") for module in modules)
 
 
 def is_frozen(name: str, freeze: Sequence[str]) -> bool:

@@ -145,6 +145,20 @@ def written_out() -> Iterator[None]:
 
 
 @contextmanager
+def as_exported() -> Iterator[None]:
+    """Inside, forwards that ask whether they are being exported are told so, and do what they do in a capture."""
+    flags = [name for name in ("_is_compiling_flag", "_is_exporting_flag") if hasattr(torch.compiler, name)]
+    before = {name: getattr(torch.compiler, name) for name in flags}
+    try:
+        for name in flags:
+            setattr(torch.compiler, name, True)
+        yield
+    finally:
+        for name, flag in before.items():
+            setattr(torch.compiler, name, flag)
+
+
+@contextmanager
 def plain_outputs(model: nn.Module) -> Iterator[None]:
     """Inside, the model returns dicts in place of dataclasses, which the exporter knows only if registered."""
     handle = model.register_forward_hook(lambda module, args, output: plain(output))

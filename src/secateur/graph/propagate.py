@@ -11,7 +11,7 @@ from secateur.graph.capture import Capture
 from secateur.graph.labels import Labels, Value
 from secateur.graph.modules import pad_attributes
 from secateur.graph.operators import Site, label, module_of, shapes_of
-from secateur.graph.operators.site import flatten
+from secateur.graph.operators.site import flatten, is_index
 
 BODIES = ("wrap_with_autocast", "wrap_with_set_grad_enabled")
 """Higher-order operators that run a body once on their operands, whatever else they set."""
@@ -91,7 +91,7 @@ def call(model: nn.Module, node: fx.Node, values: dict[fx.Node, Any], labels: La
     bound = {argument.name: argument.default_value for argument in schema.arguments}
     bound |= dict(zip(bound, args, strict=False)) | kwargs
     op = str(node.target).rpartition(".")[0]
-    site = Site(op, bound, shapes_of(node), labels, pad_attributes(model, labels.module))
+    site = Site(op, bound, shapes_of(node), labels, pad_attributes(model, labels.module), is_index(node))
     result = label(site)
     if isinstance(node.meta.get("val"), list | tuple) or not isinstance(result, tuple):
         return result

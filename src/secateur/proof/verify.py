@@ -1,6 +1,7 @@
 """Proof that a cut model computes what the original computes without the removed units."""
 
 import functools
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -20,7 +21,7 @@ from secateur.graph.modes import chance_kept, default_precision, evaluating
 from secateur.graph.parts import rest_fails
 from secateur.graph.positions import kept_positions
 from secateur.graph.probe import aliases, difference, fit_norms_, floats, random_inputs, randomise_
-from secateur.graph.samples import SHRUNK, SMALLEST, elsewhere, main_leaf, random_floats
+from secateur.graph.samples import SHRUNK, SMALLEST, Size, elsewhere, main_leaf, random_floats, shapes_of
 from secateur.graph.trace import Survivors, Trace
 from secateur.plan import Plan
 from secateur.proof.choices import Choices
@@ -361,14 +362,18 @@ class Pair:
         more = captured.batch + 1, captured.batch + captured.batching.images, 2 * captured.batch
         # a reference needs a graph of its own at every size: one that is likely to be that of the analysis
         counts, shrunk = ((1, *more), SHRUNK[:1]) if own.reference else ((*more, 1), (SMALLEST, *SHRUNK[:1]))
+        captures: Counter[tuple[Size, ...]] = Counter()  # a third number of images changes none of them
         for inputs in elsewhere(own.inputs, captured.batching, counts, shrunk):
-            place = Place(inputs)
+            place, size = Place(inputs), shapes_of(captured.batching.resized(inputs, captured.batch))
+            if captures[size] == 2:
+                continue
             if not place.resizes(own):
                 self._unfit("the original takes no other image size")
             try:
                 if run_own(self._cut, place.call(precision(self._cut))) is None:
                     continue
                 if own.reference:
+                    captures[size] += 1
                     place = Place(inputs, reference_at(self._model, self._trace, self._survivors, inputs))
             except SecateurError as error:
                 self._unfit(f"not compared at another image size: {str(error).partition(';')[0].rstrip('.')}")

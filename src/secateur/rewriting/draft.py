@@ -6,10 +6,11 @@ these captures is a size, a precision, or a switch of the training mode; all els
 """
 
 import copy
+import difflib
 import functools
 import itertools
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -23,7 +24,7 @@ from secateur.errors import CaptureError, CutError
 from secateur.graph.branches import Branch
 from secateur.graph.capture import Capture, Inputs, as_call, capture
 from secateur.graph.duplicate import cloned, duplicate
-from secateur.graph.guard import opened, quiet, untouched
+from secateur.graph.guard import as_exported, opened, quiet, untouched
 from secateur.graph.labels import Atoms, Value, along, compress, reshape
 from secateur.graph.modes import chance_kept, default_precision, forget_kept
 from secateur.graph.modules import Keep
@@ -46,6 +47,7 @@ from secateur.rewriting.program import (
     Program,
     Ref,
     Training,
+    kind_of,
     operator_named,
     refs,
     sizes_in_words,
@@ -57,12 +59,23 @@ from secateur.rewriting.without import sums_at, sums_of, without
 Call = tuple[tuple[Any, ...], dict[str, Any]]
 Calls = list[Call]
 Shapes = tuple[tuple[int, ...], ...]
+Arguments = dict[str, Any]
 
 FEWEST = 2
 """Least captures besides that of the analysis that numbers are compared between, if the module meets other sizes."""
 
 CLOSE = {torch.float64: 1e-9, torch.float32: 1e-4}
 """Largest relative difference of the same operators on the same tensors, by precision."""
+
+MASKED = nn.MultiheadAttention
+"""A layer of torch's own that takes masks, which many a network passes in training or for padded images only."""
+
+MASKS: tuple[Callable[[Tensor, tuple[int, int, int]], Arguments], ...] = (
+    lambda query, size: {"attn_mask": query.new_zeros(size[1:], dtype=torch.bool)},
+    lambda query, size: {"attn_mask": query.new_zeros(size[1:])},
+    lambda query, size: {"key_padding_mask": query.new_zeros(size[::2], dtype=torch.bool)},
+)
+"""Its masks, so that they hide nothing: of a query and how many images, queries and keys there are."""
 
 TRAINS = "what it does in training mode only"
 """How `Draft.lost` begins to say that a module does more in training mode."""
@@ -82,12 +95,24 @@ class Draft:
         constants: buffers to be registered with it.
         lost: what the module does and the program does not, in words; "" if nothing.
         tied: why it takes fewer image sizes than the module did, in words; "" if it takes all.
+        others: the same for calls with other arguments.
     """
 
     program: Program
     constants: dict[str, Tensor]
     lost: str
     tied: str
+    others: tuple["Draft", ...] = ()
+
+    @property
+    def programs(self) -> list[Program]:
+        """That of the usual arguments, then those for others."""
+        return [self.program, *(other.program for other in self.others)]
+
+    @property
+    def all_constants(self) -> dict[str, Tensor]:
+        """The buffers that all of them read."""
+        return self.constants | {name: t for other in self.others for name, t in other.constants.items()}
 
 
 class MixedError(CutError):
@@ -113,6 +138,7 @@ class Writer:
         self._whole = list_operators(trace.captured)
         self._regions = find_calls(self._whole, self._model)
         self._runs: dict[str, list[Calls]] = {}
+        self._exported: dict[str, list[Calls]] = {}
         self._captures: dict[Any, Captures] = {}
         self._samples: tuple[list[Inputs], list[Inputs]] | None = None
 
@@ -127,15 +153,45 @@ class Writer:
         """
         if name not in self._runs:
             self._record(name)
-        runs = self._runs[name]
-        if not runs[0]:
+        if not self._runs[name][0]:
             raise CutError(f"{name}: it is not called in evaluation mode")
+        return self._written(name, self._runs[name], apart)
+
+    def others(
+        self, name: str, apart: Collection[str] | None, draft: Draft
+    ) -> Iterator[tuple[Draft, Arguments]]:
+        """Drafts for calls with other arguments than those of a draft, such as masks that hide nothing.
+
+        Args:
+            name, apart: as for the draft.
+            draft: whose constants go before theirs.
+        Yields:
+            also what the first such call is given instead, by name.
+        """
+        module = self._model.get_submodule(name)
+        runs, taken = self._runs[name], len(draft.constants)
+        ways = [with_mask(module, runs, make) for make in MASKS] if isinstance(module, MASKED) else []
+        for calls in (*ways, self._exported.get(name)):
+            changed = instead(module, runs[0][0], calls[0][0]) if calls and calls[0] else {}
+            if not calls or not changed:
+                continue
+            try:
+                other = self._written(name, calls, apart, taken)
+            except Exception:  # it is not like what is known of the module: then such calls are refused
+                continue
+            first = FixedCall(module, *calls[0][0])
+            kinds = tuple(map(kind_of, first.tensors))
+            yield replace(other, program=replace(other.program, kinds=kinds)), changed
+            taken += len(other.constants)
+
+    def _written(self, name: str, runs: list[Calls], apart: Collection[str] | None, taken: int = 0) -> Draft:
+        """The program for the calls of a module in some runs; `taken`: constants that it has already."""
         assert self._samples is not None
         given, tied = len(self._samples[0]), ""
         for some in dict.fromkeys((len(runs), given)):  # at least at the image size of the analysis
             calls = [[run[i] if i < len(run) else None for run in runs[:some]] for i in range(len(runs[0]))]
             try:
-                drafts = [self._draft(name, number, each, apart) for number, each in enumerate(calls)]
+                drafts = [self._draft(name, number, each, apart, taken) for number, each in enumerate(calls)]
             except MixedError as error:
                 if some == given:
                     raise
@@ -153,22 +209,25 @@ class Writer:
         names = [n for n, module in self._model.named_modules() if type(module) is kind]
         runs: list[dict[str, Calls]] = []
 
-        def run(given: Inputs) -> bool:
+        def calls_of(given: Inputs) -> dict[str, Calls]:
             args, kwargs = as_call(given)
+            with (
+                quiet(),
+                untouched(self._model),
+                chance_kept(),
+                torch.no_grad(),
+                recorded(self._model, names) as calls,
+            ):
+                self._model(*args, **kwargs)
+            return calls
+
+        def run(given: Inputs) -> bool:
             try:
-                with (
-                    quiet(),
-                    untouched(self._model),
-                    chance_kept(),
-                    torch.no_grad(),
-                    recorded(self._model, names) as calls,
-                ):
-                    self._model(*args, **kwargs)
+                runs.append(calls_of(given))
             except Exception:  # whatever its own code raises at a size it was not made for
                 if not runs:
                     raise
                 return False
-            runs.append(calls)
             return True
 
         if self._samples is None:
@@ -180,9 +239,23 @@ class Writer:
                     runs.append({n: [] for n in names})
         for n in names:
             self._runs[n] = [calls[n] for calls in runs]
+        exported: list[dict[str, Calls]] = []
+        for given in itertools.chain(*self._samples):
+            calls: dict[str, Calls] = {n: [] for n in names}
+            with suppress(Exception), as_exported():  # whatever its own code raises
+                calls = calls_of(given)
+            exported.append(calls)
+            if not any(differ(self._model.get_submodule(n), runs[0][n], exported[0][n]) for n in names):
+                return
+        self._exported |= {n: [calls[n] for calls in exported] for n in names}
 
     def _draft(
-        self, name: str, number: int, calls: Sequence[Call | None], apart: Collection[str] | None
+        self,
+        name: str,
+        number: int,
+        calls: Sequence[Call | None],
+        apart: Collection[str] | None,
+        taken: int = 0,
     ) -> Draft:
         module = self._model.get_submodule(name)
         prefix = f"{name}." if name else ""
@@ -217,7 +290,7 @@ class Writer:
             step.args |= {
                 key: Training(m, yes, step.args.get(key, no)) for key, (m, yes, no) in switches[i].items()
             }
-        return self._finish(captured, captures, output, captures.limits(cut), lost)
+        return self._finish(captured, captures, output, captures.limits(cut), lost, taken)
 
     def _cut_dims(self, lines: Listing, values: Mapping[fx.Node, Any]) -> dict[tuple[int, int], Keep]:
         """(register, dim) of every tensor that loses positions -> which it keeps."""
@@ -239,11 +312,13 @@ class Writer:
         self._captures[alike] = Captures.of(module, calls, len(self._samples[0]), apart)
         return self._captures[alike]
 
-    def _finish(self, lines: Listing, captures: "Captures", output: Any, limits: Any, lost: str) -> Draft:
+    def _finish(
+        self, lines: Listing, captures: "Captures", output: Any, limits: Any, lost: str, taken: int
+    ) -> Draft:
         base = captures.base
         named = {*base.captured.tensors.values()}
         unnamed = [name for name in lines.names if name in base.captured.constants]
-        free = (f"{CONSTANT}{i}" for i in itertools.count() if f"module.{CONSTANT}{i}" not in named)
+        free = (f"{CONSTANT}{i}" for i in itertools.count(taken) if f"module.{CONSTANT}{i}" not in named)
         buffers = dict(zip(unnamed, free, strict=False))
         program = Program(
             arguments=captures.arguments,
@@ -264,17 +339,28 @@ class Writer:
         found = [self._whole.steps[i] for i in self._regions.get((name, number), [])]
         # what is contiguous already is not copied, and that may be otherwise within the model
         found, steps = ([s for s in listed if s.op != "contiguous"] for listed in (found, lines.steps))
-        if [s.target for s in found] != [s.target for s in steps]:
-            raise CutError(f"{name}: its forward does other things by itself than within the model")
         values: dict[fx.Node, Any] = {}
         gone = sums_of(self._whole, self._survivors.skipped)
         branches = {self._whole.steps[i].node: branch for i, branch in gone.items()}
         sums: dict[fx.Node, Branch] = {}
-        for theirs, own in zip(found, steps, strict=True):
+        for theirs, own in counterparts(found, steps):
+            if theirs is None:  # such as what adds a mask to scores: its result is like what it reads
+                read = (values.get(lines.nodes[ref]) for ref in refs(own.args))
+                alike = (v for v in read if isinstance(v, Value) and (v.shape,) == own.shapes)
+                values[own.node] = next(alike, None)
+                continue
             if theirs.node in branches:
                 sums[own.node] = branches[theirs.node]
             values[own.node] = self._trace.values.get(theirs.node)
-            for a, b in zip(refs(own.args), refs(theirs.args), strict=True):
+            if theirs.target != own.target:
+                continue
+            both = own.args.keys() & theirs.args.keys()
+            pairs = [
+                pair
+                for key in sorted(both)
+                for pair in zip(refs(own.args[key]), refs(theirs.args[key]), strict=False)
+            ]
+            for a, b in pairs:
                 node, value = lines.nodes[a], self._trace.values.get(self._whole.nodes[b])
                 known = values.setdefault(node, value)
                 if isinstance(value, Value) and isinstance(known, Value) and known.shape != value.shape:
@@ -283,6 +369,27 @@ class Writer:
             if step.op == "contiguous":
                 values[step.node] = values.get(lines.nodes[step.args["self"].index])
         return values, sums
+
+
+def counterparts(found: Sequence[Step], steps: Sequence[Step]) -> Iterator[tuple[Step | None, Step]]:
+    """For every step of a module captured by itself, the one within the model; None: it does it by itself only.
+
+    A forward may do a little more, or less, for the arguments at hand: add a mask, or multiply and add at once. What
+    comes of it is judged by what the module gives.
+    """
+    matcher = difflib.SequenceMatcher(
+        None, [s.target for s in found], [s.target for s in steps], autojunk=False
+    )
+    for how, a, a_end, b, b_end in matcher.get_opcodes():
+        left = list(found[a:a_end])
+        if how == "equal":
+            yield from zip(left, steps[b:b_end], strict=True)
+            continue
+        for own in steps[b:b_end]:
+            theirs = next((s for s in left if s.shapes == own.shapes), None)
+            if theirs is not None:
+                left = left[left.index(theirs) + 1 :]
+            yield theirs, own
 
 
 @dataclass(frozen=True)
@@ -1017,6 +1124,39 @@ def size_of(node: fx.Node) -> tuple[int, ...]:
     """The shape of a placeholder."""
     value = node.meta.get("val")
     return tuple(value.shape) if isinstance(value, Tensor) else ()
+
+
+def instead(module: nn.Module, call: Call, other: Call) -> Arguments:
+    """What another call gives a module that this one does not: a mask in the place of None."""
+    before, after = (arguments_of(module, *c).arguments for c in (call, other))
+    return {name: x for name, x in after.items() if strip(before.get(name), []) != strip(x, [])}
+
+
+def differ(module: nn.Module, calls: Calls, others: Calls) -> bool:
+    """Whether a module is called as often, and with other arguments."""
+    same = len(calls) == len(others)
+    return same and any(instead(module, *both) for both in zip(calls, others, strict=True))
+
+
+def with_mask(
+    module: nn.MultiheadAttention,
+    runs: Sequence[Calls],
+    make: Callable[[Tensor, tuple[int, int, int]], Arguments],
+) -> list[Calls]:
+    """The calls of an attention layer with a mask; none where they have one already, or hold no batch."""
+    result = []
+    for calls in runs:
+        masked = []
+        for args, kwargs in calls:
+            given = arguments_of(module, args, kwargs).arguments
+            query, key = given["query"], given["key"]
+            if given["attn_mask"] is not None or given["key_padding_mask"] is not None or query.ndim != 3:
+                return []
+            batch, length = (0, 1) if module.batch_first else (1, 0)
+            size = query.shape[batch], query.shape[length], key.shape[length]
+            masked.append(((), dict(given) | make(query, size)))
+        result.append(masked)
+    return result
 
 
 @contextmanager

@@ -156,6 +156,7 @@ class Program:
         ops: the operators and calls, in order.
         output: what forward returns, with `Ref` in place of each tensor.
         limits: what the dims of each input may be; empty: not known.
+        kinds: what each input holds, "bool", "int" or "float"; empty: not known.
     """
 
     arguments: Any
@@ -164,6 +165,7 @@ class Program:
     ops: tuple[Op | Call, ...]
     output: Any
     limits: tuple[tuple[Limit, ...], ...] = ()
+    kinds: tuple[str, ...] = ()
 
     @functools.cached_property
     def calls(self) -> frozenset[str]:
@@ -191,6 +193,10 @@ class Program:
             ):
                 return sizes_in_words(limits)
         return ""
+
+    def takes(self, inputs: Sequence[Tensor]) -> bool:
+        """Whether these inputs hold what the program was written for."""
+        return not self.kinds or self.kinds == tuple(map(kind_of, inputs))
 
     def steps(
         self,
@@ -259,6 +265,11 @@ def _resolve(
     if isinstance(arg, Made):
         return arg({name: again(a) for name, a in arg.entries.items()})
     return arg
+
+
+def kind_of(x: Tensor) -> str:
+    """What a tensor holds: "bool", "int" or "float"."""
+    return "bool" if x.dtype is torch.bool else "float" if x.is_floating_point() else "int"
 
 
 def entries_of(cls: type) -> tuple[str, ...]:

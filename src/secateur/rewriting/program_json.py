@@ -41,6 +41,9 @@ DEEPEST = 16
 DEEPEST_SIZE = 8
 """Most levels of arithmetic in one number."""
 
+KINDS = ("bool", "int", "float")
+"""What an input may hold."""
+
 MOST_DIMS, MOST_NUMBERS = 16, 64
 """Most dims of a tensor, and most numbers among the arguments."""
 
@@ -54,6 +57,7 @@ def to_json(program: Program) -> dict[str, Any]:
         "ops": [_line(op) for op in program.ops],
         "output": encode(program.output),
         "limits": [[limit and list(limit) for limit in limits] for limits in program.limits],
+        **({"kinds": list(program.kinds)} if program.kinds else {}),
     }
 
 
@@ -114,7 +118,7 @@ class ProgramReader:
             ValueError: the data is no program for this module; the message says why.
         """
         fields = {"arguments", "inputs", "tensors", "ops", "output"}
-        if not isinstance(data, dict) or data.keys() - {"limits"} != fields:
+        if not isinstance(data, dict) or data.keys() - {"limits", "kinds"} != fields:
             raise ValueError(f"a program has exactly the fields {sorted(fields)}")
         inputs, names, ops = data["inputs"], data["tensors"], data["ops"]
         if type(inputs) is not int or not 0 <= inputs <= 1000:
@@ -136,7 +140,18 @@ class ProgramReader:
             ops=tuple(steps),
             output=self._arg(data["output"], inputs, inputs + len(names) + len(ops)),
             limits=self._limits(data.get("limits", []), inputs),
+            kinds=self._kinds(data.get("kinds", []), inputs),
         )
+
+    @staticmethod
+    def _kinds(data: Any, inputs: int) -> tuple[str, ...]:
+        if (
+            not isinstance(data, list)
+            or len(data) not in (0, inputs)
+            or not all(kind in KINDS for kind in data)
+        ):
+            raise ValueError(f"kinds must be a list with one of {', '.join(KINDS)} for every input")
+        return tuple(data)
 
     def _limits(self, data: Any, inputs: int) -> tuple[tuple[Limit, ...], ...]:
         if not isinstance(data, list) or len(data) not in (0, inputs):

@@ -6,7 +6,8 @@ its class as a base. Only `forward` is another.
 
 import functools
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from typing import Any
 
 from torch import Tensor, fx, nn
@@ -28,6 +29,8 @@ class Rewritten(nn.Module):
     """A module that runs a program in place of its class's forward; see `rewrite_`."""
 
     program: Program
+    others: tuple[Program, ...] = ()
+    """What it runs for calls with other arguments, such as a mask."""
     lost: str
     """What the original forward does and this one does not, in words."""
     tied: str
@@ -49,15 +52,15 @@ class Rewritten(nn.Module):
                     f"itself, so that a {type(found).__name__} in the place of the {cls.__name__} would do nothing. "
                     f"Replace this layer before the cut."
                 )
-        return run_program(self, self.program, args, kwargs)
+        return run_program(self, (self.program, *self.others), args, kwargs)
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         return _rebuild, (original_class(self),), self.__dict__
 
 
-def run_program(module: nn.Module, program: Program, args: Any, kwargs: Any) -> Any:
-    """What a program computes with the tensors of `module` for the arguments of a call of it."""
-    inputs, numbers = inputs_of(program, module, args, kwargs)
+def run_program(module: nn.Module, programs: Sequence[Program], args: Any, kwargs: Any) -> Any:
+    """What the first program that was written for such arguments computes with the tensors of `module`."""
+    program, inputs, numbers = fitting(programs, module, args, kwargs)
     if taken := program.exceeded(inputs):
         raise CutError(
             f"{type(module).__name__}: its forward was rewritten for a cut, and now takes {taken} only; got "
@@ -66,6 +69,22 @@ def run_program(module: nn.Module, program: Program, args: Any, kwargs: Any) -> 
         )
     tensors = [tensor_named(module, name) for name in program.tensors]
     return program.run(inputs, tensors, module, numbers=numbers)
+
+
+def fitting(
+    programs: Sequence[Program], module: nn.Module, args: Any, kwargs: Any
+) -> tuple[Program, list[Tensor], dict[int, int]]:
+    """The first program that was written for such arguments, and what it reads from them.
+
+    Raises:
+        CutError: there is none; the message is that of the first.
+    """
+    for program in programs:
+        with suppress(CutError):
+            inputs, numbers = inputs_of(program, module, args, kwargs)
+            if program.takes(inputs):
+                return program, inputs, numbers
+    return programs[0], *inputs_of(programs[0], module, args, kwargs)
 
 
 def inputs_of(
@@ -130,15 +149,19 @@ def _rebuild(cls: type[nn.Module]) -> nn.Module:
 
 
 def rewrite_(
-    module: nn.Module, program: Program, constants: Mapping[str, Tensor], lost: str = "", tied: str = ""
+    module: nn.Module,
+    programs: Sequence[Program],
+    constants: Mapping[str, Tensor],
+    lost: str = "",
+    tied: str = "",
 ) -> Callable[[], None]:
-    """Let a module run a program instead of its own forward.
+    """Let a module run programs instead of its own forward.
 
     Args:
         module: keeps its tensors, submodules, attributes and hooks.
-        program: what it runs.
-        constants: tensors that the program reads and that become buffers, outside of the state dict.
-        lost: what the program leaves out, in words.
+        programs: what it runs, the others for calls with other arguments than the first.
+        constants: tensors that they read and that become buffers, outside of the state dict.
+        lost: what the first leaves out, in words.
         tied: what image sizes it takes and why no others, in words.
     Returns:
         takes the change back.
@@ -159,8 +182,9 @@ def rewrite_(
     for name, tensor in constants.items():
         module.register_buffer(name, tensor, persistent=False)
     module.__class__ = rewritten_class(original_class(module))
-    module.program, module.lost, module.tied = program, lost, tied  # type: ignore[assignment]
-    names = {name.rpartition(".")[0] for name in program.tensors} - {""}
+    module.program, module.lost, module.tied = programs[0], lost, tied  # type: ignore[assignment]
+    module.others = tuple(programs[1:])  # type: ignore[assignment]
+    names = {name.rpartition(".")[0] for program in programs for name in program.tensors} - {""}
     module.owners = {n: original_class(module.get_submodule(n)) for n in sorted(names)}  # type: ignore[assignment]
     module.own_forward = module.__dict__.pop("forward", module.__dict__.get("own_forward"))
     return undo

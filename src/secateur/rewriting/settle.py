@@ -7,8 +7,9 @@ forward names a precision itself, in the model's own.
 """
 
 import functools
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, suppress
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -29,7 +30,7 @@ from secateur.graph.trace import Survivors
 from secateur.rewriting.draft import Draft, Writer
 from secateur.rewriting.listing import Listing, find_calls
 from secateur.rewriting.program import NAMES, Around, Named, Ref, refs
-from secateur.rewriting.rewrite import cut_listing, fixed_program, run_program, tensors_of
+from secateur.rewriting.rewrite import arguments_of, cut_listing, fixed_program, run_program, tensors_of
 
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-5}
 """Largest relative difference of the same operators on the same tensors, by precision."""
@@ -354,16 +355,44 @@ class CheckedPass:
                     self._whole.add(name)
                 draft = None
             else:
+                if name not in self._drafts:
+                    others = self._others(key, region, module, given, draft, apart)
+                    draft = replace(draft, others=others)
                 self._drafts[name] = draft
                 for (called, call), steps in self._regions.items():  # the program may not have called it
                     if steps[-1] <= region[-1]:
                         self._calls[called] = max(self._calls.get(called, -1), call)
                 return result
 
+    def _others(
+        self,
+        key: tuple[str, int],
+        region: Sequence[int],
+        module: nn.Module,
+        given: Any,
+        draft: Draft,
+        apart: Collection[str] | None,
+    ) -> tuple[Draft, ...]:
+        """The drafts for other arguments, such as masks, that give the same where these hide nothing."""
+        found = []
+        with written_out(), default_precision(self._judge.usual):
+            others = [*self._writer.others(key[0], apart, draft)]
+        for other, arguments in others:
+            call = arguments_of(module, *cloned(given))
+            call.arguments |= {name: self._likewise(x) for name, x in arguments.items()}
+            with suppress(Exception):  # whatever a program that is not right at the new widths raises
+                if self._gives(key, region, self._run(module, other, call.args, call.kwargs)):
+                    found.append(other)
+        return tuple(found)
+
+    def _likewise(self, tree: Any) -> Any:
+        """Arguments in the precision of the judge."""
+        return pytree.tree_map(lambda x: self._like(x) if isinstance(x, Tensor) else x, tree)
+
     def _run(self, module: nn.Module, draft: Draft, args: Any, kwargs: Any) -> Any:
-        constants = {name: self._like(t) for name, t in draft.constants.items()}
+        constants = {name: self._like(t) for name, t in draft.all_constants.items()}
         with registered(module, constants):
-            return run_program(module, draft.program, args, kwargs)
+            return run_program(module, draft.programs, args, kwargs)
 
     def _like(self, t: Tensor) -> Tensor:
         return t.to(self._judge.dtype) if t.is_floating_point() and not self._judge.own_precision else t

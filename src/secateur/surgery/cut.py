@@ -104,7 +104,7 @@ def _settle(model: nn.Module, before: nn.Module, graph: Graph, masks: list[Tenso
         )
     for name, draft in drafts.items():
         module = model.get_submodule(name)
-        edit.done(rewrite_(module, draft.program, draft.constants, draft.lost, draft.tied))
+        edit.done(rewrite_(module, draft.programs, draft.all_constants, draft.lost, draft.tied))
 
 
 def follow_elsewhere_(model: nn.Module, before: nn.Module, graph: Graph, edit: Edit) -> None:

@@ -35,6 +35,8 @@ from secateur.surgery.cut import renew_
 from secateur.surgery.edit import Edit
 
 FORMAT = "1"
+MOST_OTHERS = 8
+"""Most programs that a module may have for calls with other arguments."""
 _VALUES, _PLACES = ":values", ":places"
 _OVERHEAD = 200  # bytes that one more tensor takes in the header of the file
 
@@ -60,6 +62,7 @@ def save(model: nn.Module, path: str | Path) -> None:
         "rewritten": {
             name: {
                 **{"program": to_json(module.program), "lost": module.lost, "tied": module.tied},
+                "others": [to_json(program) for program in module.others],
                 "stands_in": module.stands_in,
             }
             for name, module in rewritten_modules(model).items()
@@ -193,12 +196,12 @@ def _load(
         edit.tensor(tensor, tensors[name].clone().to(tensor.device))  # aligned memory of its own
     edit.apply()
     renew_(model, edit)
-    for name, (program, found) in programs.items():
+    for name, (several, found) in programs.items():
         rewritten = model.get_submodule(name)
         lost, tied = (str(recipe["rewritten"][name].get(key, ""))[:300] for key in ("lost", "tied"))
         device = next((t.device for t in rewritten.parameters()), None)
         edit.done(
-            rewrite_(rewritten, program, {c: t.clone().to(device) for c, t in found.items()}, lost, tied)
+            rewrite_(rewritten, several, {c: t.clone().to(device) for c, t in found.items()}, lost, tied)
         )
         listed = recipe["rewritten"][name].get("stands_in")
         ways = other_forwards(original_class(rewritten)) if isinstance(listed, list) else []
@@ -218,9 +221,10 @@ def _load(
 
 def _programs(
     model: nn.Module, recipe: dict[str, Any], tensors: dict[str, Tensor]
-) -> tuple[list[str], dict[str, tuple[Program, dict[str, Tensor]]]]:
+) -> tuple[list[str], dict[str, tuple[list[Program], dict[str, Tensor]]]]:
     """What is wrong with the programs of a file, and the programs with their constants by module."""
-    problems, programs = [], {}
+    problems: list[str] = []
+    programs: dict[str, tuple[list[Program], dict[str, Tensor]]] = {}
     modules = dict(model.named_modules())
     own = [type(module) for module in modules.values() if not isinstance(module, Absent)]
     packages = {cls.__module__.partition(".")[0] for cls in own} - {"torch"}
@@ -239,17 +243,25 @@ def _programs(
             [*dict(named_tensors(module)), *found], [n for n, _ in module.named_modules()], packages
         )
         try:
-            programs[name] = reader.read(entry.get("program")), found
+            others = entry.get("others", [])
+            if not isinstance(others, list) or len(others) > MOST_OTHERS:
+                raise ValueError(f"others must be a list of at most {MOST_OTHERS} programs")
+            programs[name] = [reader.read(data) for data in (entry.get("program"), *others)], found
         except ValueError as error:
             problems.append(f"the forward of {name or 'the model'} is not one that may be run: {error}")
     lengths: dict[str, int] = {}
     for name in sorted(programs, key=len, reverse=True):  # submodules first
-        calls = [f"{name}.{op.module}".lstrip(".") for op in programs[name][0].ops if isinstance(op, Call)]
-        inner = [sum(n for m, n in lengths.items() if f"{m}.".startswith(f"{call}.")) for call in calls]
-        lengths[name] = len(programs[name][0].ops) + sum(inner)
+        lengths[name] = max(length_of(name, program, lengths) for program in programs[name][0])
         if lengths[name] > LONGEST:
             problems.append(f"the forward of {name or 'the model'} runs more than {LONGEST:,} operators")
     return problems, programs
+
+
+def length_of(name: str, program: Program, lengths: Mapping[str, int]) -> int:
+    """How many operators a program of a module runs, those of other programs that it calls included."""
+    calls = [f"{name}.{op.module}".lstrip(".") for op in program.ops if isinstance(op, Call)]
+    inner = [sum(n for m, n in lengths.items() if f"{m}.".startswith(f"{call}.")) for call in calls]
+    return len(program.ops) + sum(inner)
 
 
 def _fits(value: Any, most: int | tuple[int, ...]) -> bool:

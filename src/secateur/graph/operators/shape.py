@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from secateur.graph.join import INSTEAD
-from secateur.graph.labels import Alternatives, Atoms, Value, first, reshape, support
+from secateur.graph.labels import Alternatives, Atoms, Value, along, first, reshape, support
 from secateur.graph.operators.site import Result, Site, missing, resized, without_rule
 from secateur.graph.operators.step import CutSite, Step, cut_shape, with_shape
 from secateur.graph.operators.table import PLAIN, Constants, operator
@@ -117,10 +117,32 @@ def squeeze(site: Site) -> Result:
 def expand(site: Site) -> Result:
     x = site.first
     lead = (1,) * (len(site.shape) - len(x.shape))
-    return site.value([factor.reshape(lead + factor.shape) for factor in x.factors])
+    return site.value([*copies(site), *(factor.reshape(lead + factor.shape) for factor in x.factors)])
 
 
-@operator("repeat tile", PLAIN.but(repeats=True))
+def copies(site: Site) -> list[Atoms]:
+    """Labels for the dims along which an index was copied: there are as many copies as what it picks from is wide."""
+    if not site.indexes:
+        return []
+    rank = len(site.shape)
+    source = (1,) * (rank - len(site.operands[0].shape)) + site.operands[0].shape
+    made = [dim for dim in range(rank) if source[dim] == 1 < site.shape[dim]]
+    return [along(site.labels.fresh(site.shape[dim]), dim, rank) for dim in made]
+
+
+def cut_repeats(site: CutSite) -> None:
+    """As many copies as positions are left, along the dims that had one position."""
+    name = "repeats" if "repeats" in site.step.args else "dims"
+    times, shape = list(site.step.args[name]), site.step.shape_of("self")
+    rank = len(site.shapes[0])
+    for dim, keep in site.results[0].items():
+        own = dim - rank + len(shape)
+        if own < 0 or shape[own] == 1:
+            times[dim - rank + len(times)] = int(keep.sum())
+    site.step.args[name] = times
+
+
+@operator("repeat tile", PLAIN.but(constants=Constants(cut=cut_repeats), repeats=True))
 def repeat(site: Site) -> Result:
     x = site.first
     rank = len(site.shape)
@@ -132,7 +154,7 @@ def repeat(site: Site) -> Result:
         factor = factor.reshape(lead + factor.shape)
         return np.tile(factor, [n if size > 1 else 1 for n, size in zip(times, factor.shape, strict=True)])
 
-    return site.value([tiled(factor) for factor in x.factors])
+    return site.value([*copies(site), *(tiled(factor) for factor in x.factors)])
 
 
 @operator("repeat_interleave", PLAIN)

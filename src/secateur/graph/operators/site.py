@@ -22,6 +22,7 @@ class Site:
         shapes: shape of each output tensor.
         labels: where the rule writes.
         pad_attributes: names of the enclosing module's (before, after) attributes, where they can be edited.
+        indexes: its result is the index of a gather, which needs as many copies of it as there are channels.
     """
 
     op: str
@@ -29,6 +30,7 @@ class Site:
     shapes: tuple[tuple[int, ...], ...]
     labels: Labels
     pad_attributes: tuple[str, str] | None = None
+    indexes: bool = False
 
     def __getitem__(self, name: str) -> Any:
         return self.args[name]
@@ -123,6 +125,27 @@ def module_of(node: fx.Node) -> str:
     """Name of the innermost module in whose forward the operator ran."""
     stack = node.meta.get("nn_module_stack")
     return str(list(stack.values())[-1][0]) if stack else ""
+
+
+GATHERING = ("gather", "take_along_dim")
+"""Operators that take an index of the shape of their result."""
+
+CONVERTING = ("to", "_to_copy", "clone", "contiguous", "alias", "detach")
+"""Operators that leave an index as it is."""
+
+
+def is_index(node: fx.Node) -> bool:
+    """Whether what a node gives is read as the index of a gather, and nowhere else."""
+
+    def reads(user: fx.Node) -> bool:
+        op = short_name(str(user.target).rpartition(".")[0])
+        if op in CONVERTING:
+            return is_index(user)
+        given = (user.kwargs.get("index"), user.kwargs.get("indices"), *user.args[1:])
+        return op in GATHERING and user.args[:1] != (node,) and node in given
+
+    users = [user for user in node.users if "_assert" not in str(user.target)]
+    return bool(users) and all(map(reads, users))
 
 
 def flatten(items: Sequence[Any]) -> list[Any]:
