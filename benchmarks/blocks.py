@@ -9,6 +9,7 @@ the page of those there are.
 """
 
 import argparse
+import functools
 import json
 import sys
 import tempfile
@@ -16,7 +17,6 @@ import time
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,8 @@ import secateur as sc
 from secateur.cost.latency import compare_pairs, device_name
 from secateur.export import export_onnx, onnx_runner
 from secateur.methods import RD, OneShot
+from secateur.methods.latency import Clock
+from secateur.onnx_clock import in_onnxruntime
 from secateur.recipes.data import load_data
 from secateur.recipes.data.image_files import read_image
 from secateur.recipes.models import build_model
@@ -90,39 +92,16 @@ def efficientnet(data: Path) -> Network:
 
 
 NETWORKS: dict[str, Callable[[Path], Network]] = {
-    "resnet20": partial(resnet, "resnet20"),
-    "resnet56": partial(resnet, "resnet56"),
+    "resnet20": functools.partial(resnet, "resnet20"),
+    "resnet56": functools.partial(resnet, "resnet56"),
     "tf_efficientnet_lite0": efficientnet,
 }
 
 
-class OrtClock:
-    """Milliseconds in onnxruntime on one thread, batch 1, in units of the dense model's first measurement."""
-
-    def __init__(self, dense: nn.Module, image: Tensor) -> None:
-        self.folder = tempfile.TemporaryDirectory()
-        self.image, self.dense, self.count = image, dense, 0
-        self.runner = self._runner(dense)
-        self.first: float | None = None
-
-    def _runner(self, model: nn.Module) -> Any:
-        self.count += 1
-        path = export_onnx(model, self.image, Path(self.folder.name, f"{self.count}.onnx")).path
-        return onnx_runner(path, threads=1)
-
-    def pair(self, model: nn.Module) -> Any:
-        """Dense and model, timed in turn."""
-        found = compare_pairs(self.runner, {"after": self._runner(model)}, self.image, threads=1)["after"]
-        if self.first is None:
-            self.first = found.before.p10_ms
-        return found
-
-    def __call__(self, model: nn.Module) -> float:
-        if model is self.dense and self.first is not None:
-            return self.first
-        pair = self.pair(model)
-        assert self.first is not None
-        return self.first / pair.speed_up
+def in_runtime(model: nn.Module, image: Tensor) -> Callable[..., Any]:
+    """A model in onnxruntime on one thread."""
+    with tempfile.TemporaryDirectory() as folder:
+        return onnx_runner(export_onnx(model, image, Path(folder, "model.onnx")).path, threads=1)
 
 
 @torch.no_grad()
@@ -135,8 +114,8 @@ def accuracy(model: nn.Module, test: list[tuple[Tensor, Tensor]]) -> float:
 def measured_cell(at_hand: Callable[[], "AtHand"], bound: str, share: float, kind: str) -> dict[str, Any]:
     """Prune to a share of the dense MACs or milliseconds."""
     it = at_hand()
-    clock = it.clock() if bound == "ms" else None
-    budget = sc.Budget(macs=share) if clock is None else sc.Budget(latency_ms=share * clock(it.network.model))
+    clock = it.clock if bound == "ms" else None
+    budget = sc.Budget(latency_ms=share * clock(it.network.model)) if clock else sc.Budget(macs=share)
     pruned = sc.prune(
         it.network.model,
         it.network.calibration[0][:2],
@@ -156,12 +135,12 @@ def measured_cell(at_hand: Callable[[], "AtHand"], bound: str, share: float, kin
         "accuracy": accuracy(pruned.model, it.network.test),
         "equal": pruned.proof.ok,
     }
-    return found | (timed(clock, pruned.model) if clock else {})
+    return found | (timed(it.dense, pruned.model, it.image) if clock else {})
 
 
-def timed(clock: OrtClock, model: nn.Module) -> dict[str, Any]:
-    """How fast a model is beside the dense one."""
-    pair = clock.pair(model)
+def timed(dense: Callable[..., Any], model: nn.Module, image: Tensor) -> dict[str, Any]:
+    """How fast a model is beside the dense one, in turn in one loop."""
+    pair = compare_pairs(dense, {"after": in_runtime(model, image)}, image, threads=1)["after"]
     return {
         "dense": pair.before.p10_ms,
         "speed_up": pair.speed_up,
@@ -172,18 +151,23 @@ def timed(clock: OrtClock, model: nn.Module) -> dict[str, Any]:
 
 @dataclass
 class AtHand:
-    """A network, loaded, and its clock, made when it is first asked for."""
+    """A network, loaded, and what is timed of it."""
 
     network: Network
     runs: Path
-    made: OrtClock | None = None
 
-    def clock(self) -> OrtClock:
+    @property
+    def image(self) -> Tensor:
+        return self.network.calibration[0][:1]
+
+    @functools.cached_property
+    def clock(self) -> Clock:
         """Milliseconds of the network's models."""
-        if self.made is None:
-            self.made = OrtClock(self.network.model, self.network.calibration[0][:1])
-            self.made(self.network.model)
-        return self.made
+        return in_onnxruntime(self.network.model, self.image, threads=1)
+
+    @functools.cached_property
+    def dense(self) -> Callable[..., Any]:
+        return in_runtime(self.network.model, self.image)
 
 
 def vit_cell(kind: str) -> dict[str, Any]:
@@ -191,7 +175,9 @@ def vit_cell(kind: str) -> dict[str, Any]:
     torch.manual_seed(0)
     dense, x = build_model("torchvision/vit_b_16").eval(), torch.randn(1, 3, 224, 224)
     pruned = sc.prune(dense, x, budget=0.5, method=OneShot(granularity=kind))  # type: ignore[arg-type]
-    return timed(OrtClock(dense, x), pruned.model) | {"macs": pruned.after["macs"] / pruned.before["macs"]}
+    return timed(in_runtime(dense, x), pruned.model, x) | {
+        "macs": pruned.after["macs"] / pruned.before["macs"]
+    }
 
 
 class Cells:
