@@ -15,6 +15,7 @@ import argparse
 import copy
 import itertools
 import json
+import shlex
 import sys
 import time
 import warnings
@@ -347,8 +348,11 @@ def render(options: argparse.Namespace, rows: dict[Any, dict[str, Any]]) -> str:
     model = options.model.rpartition("/")[2]
     words = f" --weights {options.weights.name}" if options.weights else ""
     words += f" --model {options.model}" if options.model != "timm/tf_efficientnet_lite0" else ""
-    for name, default in (("calibrate", 250), ("test", 750), ("epochs", 2)):
+    for name, default in (("calibrate", 250), ("test", 750), ("epochs", 4)):
         words += f" --{name} {getattr(options, name)}" if getattr(options, name) != default else ""
+    for name, default_ in (("keep", KEEP), ("widths", WIDTHS), ("methods", METHODS)):
+        some = getattr(options, name)
+        words += f" --{name} {shlex.join(map(str, some))}" if list(some) != list(default_) else ""
     lines = [
         "# A network trained on ImageNet",
         "",
