@@ -110,6 +110,11 @@ def page(measured: dict[str, Any], task: Any, options: argparse.Namespace) -> st
             for batch in (1, 8)
         )
         lines.append(f"| {label} | {100 * row['accuracy']:.2f} | {row['bytes'] / 1e3:,.0f} | {times} |")
+    also = "".join(
+        f" --{name.replace('_', '-')} {getattr(options, name)}"
+        for name in ("image_size", "test_images")
+        if getattr(options, name)
+    )
     tuned = f", fine-tuned for {options.epochs} epochs" if options.epochs else ", no training after the cut"
     return "\n".join(
         [
@@ -118,7 +123,7 @@ def page(measured: dict[str, Any], task: Any, options: argparse.Namespace) -> st
             f"`python benchmarks/int8.py --model {options.model} --weights {options.weights.name} "
             f"--data {options.data} "
             f"--keep-macs {options.keep_macs:g} --epochs {options.epochs} --calibration-images "
-            f"{options.calibration_images} --ranges {options.ranges}`",
+            f"{options.calibration_images} --ranges {options.ranges}{also}`",
             "",
             f"{measured['macs']:.1%} of the MACs are left{tuned}. Accuracy on {len(task.data.test):,} test images; "
             f"ranges from {options.calibration_images} training images. {device_name(torch.device('cpu'))}, "
