@@ -106,7 +106,7 @@ class RD(Method):
     block_weights: tuple[float, ...] = option(
         "factors of the curves of blocks, which are measured before other layers make up for them; of several, the "
         "best is taken",
-        default=(1.0, 0.3),
+        default=(1.0, 0.3, 10.0),
         above=0,
     )
     min_keep: int = option("units that every group keeps at least", default=1, least=1)
