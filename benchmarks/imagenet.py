@@ -47,7 +47,7 @@ WIDTHS: dict[str, int | str] = {"default": "auto", "any": 1}
 """Name -> `round_to`."""
 
 RATE = 2e-4
-"""Of the training after the cut: batch norms keep their statistics, and 0.001 takes a third from what l2 leaves."""
+"""Of the training after the cut: low, because batch norms keep their statistics."""
 
 KEEP = (0.9, 0.8, 0.7, 0.6, 0.5)
 BATCH = 50

@@ -245,7 +245,8 @@ def beside(before: list[Row], ours: list[Row]) -> list[str]:
         seconds("that keep their own forward", "own"),
         seconds("with rewritten modules", "rewritten"),
         "",
-        "Seconds are those of analysis, cut and proof; the ratio is the median of the networks' own.",
+        "`--before` names the folder in which the other version was run. Seconds are those of analysis, cut and proof, "
+        "on cores that other work shared; the ratio is the median of the networks' own.",
         "",
     ]
 

@@ -167,7 +167,7 @@ def export_python(model: nn.Module, inputs: Inputs, path: str | Path) -> ExportC
     path = Path(path)
     if path.suffix != ".py":
         raise ExportError(f"path is {str(path)!r}; expected a name that ends in .py")
-    twin, inputs, _ = _on_cpu(model, inputs)
+    twin, inputs, _ = on_cpu(model, inputs)
     given = batch_of(inputs)
     batches = (given, *{1, given + 1} - {given})
     weights = path.with_suffix(".weights.safetensors")
@@ -259,7 +259,7 @@ def _export(
     encode: Callable[[ExportedProgram, Any, int], tuple[bytes, Run]],
     any_size: bool,
 ) -> ExportCheck:
-    twin, inputs, outputs = _on_cpu(model, inputs)
+    twin, inputs, outputs = on_cpu(model, inputs)
     given = batch_of(inputs)
     sized = _other_sizes(twin, inputs) if any_size else []
     static_because = None
@@ -309,12 +309,12 @@ def _other_sizes(model: nn.Module, inputs: Inputs) -> list[Inputs]:
     return []
 
 
-def _on_cpu(model: nn.Module, inputs: Inputs) -> tuple[nn.Module, Inputs, int]:
+def on_cpu(model: nn.Module, inputs: Inputs) -> tuple[nn.Module, Inputs, int]:
     """A copy of the model on the CPU, in evaluation mode, inputs for it, and how many tensors it returns."""
     try:
         twin = duplicate(model).cpu().eval()
         inputs = pytree.tree_map(lambda x: x.detach().cpu() if isinstance(x, Tensor) else x, inputs)
-        return twin, inputs, len(_outputs(twin, inputs))
+        return twin, inputs, len(outputs_of(twin, inputs))
     except Exception as error:  # whatever the model's own code raises
         raise ExportError(
             f"{type(model).__name__} cannot be copied to the CPU and run there on the given inputs: "
@@ -355,7 +355,7 @@ def _compare(model: nn.Module, run: Run, inputs: Inputs, batches: tuple[int, ...
     worst_abs = worst_rel = 0.0
     for batch in batches:
         examples = _with_batch(inputs, batch)
-        expected, got = _outputs(model, examples), _outputs(run, examples)
+        expected, got = outputs_of(model, examples), outputs_of(run, examples)
         if [x.shape for x in expected] != [x.shape for x in got]:
             raise ExportError(
                 f"at batch {batch} its outputs have the shapes {[tuple(x.shape) for x in got]}, the module's "
@@ -376,7 +376,8 @@ def _compare(model: nn.Module, run: Run, inputs: Inputs, batches: tuple[int, ...
     return worst_abs, worst_rel
 
 
-def _outputs(run: Run, inputs: Inputs) -> list[Tensor]:
+def outputs_of(run: Run, inputs: Inputs) -> list[Tensor]:
+    """The tensors that a model, or what was exported of it, returns."""
     args, kwargs = as_call(inputs)
     with torch.no_grad():
         return [leaf for leaf in pytree.tree_leaves(run(*args, **kwargs)) if isinstance(leaf, Tensor)]

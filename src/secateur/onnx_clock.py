@@ -4,18 +4,14 @@ Exporting takes seconds, longer than timing what comes of it. A cut network has 
 smaller tensors, so its ONNX file is the dense one's with other tensors. Whether that is so is checked by running it.
 """
 
-from typing import Any
-
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
 
 from secateur.errors import ExportError, first_line
-from secateur.export import OnnxRunner, quiet
+from secateur.export import OnnxRunner, on_cpu, outputs_of, quiet
 from secateur.graph import Inputs, named_tensors
 from secateur.graph.capture import as_call
-from secateur.graph.duplicate import duplicate
 from secateur.graph.guard import uncompiled
 from secateur.methods.latency import Clock, in_turn
 from secateur.settings import checked
@@ -63,22 +59,22 @@ class _Files:
         Raises:
             ExportError: it cannot be exported, or onnxruntime computes something else.
         """
-        twin, inputs = _on_cpu(model, self.inputs)
-        expected = _outputs(twin, inputs)
+        twin, inputs, _ = on_cpu(model, self.inputs)
+        expected = outputs_of(twin, inputs)
         try:
             runner = OnnxRunner(_with_tensors(self.content, twin), self.threads)
-            if _alike(expected, _outputs(runner, inputs)):
+            if _alike(expected, outputs_of(runner, inputs)):
                 return runner
         except Exception:  # onnxruntime has a class of its own for each of its status codes
             pass  # another graph: it has fewer blocks, or numbers in it follow from widths
         runner = OnnxRunner(_with_tensors(self._exported(model), twin), self.threads)
-        if not _alike(expected, _outputs(runner, inputs)):
+        if not _alike(expected, outputs_of(runner, inputs)):
             raise ExportError(f"{type(model).__name__}: onnxruntime computes something else than PyTorch")
         return runner
 
     def _exported(self, model: nn.Module) -> bytes:
         """An ONNX file of one batch size, in which tensors have the names and values that they have in the model."""
-        twin, inputs = _on_cpu(model, self.inputs)
+        twin, inputs, _ = on_cpu(model, self.inputs)
         self.exports += 1
         args, kwargs = as_call(inputs)
         try:
@@ -96,11 +92,6 @@ class _Files:
         return content
 
 
-def _on_cpu(model: nn.Module, inputs: Inputs) -> tuple[nn.Module, Inputs]:
-    moved = pytree.tree_map_only(Tensor, lambda x: x.detach().cpu(), inputs)
-    return duplicate(model).cpu().eval(), moved
-
-
 def _with_tensors(content: bytes, model: nn.Module) -> bytes:
     """The ONNX file with a model's tensors in place of those that have their names, norms folded into layers."""
     import onnx
@@ -116,12 +107,6 @@ def _with_tensors(content: bytes, model: nn.Module) -> bytes:
     with quiet():
         changed: bytes = optimize(found).SerializeToString()
     return changed
-
-
-def _outputs(run: Any, inputs: Inputs) -> list[Tensor]:
-    args, kwargs = as_call(inputs)
-    with torch.no_grad():
-        return [leaf for leaf in pytree.tree_leaves(run(*args, **kwargs)) if isinstance(leaf, Tensor)]
 
 
 def _alike(expected: list[Tensor], got: list[Tensor]) -> bool:
