@@ -58,18 +58,19 @@ class Block(nn.Module):
 
 STEPS = training_steps(toy_data(), CONFIG)
 
-Make = Callable[[nn.Module], Session[Any]]
+Make = Callable[..., Session[Any]]
+"""A model, and options that differ."""
 
 
 def start(kind: type[TrainingMethod], options: dict[str, Any]) -> Make:
     """What starts a method of a kind; budget and steps are among the options here."""
-    given = {"budget": Budget(macs=0.6), "steps": STEPS, **options}
+    given = {"budget": Budget(macs=0.6), "steps": STEPS, "round_to": 1, **options}
     begin = {name: given.pop(name) for name in ("budget", "steps")}
 
-    def make(model: nn.Module) -> Session[Any]:
+    def make(model: nn.Module, **more: Any) -> Session[Any]:
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr("secateur.engine.method.analyze", analyze_once)
-            return kind(**given).start(model, INPUTS, **begin)
+            return kind(**given | more).start(model, INPUTS, **begin)
 
     return make
 

@@ -58,7 +58,7 @@ OPTIMIZERS = {
 @pytest.mark.parametrize("kind", OPTIMIZERS)
 def test_a_penalised_step_of_oto(kind: str) -> None:
     model = Residual()
-    session = OTO(start_share=0.1, half_space=0.0, strength=1e-2).start(
+    session = OTO(start_share=0.1, half_space=0.0, strength=1e-2, score="published", round_to=1).start(
         model, INPUTS, budget=BUDGET, steps=30
     )
     plain, twin = copy.deepcopy(model), None
@@ -92,7 +92,7 @@ def test_a_penalised_step_of_oto(kind: str) -> None:
 
 def test_projection_sets_what_crosses_over_to_zero(monkeypatch: pytest.MonkeyPatch) -> None:
     model = Residual()
-    session = OTO(start_share=0.1, half_space=0.99, strength=30.0, most=1.0).start(
+    session = OTO(start_share=0.1, half_space=0.99, strength=30.0, most=1.0, round_to=1).start(
         model, INPUTS, budget=BUDGET, steps=30
     )
     optimizer = OPTIMIZERS["sgd"](model.parameters())
@@ -119,7 +119,7 @@ def test_projection_sets_what_crosses_over_to_zero(monkeypatch: pytest.MonkeyPat
 
 def test_the_redundancy_of_oto() -> None:
     model = Residual()
-    session = OTO().start(model, INPUTS, budget=BUDGET, steps=30)
+    session = OTO(score="published").start(model, INPUTS, budget=BUDGET, steps=30)
     optimizer = OPTIMIZERS["sgd"](model.parameters())
     with session.attach(optimizer):
         session.own.x = remember(session)
@@ -139,7 +139,7 @@ def test_the_redundancy_of_oto() -> None:
 
 def test_the_scores_of_hesso() -> None:
     model = Residual()
-    session = HESSO(periods=2).start(model, INPUTS, budget=BUDGET, steps=30)
+    session = HESSO(periods=2, scale="network").start(model, INPUTS, budget=BUDGET, steps=30)
     optimizer = OPTIMIZERS["sgd"](model.parameters())
     with session.attach(optimizer):
         session.own.x = remember(session)
@@ -259,7 +259,7 @@ def test_ticks_add_up_what_gates_are_worth_and_leave_convolutions_alone() -> Non
 
 @pytest.mark.parametrize("kind", [OTO, HESSO, DepGraph, GateDecorator])
 def test_every_host_lands_within_one_unit(kind: type) -> None:
-    options = {"ticks": 4, "ticks_per_tock": 2} if kind is GateDecorator else {}
+    options = {"round_to": 1} | ({"ticks": 4, "ticks_per_tock": 2} if kind is GateDecorator else {})
     for macs in (0.8, 0.45):
         model = Residual()
         session = kind(**options).start(model, INPUTS, budget=Budget(macs=macs), steps=60)

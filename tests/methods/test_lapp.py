@@ -94,7 +94,7 @@ def test_a_higher_weight_raises_thresholds() -> None:
 
 
 def test_before_thresholds_move_training_is_that_of_the_dense_network_with_bypass() -> None:
-    session = make(hold_share=0.999, prune_share=1.0, weight=0.0)
+    session = make(wait_share=0.9, prune_share=0.1, weight=0.0)
     plain = copy.deepcopy(session.model)
     optimizer = torch.optim.SGD(session.model.parameters(), lr=0.05)
     with session.attach(optimizer):
@@ -186,7 +186,7 @@ def test_one_threshold_that_is_not_learned_follows_the_target() -> None:
 
 
 def test_thresholds_wait_at_first() -> None:
-    session = make(hold_share=0.5, prune_share=1.0)
+    session = make(wait_share=STEPS // 2 / STEPS, prune_share=0.5)
     optimizer = torch.optim.SGD(session.model.parameters(), lr=0.05)
     with session.attach(optimizer):
         loop(session, optimizer, STEPS // 2)
@@ -392,10 +392,10 @@ def test_units_fade_and_come_back_by_equal_steps() -> None:
 
 def test_the_last_units_fade_after_landing() -> None:
     torch.manual_seed(0)
-    session = make(removal=Decay(steps=4), prune_share=0.5, hold_share=0.99)
+    session = make(removal=Decay(steps=4), wait_share=0.4, prune_share=0.01)
     optimizer = torch.optim.SGD(session.model.parameters(), lr=0.05)
     with session.attach(optimizer):
-        loop(session, optimizer, session.own.prune_steps)
+        loop(session, optimizer, session.own.start + session.own.prune_steps)
         assert session.count("macs") == session.cost.macs()  # decided, not cut
         loop(session, optimizer, 2)
         gone = [~session.own.decided[number] for number in session.targets]  # type: ignore[index]

@@ -70,6 +70,26 @@ def test_beside_the_users_own_loop(make: Make) -> None:
     loss.backward()
 
 
+@every_method
+def test_widths_are_multiples(make: Make) -> None:
+    model = Residual()
+    session = make(model, round_to=4)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
+    with session.attach(optimizer):
+        loop(session, optimizer, STEPS)
+    pruned = session.finish()
+    assert pruned.after["macs"] <= 0.6 * pruned.before["macs"]
+    widths = pruned.plan.kept(pruned.graph)
+    assert all(width % 4 == 0 for width in widths)
+    assert widths != [group.units for group in pruned.graph.groups]
+    assert pruned.plan.origin["multiples"]["units"] == {group.name: 4 for group in pruned.graph.groups}
+
+
+def test_multiples_out_of_reach_are_refused_at_the_start() -> None:
+    with pytest.raises(BudgetError, match="lower round_to"):
+        lapp(bypass="none", round_to=16)(Residual())
+
+
 # LAPP and PAAM fold what they learn into the layers it stands behind; Taylor scores need gradients.
 leave_frozen = [n for n in METHODS if n.startswith(("gradual, l2", "depgraph", "oto", "hesso", "gate", "a "))]
 

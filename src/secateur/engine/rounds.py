@@ -1,12 +1,14 @@
 """Removal in rounds: when they are, what one does, and scores that groups can be ranked by together."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from secateur.engine.session import Session
 from secateur.errors import SecateurError
+from secateur.scores.table import group_l2, group_slices
 
 
 def plan_rounds(
@@ -58,6 +60,12 @@ def advance_rounds(
         session.note(session.standing())
     if session.step == when[-1] + session.pool.decay.steps - 1:
         session.cut_gone()
+
+
+def importance(session: Session[Any], number: int, tensors: Mapping[str, Tensor]) -> Tensor:
+    """DepGraph's importance of a group's units, (units,): of all weights that make or read a unit, in these tensors."""
+    slices = group_slices(session.graph.groups[number], tensors, {})
+    return group_l2(slices, torch.Generator()).detach()
 
 
 def relative(session: Session[Any], scores: Sequence[Tensor]) -> list[Tensor]:

@@ -33,6 +33,7 @@ from torch.optim import Optimizer
 from secateur.allocate import allocate
 from secateur.cost import Budget, Cost
 from secateur.cost.frozen import what_stays
+from secateur.cost.multiples import choose_multiples
 from secateur.engine.decay import Decay, Pool
 from secateur.engine.describe import layer_facts
 from secateur.engine.gates import Gates
@@ -54,7 +55,7 @@ if TYPE_CHECKING:
     from secateur.engine.training_method import TrainingMethod
 
 S = TypeVar("S")
-_SAVED = ("step", "kept", "scores", "history", "pool", "own")
+_SAVED = ("step", "kept", "scores", "multiples", "rounding", "history", "pool", "own")
 
 
 @final
@@ -79,6 +80,8 @@ class Session(Generic[S]):
         kept: per group, the numbers that its units had at the start.
         targets: numbers of the groups that lose units.
         least: units that each group keeps at least.
+        multiples: per group, what the number of units kept is a multiple of.
+        rounding: the same with the reason, plain JSON.
         scores: (units,) per group of `whole`, as they were when last looked at; higher = keep.
         pool: the units on their way out.
         history: points of the training, plain JSON.
@@ -138,6 +141,8 @@ class Session(Generic[S]):
         self.scores = [torch.zeros(group.units) for group in self.whole.groups]
         self.targets: list[int] = []
         self.least = [1] * len(self.kept)
+        self.multiples: tuple[int, ...] = (1,) * len(self.kept)
+        self.rounding: dict[str, Any] = {}
         self.pool = Pool(self.graph, (), self.tensors, Decay())
 
     def aim(
@@ -164,12 +169,29 @@ class Session(Generic[S]):
             raise ModelError(
                 f"{self.name}: no layer can lose units on its own; `secateur inspect` says what is frozen"
             )
-        counts = [self.least[n] if n in self.targets else u for n, u in enumerate(units)]
+
+        def lowest(steps: Sequence[int]) -> list[int]:
+            """Units that stay of every group whatever goes, where widths are multiples of `steps`."""
+            rounded = [-(-low // step) * step for low, step in zip(self.least, steps, strict=True)]
+            return [
+                min(u, low) if n in self.targets else u
+                for n, (u, low) in enumerate(zip(units, rounded, strict=True))
+            ]
+
+        chosen = choose_multiples(
+            self.model,
+            self.whole,
+            self.method.round_to,
+            lambda steps: self.cost.within(self.limits, lowest(steps)),
+        )
+        self.multiples, self.rounding = chosen.units, chosen.record(self.whole)
+        counts = lowest(self.multiples)
         for measure, limit in self.limits.items():
             if (reach := self.cost.of(measure, counts)) > limit:
                 raise BudgetError(
                     f"{self.name}: the budget asks for at most {limit:,} {measure}; whatever goes, {reach:,} "
-                    f"stay ({reach / self.dense.of(measure):.4f} of the dense model). Raise the budget."
+                    f"stay ({reach / self.dense.of(measure):.4f} of the dense model). Raise the budget"
+                    f"{', or lower round_to' if max(self.multiples) > 1 else ''}."
                     f"{what_stays(self.cost, measure, counts)}"
                 )
         if removal is not None:
@@ -373,9 +395,23 @@ class Session(Generic[S]):
             for name, limit in self.limits.items()
         }
         over = {name: bound for name, bound in bounds.items() if self.count(name) > bound}
-        if not over:
-            return [torch.ones(len(units), dtype=torch.bool) for units in self.kept]
-        return allocate(pooled, Cost(self.graph), Budget(**over), "global", relative=False)
+        keep = [torch.ones(len(units), dtype=torch.bool) for units in self.kept]
+        if over:
+            keep = allocate(
+                pooled, Cost(self.graph), Budget(**over), "global", relative=False, round_to=self.multiples
+            )
+        for number in self.targets if slack <= 0 else ():  # units that were restored may be what is too much
+            count, step = int(keep[number].sum()), self.multiples[number]
+            if count < self.whole.groups[number].units and count > step:
+                lowest = pooled[number].masked_fill(~keep[number], math.inf).topk(count % step, largest=False)
+                keep[number][lowest.indices] = False
+        return keep
+
+    def filled(self, number: int, keep: Tensor, score: Tensor) -> Tensor:
+        """The units to keep of a group, (units,) bool, and the best others that make them a multiple, or all."""
+        missing = min(-int(keep.sum()) % self.multiples[number], int((~keep).sum()))
+        rest = score.detach().float().cpu().masked_fill(keep, -math.inf)
+        return keep.index_fill(0, rest.topk(missing).indices, True)
 
     def cut(self, masks: Sequence[Tensor]) -> None:
         """Cut units out of the model now; the optimizer's state, followers, pool and the method's rows lose the same.
@@ -490,7 +526,7 @@ class Session(Generic[S]):
         masks = [torch.zeros(group.units, dtype=torch.bool) for group in self.whole.groups]
         for mask, units in zip(masks, self.kept, strict=True):
             mask[units] = True
-        return Plan.of(self.whole, masks, self.record())
+        return Plan.of(self.whole, masks, self.record() | self.rounding)
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """All that evolves: tensors, and plain JSON."""

@@ -20,11 +20,12 @@ import torch
 from torch import Tensor, nn
 
 from secateur.cost import Budget
+from secateur.cost.multiples import AUTO, ROUND_TO, ROUND_TO_HELP
 from secateur.engine.method import Context, Method, When
 from secateur.engine.session import Session
 from secateur.errors import SecateurError
 from secateur.graph import Inputs
-from secateur.settings import checked, settings
+from secateur.settings import checked, option, settings
 
 
 @settings
@@ -40,6 +41,8 @@ class TrainingMethod(Method):
 
     when: ClassVar[When] = "during"
     needs_budget: ClassVar[bool] = True
+
+    round_to: int | str = option(ROUND_TO_HELP, default=AUTO, choices=ROUND_TO, least=1)
 
     def prepare(self, session: Session[Any]) -> Any:
         """Say which groups lose units (default: all), check the options against the model, and return the state."""

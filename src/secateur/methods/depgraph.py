@@ -9,11 +9,10 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from secateur.engine.decay import Decay
-from secateur.engine.rounds import advance_rounds, check_shares, plan_rounds, relative
+from secateur.engine.rounds import advance_rounds, check_shares, importance, plan_rounds, relative
 from secateur.engine.session import Session
 from secateur.engine.state import UNSAVED
 from secateur.engine.training_method import TrainingMethod
-from secateur.scores.table import group_l2, group_slices
 from secateur.settings import option, settings
 
 
@@ -62,7 +61,7 @@ class DepGraph(TrainingMethod):
 
     def gammas(self, session: Session[State], number: int) -> Tensor:
         """How much harder each unit of a group is pushed, (units,), from 1 to 16."""
-        size = _importance(session, number, session.tensors).sqrt()
+        size = importance(session, number, session.tensors).sqrt()
         span = size.max() - size.min()
         return torch.exp2(4 * (size.max() - size) / span) if span > 1e-12 else torch.ones_like(size)
 
@@ -96,7 +95,7 @@ class DepGraph(TrainingMethod):
 
     def rank(self, session: Session[State], tensors: Mapping[str, Tensor]) -> list[Tensor]:
         """I relative to its group's mean, (units,) per group."""
-        return relative(session, [_importance(session, n, tensors).cpu() for n in session.targets])
+        return relative(session, [importance(session, n, tensors).cpu() for n in session.targets])
 
     def pick(self, session: Session[State], slack: float) -> list[Tensor]:
         """As `Session.pick`, in small cuts: each is ranked on the weights that the cuts before it would leave."""
@@ -145,12 +144,6 @@ def _set_decays(optimizer: Optimizer, decays: Sequence[float]) -> None:
     for group, decay in zip(optimizer.param_groups, decays, strict=True):
         if "weight_decay" in group:
             group["weight_decay"] = decay
-
-
-def _importance(session: Session[State], number: int, tensors: Mapping[str, Tensor]) -> Tensor:
-    """I of the units of a group, (units,)."""
-    slices = group_slices(session.graph.groups[number], tensors, {})
-    return group_l2(slices, torch.Generator()).detach()
 
 
 def _without(session: Session[State], chosen: Sequence[Tensor]) -> dict[str, Tensor]:

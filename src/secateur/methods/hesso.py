@@ -1,13 +1,14 @@
 """HESSO, the exact-budget successor of OTOv2: redundant units decay to zero in periods."""
 
 from dataclasses import dataclass, field
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from secateur.engine.decay import Decay
 from secateur.engine.directions import direction, remember
-from secateur.engine.rounds import advance_rounds, check_shares, plan_rounds
+from secateur.engine.rounds import advance_rounds, check_shares, plan_rounds, relative
 from secateur.engine.session import Session
 from secateur.engine.state import UNSAVED
 from secateur.engine.training_method import TrainingMethod
@@ -27,11 +28,14 @@ class HESSO(TrainingMethod):
     """Decay the most redundant units to zero in periods, to an exact budget.
 
     At the start of each period all units are scored, higher = keep, by a fifth each of ||x||, ||x|| / values,
-    cos(x, v) + 1, |<x, v>| and <x, v>² / 2, each divided by its norm over the network. The lowest new ones
-    then shrink in every step k of the period of N steps: x <- x (N - k) / (N - k + 1), after the optimizer's.
+    cos(x, v) + 1, |<x, v>| and <x, v>² / 2. The lowest new ones then shrink in every step k of the period of N steps:
+    x <- x (N - k) / (N - k + 1), after the optimizer's. Terms are divided by their mean over the group, and then by
+    their norm over the network. `scale="network"` is as published, without the first: it compares layers of different
+    sizes by the size of their weights.
 
     Source: HESSO in the OTO authors' released code.
-    Differs: the target is a budget in costs instead of a share of groups.
+    Differs: `scale` by default (measured: docs/results/decay.md); the target is a budget in costs instead of a share
+        of groups.
     """
 
     name, summary = "hesso", "decay redundant units to zero in periods"
@@ -41,6 +45,7 @@ class HESSO(TrainingMethod):
     prune_share: float = option(
         "share of the steps by which the last period ends", default=0.6, above=0, most=1
     )
+    scale: Literal["group", "network"] = option("what the terms of a score are divided over", default="group")
     min_keep: int = option("units that every group keeps at least", default=1, least=1)
 
     def rank(self, session: Session[State]) -> list[Tensor]:
@@ -53,6 +58,8 @@ class HESSO(TrainingMethod):
             values = (length, length / x.shape[1], cos + 1, product.abs(), product.square() / 2)
             for term, value in zip(terms, values, strict=True):
                 term.append(value.cpu())
+        if self.scale == "group":
+            terms = [relative(session, term) for term in terms]
         norms = [torch.cat(term).norm().clamp_min(1e-30) for term in terms]
         return [
             torch.stack([0.2 * term[i] / norm for term, norm in zip(terms, norms, strict=True)]).sum(0)

@@ -40,6 +40,7 @@ class State:
         decided: which units stay, (units,) bool per group; None: that is still open.
         norms: layer -> the batch norm behind it.
         bypasses: (convolution, its norm) of each bypass that is still there to fold.
+        start: steps before thresholds move.
         prune_steps: S.
         last: the step after which all that leave are zero.
         look: what the gradients of this step say about saliency, with the group's number.
@@ -52,6 +53,7 @@ class State:
     levels: list[Tensor] = field(metadata=PER_TARGET)
     norms: dict[str, str] = field(metadata=UNSAVED)
     bypasses: list[tuple[str, str]] = field(metadata=UNSAVED)
+    start: int = field(metadata=UNSAVED)
     prune_steps: int = field(metadata=UNSAVED)
     last: int = field(metadata=UNSAVED)
     decided: list[Tensor] | None = None
@@ -68,11 +70,11 @@ class LAPP(TrainingMethod):
         m_i  = 1 if z_i >= tau else 0                        backward: the slope of sigmoid((z_i - tau) / t)
         y_i  = m_i · norm(conv(x))_i                         then the bypass, if there is one
         loss = task + weight · max(0, cost(m) / dense - target(step))
-        target(s) = keep + (1 - keep) · (1 - s / S)^3        over the first S = prune_share · steps steps
+        target(s) = keep + (1 - keep) · (1 - s / S)^3        s: steps after the first wait_share · steps, at most S
 
     so that the task pulls thresholds down where the units near them help, and the constraint pushes them up
-    where units are dear. After S steps the units with the lowest z - tau leave until the budget holds
-    exactly, and plain training goes on.
+    where units are dear. After S = prune_share · steps of them the units with the lowest z - tau leave until the
+    budget holds exactly, and plain training goes on.
 
     The budget bounds MACs, parameters or both. Shares refer to the model without bypass, and the costs of a bypass that
     stays count.
@@ -103,7 +105,9 @@ class LAPP(TrainingMethod):
     name, summary = "lapp", "learn a threshold per layer under a cost constraint, with a light bypass"
 
     prune_share: float = option("share of the steps in which thresholds move", default=0.05, above=0, most=1)
-    hold_share: float = option("share of those in which they still wait", default=0.05, least=0, below=1)
+    wait_share: float = option(
+        "share of the steps before, in which all units train", default=0.0, least=0, below=1
+    )
     bypass: Literal["full", "shared", "none"] = option("form of the bypass", default="full")
     side: Side = option("what the bypass computes", default="depthwise")
     side_start: float = option("scale of its norm at the start; 0 disturbs nothing", default=0.0, least=0)
@@ -156,7 +160,8 @@ class LAPP(TrainingMethod):
             mask = (
                 torch.sigmoid(x / self.temperature) if soft else Step.apply(x, self.slope, self.temperature)
             )
-            best = x.detach().topk(min(session.least[number], len(x))).indices
+            waits = session.step < session.own.start
+            best = x.detach().topk(len(x) if waits else min(session.least[number], len(x))).indices
             stays = torch.zeros_like(x, dtype=torch.bool).index_fill(0, best, True)
             found.append(torch.where(stays, 1.0, mask))
         return found
@@ -245,9 +250,9 @@ class LAPP(TrainingMethod):
             memory[rows] = torch.lerp(memory[rows], change, 0.01 if session.step > 1 else 1.0)
         if not self.learn:
             self._follow_target(session)
-        elif session.step > self.hold_share * state.prune_steps:
+        elif session.step > state.start:
             state.optimizer.step()
-        if session.step >= state.prune_steps:
+        if session.step >= state.start + state.prune_steps:
             state.decided = self._land(session)
         elif self.remove_every and session.step % self.remove_every == 0:
             self._remove_below(session)
@@ -354,12 +359,14 @@ class LAPP(TrainingMethod):
         session.aim(targets, least=[max(1, math.ceil(self.min_share * group.units)) for group in groups])
         if self.bypass == "shared":
             add_bypass_(model, bypasses, "shared", self.side, self.side_start)
-        prune_steps = max(1, round(self.prune_share * session.steps))
-        last = prune_steps + self.removal.steps - 1
+        start = min(round(self.wait_share * session.steps), session.steps - 1)
+        prune_steps = max(1, round((self.wait_share + self.prune_share) * session.steps) - start)
+        last = start + prune_steps + self.removal.steps - 1
         if last > session.steps:
             raise SecateurError(
-                f"LAPP: pruning ends after step {prune_steps}, and {self.removal.steps} steps of removal then go "
-                f"beyond step {session.steps}; use a smaller prune_share, a shorter removal, or more steps"
+                f"LAPP: pruning ends after step {start + prune_steps}, and {self.removal.steps} steps of removal "
+                f"then go beyond step {session.steps}; use a smaller wait_share or prune_share, a shorter removal, "
+                f"or more steps"
             )
         threshold = nn.Parameter(torch.full((len(groups),), -3.0))
         make = {"adam": torch.optim.Adam, "sgd": torch.optim.SGD}[self.threshold_optimizer]
@@ -372,6 +379,7 @@ class LAPP(TrainingMethod):
             levels=[torch.ones(groups[number].units) for number in targets],
             norms=norms,
             bypasses=bypasses,
+            start=start,
             prune_steps=prune_steps,
             last=last,
         )
@@ -410,7 +418,8 @@ class LAPP(TrainingMethod):
 
 def _ramp(session: Session[State]) -> float:
     """(1 - s / S)^3: what of the way from the dense model to the budget is still to go."""
-    return (1 - min(1.0, session.step / session.own.prune_steps)) ** 3
+    done = max(0, session.step - session.own.start) / session.own.prune_steps
+    return (1 - min(1.0, done)) ** 3
 
 
 class Step(torch.autograd.Function):

@@ -326,6 +326,7 @@ class PAAM(TrainingMethod):
         for number, part, x in zip(session.targets, parts, raw, strict=True):
             masks[number] = part.clone()
             masks[number][x.cpu().topk(min(session.least[number], len(x))).indices] = True
+            masks[number] = session.filled(number, masks[number], x)
         return masks
 
     def _note(self, session: Session[State]) -> None:
