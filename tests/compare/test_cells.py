@@ -79,8 +79,10 @@ def test_methods_that_choose_widths_before_training_take_no_trained_weights(
         assert (cell.config.task.weights is None) == scratch
         (phase,) = [phase for phase in (cell.config.train, cell.config.finetune) if phase]
         assert (phase.epochs, phase.lr) == (plan.tune_epochs, plan.lr if scratch else plan.tune_lr)
-    slower = list_cells(Comparison.read(path, weights=str(weights), tune_lr=0.001))
-    assert {c.config.train.lr for c in slower if isinstance(c.config, TrainRunConfig)} == {0.001}
+    slower = list_cells(Comparison.read(path, weights=str(weights), tune_lr=0.001, lr_shape="cosine"))
+    assert {
+        (c.config.train.lr, c.config.train.schedule) for c in slower if isinstance(c.config, TrainRunConfig)
+    } == {(0.001, "cosine")}
     assert {cell.arm for cell in cells} == {
         "dense", "precrop", "random weights", "uniform width", "l2, fine-tuned", "gradual"
     }  # fmt: skip

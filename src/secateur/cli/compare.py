@@ -14,7 +14,7 @@ from secateur.runs.config import Task
 
 RECIPES = "the recipe's"
 OF_TASK = ["model", "weights", "data", "data_dir", "train_images", "test_images"]
-OF_COMPARISON = ["schedule", "tune_lr", "precision", "compile"]
+OF_COMPARISON = ["schedule", "tune_lr", "lr_shape", "precision", "compile"]
 
 
 @command(
@@ -40,6 +40,7 @@ OF_COMPARISON = ["schedule", "tune_lr", "precision", "compile"]
         shown={
             "schedule": f"{RECIPES}, else short",
             "tune_lr": f"{RECIPES}, else the schedule's",
+            "lr_shape": f"{RECIPES}, else the schedule's",
             "precision": f"{RECIPES}, else no",
         },
     ),

@@ -74,6 +74,9 @@ class Comparison:
         panel=DATA,
         shown="the schedule's",
     )
+    lr_shape: Literal["one-cycle", "cosine", "steps", "constant"] | None = option(
+        "how the learning rate goes", default=None, panel=DATA, metavar="NAME", shown="the schedule's"
+    )
     precision: Literal["no", "bf16"] = option(
         "precision of the training, float32 or bfloat16 where that is safe",
         default="no",
@@ -109,8 +112,8 @@ class Comparison:
     @property
     def plan(self) -> Schedule:
         """How all arms train."""
-        plan = SCHEDULES[self.schedule]
-        return plan if self.tune_lr is None else replace(plan, tune_lr=self.tune_lr)
+        given = {"tune_lr": self.tune_lr, "schedule": self.lr_shape}
+        return replace(SCHEDULES[self.schedule], **{name: v for name, v in given.items() if v is not None})
 
     @classmethod
     def read(cls, path: str | Path | None, **changes: Any) -> "Comparison":

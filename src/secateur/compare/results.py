@@ -126,6 +126,7 @@ def gather_results(
         dataset=task.data,
         training=(
             f"{epochs}, {f'{images:,}' if images else 'all'} training images (schedule {comparison.schedule}"
+            f"{f', {comparison.lr_shape} rate' if comparison.lr_shape else ''}"
             f"{', bfloat16' if comparison.precision == 'bf16' else ''}"
             f"{', compiled' if comparison.compile else ''})"
         ),
