@@ -42,7 +42,7 @@ Write = Callable[..., Path]
         ("[arms.gradual]", '[arms."random, weights"]', "would share the folder random-weights"),
         ("[arms.gradual]", '[arms.".."]', "need a folder"),
         ('score = "random"', "min_keep = 0", "min.keep"),
-        ("rounds = 1", "rounds = 1, round_to = 8", "round.to"),
+        ("rounds = 1", "rounds = 1, ticks = 8", "ticks"),
         ('model = "code_of_mine:network"', "", "no model; give --model"),
         ('schedule = "tiny"', "tune_lr = 0", "tune_lr is 0; expected a number above 0, or None"),
         ('schedule = "tiny"', "latency_batch = 0", "latency_batch is 0; expected a whole number, at least 1"),

@@ -161,6 +161,7 @@ class PAAM(TrainingMethod):
     )
     hidden: int = option("width of the attention", default=32, least=1)
     leak: float = option("slope of phi above 0", default=0.01, above=0)
+    cost: Literal["mean", "widths"] = option("x", default="mean")
     weight: float = option("of the mean score in the scorers' loss", default=0.01, least=0)
     lr: float = option("of the scorers (Adam, no weight decay)", default=1e-3, above=0)
     scorer_every: int = option("steps from one that trains scorers to the next", default=5, least=2)
@@ -190,7 +191,22 @@ class PAAM(TrainingMethod):
         """weight · mean(S), in the steps that train scorers."""
         if not self._scores_at(session, session.step):
             return super().penalty(session)
-        return self.weight * torch.cat(session.passed or self.score(session)).mean()
+        scores = session.passed or self.score(session)
+        if self.cost == "mean":
+            return self.weight * torch.cat(scores).mean()
+        kept = torch.tensor([len(units) for units in session.kept], dtype=torch.float64)
+        counts = torch.stack([s.sum().square() / s.square().sum() for s in scores]).double().cpu()
+        soft = kept.index_put((torch.tensor(session.targets),), counts)
+        total = torch.zeros((), dtype=torch.float64)
+        for name, limit in session.limits.items():
+            dense = session.dense.of(name)
+            goal = limit / dense + (1 - limit / dense) * self._ramp(session)
+            total = total + (session.cost.soft(name, soft) / dense - goal).clamp_min(0)
+        return self.weight * total.to(scores[0])
+
+    def _ramp(self, session: Session[State]) -> float:
+        """What of the way from the dense model to the budget is still to go."""
+        return (1 - min(1.0, session.step / max(1, round(self.ramp_share * session.steps)))) ** 3
 
     def measure_overhead(self, session: Session[State]) -> dict[str, float]:
         """What scoring costs while training: parameters, their bytes with Adam's, milliseconds per scoring."""
@@ -289,9 +305,9 @@ class PAAM(TrainingMethod):
         state = session.own
         with torch.no_grad():
             raw, scores = _raw(session), self.score(session)
-        ramp = (1 - min(1.0, session.step / max(1, round(self.ramp_share * session.steps)))) ** 3
-        if last:
-            ramp = 0.0
+            if self.cost == "widths":  # a common factor of a group says nothing
+                raw = [x - s.square().mean().sqrt().log() for x, s in zip(raw, scores, strict=True)]
+        ramp = 0.0 if last else self._ramp(session)
         if self.mass is not None:
             keep = self._select_mass(session, raw, scores, self.mass + (1 - self.mass) * ramp)
         else:
