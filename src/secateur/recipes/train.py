@@ -41,7 +41,8 @@ __all__ = [
 ]
 
 _LOOK_EVERY = 50  # steps between looks at the loss: each one waits for the device
-_TEST_BATCH = 500
+_TEST_PIXELS = {"cpu": 2**18}
+"""Of a batch in evaluation, by device type: what fits into the caches of a processor is fastest there."""
 
 
 @dataclass(frozen=True)
@@ -81,7 +82,7 @@ def evaluate(
     data: Dataset,
     split: Literal["train", "test"] = "test",
     *,
-    batch_size: int = _TEST_BATCH,
+    batch_size: int | None = None,
     channels_last: bool = True,
 ) -> Evaluation:
     """Measure a model, in eval mode and float32, on the device it is on; its mode is restored.
@@ -90,17 +91,18 @@ def evaluate(
         model: images (n, c, h, w) to logits (n, classes).
         data: what to measure on.
         split: which part of it.
-        batch_size: images at a time.
+        batch_size: images at a time; None: as many as suit their size and the device, at most 500.
         channels_last: lay the images out as n h w c; the weights stay as they are.
     Raises:
         ModelError: the model does not return one logit per class.
     """
     part: Split = getattr(data, split)
+    device = device_of(model)
     batches = Batches(
         part,
-        batch_size=batch_size,
+        batch_size=batch_size or _test_batch(part, device),
         normalisation=data.normalisation,
-        device=device_of(model),
+        device=device,
         channels_last=channels_last,
     )
     sums, found = torch.zeros(2, device=batches.device), []
@@ -186,7 +188,7 @@ def fit(
         seed=config.seed,
         **share,
     )
-    test_batches = Batches(data.test, batch_size=_TEST_BATCH * world_size, **share)
+    test_batches = Batches(data.test, batch_size=_test_batch(data.test, device) * world_size, **share)
     classes, steps = len(data.classes), config.epochs * len(batches)
     checkpoint = Path(folder) / f"{phase}.checkpoint.safetensors"
 
@@ -470,6 +472,13 @@ def _sum_up(state: State, config: TrainConfig, accelerator: Any) -> Tensor:
 
 
 @torch.no_grad()  # not inference_mode: a tensor that the model caches now must serve in training later
+def _test_batch(split: Split, device: torch.device) -> int:
+    """Images at a time in evaluation."""
+    pixels = _TEST_PIXELS.get(device.type, 2**23)
+    height, width = split.images.shape[-2:]
+    return max(1, min(500, pixels // (height * width)))
+
+
 def _tested(model: nn.Module, batches: Batches, classes: int) -> Iterator[tuple[Tensor, Tensor]]:
     """Logits and labels of this process's part, batch by batch."""
     for x, y in batches:
