@@ -54,7 +54,13 @@ class DepGraph(TrainingMethod):
     )
     strength: float = option("of the penalty", default=5e-4, least=0)
     rounds: int = option("how many; 1 cuts at once, as the paper does", default=1, least=1)
-    prune_share: float = option("share of the steps by which the last are gone", default=0.5, above=0, most=1)
+    prune_share: float | None = option(
+        "share of the steps by which the last are gone; None: at once, or in rounds over half of what follows the "
+        "sparse phase",
+        default=None,
+        above=0,
+        most=1,
+    )
     pieces: int = option("small cuts in a round", default=20, least=1)
     removal: Decay = option("how units go; must fit between two rounds", default=Decay())
     min_keep: int = option("units that every group keeps at least", default=1, least=1)
@@ -132,11 +138,18 @@ class DepGraph(TrainingMethod):
         _set_decays(optimizer, state.decays)
 
     def check(self) -> None:
-        check_shares(self, self.sparse_share, self.prune_share, "sparse_share")
+        if self.prune_share is not None:
+            check_shares(self, self.sparse_share, self.prune_share, "sparse_share")
 
     def prepare(self, session: Session[State]) -> State:
         session.aim(least=self.min_keep, removal=self.removal)
-        when = plan_rounds(session, self.rounds, self.sparse_share, self.prune_share, self.removal.steps)
+        end = self.prune_share
+        if end is None and self.rounds > 1:
+            end = (1 + self.sparse_share) / 2
+        elif end is None:
+            first = max(1, round(self.sparse_share * session.steps))
+            end = min(1.0, (first + self.removal.steps - 1) / session.steps)
+        when = plan_rounds(session, self.rounds, self.sparse_share, end, self.removal.steps)
         return State(when, round(self.sparse_share * session.steps))
 
 
