@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from secateur.engine.rounds import importance, relative
 from secateur.engine.session import Session
 from secateur.errors import TrainingError
 from tests.methods.examples import METHODS, STEPS, Make, Residual, lapp
@@ -105,3 +106,22 @@ def test_weight_decay_comes_back_to_a_resumed_optimizer() -> None:
     with session.attach(optimizer):
         train(session, optimizer, STEPS - 1)
         assert optimizer.param_groups[0]["weight_decay"] == 1e-3
+
+
+@pytest.mark.parametrize("name", ["gradual, l2", "depgraph"])
+def test_a_group_that_lost_its_lowest_units_does_not_look_worse(name: str) -> None:
+    """Of weights that stay as they are, the same units rank the same in the next round."""
+    session = METHODS[name](Residual())
+    with session.attach(torch.optim.SGD(session.model.parameters(), lr=0.0)):
+        sizes = [importance(session, number, session.tensors) for number in session.targets]
+        first = relative(session, sizes)
+        assert all(float(score.mean()) == pytest.approx(1, rel=1e-5) for score in first)
+        session.remove(session.pick(first, 0.3))
+        standing = [~session.pool.leaving(number) for number in session.targets]
+        session.cut_gone()
+        assert session.count("macs") < session.cost.macs()
+        again = relative(session, [s[stays] for s, stays in zip(sizes, standing, strict=True)])
+        for a, b, stays in zip(again, first, standing, strict=True):
+            torch.testing.assert_close(a, b[stays])
+        own = relative(session, [s[stays] for s, stays in zip(sizes, standing, strict=True)], anchored=False)
+        assert all(float(score.mean()) == pytest.approx(1, rel=1e-5) for score in own)

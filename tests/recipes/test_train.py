@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from secateur.errors import ModelError, TrainingError
 from secateur.files import read_tensors
-from secateur.recipes.data import Batches
+from secateur.recipes.data import Batches, Split
 from secateur.recipes.train import TrainConfig, _losses, evaluate, fit, learning_rate
 from tests.recipes.toy import (
     CONFIG,
@@ -283,6 +283,17 @@ def test_evaluate_equals_the_definition() -> None:
     assert result.answers.tolist() == logits.argmax(1).tolist()
     assert result.confidences.tolist() == pytest.approx(logits.softmax(1).amax(1).tolist(), rel=1e-4)
     assert evaluate(model, data, "train") != result
+
+
+def test_evaluation_keeps_nothing_for_gradients_and_takes_few_large_images_at_a_time() -> None:
+    seen: list[tuple[int, bool]] = []
+    model, data = toy_model(), toy_data()
+    model.register_forward_hook(lambda _, inputs, output: seen.append((len(inputs[0]), output.requires_grad)))
+    evaluate(model, data)
+    assert seen == [(len(data.test), False)]
+    large = replace(data, test=Split(torch.zeros(8, 3, 224, 224, dtype=torch.uint8), data.test.labels[:8]))
+    evaluate(model, large)
+    assert [images for images, _ in seen[1:]] == [5, 3]
 
 
 def test_a_model_without_logits_is_refused(tmp_path: Path) -> None:

@@ -68,13 +68,23 @@ def importance(session: Session[Any], number: int, tensors: Mapping[str, Tensor]
     return group_l2(slices, torch.Generator()).detach()
 
 
-def relative(session: Session[Any], scores: Sequence[Tensor]) -> list[Tensor]:
-    """Scores divided by their group's mean over the units that are not leaving, (units,) per target group."""
-    standing = [~session.pool.leaving(number) for number in session.targets]
-    return [
-        s / s[mask].abs().mean().clamp_min(1e-30) if mask.any() else s
-        for s, mask in zip(scores, standing, strict=True)
-    ]
+def relative(session: Session[Any], scores: Sequence[Tensor], *, anchored: bool = True) -> list[Tensor]:
+    """Scores on a scale that groups share, (units,) per target group: divided by their group's mean.
+
+    Units that are leaving do not count. Without an anchor the mean is of those that are left, so a group that lost its
+    lowest units looks worse than before and loses still more; anchored to the scores by which units were last chosen,
+    those that are left keep their mean.
+    """
+    found = []
+    for number, score in zip(session.targets, scores, strict=True):
+        counts, level = ~session.pool.leaving(number), 1.0
+        before = session.scores[number][session.kept[number]]
+        if anchored and before.any():
+            counts &= before.isfinite()
+            level = float(before[counts].abs().mean())
+        mean = score[counts.to(score.device)].abs().mean()
+        found.append(score * (level / mean.clamp_min(1e-30)) if counts.any() else score)
+    return found
 
 
 def check_shares(method: object, start: float, end: float, name: str = "start_share") -> None:

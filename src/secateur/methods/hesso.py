@@ -59,12 +59,13 @@ class HESSO(TrainingMethod):
             for term, value in zip(terms, values, strict=True):
                 term.append(value.cpu())
         if self.scale == "group":
-            terms = [relative(session, term) for term in terms]
+            terms = [relative(session, term, anchored=False) for term in terms]
         norms = [torch.cat(term).norm().clamp_min(1e-30) for term in terms]
-        return [
+        scores = [
             torch.stack([0.2 * term[i] / norm for term, norm in zip(terms, norms, strict=True)]).sum(0)
             for i in range(len(session.targets))
         ]
+        return relative(session, scores) if self.scale == "group" else scores
 
     def gradients(self, session: Session[State]) -> None:
         """Remember x where a period is to start."""

@@ -471,7 +471,6 @@ def _sum_up(state: State, config: TrainConfig, accelerator: Any) -> Tensor:
     return totals
 
 
-@torch.no_grad()  # not inference_mode: a tensor that the model caches now must serve in training later
 def _test_batch(split: Split, device: torch.device) -> int:
     """Images at a time in evaluation."""
     pixels = _TEST_PIXELS.get(device.type, 2**23)
@@ -479,6 +478,7 @@ def _test_batch(split: Split, device: torch.device) -> int:
     return max(1, min(500, pixels // (height * width)))
 
 
+@torch.no_grad()  # not inference_mode: a tensor that the model caches now must serve in training later
 def _tested(model: nn.Module, batches: Batches, classes: int) -> Iterator[tuple[Tensor, Tensor]]:
     """Logits and labels of this process's part, batch by batch."""
     for x, y in batches:
