@@ -485,7 +485,7 @@ PRECROP = {"method": "precrop", "options": {}, "train": None}
     [
         ({"options": {"bypas": "none"}}, "method lapp: unknown option 'bypas'"),
         ({"options": {"bypass": "wide"}}, "bypass is 'wide'"),
-        ({"options": {"round_to": 4}}, "method lapp: unknown option 'round_to'"),
+        ({"options": {"rounds": 4}}, "method lapp: unknown option 'rounds'"),
         ({"method": "paam", "options": {"removal.steps": 5}}, "method paam: unknown option 'removal'"),
         ({"options": {"removal.steps": 3, "removal.restore": True}}, "use a removal without restore"),
         ({"options": {"removal.steps": 0}}, "Decay: steps is 0; expected a whole number, at least 1"),

@@ -1,5 +1,7 @@
 """What the tests of all trainers share: data, a number of steps, and methods in forms that fit them."""
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -12,23 +14,26 @@ IMAGES, BATCH, ACCUMULATE, EPOCHS = 96, 8, 2, 2
 STEPS = EPOCHS * IMAGES // BATCH // ACCUMULATE
 KEEP = 0.6
 
+ANY: dict[str, Any] = {"round_to": 1}
+"""Widths as they fall."""
+
 WITH_LAYERS: dict[str, TrainingMethod] = {
-    "lapp, full bypass": LAPP(prune_share=0.6),
-    "lapp, shared bypass, decay": LAPP(bypass="shared", prune_share=0.6, removal=Decay(steps=3)),
+    "lapp, full bypass": LAPP(prune_share=0.6, **ANY),
+    "lapp, shared bypass, decay": LAPP(bypass="shared", prune_share=0.6, removal=Decay(steps=3), **ANY),
 }
 """Forms that add layers to the model."""
 
 METHODS: dict[str, TrainingMethod] = WITH_LAYERS | {
-    "lapp, no bypass": LAPP(bypass="none", score="taylor", prune_share=0.6, remove_every=2),
-    "paam, alternating": PAAM(lr=0.02, hidden=4, scorer_every=2),
-    "paam, joint": PAAM(regime="joint", lr=0.02, hidden=4),
-    "gradual, decay": Gradual(rounds=3, prune_share=0.9, removal=SOFT),
+    "lapp, no bypass": LAPP(bypass="none", score="taylor", prune_share=0.6, remove_every=2, **ANY),
+    "paam, alternating": PAAM(lr=0.02, hidden=4, scorer_every=2, **ANY),
+    "paam, joint": PAAM(regime="joint", lr=0.02, hidden=4, **ANY),
+    "gradual, decay": Gradual(rounds=3, prune_share=0.9, removal=SOFT, **ANY),
     "depgraph, decay": DepGraph(
-        sparse_share=0.6, prune_share=0.9, pieces=3, removal=Decay(steps=3, parts="full")
+        sparse_share=0.6, prune_share=0.9, pieces=3, removal=Decay(steps=3, parts="full"), **ANY
     ),
-    "oto, decay": OTO(strength=0.5, most=1.0, prune_share=0.8, removal=SOFT),
+    "oto, decay": OTO(strength=0.5, most=1.0, prune_share=0.8, removal=SOFT, **ANY),
     "gate decorator, decay": GateDecorator(
-        ticks=2, ticks_per_tock=1, prune_share=0.8, removal=Decay(steps=2)
+        ticks=2, ticks_per_tock=1, prune_share=0.8, removal=Decay(steps=2), **ANY
     ),
 }
 
