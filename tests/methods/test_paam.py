@@ -160,7 +160,7 @@ def test_folded_and_cut_equals_gated(name: str) -> None:
     session = stirred(PAAM().start(model, torch.zeros(1, 3, 32, 32), budget=Budget(macs=0.7), steps=10))
     x = torch.randn(2, 3, 32, 32)
     with attached(session), torch.no_grad():
-        keep = session.choose(session.method.score(session))
+        keep = session.choose(session.method.rank(session))
         session.own.selected = [keep[number] for number in session.targets]
         gated = model(x)
         scale = gated.abs().max()
@@ -170,24 +170,44 @@ def test_folded_and_cut_equals_gated(name: str) -> None:
 
 
 def test_a_common_factor_of_scores_is_hidden_by_the_next_norm() -> None:
-    """So nothing but the weight's smallness keeps all scores of a group from falling together."""
+    """So nothing but the weight's smallness keeps all scores of a group from falling together, where the mean costs."""
     x = torch.randn(16, 3, 8, 8)
-    session = stirred(make(regime="joint", scorer="free"))
+    for cost, factor in (("mean", math.exp(-1)), ("widths", 1.0)):
+        session = stirred(make(regime="joint", scorer="free", cost=cost))
+        with attached(session):
+            session.step = STEPS - 1
+            session.model.train()
+            for p in session.own.scorers.parameters():
+                p.data = -p.data.abs()
+            before, penalty = session.model(x), session.penalty()
+            for p in session.own.scorers.parameters():
+                p.data -= 1
+            assert torch.allclose(session.model(x), before, rtol=1e-2, atol=1e-2)
+            assert penalty > 0
+            assert (session.penalty() / penalty).item() == pytest.approx(factor, rel=1e-4)
+
+
+def test_the_cost_is_of_the_widths_that_scores_are_spread_over() -> None:
+    session = make(regime="joint", scorer="free", ramp_share=0.1)
     with attached(session):
-        session.model.train()
-        for p in session.own.scorers.parameters():
-            p.data = -p.data.abs()
-        before, penalty = session.model(x), session.penalty()
-        for p in session.own.scorers.parameters():
-            p.data -= 1
-        assert torch.allclose(session.model(x), before, rtol=1e-2, atol=1e-2)
-        assert (session.penalty() / penalty).item() == pytest.approx(math.exp(-1), rel=1e-5)
+        session.step = STEPS - 1  # the target is the budget by now
+        kept = [group.units for group in session.whole.groups]
+        for number, scorer in zip(session.targets, session.own.scorers, strict=True):
+            kept[number] = 10
+            scorer.shift.data[10:] = -20.0
+        share = session.cost.macs(kept) / session.dense.macs()
+        session.model(torch.zeros(2, 3, 8, 8))
+        assert session.penalty().item() == pytest.approx(4 * max(0, share - 0.6), abs=1e-4)
+        assert 0.6 < share < 1
+        session.method.select(session, last=True)
+    for number in session.targets:
+        assert set(session.kept[number].tolist()) <= set(range(10))
 
 
 def test_mean_score_falls_with_the_weight() -> None:
     means = []
     for weight in (0.0, 1.0, 10.0):
-        session = make(weight=weight, scorer_every=2, return_share=1.0, lr=0.05)
+        session = make(cost="mean", weight=weight, scorer_every=2, return_share=1.0, lr=0.05)
         optimizer = torch.optim.SGD(session.model.parameters(), lr=0.05)
         with session.attach(optimizer):
             loop(session, optimizer, STEPS - 1)

@@ -126,7 +126,10 @@ class PAAM(TrainingMethod):
 
         S = phi(x)                         (units,), 1 at the start
         A' = S · A                         on the group's feature maps, after batch norm
-        scorer loss = task + weight · mean(S over all groups)
+        scorer loss = task + weight · max(0, cost(n) / dense - target(step))     `cost="widths"`
+                      n = (sum S)² / sum S² per group: over how many units its scores are spread
+                      target = keep + (1 - keep) · (1 - step / ramp)^3
+                    = task + weight · mean(S over all groups)                    `cost="mean"`
 
     "alternate": every `scorer_every`-th step trains the scorers only, with all filters present and analog
     scores; the other steps train the weights only, on the filters selected so far, times their scores.
@@ -140,10 +143,11 @@ class PAAM(TrainingMethod):
 
     `streams`: one score vector for all layers that add to one.
     `binary`, `scorer_every`: in the alternating regime only.
-    `weight` is the same for all layers, and small, because the loss hardly sees a common factor of a group's scores
-    where a batch norm comes after the layer that reads the group: with weight 1, all scores of a group fall to 0
-    together and say nothing any more. At the right weight the mean score is about the share that stays when selection
-    ends.
+    The loss hardly sees a common factor of a group's scores where a batch norm comes after the layer that reads the
+    group. The mean score is the papers' form, and only shrinks that factor: with weight 1, all scores of a group fall
+    to 0 together and say nothing any more. The number of units that scores are spread over does not see the factor
+    either, so scores must separate until the widths meet the budget; scores are then compared relative to their
+    group's root mean square. Where `mass` decides, the cost is the mean.
 
     Raises:
         BudgetError: the budget cannot be reached.
@@ -161,8 +165,10 @@ class PAAM(TrainingMethod):
     )
     hidden: int = option("width of the attention", default=32, least=1)
     leak: float = option("slope of phi above 0", default=0.01, above=0)
-    cost: Literal["mean", "widths"] = option("x", default="mean")
-    weight: float = option("of the mean score in the scorers' loss", default=0.01, least=0)
+    cost: Literal["widths", "mean"] = option("what scores are to keep low", default="widths")
+    weight: float | None = option(
+        "of the cost in the scorers' loss; None: 4 for widths, 0.01 for the mean", default=None, least=0
+    )
     lr: float = option("of the scorers (Adam, no weight decay)", default=1e-3, above=0)
     scorer_every: int = option("steps from one that trains scorers to the next", default=5, least=2)
     select_every: int | None = option("steps between selections; None: 1 % of all", default=None, least=1)
@@ -188,12 +194,12 @@ class PAAM(TrainingMethod):
         return [Activation.apply(x, self.leak) for x in _raw(session)]
 
     def penalty(self, session: Session[State]) -> Tensor:
-        """weight · mean(S), in the steps that train scorers."""
+        """weight · cost, in the steps that train scorers."""
         if not self._scores_at(session, session.step):
             return super().penalty(session)
         scores = session.passed or self.score(session)
-        if self.cost == "mean":
-            return self.weight * torch.cat(scores).mean()
+        if not self._by_widths:
+            return (0.01 if self.weight is None else self.weight) * torch.cat(scores).mean()
         kept = torch.tensor([len(units) for units in session.kept], dtype=torch.float64)
         counts = torch.stack([s.sum().square() / s.square().sum() for s in scores]).double().cpu()
         soft = kept.index_put((torch.tensor(session.targets),), counts)
@@ -202,7 +208,7 @@ class PAAM(TrainingMethod):
             dense = session.dense.of(name)
             goal = limit / dense + (1 - limit / dense) * self._ramp(session)
             total = total + (session.cost.soft(name, soft) / dense - goal).clamp_min(0)
-        return self.weight * total.to(scores[0])
+        return (4.0 if self.weight is None else self.weight) * total.to(scores[0])
 
     def _ramp(self, session: Session[State]) -> float:
         """What of the way from the dense model to the budget is still to go."""
@@ -223,6 +229,10 @@ class PAAM(TrainingMethod):
         """Whether a step, counted from 0, trains the scorers."""
         every = self.scorer_every
         return not session.own.done and (not self._alternates or step % every == every - 1)
+
+    @property
+    def _by_widths(self) -> bool:
+        return self.cost == "widths" and self.mass is None
 
     @property
     def _alternates(self) -> bool:
@@ -304,16 +314,12 @@ class PAAM(TrainingMethod):
         """Select by the scores as they are now; at last, fold the scores in and cut the rest out."""
         state = session.own
         with torch.no_grad():
-            raw, scores = _raw(session), self.score(session)
-            if self.cost == "widths":  # a common factor of a group says nothing
-                raw = [x - s.square().mean().sqrt().log() for x, s in zip(raw, scores, strict=True)]
+            raw, scores = self.rank(session), self.score(session)
         ramp = 0.0 if last else self._ramp(session)
         if self.mass is not None:
             keep = self._select_mass(session, raw, scores, self.mass + (1 - self.mass) * ramp)
         else:
-            keep = session.choose(
-                raw, ramp
-            )  # phi is monotone: x ranks like S, and tells saturated ones apart
+            keep = session.choose(raw, ramp)
         state.selected = [keep[number] for number in session.targets]
         for number, score in zip(session.targets, scores, strict=True):
             session.scores[number] = score.cpu()
@@ -326,6 +332,13 @@ class PAAM(TrainingMethod):
             state.done = True
             session.renew()  # without gates, even if nothing goes
             session.cut(keep)
+
+    def rank(self, session: Session[State]) -> list[Tensor]:
+        """What units are compared by, (units,) per target group: x, which tells saturated scores apart."""
+        raw = _raw(session)
+        if not self._by_widths:
+            return raw
+        return [x - s.square().mean().sqrt().log() for x, s in zip(raw, self.score(session), strict=True)]
 
     def _select_mass(
         self, session: Session[State], raw: Sequence[Tensor], scores: Sequence[Tensor], share: float
