@@ -153,7 +153,8 @@ def run_alone(cell: tuple[str, str]) -> dict[str, Any]:
     found = subprocess.run(command, stdout=subprocess.PIPE, text=True, env=alone)
     if found.returncode == -signal.SIGXCPU:
         return {"error": f"not finished in {SECONDS} s"}
-    found.check_returncode()
+    if found.returncode:  # such as C++ that ends the process when memory is refused
+        return {"error": f"ended with code {found.returncode}"}
     return dict(json.loads(found.stdout.splitlines()[-1]))
 
 

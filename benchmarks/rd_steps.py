@@ -24,7 +24,7 @@ from typing import Any
 STEPS = {
     "load the data and the model": ("secateur.runs.pipeline", "load_task"),
     "accuracy": ("secateur.runs.pipeline", "measure_accuracy"),
-    "analysis": ("secateur.methods.rd.channels", "analyze"),
+    "analysis": ("secateur.engine.method", "Method.analyze"),
     "capture of the passes": ("secateur.methods.rd.channels", "Replay.__init__"),
     "what goes into every layer": ("secateur.methods.rd.channels", "Task.see"),
     "ranking of the units": ("secateur.methods.rd.channels", "Task.rank"),
@@ -33,7 +33,7 @@ STEPS = {
     "trials, weights solved again": ("secateur.methods.rd.channels", "Task.tried"),
     "cut and proof": ("secateur.methods.rd.channels", "cut_and_prove"),
 }
-"""Step -> module, and the function or method of it that takes the step."""
+"""Step -> module, and the function or method of it that takes the step. None calls another."""
 
 MODELS = ("timm/tf_efficientnet_lite0", "torchvision/resnet50")
 
