@@ -85,11 +85,12 @@ def secateur_steps(model: Any, x: Any, meter: Meter) -> Any:
 def torch_pruning_steps(model: Any, x: Any, meter: Meter) -> Any:
     import torch
     import torch_pruning as tp
+    from peers import follow_, heads_of
 
     head = [module for module in model.modules() if isinstance(module, torch.nn.Linear)][-1]
     graph = meter("analyse", lambda: tp.DependencyGraph().build_dependency(model, x))
     del graph  # the pruner makes its own
-    heads = {m: m.num_heads for m in model.modules() if isinstance(m, torch.nn.MultiheadAttention)}
+    heads = heads_of(model)
 
     def cut() -> None:
         pruner = tp.pruner.MagnitudePruner(
@@ -103,6 +104,7 @@ def torch_pruning_steps(model: Any, x: Any, meter: Meter) -> Any:
             head_pruning_ratio=0.5,
         )
         pruner.step()
+        follow_(model)
         with torch.no_grad():
             model(x)
 
