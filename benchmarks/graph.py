@@ -138,7 +138,7 @@ def measure(tool: str, name: str) -> dict[str, Any]:
     try:
         small = TOOLS[tool](model, x, meter)
     except Exception as error:  # a peer that fails is a result
-        return {"error": f"{type(error).__name__}: {str(error).splitlines()[0][:60]}"}
+        return {"error": ": ".join([type(error).__name__, *str(error).splitlines()[:1]])[:80]}
     return {
         "forward": min(passes),
         "steps": meter.steps,
