@@ -206,13 +206,14 @@ def render(options: argparse.Namespace, found: dict[tuple[str, str, float], list
         "cell ran in a process of its own, on cores that other work shared; importing `torch.export`, about 2 s of",
         "each, is counted. Any width may be chosen (`round_to=1`), and streams are protected where that is better",
         "(`stream_gain=1`). What the defaults are was chosen on training images of CIFAR-10, apart from those that",
-        "calibrate. Distortion is that of the method's own measurement, on calibration images: two versions measure it",
-        "on different ones.",
+        "calibrate. Distortion is what the method itself measures on calibration images; two versions may measure it",
+        "otherwise.",
     ]
     if options.before:
         lines += [
             "",
-            f"*before* is {described(options.before)}; *after* is the version that this page belongs to.",
+            f"*before* is {described(options.before)};",
+            "*after* is the version that this page belongs to.",
         ]
     lines += [
         "",
