@@ -85,11 +85,12 @@ def secateur_steps(model: Any, x: Any, meter: Meter) -> Any:
 def torch_pruning_steps(model: Any, x: Any, meter: Meter) -> Any:
     import torch
     import torch_pruning as tp
+    from peers import follow_, heads_of
 
     head = [module for module in model.modules() if isinstance(module, torch.nn.Linear)][-1]
     graph = meter("analyse", lambda: tp.DependencyGraph().build_dependency(model, x))
     del graph  # the pruner makes its own
-    heads = {m: m.num_heads for m in model.modules() if isinstance(m, torch.nn.MultiheadAttention)}
+    heads = heads_of(model)
 
     def cut() -> None:
         pruner = tp.pruner.MagnitudePruner(
@@ -103,6 +104,7 @@ def torch_pruning_steps(model: Any, x: Any, meter: Meter) -> Any:
             head_pruning_ratio=0.5,
         )
         pruner.step()
+        follow_(model)
         with torch.no_grad():
             model(x)
 
@@ -136,7 +138,7 @@ def measure(tool: str, name: str) -> dict[str, Any]:
     try:
         small = TOOLS[tool](model, x, meter)
     except Exception as error:  # a peer that fails is a result
-        return {"error": f"{type(error).__name__}: {str(error).splitlines()[0][:60]}"}
+        return {"error": ": ".join([type(error).__name__, *str(error).splitlines()[:1]])[:80]}
     return {
         "forward": min(passes),
         "steps": meter.steps,
@@ -153,7 +155,8 @@ def run_alone(cell: tuple[str, str]) -> dict[str, Any]:
     found = subprocess.run(command, stdout=subprocess.PIPE, text=True, env=alone)
     if found.returncode == -signal.SIGXCPU:
         return {"error": f"not finished in {SECONDS} s"}
-    found.check_returncode()
+    if found.returncode:  # such as C++ that ends the process when memory is refused
+        return {"error": f"ended with code {found.returncode}"}
     return dict(json.loads(found.stdout.splitlines()[-1]))
 
 

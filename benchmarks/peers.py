@@ -54,7 +54,7 @@ def torch_pruning(
         warnings.simplefilter("ignore")  # about its own use of torch
         pruner = pruner_type(
             model, inputs, importances[importance], global_pruning=True, pruning_ratio=0.95, iterative_steps=STEPS,
-            ignored_layers=outputs, round_to=round_to,
+            ignored_layers=outputs, round_to=round_to, num_heads=heads_of(model),
         )  # fmt: skip
         dense = {name: count(model, inputs) for name, count in COUNTS.items()}
         limits = budget.limits(dense)
@@ -65,12 +65,24 @@ def torch_pruning(
                     nn.functional.cross_entropy(model(x), y).backward()  # type: ignore[no-untyped-call]
             before = COUNTS["params"](model, inputs)
             pruner.step()
+            follow_(model)
             if pruner.current_step >= STEPS and COUNTS["params"](model, inputs) == before:
                 raise RuntimeError(
                     f"Torch-Pruning removes no more, and the budget {budget.bounds} is not met"
                 )
     model.zero_grad()
     return model
+
+
+def heads_of(model: nn.Module) -> dict[nn.Module, int]:
+    """How many heads each attention layer has, which Torch-Pruning has to be told."""
+    return {m: m.num_heads for m in model.modules() if isinstance(m, nn.MultiheadAttention)}
+
+
+def follow_(model: nn.Module) -> None:
+    """Set the number in which torchvision's ViT keeps its width: Torch-Pruning leaves that to its user."""
+    if hasattr(model, "hidden_dim") and hasattr(model, "conv_proj"):
+        model.hidden_dim = model.conv_proj.out_channels
 
 
 def torch_global_magnitude(model: nn.Module, inputs: Tensor, budget: Budget) -> nn.Module:
@@ -95,8 +107,13 @@ def _holding(mask: Tensor) -> Callable[[Tensor], Tensor]:
 
 def macs(model: nn.Module, inputs: Tensor) -> int:
     """Multiply-adds for one image, by torch's own counter."""
-    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter, torch.no_grad():
-        model(inputs)  # fused attention on a CPU would not be counted
+    fast = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)  # what is fused, layers or attention, is not counted
+    try:
+        with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter, torch.no_grad():
+            model(inputs)
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fast)
     return int(counter.get_total_flops()) // 2 // len(inputs)
 
 

@@ -6,13 +6,17 @@
 Channels of published networks, one shot, no training: CPU seconds of `prune` alone, and accuracy on test images, for
 several draws of calibration images. Every cell is measured in a process of its own and kept as a file in --runs.
 `--before` is the `src` folder of another version; its rows are left out without it, as are those of ImageNet's network
-without `--imagenet`, a folder per class.
+without `--imagenet`, a folder per class. A cell that takes more than --limit CPU seconds ends there, and that version
+is not tried on the network again: most of the time goes into curves, which are the same for every share of the MACs.
 """
 
 import argparse
 import itertools
 import json
+import math
 import os
+import resource
+import signal
 import statistics
 import subprocess
 import sys
@@ -35,6 +39,9 @@ CELLS = (
 
 IMAGES, BATCH = 256, 64
 
+VERSIONS = {"2d3bb35": ", which measures nine widths of every group on all images"}
+"""Commit -> what it does otherwise."""
+
 
 def main() -> None:
     parser = argparse.ArgumentParser(
@@ -46,6 +53,8 @@ def main() -> None:
     parser.add_argument("--before", type=Path, help="the src folder of another version")
     parser.add_argument("--runs", type=Path, default=Path("runs/rd-cost"), help="where the cells are kept")
     parser.add_argument("--seeds", type=int, default=3, help="draws of calibration images")
+    parser.add_argument("--imagenet-seeds", type=int, default=1, help="the same, of ImageNet")
+    parser.add_argument("--limit", type=int, default=1500, help="CPU seconds of a cell")
     parser.add_argument(
         "--test", default="5000:10000", help="test images that accuracy is measured on, first:last"
     )
@@ -68,9 +77,15 @@ def main() -> None:
         if (not options.only or {network, f"{network}:{keep}"} & {*options.only.split(",")})
         and ("/" not in network or options.imagenet)
     ]
-    for seed, (network, keep), version in itertools.product(range(options.seeds), wanted, versions):
-        values = measured(options, version, versions[version], network, keep, seed)
-        found.setdefault((version, network, keep), []).append(values)
+    for (network, keep), version in itertools.product(wanted, versions):
+        tried = [*itertools.chain(*(v for k, v in found.items() if k[:2] == (version, network)))]
+        if not any("over" in values for values in tried):
+            found[version, network, keep] = []
+            for seed in range(options.imagenet_seeds if "/" in network else options.seeds):
+                values = measured(options, version, versions[version], network, keep, seed)
+                found[version, network, keep].append(values)
+                if "over" in values:
+                    break
     table = render(options, found)
     print(table)
     if options.out:
@@ -88,9 +103,13 @@ def measured(
             "OMP_NUM_THREADS": "1",
             "PYTHONPATH": os.pathsep.join((str(source), str(Path(__file__).parents[1]))),
         }
-        done = subprocess.run(passed, check=True, capture_output=True, text=True, env=environment)
-        path.write_text(done.stdout)
-        print(version, network, keep, seed, done.stdout.strip(), file=sys.stderr, flush=True)
+        done = subprocess.run(passed, stdout=subprocess.PIPE, text=True, env=environment)
+        if done.returncode == -signal.SIGXCPU:
+            path.write_text(json.dumps({"over": options.limit}))
+        else:
+            done.check_returncode()
+            path.write_text(done.stdout)
+        print(version, network, keep, seed, path.read_text().strip(), file=sys.stderr, flush=True)
     return dict(json.loads(path.read_text()))
 
 
@@ -110,10 +129,13 @@ def cell(options: argparse.Namespace, network: str, keep: float, seed: int) -> d
     given = dict(option.split("=", 1) for option in options.option)
     extra = {"round_to": 1} | {name: json.loads(value) for name, value in given.items()}
     started = time.process_time()
+    free = resource.getrlimit(resource.RLIMIT_CPU)
+    resource.setrlimit(resource.RLIMIT_CPU, (math.ceil(started + options.limit), free[1]))
     pruned = prune(
         model, batches[0][:2], budget=Budget(macs=keep), method="rd", data=batches, stream_gain=1.0, **extra
     )
     seconds = time.process_time() - started
+    resource.setrlimit(resource.RLIMIT_CPU, free)
     small = pruned.model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
     @torch.no_grad()
@@ -169,6 +191,8 @@ def render(options: argparse.Namespace, found: dict[tuple[str, str, float], list
     words = " --imagenet imagenet1k-sample" if options.imagenet else ""
     words += " --before OLD/src" if options.before else ""
     words += f" --seeds {options.seeds}" if options.seeds != 3 else ""
+    words += f" --imagenet-seeds {options.imagenet_seeds}" if options.imagenet_seeds != 1 else ""
+    words += f" --limit {options.limit}" if options.limit != 1500 else ""
     words += f" --only {options.only}" if options.only else ""
     lines = [
         "# What rd on channels costs",
@@ -176,25 +200,46 @@ def render(options: argparse.Namespace, found: dict[tuple[str, str, float], list
         f"`python benchmarks/rd_cost.py --weights weights --data-dir cifar10{words} --out docs/results/rd-cost.md`",
         "",
         f"{device_name('cpu')}, 1 thread, torch {torch.__version__}. CPU seconds of `prune` (analysis, cut and proof",
-        f"included), {IMAGES} calibration images (of ImageNet: a quarter), accuracy right after the cut, without",
-        f"training, mean and range over {options.seeds} draws of calibration images. CIFAR-10 is tested on images",
+        f"included), {IMAGES} calibration images (of ImageNet: a quarter of the folder's), accuracy right after the",
+        "cut, without training, mean and range over draws of calibration images. CIFAR-10 is tested on images",
         f"{options.test} of its test set; ImageNet on all images of the folder that do not calibrate. Each",
         "cell ran in a process of its own, on cores that other work shared; importing `torch.export`, about 2 s of",
         "each, is counted. Any width may be chosen (`round_to=1`), and streams are protected where that is better",
         "(`stream_gain=1`). What the defaults are was chosen on training images of CIFAR-10, apart from those that",
-        "calibrate.",
+        "calibrate. Distortion is what the method itself measures on calibration images; two versions may measure it",
+        "otherwise.",
+    ]
+    if options.before:
+        lines += [
+            "",
+            f"*before* is {described(options.before)};",
+            "*after* is the version that this page belongs to.",
+        ]
+    lines += [
         "",
-        "| network | MACs kept | version | images tested | accuracy, % | CPU seconds | distortion |",
-        "|---|---|---|---|---|---|---|",
+        "| network | MACs kept | version | draws | images tested | accuracy, % | CPU seconds | distortion |",
+        "|---|---|---|---|---|---|---|---|",
     ]
     for (version, network, keep), cells in found.items():
+        if "over" in cells[-1]:
+            lines.append(
+                f"| {network} | {keep} | {version} | {len(cells)} | | | more than {cells[-1]['over']:,} | |"
+            )
+            continue
         columns = [
             told([c[name] for c in cells], digits) for name, digits in (("accuracy", 2), ("seconds", 1))
         ]
         moved, images = statistics.mean(c["distortion"] for c in cells), cells[0]["images"]
         lines.append(
-            f"| {network} | {keep} | {version} | {images:,} | {columns[0]} | {columns[1]} | {moved:.4f} |"
+            f"| {network} | {keep} | {version} | {len(cells)} | {images:,} | {columns[0]} | {columns[1]} "
+            f"| {moved:.4f} |"
         )
+    if any("over" in cells[-1] for cells in found.values()):
+        lines += [
+            "",
+            f"A process was ended after {options.limit:,} s of `prune`. That version was not tried on the network at",
+            "other shares, where its curves are the same.",
+        ]
     if options.before:
         lines += [
             "",
@@ -204,12 +249,31 @@ def render(options: argparse.Namespace, found: dict[tuple[str, str, float], list
             "|---|---|---|---|",
         ]
         for (version, network, keep), cells in found.items():
-            if version == "after":
-                pairs = list(zip(found["before", network, keep], cells, strict=True))
-                gained = told([b["accuracy"] - a["accuracy"] for a, b in pairs], 2, "+")
-                faster = told([a["seconds"] / b["seconds"] for a, b in pairs], 1)
-                lines.append(f"| {network} | {keep} | {gained} | {faster} |")
+            others = found.get(("before", network, keep))
+            if version == "after" and others:
+                lines.append(f"| {network} | {keep} | {' | '.join(compared(others, cells))} |")
     return "\n".join(lines) + "\n"
+
+
+def compared(before: list[dict[str, Any]], after: list[dict[str, Any]]) -> tuple[str, str]:
+    """Points of accuracy gained, and times as fast; of draws that both ended."""
+    if "over" in before[-1]:
+        return "", f"more than {before[-1]['over'] / statistics.mean(c['seconds'] for c in after):.1f}"
+    pairs = list(zip(before, after, strict=True))
+    gained = told([b["accuracy"] - a["accuracy"] for a, b in pairs], 2, "+")
+    return gained, told([a["seconds"] / b["seconds"] for a, b in pairs], 1)
+
+
+def described(source: Path) -> str:
+    """A version's commit, and what it does if that is known."""
+    found = subprocess.run(
+        ["git", "-C", str(source), "rev-parse", "--short=7", "HEAD"],
+        check=True,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    commit = found.stdout.strip()
+    return f"commit {commit}{VERSIONS.get(commit, '')}"
 
 
 def told(values: list[float], digits: int, sign: str = "") -> str:

@@ -23,8 +23,7 @@ from typing import Any
 
 STEPS = {
     "load the data and the model": ("secateur.runs.pipeline", "load_task"),
-    "accuracy": ("secateur.runs.pipeline", "measure_accuracy"),
-    "analysis": ("secateur.methods.rd.channels", "analyze"),
+    "analysis": ("secateur.engine.method", "Method.analyze"),
     "capture of the passes": ("secateur.methods.rd.channels", "Replay.__init__"),
     "what goes into every layer": ("secateur.methods.rd.channels", "Task.see"),
     "ranking of the units": ("secateur.methods.rd.channels", "Task.rank"),
@@ -32,8 +31,9 @@ STEPS = {
     "search over widths": ("secateur.methods.rd.channels", "choose_widths_by"),
     "trials, weights solved again": ("secateur.methods.rd.channels", "Task.tried"),
     "cut and proof": ("secateur.methods.rd.channels", "cut_and_prove"),
+    "accuracy": ("secateur.runs.pipeline", "measure_accuracy"),
 }
-"""Step -> module, and the function or method of it that takes the step."""
+"""Step -> module, and the function or method of it that takes the step. None calls another."""
 
 MODELS = ("timm/tf_efficientnet_lite0", "torchvision/resnet50")
 
@@ -131,9 +131,11 @@ def render(options: argparse.Namespace, found: dict[str, dict[str, Any]]) -> str
         "",
         f"{device_name('cpu')}, 1 thread, torch {torch.__version__}.",
         f"`secateur prune --keep-macs {options.keep_macs:g}` by its default method, `auto`, which takes rd; 250 images",
-        "of ImageNet calibrate and 750 test. CPU seconds,",
-        "importing included in the first step that needs it, and the most memory that the process had taken when the",
-        "step ended.",
+        "of ImageNet calibrate and 750 test. EfficientNet-Lite0 has published weights, other networks random ones.",
+        "CPU seconds, importing included in the first step that needs it, and the most memory that the process had",
+        "taken when the step last ended. Accuracy is measured of the dense and of the cut network. Everything else",
+        "includes reading the images, the dense network's outputs, and solving the chosen network's weights on all",
+        "images.",
     ]
     for name, row in found.items():
         lines += ["", f"## {name}", "", "| step | CPU s | peak so far, GB |", "|---|---|---|"]

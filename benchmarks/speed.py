@@ -24,6 +24,7 @@ MODELS = {
     "torchvision/efficientnet_b0": 224,
     "torchvision/convnext_tiny": 224,
     "torchvision/densenet121": 224,
+    "torchvision/vit_b_16": 224,
 }
 """Name -> side of its images."""
 

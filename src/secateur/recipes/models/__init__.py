@@ -31,6 +31,7 @@ _BUILT_IN: dict[str, Callable[..., nn.Module]] = {
     "mobilenet_v2_cifar": CifarMobileNetV2,
     "mobilenet_v2_x0_5_cifar": partial(CifarMobileNetV2, width=0.5),
     "resnet8": TinyResNet8,
+    "resnet8_x2_b": partial(CifarResNet, blocks=1, shortcut="B", widths=(32, 64, 128)),
     "resnet20": partial(CifarResNet, blocks=3),
     "resnet20_b": partial(CifarResNet, blocks=3, shortcut="B"),
     "resnet32": partial(CifarResNet, blocks=5),
