@@ -71,6 +71,10 @@ class Call:
     done: tuple[fx.Node, ...]
 
 
+_CHECKED = 4
+"""Images on which a graph that takes any number of them is compared with the model."""
+
+
 class Replay:
     """The evaluation-mode forward pass of a model, whatever it takes and returns.
 
@@ -93,7 +97,7 @@ class Replay:
         self._example = as_call(inputs)
         self.batch: int | None = None
         for any_batch in (True, False):
-            some = some_of(inputs, slice(0, max(1, images // 2))) if any_batch else inputs
+            some = some_of(inputs, slice(0, max(1, min(images // 2, _CHECKED)))) if any_batch else inputs
             try:
                 with evaluating(model), torch.no_grad():
                     self._read(capture(model, inputs, exact=True, any_batch=any_batch))
@@ -119,7 +123,7 @@ class Replay:
                 f"{type(model).__name__}: returns no floating-point tensor, so how far its outputs move cannot be "
                 f"measured. Wrap it in a module that returns its scores."
             )
-        self._prefer_channels_last(inputs)
+        self._prefer_channels_last(some)
         self.bytes_per_image = self._bytes(some) / batch_of(some)
 
     def _read(self, captured: Capture) -> None:
