@@ -208,21 +208,18 @@ class Bench:
             for name, way in ways.items()
         ]
         jobs = self.options.jobs if self.options.device == "cpu" else len(works)
-        found = {
-            answer.work.name: answer for answer in self._run(works if missing else [], jobs, share=SHARE)
-        }
+        found: dict[str, Answer] = {}
+        for answer in self._run(works if missing else [], jobs, share=SHARE):
+            found[answer.work.name] = answer
+            for name in [name for name in missing if {"the CPU", name} <= found.keys()]:
+                missing.remove(name)
+                expected, here = found["the CPU"], found[name]
+                error = expected.error or here.error
+                losses = {"expected": expected.value, "losses": here.value}
+                more = {"error": error} if error else losses | {"tolerance": self.checks[name].tolerance}
+                self._add("check", name, more)
         for name in missing:
-            if not {"the CPU", name} <= found.keys():
-                self._tell(f"{name}: unfinished")
-                continue
-            expected, here = found["the CPU"], found[name]
-            known = {
-                "expected": expected.value,
-                "losses": here.value,
-                "tolerance": self.checks[name].tolerance,
-            }
-            error = expected.error or here.error
-            self._add("check", name, {"error": error} if error else known)
+            self._tell(f"{name}: unfinished")
         for row in self._of("check"):
             if (said := verdict(row)) != "equal":
                 self.wrong.append(f"{row['name']}: {said}")
@@ -319,11 +316,13 @@ class Bench:
         return {name: getattr(self.options, name) for name in names}
 
     def _of(self, kind: str) -> list[Row]:
-        """Rows of this data on this device, of which an error is no result."""
+        """Rows that were asked for, of this data on this device; some may say why there is no result."""
+        names = {"check": self.checks, "epoch": self.epochs, "run": self.cells}[kind]
         return [
             row
             for row in self.rows
-            if row["kind"] == kind and all(row[name] == value for name, value in self.where.items())
+            if (row["kind"], row["name"] in names) == (kind, True)
+            and all(row[name] == value for name, value in self.where.items())
         ]
 
     def _found(self, kind: str, name: str, **more: Any) -> Row | None:
@@ -365,7 +364,7 @@ class Bench:
         checks = self._of("check")
         epochs = [row for row in self._of("epoch") if row["precision"] == options.precision]
         runs = [row for name in self.cells if (row := self._found_run(name))]
-        failed = [row for row in self._of("run") if row["error"] and row["name"] in self.cells]
+        failed = [row for row in self._of("run") if row["error"]]
         told = {row["name"] for row in [*checks, *epochs, *runs, *failed]}
         open_ = [name for name in [*self.checks, *self.epochs, *self.cells] if name not in told]
         cuda = f", CUDA {torch.version.cuda}" if options.device == "cuda" else ""
@@ -386,7 +385,8 @@ class Bench:
             prose(
                 f"Losses of {CHECKED_EPOCHS} short epochs, {2 * CHECKED_EPOCHS} steps in all, from the same seed, "
                 "held to eager float32 on the CPU: the largest difference as a share of the loss. With *TF32* "
-                "convolutions round float32 to ten bits, as torch lets them on a GPU; epochs and runs in float32 below do so."
+                "convolutions round float32 to ten bits, as torch lets them on a GPU; epochs and runs in float32 below "
+                "do so."
             ),
             table(
                 "network and way | losses on the CPU | here | difference | at most | result",
