@@ -278,7 +278,7 @@ class Bench:
         self, works: Sequence[Work], jobs: int, gate: InTime | None = None, share: float = 1
     ) -> Iterator[Answer]:
         until = min(self.until, time.monotonic() + share * 60 * self.options.minutes)
-        start = "spawn" if self.options.device == "cuda" else "forkserver"
+        start = "spawn" if self.options.device == "cuda" else "fork"
         return run_until(until, works, jobs, gate, start)
 
     def _list_cells(self) -> Iterator[tuple[str, tuple[Paper, Cell, Path]]]:

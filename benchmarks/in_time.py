@@ -4,6 +4,7 @@
 be stopped alone, and none is started that would not be done in time.
 """
 
+import importlib
 import json
 import multiprocessing
 import time
@@ -19,18 +20,15 @@ import torch
 
 from secateur.compare.pool import end_with_parent
 
-PRELOADED = (
-    *(
-        "accelerate",
-        "scipy.optimize",
-        "torch._dynamo",
-        "torch._export",
-        "torch.onnx",
-        "torch.utils.tensorboard",
-    ),
-    *("secateur.compare.cells", "secateur.recipes.train"),
+SHARED = (
+    "accelerate",
+    "scipy.optimize",
+    "torch._dynamo",
+    "torch._export",
+    "torch.onnx",
+    "secateur.compare.cells",
 )
-"""What the server of `forkserver` imports, so that no process need do it again."""
+"""What takes long to import and trainings need: before processes fork, so that it is done once."""
 
 LOOK = 1.0
 """Seconds between looks at how far runs are."""
@@ -104,12 +102,13 @@ def run_until(
         works: in the order in which they should begin.
         jobs: at most so many at a time, each on its share of the processor's threads.
         gate: None lets all begin.
-        start: how processes start. `forkserver` is quicker, but only for the CPU: a library that looks for GPUs while
-            it is imported would keep them from all processes.
+        start: how processes start. `fork` is quicker, but only for the CPU: a process that has looked at a GPU leaves
+            none to those that it forks.
     """
+    if start == "fork":
+        for name in SHARED:
+            importlib.import_module(name)
     context = multiprocessing.get_context(start)
-    if start == "forkserver":
-        context.set_forkserver_preload([*PRELOADED])
     threads = max(1, torch.get_num_threads() // jobs)
     waiting, running = list(works), list[Job]()
     try:
