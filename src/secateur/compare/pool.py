@@ -62,6 +62,11 @@ def _begin_worker(threads: int, gpus: "multiprocessing.queues.SimpleQueue[str | 
     if (gpu := gpus.get()) is not None:
         os.environ["CUDA_VISIBLE_DEVICES"] = gpu
     torch.set_num_threads(threads)
+    end_with_parent()
+
+
+def end_with_parent() -> None:
+    """From now on this process ends with the one that started it."""
     parent = multiprocessing.parent_process()
     assert parent is not None
 
