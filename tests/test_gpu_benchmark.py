@@ -17,6 +17,8 @@ from typing import Any
 import numpy as np
 import pytest
 
+from secateur.compare.recipe import Comparison
+
 FOLDER = Path(__file__).parents[1] / "benchmarks"
 
 TINY = (
@@ -35,6 +37,12 @@ def in_time(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
 def gpu(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     monkeypatch.syspath_prepend(FOLDER)
     return importlib.import_module("gpu")
+
+
+def test_its_papers_are_arms_of_the_recipes(gpu: ModuleType) -> None:
+    for paper in gpu.PAPERS:
+        comparison = Comparison.read(gpu.RECIPES / f"{paper.recipe}.toml", model=paper.model)
+        assert comparison.with_arms(paper.arms).arms.keys() == set(paper.arms)
 
 
 @pytest.mark.slow
