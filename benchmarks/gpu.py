@@ -112,7 +112,12 @@ PAPERS = (
         "decay",
         "resnet56_b",
         {"macs": 0.5},
-        ("DepGraph, one cut", "DepGraph, decay over 200 steps", "DepGraph, 10 rounds + decay + restore"),
+        (
+            "DepGraph, one cut",
+            "DepGraph, decay over 200 steps",
+            "DepGraph, 10 rounds",
+            "DepGraph, 10 rounds + decay + restore",
+        ),
         trained=True,
     ),
     Paper(
