@@ -105,7 +105,7 @@ PAPERS = (
         "paam",
         "resnet56",
         {"params": 0.477},
-        ("dense", "PAAM, joint", "PAAM, in turn", "uniform width"),
+        ("dense", "PAAM, attention, joint", "PAAM, attention", "uniform width"),
     ),
     Paper(
         "Decay Pruning",

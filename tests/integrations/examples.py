@@ -25,7 +25,7 @@ WITH_LAYERS: dict[str, TrainingMethod] = {
 
 METHODS: dict[str, TrainingMethod] = WITH_LAYERS | {
     "lapp, no bypass": LAPP(bypass="none", score="taylor", prune_share=0.6, remove_every=2, **ANY),
-    "paam, alternating": PAAM(lr=0.02, hidden=4, scorer_every=2, **ANY),
+    "paam, alternating": PAAM(regime="alternate", lr=0.02, hidden=4, scorer_every=2, **ANY),
     "paam, joint": PAAM(regime="joint", lr=0.02, hidden=4, **ANY),
     "gradual, decay": Gradual(rounds=3, prune_share=0.9, removal=SOFT, **ANY),
     "depgraph, decay": DepGraph(

@@ -92,7 +92,7 @@ def lapp(**options: Any) -> Make:
 
 
 def paam(**options: Any) -> Make:
-    return start(PAAM, {"lr": 0.02, "hidden": 4, "scorer_every": 2, **options})
+    return start(PAAM, {"regime": "alternate", "lr": 0.02, "hidden": 4, "scorer_every": 2, **options})
 
 
 def host(kind: type[TrainingMethod], **options: Any) -> Make:

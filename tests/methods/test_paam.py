@@ -136,7 +136,7 @@ def test_a_factor_before_a_batch_norm_would_be_lost() -> None:
     factor = torch.tensor([0.1, 0.5, 1.0, 1.0]).view(1, -1, 1, 1)
     before = norm(conv(x))
     torch.testing.assert_close(norm(factor * conv(x)), before, rtol=1e-2, atol=1e-2)
-    session = PAAM().start(
+    session = PAAM(regime="alternate").start(
         build_model("mobilenet_v2_cifar"), torch.zeros(1, 3, 32, 32), budget=Budget(macs=0.7), steps=10
     )
     with attached(session):
@@ -188,7 +188,7 @@ def test_a_common_factor_of_scores_is_hidden_by_the_next_norm() -> None:
 
 
 def test_the_cost_is_of_the_widths_that_scores_are_spread_over() -> None:
-    session = make(regime="joint", scorer="free", ramp_share=0.1)
+    session = make(regime="joint", scorer="free", cost="widths", ramp_share=0.1)
     with attached(session):
         session.step = STEPS - 1  # the target is the budget by now
         kept = [group.units for group in session.whole.groups]
@@ -207,7 +207,7 @@ def test_the_cost_is_of_the_widths_that_scores_are_spread_over() -> None:
 def test_mean_score_falls_with_the_weight() -> None:
     means = []
     for weight in (0.0, 1.0, 10.0):
-        session = make(cost="mean", weight=weight, scorer_every=2, return_share=1.0, lr=0.05)
+        session = make(weight=weight, scorer_every=2, return_share=1.0, lr=0.05)
         optimizer = torch.optim.SGD(session.model.parameters(), lr=0.05)
         with session.attach(optimizer):
             loop(session, optimizer, STEPS - 1)

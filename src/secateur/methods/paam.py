@@ -126,18 +126,17 @@ class PAAM(TrainingMethod):
 
         S = phi(x)                         (units,), 1 at the start
         A' = S · A                         on the group's feature maps, after batch norm
-        scorer loss = task + weight · max(0, cost(n) / dense - target(step))     `cost="widths"`
+        scorer loss = task + weight · mean(S over all groups)                    `cost="mean"`
+                    = task + weight · max(0, cost(n) / dense - target(step))     `cost="widths"`
                       n = (sum S)² / sum S² per group: over how many units its scores are spread
                       target = keep + (1 - keep) · (1 - step / ramp)^3
-                    = task + weight · mean(S over all groups)                    `cost="mean"`
 
+    "joint": every step trains scorers and weights; at `ramp_share` of the steps the filters with the highest scores of
+    the whole network are selected, the others cut out, scores folded into batch norm, and the scorers dropped.
     "alternate": every `scorer_every`-th step trains the scorers only, with all filters present and analog
     scores; the other steps train the weights only, on the filters selected so far, times their scores.
-    Every `select_every` steps the filters with the highest scores of the whole network are selected, to a
-    budget that tightens from the dense model to the target over `ramp_share` of the steps; unselected ones
-    may return until `return_share` of the steps, when they are cut out, scores are folded into batch norm,
-    and the scorers are dropped. "joint": every step trains both; selection, fold and cut once, at
-    `ramp_share`.
+    Every `select_every` steps filters are selected, to a budget that tightens from the dense model to the target over
+    `ramp_share` of the steps; unselected ones may return until `return_share` of the steps, when they are cut out.
 
     The budget bounds MACs, parameters, or both; without one, `mass` decides.
 
@@ -146,8 +145,8 @@ class PAAM(TrainingMethod):
     The loss hardly sees a common factor of a group's scores where a batch norm comes after the layer that reads the
     group. The mean score is the papers' form, and only shrinks that factor: with weight 1, all scores of a group fall
     to 0 together and say nothing any more. The number of units that scores are spread over does not see the factor
-    either, so scores must separate until the widths meet the budget; scores are then compared relative to their
-    group's root mean square. Where `mass` decides, the cost is the mean.
+    either; scores are then compared relative to their group's root mean square. Where `mass` decides, the cost is the
+    mean.
 
     Raises:
         BudgetError: the budget cannot be reached.
@@ -158,14 +157,14 @@ class PAAM(TrainingMethod):
     needs_budget: ClassVar[bool] = False
 
     regime: Literal["alternate", "joint"] = option(
-        "whether scorers and weights train in turn, or together", default="alternate"
+        "whether scorers and weights train in turn, or together", default="joint"
     )
     scorer: Literal["attention", "additive", "dot", "linear", "free"] = option(
         "what scores; linear and free are controls", default="attention"
     )
     hidden: int = option("width of the attention", default=32, least=1)
     leak: float = option("slope of phi above 0", default=0.01, above=0)
-    cost: Literal["widths", "mean"] = option("what scores are to keep low", default="widths")
+    cost: Literal["mean", "widths"] = option("what scores are to keep low", default="mean")
     weight: float | None = option(
         "of the cost in the scorers' loss; None: 4 for widths, 0.01 for the mean", default=None, least=0
     )
