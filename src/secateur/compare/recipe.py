@@ -112,7 +112,7 @@ class Comparison:
     @property
     def plan(self) -> Schedule:
         """How all arms train."""
-        given = {"tune_lr": self.tune_lr, "schedule": self.lr_shape}
+        given: dict[str, Any] = {"tune_lr": self.tune_lr, "schedule": self.lr_shape}
         return replace(SCHEDULES[self.schedule], **{name: v for name, v in given.items() if v is not None})
 
     @classmethod
