@@ -313,9 +313,6 @@ class Bench:
                 for cell in list_cells(comparison):
                     yield f"{paper.recipe}/{cell.name}", (paper, cell, folder)
 
-    def _mode(self, compiled: bool) -> bool:
-        return ("compiled" if compiled else "eager") in self.options.modes
-
     def _data(self) -> dict[str, Any]:
         names = ("data", "data_dir", "train_images", "test_images")
         return {name: getattr(self.options, name) for name in names}

@@ -375,6 +375,26 @@ class Session(Generic[S]):
         """A measure of the model as it is now, or with only the units marked True."""
         return self.cost.of(measure, [int(m.sum()) for m in masks] if masks else [len(k) for k in self.kept])
 
+    def ramp(self, steps: int, start: int = 0) -> float:
+        """What of the way from the dense model to the budget is still to go: from 1 at step `start` cubically to 0."""
+        return (1 - min(1.0, max(0, self.step - start) / steps)) ** 3
+
+    def soft_costs(self, counts: Sequence[Tensor], slack: float) -> list[tuple[Tensor, float]]:
+        """What soft widths cost and may cost, per bounded measure, as shares of the dense model.
+
+        Args:
+            counts: units per target group, real-valued scalars; the costs have their gradient, in float64 on the CPU.
+            slack: from 0, the budget, to 1, the dense model.
+        """
+        kept = torch.tensor([len(units) for units in self.kept], dtype=torch.float64)
+        soft = kept.index_put((torch.tensor(self.targets),), torch.stack(list(counts)).double().cpu())
+        found = []
+        for name, limit in self.limits.items():
+            dense = self.dense.of(name)
+            share = limit / dense
+            found.append((self.cost.soft(name, soft) / dense, share + (1 - share) * slack))
+        return found
+
     def choose(self, scores: Sequence[Tensor], slack: float = 0.0) -> list[Tensor]:
         """Which units of the model as it is now to keep, so that the budget holds: those that score best.
 

@@ -172,14 +172,8 @@ class LAPP(TrainingMethod):
         if state.decided is not None:
             return super().penalty(session)
         masks = session.passed or self.masks(session)
-        kept = torch.tensor([len(units) for units in session.kept], dtype=torch.float64)
-        counts = torch.stack([mask.sum() for mask in masks]).double().cpu()
-        soft = kept.index_put((torch.tensor(session.targets),), counts)
         total = torch.zeros((), dtype=torch.float64)
-        for name, limit in session.limits.items():
-            dense = session.dense.of(name)
-            goal = limit / dense + (1 - limit / dense) * _ramp(session)
-            share = session.cost.soft(name, soft) / dense
+        for share, goal in session.soft_costs([mask.sum() for mask in masks], _ramp(session)):
             over = torch.log(share / goal) if self.constraint == "log" else share - goal
             total = total + over.clamp_min(0)
         return self.weight * total.to(state.threshold)
@@ -418,8 +412,7 @@ class LAPP(TrainingMethod):
 
 def _ramp(session: Session[State]) -> float:
     """(1 - s / S)^3: what of the way from the dense model to the budget is still to go."""
-    done = max(0, session.step - session.own.start) / session.own.prune_steps
-    return (1 - min(1.0, done)) ** 3
+    return session.ramp(session.own.prune_steps, session.own.start)
 
 
 class Step(torch.autograd.Function):

@@ -199,19 +199,15 @@ class PAAM(TrainingMethod):
         scores = session.passed or self.score(session)
         if not self._by_widths:
             return (0.01 if self.weight is None else self.weight) * torch.cat(scores).mean()
-        kept = torch.tensor([len(units) for units in session.kept], dtype=torch.float64)
-        counts = torch.stack([s.sum().square() / s.square().sum() for s in scores]).double().cpu()
-        soft = kept.index_put((torch.tensor(session.targets),), counts)
+        spread = [s.sum().square() / s.square().sum() for s in scores]
         total = torch.zeros((), dtype=torch.float64)
-        for name, limit in session.limits.items():
-            dense = session.dense.of(name)
-            goal = limit / dense + (1 - limit / dense) * self._ramp(session)
-            total = total + (session.cost.soft(name, soft) / dense - goal).clamp_min(0)
+        for share, goal in session.soft_costs(spread, self._ramp(session)):
+            total = total + (share - goal).clamp_min(0)
         return (4.0 if self.weight is None else self.weight) * total.to(scores[0])
 
     def _ramp(self, session: Session[State]) -> float:
         """What of the way from the dense model to the budget is still to go."""
-        return (1 - min(1.0, session.step / max(1, round(self.ramp_share * session.steps)))) ** 3
+        return session.ramp(max(1, round(self.ramp_share * session.steps)))
 
     def measure_overhead(self, session: Session[State]) -> dict[str, float]:
         """What scoring costs while training: parameters, their bytes with Adam's, milliseconds per scoring."""
