@@ -229,10 +229,9 @@ def cut(
         return pruned.model, pruned.after["macs"] / pruned.before["macs"]
     from benchmarks import peers
 
-    step = 16 if round_to == "auto" else None
     model = peers.torch_pruning(
         copy.deepcopy(task.model), task.example, budget, importance=given["peer"], data=task.calibrate, every=50,
-        round_to=step,
+        round_to=round_to if round_to == "auto" else None,
     )  # fmt: skip
     measure_norms(model, task)
     dense, small = (Cost(analyze(m, task.example)).macs() for m in (task.model, model.eval()))

@@ -14,6 +14,7 @@ from torch.nn.utils import prune as torch_prune
 from torch.utils.flop_counter import FlopCounterMode
 
 from secateur import Budget
+from secateur.cost.multiples import AUTO, HARDWARE, hardware_of
 
 Data = Iterable[tuple[Tensor, Tensor]]
 
@@ -29,7 +30,7 @@ def torch_pruning(
     importance: str = "group-norm",
     data: Data | None = None,
     every: int = 10,
-    round_to: int | None = None,
+    round_to: int | str | None = None,
 ) -> nn.Module:
     """Torch-Pruning, global: step by step to the widths that first meet the budget.
 
@@ -38,7 +39,7 @@ def torch_pruning(
             layer alone; "taylor", first order.
         data: for "taylor".
         every: steps between two measurements of the gradients; in between they are cut with the weights.
-        round_to: widths are multiples of this.
+        round_to: widths are multiples of this; "auto": of what the hardware likes.
     """
     import torch_pruning as tp
 
@@ -49,6 +50,8 @@ def torch_pruning(
     }
     pruner_type = tp.pruner.GroupNormPruner if importance == "group-norm" else tp.pruner.BasePruner
     outputs = [m for m in model.modules() if isinstance(m, nn.Linear)][-1:]
+    if round_to == AUTO:
+        round_to = HARDWARE[hardware_of(model)].multiple
     model.eval()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # about its own use of torch

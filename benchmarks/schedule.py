@@ -33,7 +33,6 @@ CHANGES: dict[str, dict[str, Any]] = {
     "128 images per step, half the rate": {"batch_size": 128, "lr": 0.2},
     "512 images per step": {"batch_size": 512},
     "half the weight decay": {"weight_decay": 2.5e-4},
-    "float32": {"precision": "no"},
 }
 
 
@@ -47,6 +46,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--changes", nargs="+", choices=CHANGES, default=list(CHANGES))
     parser.add_argument("--model", default="resnet20")
+    parser.add_argument("--precision", choices=["no", "bf16"], default="no")
     parser.add_argument("--out", type=Path, help="write the table to this Markdown file")
     options = parser.parse_args()
     data = load_data("cifar10", options.data_dir)
@@ -71,19 +71,22 @@ def read(rows: Path) -> list[dict[str, Any]]:
 
 
 def same(row: dict[str, Any], options: argparse.Namespace, change: str, seed: int) -> bool:
-    wanted = (options.model, options.epochs, change, seed)
-    return (row["model"], row["epochs"], row["change"], row["seed"]) == wanted
+    wanted = (options.model, options.epochs, options.precision, change, seed)
+    return (row["model"], row["epochs"], row["precision"], row["change"], row["seed"]) == wanted
 
 
 def run(options: argparse.Namespace, data: Dataset, change: str, seed: int) -> dict[str, Any]:
-    config = SCHEDULES["cpu"].make_config(epochs=options.epochs, seed=seed, **CHANGES[change])
+    given = {"epochs": options.epochs, "precision": options.precision, "seed": seed} | CHANGES[change]
+    config = SCHEDULES["cpu"].make_config(**given)
     model = fresh_model(options.model, len(data.classes), 3, seed)
-    folder = options.runs / f"{options.model} {options.epochs} {list(CHANGES).index(change)} {seed}"
+    kind = f"{options.model} {options.epochs} {options.precision}"
+    folder = options.runs / f"{kind} {list(CHANGES).index(change)} {seed}"
     started = time.process_time()
     result = fit(model, data, config, folder, resume=True)
     return {
         "model": options.model,
         "epochs": options.epochs,
+        "precision": options.precision,
         "change": change,
         "seed": seed,
         "accuracy": result.accuracy,
@@ -93,7 +96,8 @@ def run(options: argparse.Namespace, data: Dataset, change: str, seed: int) -> d
 
 
 def page(rows: list[dict[str, Any]], options: argparse.Namespace) -> str:
-    rows = [row for row in rows if (row["model"], row["epochs"]) == (options.model, options.epochs)]
+    kind = (options.model, options.epochs, options.precision)
+    rows = [row for row in rows if (row["model"], row["epochs"], row["precision"]) == kind]
     base = {row["seed"]: row["accuracy"] for row in rows if row["change"] == "the schedule itself"}
     lines = []
     for change in CHANGES:
@@ -110,7 +114,7 @@ def page(rows: list[dict[str, Any]], options: argparse.Namespace) -> str:
             "# The schedule for CPUs",
             "",
             f"`python benchmarks/schedule.py RUNS --data-dir DATA --model {options.model} --epochs {options.epochs} "
-            f"--seeds {' '.join(map(str, options.seeds))}`",
+            f"--precision {options.precision} --seeds {' '.join(map(str, options.seeds))}`",
             "",
             f"{options.model} on CIFAR-10, all 50,000 images, {options.epochs} epochs of the schedule `cpu`, once as",
             "it is and once with each change; accuracy on the 10,000 test images. *Difference* is paired by seed.",

@@ -11,8 +11,9 @@ import pytest
 from secateur.compare.advice import recommend
 from secateur.compare.figures import draw_fronts, draw_widths, list_arms
 from secateur.compare.page import render_page, write_page
-from secateur.compare.statistics import rank_arms
+from secateur.compare.statistics import list_at_equal_time, rank_arms
 from secateur.compare.tables import format_markdown, write_tables
+from secateur.compare.words import format_percentage
 from secateur.report import LatencyPair
 from secateur.report.svg import number
 from tests.report.browser import Browser, browser, missing
@@ -100,12 +101,19 @@ def test_page_and_table_say_the_same(written: Path):
     told = results()
     text, page = (written / "table.md").read_text(), Page((written / "index.html").read_text())
     found, table = recommend(told.outcomes), rank_arms(told.outcomes)
-    cells = [[cell.strip() for cell in row[4:6]] for row in page.rows]
+    rows = [[cell.strip() for cell in row] for row in page.rows]
+    cells = [row[4:6] for row in rows]
     assert len(found) == 3
     for one in found:
         assert one.text in text
         assert one.text in page.text
-    assert text.count("\n| ") == 1 + len(table)
+    times, arms = list_at_equal_time(told.outcomes)
+    assert text.count("\n| ") == 1 + len(table) + 1 + len(arms)
+    assert len(times) == 3
+    for arm, accuracies in arms.items():
+        said = [format_percentage(accuracy) for accuracy in accuracies]
+        assert f"| {arm} | {' | '.join(said)} |" in text
+        assert [arm, *said] in rows
     assert "torch.nn.utils.prune, global magnitude: weights are masked" in text
     for row in table:
         shares = [row.kept["macs"], row.kept["params"]]
@@ -158,8 +166,8 @@ def test_a_browser_shows_it_offline(window: Browser, example, width: int, scheme
 @pytest.mark.slow
 def test_one_can_sort_and_hide(window: Browser, written: Path):
     window.open(written / "index.html", 1400)
-    window.run("document.querySelectorAll('table.standings th')[4].querySelector('button').click()")
-    rows = "[...document.querySelector('table.standings').tBodies[0].rows]"
+    window.run("document.querySelectorAll('#table table.standings th')[4].querySelector('button').click()")
+    rows = "[...document.querySelector('#table table.standings').tBodies[0].rows]"
     column = f"return {rows}.map(row => +row.cells[4].dataset.value)"
     values = window.run(column)
     assert values == sorted(values, reverse=True)

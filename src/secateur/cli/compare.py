@@ -14,7 +14,7 @@ from secateur.runs.config import Task
 
 RECIPES = "the recipe's"
 OF_TASK = ["model", "weights", "data", "data_dir", "train_images", "test_images"]
-OF_COMPARISON = ["schedule", "tune_lr", "lr_shape", "precision", "compile"]
+OF_COMPARISON = ["schedule", "tune_lr", "lr_shape", "precision", "compile", "latency_runtime"]
 
 
 @command(
@@ -42,6 +42,7 @@ OF_COMPARISON = ["schedule", "tune_lr", "lr_shape", "precision", "compile"]
             "tune_lr": f"{RECIPES}, else the schedule's",
             "lr_shape": f"{RECIPES}, else the schedule's",
             "precision": f"{RECIPES}, else no",
+            "latency_runtime": f"{RECIPES}, else pytorch",
         },
     ),
     flag(

@@ -37,7 +37,7 @@ def examine() -> dict[str, Any]:
 
     import torch
 
-    from secateur.cost.latency import device_name
+    from secateur.cost.latency import computes_bfloat16, device_name
     from secateur.runs.task import device
 
     def version_of(package: str) -> str:
@@ -55,18 +55,9 @@ def examine() -> dict[str, Any]:
         "CPU": f"{os.cpu_count()} cores, vector instructions {vectors}",
         "threads": f"{torch.get_num_threads()} by PyTorch, OMP_NUM_THREADS {threads}",
         "bfloat16": "computed by the processor"
-        if _has_bfloat16(home)
+        if computes_bfloat16(home)
         else "emulated: --precision bf16 will be slow",
         "oneDNN": "used" if torch._C._has_mkldnn else "missing: convolutions on CPUs will be slow",
         "C++ compiler": shutil.which("c++") or shutil.which("g++") or "none: --compile will not work on CPUs",
         "free disk": f"{shutil.disk_usage('.').free / 2**30:.1f} GiB in the working folder",
     }
-
-
-def _has_bfloat16(home: Any) -> bool:
-    import torch
-
-    if home.type == "cuda":
-        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
-    check = getattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", None)
-    return bool(check and check())

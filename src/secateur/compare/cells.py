@@ -3,20 +3,24 @@
 import traceback
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
+from importlib.metadata import version
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
+from torch import Tensor, nn
 
 from secateur.compare.recipe import Arm, Comparison
 from secateur.compare.results import Outcome
 from secateur.compare.words import DENSE, MEASURES, plain_name
-from secateur.cost.latency import compare_pair
+from secateur.cost.latency import Runner, compare_pair, device_name
 from secateur.errors import SecateurError
+from secateur.export import export_onnx, onnx_runner
 from secateur.files import atomic_write
 from secateur.methods import method_named
 from secateur.recipes.train_config import TrainConfig
-from secateur.report import LatencyPair, Report, Width, current_versions
+from secateur.report import LatencyPair, Report, Width
 from secateur.runs.config import PruneConfig, Task, TrainRunConfig
 from secateur.runs.folder import RunFolder, SavedRun
 from secateur.runs.measure import measured_json, pair_of
@@ -180,7 +184,7 @@ def _run(config: PruneConfig | TrainRunConfig, where: Path, curves: Path) -> dic
     }
 
 
-def time_cell(cell: Cell, folder: Path, batch: int) -> LatencyPair | None:
+def time_cell(cell: Cell, folder: Path, comparison: Comparison) -> LatencyPair | None:
     """Latency of the dense network and of a finished cell's, side by side; kept in the cell's folder unless other work
     disturbed it.
 
@@ -189,9 +193,10 @@ def time_cell(cell: Cell, folder: Path, batch: int) -> LatencyPair | None:
     """
     where = folder / cell.folder
     run, saved = _open(cell, folder), SavedRun.read(where)
-    here, task = device(), cell.config.task
-    versions = current_versions(here)
-    how = f"{torch.get_num_threads()} threads, torch {versions['torch']}, {versions['device']}"
+    task, batch, outside = cell.config.task, comparison.latency_batch, comparison.latency_runtime != "pytorch"
+    here = torch.device("cpu") if outside else device()
+    library = f"onnxruntime {version('onnxruntime')}" if outside else f"torch {torch.__version__}"
+    how = f"{torch.get_num_threads()} threads, {library}, {device_name(here)}"
     name = f"latency at batch {batch}, {how}"
     if name in run.known:
         return pair_of(run.known[name])
@@ -201,10 +206,16 @@ def time_cell(cell: Cell, folder: Path, batch: int) -> LatencyPair | None:
     except SecateurError:
         return None
     images = torch.randn(batch, *saved.input_shape, generator=torch.Generator().manual_seed(0)).to(here)
-    pair = compare_pair(dense.to(here), small.to(here), images)
+    runs = [_in_onnxruntime(m, images) if outside else m.to(here) for m in (dense, small)]
+    pair = compare_pair(*runs, images)
     if pair.steady:
         run.once(name, lambda: measured_json(pair))
     return pair
+
+
+def _in_onnxruntime(model: nn.Module, images: Tensor) -> Runner:
+    with TemporaryDirectory() as home:
+        return onnx_runner(export_onnx(model, images, Path(home, "model.onnx")).path, torch.get_num_threads())
 
 
 def _kept(report: Report) -> dict[str, float]:

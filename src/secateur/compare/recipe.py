@@ -78,7 +78,7 @@ class Comparison:
         "how the learning rate goes", default=None, panel=DATA, metavar="NAME", shown="the schedule's"
     )
     precision: Literal["no", "bf16"] = option(
-        "precision of the training, float32 or bfloat16 where that is safe",
+        "precision of the training, float32 or bfloat16 where that is safe; `secateur doctor` says if it is fast",
         default="no",
         panel=RUN,
         metavar="NAME",
@@ -87,6 +87,12 @@ class Comparison:
         "run the steps in which no method prunes through torch.compile", default=False, panel=RUN
     )
     latency_batch: int = option("images per pass where latency is measured", default=1, least=1)
+    latency_runtime: Literal["pytorch", "onnxruntime"] = option(
+        "what runs the networks where latency is measured; onnxruntime runs them on the CPU",
+        default="pytorch",
+        panel=RUN,
+        metavar="NAME",
+    )
 
     def check(self) -> None:
         """Raise SecateurError for what options must be to one another."""

@@ -59,7 +59,7 @@ def compare(
     for n, cell in enumerate(cells):
         pair = None
         try:
-            pair = None if outcomes[n].error else time_cell(cell, folder, comparison.latency_batch)
+            pair = None if outcomes[n].error else time_cell(cell, folder, comparison)
         except Exception as error:  # the page must not be lost for one network
             tell(f"{cell.name}: latency could not be measured ({type(error).__name__}: {error})")
         found.append(replace(outcomes[n], latency=pair))

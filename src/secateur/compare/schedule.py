@@ -54,7 +54,7 @@ SCHEDULES = {
     "tiny": Schedule("for trying things out: 1,000 images, 2 epochs", 1000, 2, 2, batch_size=50),
     "short": Schedule("for CPUs: 12,800 images, 10 epochs of 100 steps", 12_800, 10, 5, test_every=5),
     "cpu": Schedule(
-        "for two CPU cores: all images, 24 epochs in bfloat16, smaller images at first, tested at the end",
+        "for two CPU cores: all images, 24 epochs, smaller images at first, tested at the end",
         None,
         24,
         12,
@@ -62,7 +62,7 @@ SCHEDULES = {
         tune_lr=0.04,
         batch_size=256,
         test_every=24,
-        more={"precision": "bf16", "initial_size": 0.5, "alternate_flips": True, "ema": 0.998},
+        more={"initial_size": 0.5, "alternate_flips": True, "ema": 0.998},
     ),
     "standard": Schedule("for one GPU: all images, 40 epochs", None, 40, 20),
     "paper": Schedule(

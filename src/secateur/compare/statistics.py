@@ -126,6 +126,32 @@ def find_dense_latency(outcomes: Sequence[Outcome]) -> float | None:
     return statistics.median(found) if found else None
 
 
+def list_at_equal_time(outcomes: Sequence[Outcome]) -> tuple[list[float], dict[str, list[float | None]]]:
+    """How accurate each arm is at the same latencies: between two of its budgets, on the line that joins them.
+
+    Budgets cost arms different times, by which a row per budget says little about who is ahead on the clock.
+
+    Returns:
+        milliseconds, the median of all arms at each budget, and by arm its accuracy at each, the best arm at the first
+        latency first; None where the arm is not measured both above and below. Nothing where no arm has two budgets.
+    """
+    at: dict[str, list[float]] = {}
+    lines: dict[str, list[tuple[float, float]]] = {}
+    for row in rank_arms(outcomes):
+        if row.budget and row.latency_ms is not None and row.accuracy is not None:
+            at.setdefault(row.budget, []).append(row.latency_ms)
+            lines.setdefault(row.arm, []).append((row.latency_ms, row.accuracy))
+    lines = {arm: sorted(points) for arm, points in lines.items() if len(points) > 1}
+    times = [statistics.median(found) for found in at.values()] if lines else []
+    found = {arm: [_between(points, time) for time in times] for arm, points in lines.items()}
+    return times, dict(sorted(found.items(), key=lambda line: [-(accuracy or 0) for accuracy in line[1]]))
+
+
+def _between(points: Sequence[tuple[float, float]], x: float) -> float | None:
+    xs, ys = zip(*points, strict=True)
+    return float(np.interp(x, xs, ys)) if xs[0] <= x <= xs[-1] else None
+
+
 def describe_disturbed(outcomes: Sequence[Outcome]) -> str:
     """What to say about measurements that other work disturbed; empty if there are none."""
     found = [o.latency for o in outcomes if o.latency]

@@ -11,6 +11,7 @@ from secateur.compare.results import Outcome, Results
 from secateur.compare.statistics import (
     describe_disturbed,
     find_dense_accuracies,
+    list_at_equal_time,
     mean_of,
     rank_arms,
     spread_of,
@@ -28,6 +29,12 @@ MASKS = (
 )
 
 
+EQUAL_TIME = (
+    "Accuracy in % at equal latency, between two budgets on the line that joins them; – where an arm was not measured "
+    "both faster and slower."
+)
+
+
 def format_markdown(results: Results) -> str:
     """The table of a comparison, with what follows from it."""
     outcomes, dense = results.outcomes, find_dense_accuracies(results.outcomes)
@@ -41,6 +48,11 @@ def format_markdown(results: Results) -> str:
         lines.append(f"- **At most {one.budget}:** {one.text}")
     if any(o.masked for o in outcomes):
         lines += ["", MASKS]
+    times, arms = list_at_equal_time(outcomes)
+    if arms:
+        lines += ["", EQUAL_TIME, "", _row("accuracy at", *(f"{time:.3g} ms" for time in times))]
+        lines += ["|---" * (1 + len(times)) + "|"]
+        lines += [_row(arm, *map(format_percentage, found)) for arm, found in arms.items()]
     lines += [
         "",
         _row("budget", "arm", *(f"{label} kept" for label in MEASURES.values()), *_HEADINGS),

@@ -299,12 +299,24 @@ def _clock(
 
 
 def device_name(device: torch.device | str) -> str:
-    """The name of a processor or GPU as people know it, for example "NVIDIA H100" or "AMD EPYC 9654"."""
+    """The name of a GPU as people know it, or of a processor with its vector instructions: "AMD EPYC (AVX512)"."""
     device = torch.device(device)
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     if device.type != "cpu":
         return device.type
+    return f"{_processor()} ({torch.backends.cpu.get_cpu_capability()})"
+
+
+def computes_bfloat16(device: torch.device) -> bool:
+    """Whether a device has instructions for bfloat16; a processor that has none emulates it, ten times as slowly."""
+    if device.type == "cuda":
+        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
+    check = getattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", None)
+    return bool(device.type != "cpu" or (check and check()))
+
+
+def _processor() -> str:
     with contextlib.suppress(OSError):  # the file exists on Linux only
         for line in Path("/proc/cpuinfo").read_text().splitlines():
             if line.startswith("model name"):

@@ -1,7 +1,7 @@
 """Widths that hardware likes: kernels take channels in blocks, so widths in between cost as much as the next multiple.
 
-On one thread of an AVX-512 processor half the MACs of MobileNetV2 make onnxruntime 1.0 times as fast with widths as
-they fall, 1.8 times with multiples of 8, and 1.9 times with multiples of 16. The table is fixed, not measured at run
+On one thread half the MACs of MobileNetV2 make onnxruntime 1.0 times as fast with widths as they fall; 1.8 times with
+multiples of 8 and 1.9 times with multiples of 16 on AVX-512, 1.9 times with multiples of 8 on AVX2. The table is fixed, not measured at run
 time: a clock that other work disturbs would give two runs of one command different networks.
 """
 
@@ -41,7 +41,7 @@ HARDWARE = {
     "arm": Hardware(8, "ARM"),  # two registers of 4 floats, or one of 8 halves
     "gpu": Hardware(8, "GPU"),  # tensor cores at half precision
 }
-"""By name. Measured on AVX-512 only; the other numbers are those that vendors and runtimes ask for."""
+"""By name. Measured on AVX-512 and AVX2; the other numbers are those that vendors and runtimes ask for."""
 
 ROUND_TO = (AUTO, *HARDWARE)
 """Names that options `round_to` take beside a number."""
