@@ -11,7 +11,7 @@ import pytest
 from secateur.compare.advice import recommend
 from secateur.compare.figures import draw_fronts, draw_widths, list_arms
 from secateur.compare.page import render_page, write_page
-from secateur.compare.statistics import list_at_equal_time, rank_arms
+from secateur.compare.statistics import list_within_latencies, rank_arms
 from secateur.compare.tables import format_markdown, write_tables
 from secateur.compare.words import format_percentage
 from secateur.report import LatencyPair
@@ -107,7 +107,7 @@ def test_page_and_table_say_the_same(written: Path):
     for one in found:
         assert one.text in text
         assert one.text in page.text
-    times, arms = list_at_equal_time(told.outcomes)
+    times, arms = list_within_latencies(told.outcomes)
     assert text.count("\n| ") == 1 + len(table) + 1 + len(arms)
     assert len(times) == 3
     for arm, accuracies in arms.items():

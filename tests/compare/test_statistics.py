@@ -5,7 +5,7 @@ import pytest
 
 from secateur.compare.advice import recommend
 from secateur.compare.figures import draw_widths
-from secateur.compare.statistics import find_margin, list_at_equal_time, rank_arms
+from secateur.compare.statistics import find_margin, list_within_latencies, rank_arms
 from secateur.report import LatencyPair, Width
 from tests.report.examples import latency
 
@@ -48,7 +48,7 @@ def test_differences_may_be_to_another_arm_at_the_same_budget():
     assert {row.against for row in found if row.arm == "a"} == {""}
 
 
-def test_at_equal_time_an_arm_is_on_the_line_between_its_budgets():
+def test_within_a_latency_an_arm_is_on_the_line_between_its_budgets():
     found = []
     for arm, share, ms, accuracy in (
         ("a", 0.7, 1.5, 0.9), ("a", 0.5, 1.0, 0.8), ("a", 0.3, 0.5, 0.5),
@@ -57,10 +57,10 @@ def test_at_equal_time_an_arm_is_on_the_line_between_its_budgets():
     ):  # fmt: skip
         budget = {"macs": share}
         found.append(outcome(arm, 0, accuracy, budget=budget, macs=share, latency=timed(ms)))
-    times, arms = list_at_equal_time(found)
+    times, arms = list_within_latencies(found)
     assert times == pytest.approx([1.6, 1.1, 0.6])
-    assert list(arms) == ["b", "a"]  # one budget makes no line
-    assert arms["a"] == [None, pytest.approx(0.82), pytest.approx(0.56)]
+    assert list(arms) == ["a", "b"]  # one budget makes no line
+    assert arms["a"] == pytest.approx([0.9, 0.82, 0.56])
     assert arms["b"] == [pytest.approx(0.78), pytest.approx(0.68), None]
 
 

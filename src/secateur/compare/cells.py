@@ -206,8 +206,8 @@ def time_cell(cell: Cell, folder: Path, comparison: Comparison) -> LatencyPair |
     except SecateurError:
         return None
     images = torch.randn(batch, *saved.input_shape, generator=torch.Generator().manual_seed(0)).to(here)
-    runs = [_in_onnxruntime(m, images) if outside else m.to(here) for m in (dense, small)]
-    pair = compare_pair(*runs, images)
+    before, after = (_in_onnxruntime(m, images) if outside else m.to(here) for m in (dense, small))
+    pair = compare_pair(before, after, images)
     if pair.steady:
         run.once(name, lambda: measured_json(pair))
     return pair

@@ -9,10 +9,10 @@ from secateur.compare.results import Results
 from secateur.compare.statistics import (
     describe_disturbed,
     find_dense_accuracies,
-    list_at_equal_time,
+    list_within_latencies,
     rank_arms,
 )
-from secateur.compare.tables import EQUAL_TIME, MASKS
+from secateur.compare.tables import MASKS, WITHIN
 from secateur.compare.words import MEASURES, format_milliseconds, format_percentage
 from secateur.files import atomic_write
 from secateur.report.html import fill_template
@@ -42,8 +42,8 @@ def render_page(results: Results) -> str:
         advice={one.budget: one for one in recommend(outcomes)},
         budgets={line.budget: [row for row in table if row.budget == line.budget] for line in table},
         dense=statistics.mean(dense.values()) if dense else None,
-        at_equal_time=list_at_equal_time(outcomes),
-        equal_time=EQUAL_TIME,
+        within=list_within_latencies(outcomes),
+        within_says=WITHIN,
         timed=timed.after if timed else None,
         disturbed=describe_disturbed(outcomes),
         masked=MASKS if any(o.masked for o in outcomes) else "",

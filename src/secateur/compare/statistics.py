@@ -126,14 +126,17 @@ def find_dense_latency(outcomes: Sequence[Outcome]) -> float | None:
     return statistics.median(found) if found else None
 
 
-def list_at_equal_time(outcomes: Sequence[Outcome]) -> tuple[list[float], dict[str, list[float | None]]]:
-    """How accurate each arm is at the same latencies: between two of its budgets, on the line that joins them.
+def list_within_latencies(
+    outcomes: Sequence[Outcome],
+) -> tuple[list[float], dict[str, list[float | None]]]:
+    """How accurate each arm is within the same latencies.
 
-    Budgets cost arms different times, by which a row per budget says little about who is ahead on the clock.
+    Equal MACs are not equal time, so a row per budget does not say who is ahead on the clock. Between two of its
+    budgets an arm is on the line that joins them; a latency above all of them is met by the largest.
 
     Returns:
-        milliseconds, the median of all arms at each budget, and by arm its accuracy at each, the best arm at the first
-        latency first; None where the arm is not measured both above and below. Nothing where no arm has two budgets.
+        milliseconds, the median of all arms at each budget; and by arm its accuracy within each, None where even its
+        smallest budget takes longer. Best arms first; those of one budget are left out.
     """
     at: dict[str, list[float]] = {}
     lines: dict[str, list[tuple[float, float]]] = {}
@@ -143,13 +146,13 @@ def list_at_equal_time(outcomes: Sequence[Outcome]) -> tuple[list[float], dict[s
             lines.setdefault(row.arm, []).append((row.latency_ms, row.accuracy))
     lines = {arm: sorted(points) for arm, points in lines.items() if len(points) > 1}
     times = [statistics.median(found) for found in at.values()] if lines else []
-    found = {arm: [_between(points, time) for time in times] for arm, points in lines.items()}
-    return times, dict(sorted(found.items(), key=lambda line: [-(accuracy or 0) for accuracy in line[1]]))
+    found = {arm: [_within(points, time) for time in times] for arm, points in lines.items()}
+    return times, dict(sorted(found.items(), key=lambda line: -sum(filter(None, line[1]))))
 
 
-def _between(points: Sequence[tuple[float, float]], x: float) -> float | None:
-    xs, ys = zip(*points, strict=True)
-    return float(np.interp(x, xs, ys)) if xs[0] <= x <= xs[-1] else None
+def _within(points: Sequence[tuple[float, float]], latency: float) -> float | None:
+    times, accuracies = zip(*points, strict=True)
+    return float(np.interp(latency, times, accuracies)) if times[0] <= latency else None
 
 
 def describe_disturbed(outcomes: Sequence[Outcome]) -> str:

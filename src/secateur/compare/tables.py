@@ -11,7 +11,7 @@ from secateur.compare.results import Outcome, Results
 from secateur.compare.statistics import (
     describe_disturbed,
     find_dense_accuracies,
-    list_at_equal_time,
+    list_within_latencies,
     mean_of,
     rank_arms,
     spread_of,
@@ -29,9 +29,9 @@ MASKS = (
 )
 
 
-EQUAL_TIME = (
-    "Accuracy in % at equal latency, between two budgets on the line that joins them; – where an arm was not measured "
-    "both faster and slower."
+WITHIN = (
+    "Accuracy in % within a latency, between two budgets on the line that joins them; – where even the smallest budget "
+    "takes longer."
 )
 
 
@@ -48,9 +48,9 @@ def format_markdown(results: Results) -> str:
         lines.append(f"- **At most {one.budget}:** {one.text}")
     if any(o.masked for o in outcomes):
         lines += ["", MASKS]
-    times, arms = list_at_equal_time(outcomes)
+    times, arms = list_within_latencies(outcomes)
     if arms:
-        lines += ["", EQUAL_TIME, "", _row("accuracy at", *(f"{time:.3g} ms" for time in times))]
+        lines += ["", WITHIN, "", _row("within", *(f"{time:.3g} ms" for time in times))]
         lines += ["|---" * (1 + len(times)) + "|"]
         lines += [_row(arm, *map(format_percentage, found)) for arm, found in arms.items()]
     lines += [

@@ -1,8 +1,8 @@
 """Widths that hardware likes: kernels take channels in blocks, so widths in between cost as much as the next multiple.
 
 On one thread half the MACs of MobileNetV2 make onnxruntime 1.0 times as fast with widths as they fall; 1.8 times with
-multiples of 8 and 1.9 times with multiples of 16 on AVX-512, 1.9 times with multiples of 8 on AVX2. The table is fixed, not measured at run
-time: a clock that other work disturbs would give two runs of one command different networks.
+multiples of 8 and 1.9 times with multiples of 16 on AVX-512, 1.9 times with multiples of 8 on AVX2. The table is fixed,
+not measured at run time: a clock that other work disturbs would give two runs of one command different networks.
 """
 
 import math
