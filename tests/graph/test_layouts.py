@@ -83,6 +83,8 @@ CASES = {
     "index of an image": (chain(lambda y, m: y[:, :, ORDER][..., [0, 3]], 6), {"a": 6}, set()),
     "index of channels": (chain(lambda y, m: y[:, [4, 2, 0]], 3), {}, {"channels are picked by an index"}),
     "index select": (chain(lambda y, m: y.index_select(2, m.order), 6, order=ORDER), {"a": 6}, set()),
+    "index select of channels": (chain(lambda y, m: y.index_select(1, m.few), 4, few=ORDER[[0, 1, 3, 4]]), {"c": 4},
+                                 {"channels are picked by an index"}),
     "gather": (chain(lambda y, m: y.gather(2, m.order.view(1, 1, 8, 1).expand(len(y), 1, 8, 8)), 1, order=ORDER),
                {}, {"channels are picked by an index"}),
     "gather by copies of an index": (chain(lambda y, m: y.gather(2, m.order.view(1, 1, 8, 1).expand_as(y)), 6,

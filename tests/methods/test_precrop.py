@@ -1,14 +1,17 @@
 """PreCropping, PreConfig, and the arms they are compared with."""
 
 import copy
+from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
 
+import secateur as sc
 from secateur import Budget, Cost, analyze, prune
 from secateur.engine.method import Context
 from secateur.errors import BudgetError, SecateurError
+from secateur.export import export_onnx
 from secateur.graph import Graph
 from secateur.methods.at_init import draw_filters, draw_weights
 from secateur.methods.precrop import PreConfig, PreCrop
@@ -20,6 +23,7 @@ from secateur.recipes.models.resnet import CifarResNet
 from secateur.recipes.models.shufflenet import CifarShuffleNetV2
 from secateur.recipes.models.vgg import CifarVGG16
 from secateur.scores.at_init import WEIGHT_SCORES
+from secateur.surgery.part import Part
 from tests.oracles import counted_macs, counted_params
 
 X = torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(0))
@@ -119,6 +123,41 @@ def test_every_kind_of_block_changes_its_widths(family: str, method: str) -> Non
     loss = pruned.model.train()(x).square().mean()
     loss.backward()
     assert all(torch.isfinite(p.grad).all() for p in pruned.model.parameters() if p.grad is not None)
+
+
+@pytest.mark.parametrize("family", ["resnet", "mobilenet", "grouped"])
+def test_layers_read_and_write_the_first_channels_of_a_stream(family: str, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model, x = FAMILIES[family](), torch.randn(2, 3, 16, 16)
+    pruned = prune(model, x, budget=Budget(macs=0.4), method="precrop", streams="part", round_to=1)
+    assert pruned.proof.ok
+    assert counted_macs(pruned.model, x) == pruned.after["macs"] <= 0.4 * pruned.before["macs"]
+    assert counted_params(pruned.model) == pruned.after["params"]
+    parts = [m for m in pruned.model.modules() if isinstance(m, Part)]
+    assert {part.side for part in parts} == {"reads", "writes"}
+    assert all(part.index.equal(torch.arange(len(part.index))) for part in parts)
+    written = next(part for part in parts if part.stream and len(part.index) < part.stream)
+    seen: list[torch.Tensor] = []
+    written.register_forward_hook(lambda _, __, y: seen.append(y))
+    answer = pruned.model.eval()(x)
+    assert seen[0].shape[1] == written.stream
+    assert not seen[0][:, len(written.index) :].any()
+    assert seen[0][:, : len(written.index)].any()
+    sc.save(pruned.model, tmp_path / "m.safetensors")
+    again = sc.load(FAMILIES[family](), tmp_path / "m.safetensors")
+    assert torch.equal(again.eval()(x), answer)
+    assert export_onnx(again, x, tmp_path / "m.onnx").static_because is None
+
+
+def test_given_densities_are_of_the_layers_as_the_model_names_them() -> None:
+    layers = ["layer2.0.conv1", "layer2.0.conv2"]
+    torch.manual_seed(0)
+    how = PreCrop(densities=dict.fromkeys(layers, 0.25), streams="part", round_to=1)
+    pruned = how.prune(CifarResNet(2, "B"), X, None, Context())
+    conv = pruned.model.layer2[0].conv1.layer
+    assert (conv.in_channels, conv.out_channels) == (8, 16)
+    assert pruned.model.layer2[0].conv2.out_channels == 16
+    assert pruned.model.layer3[1].conv1.layer.in_channels == 64
 
 
 def test_the_gates_of_squeeze_excitation_are_no_residual_stream() -> None:
@@ -285,6 +324,16 @@ def test_mistakes_say_what_to_do(resnet8: nn.Module) -> None:
         prune(resnet8, X, budget=Budget(macs=0.5), method="precrop", densities="best")
     with pytest.raises(SecateurError, match="keep, shared"):
         prune(resnet8, X, budget=Budget(macs=0.5), method="precrop", streams="crop")
+    with pytest.raises(BudgetError, match="knows no growth; choose 'keep'"):
+        prune(resnet8, X, budget=Budget(macs=0.5), method="preconfig", streams="part")
+    with pytest.raises(BudgetError, match="no layer reads or writes a residual stream"):
+        prune(
+            FAMILIES["vgg"](),
+            torch.randn(2, 3, 32, 32),
+            budget=Budget(macs=0.5),
+            method="precrop",
+            streams="part",
+        )
     with pytest.raises(BudgetError, match="no growth"):
         prune(resnet8, X, budget=Budget(macs=0.5), method="preconfig", densities="erk")
     with pytest.raises(BudgetError, match="no budget"):

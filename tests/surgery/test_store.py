@@ -210,6 +210,30 @@ def test_a_hostile_index_is_refused(tmp_path: Path) -> None:
     assert [name for name, _ in model.named_modules()] == names
 
 
+@pytest.mark.parametrize(
+    ("parts", "message"),
+    [
+        ({"block1.conv1": {"side": "eats"}}, "unknown side of a stream 'eats'"),
+        ({"block1.conv1": {}}, "unknown side of a stream 'None'"),
+        ({"block1": {"side": "reads"}}, "a TinyBlock that reads a part"),
+        ({"block1.bn1": {"side": "reads"}}, "a BatchNorm2d that reads a part"),
+        ({"nowhere": {"side": "reads"}}, "nowhere: no layer of this name"),
+        ({"": {"side": "reads"}}, "the model: no layer of this name"),
+        ({"block1.conv1": {"side": "writes"}, "block1.conv2": {"side": "reads"}}, "is missing"),
+    ],
+)
+def test_hostile_parts_are_refused(parts: dict[str, object], message: str, tmp_path: Path) -> None:
+    sc.save(build_model("resnet8", in_channels=1), tmp_path / "m.safetensors")
+    tensors, metadata = read_tensors(tmp_path / "m.safetensors")
+    changed = json.loads(metadata["recipe"]) | {"parts": parts}
+    write_tensors(tmp_path / "h.safetensors", tensors, metadata | {"recipe": json.dumps(changed)})
+    model = build_model("resnet8", in_channels=1)
+    names = [name for name, _ in model.named_modules()]
+    with pytest.raises(FileError, match=message):
+        sc.load(model, tmp_path / "h.safetensors")
+    assert [name for name, _ in model.named_modules()] == names
+
+
 def test_numbers_below_zero_that_are_named_like_widths_are_left_alone(tmp_path: Path) -> None:
     class Head(nn.Sequential):
         def __init__(self) -> None:

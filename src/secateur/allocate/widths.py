@@ -18,7 +18,7 @@ from secateur.graph import Axis, Graph
 
 RULES = {
     "fit": "least squares over all layers that a group touches",
-    "sqrt": "the layers that produce a group, the square root of their density where both sides shrink",
+    "sqrt": "layers that produce a group, or else read it: the square root of their density where both sides shrink",
 }
 """How densities become shares of groups -> one line for lists of choices."""
 
@@ -97,7 +97,7 @@ class Widths:
         producers = [{m.module for m in g.members if m.role == "out"} - gates for g in self.graph.groups]
         producers = [names - set(grouped) or names for names in producers]
         first = {self.graph.macs[0].name}
-        own = [len(names) == 1 or self.leader[g] != g for g, names in enumerate(producers)]
+        own = [len(names) < 2 or self.leader[g] != g for g, names in enumerate(producers)]
         if all(own):
             return []
         return [g for g, names in enumerate(producers) if not own[g] or names == first]
@@ -157,7 +157,7 @@ def fit_shares(
     Raises:
         BudgetError: unknown rule.
     Source: Cai et al. 2022, arXiv:2203.02549, crops both sides of a layer by the root of its density.
-    Differs: a reconstruction; streams are kept whole or cropped as one, never added to in part.
+    Differs: a reconstruction.
     """
     if rule not in RULES:
         raise BudgetError(unknown("rule", rule, RULES))
@@ -195,7 +195,7 @@ def fit_shares(
         made = np.array([[_produces(widths, i, g) for g in free] for i in range(len(layers))]).reshape(
             slopes.shape
         )
-        voice = voice * (made if made.any() else 1.0)
+        voice = voice * np.where(made.any(0), made, True)
     heard = voice.sum(0)
     alone = np.where(heard > 0, (voice * ask[:, None]).sum(0) / np.maximum(heard, 1e-300), 1.0)
     x = alone.copy()

@@ -415,7 +415,7 @@ def build(
             units, each = index.shape
             axes[axis] = Axis(axes[axis].base - units * each, (*axes[axis].parts, (len(groups), each)))
         producers = [member.module for member in members if member.role == "out"]
-        name = producers[0] if producers else members[0].module
+        name = next((module for module in (*producers, *(m.module for m in members)) if module), "")
         copies = sum(group.name.partition("#")[0] == name for group in groups)
         groups.append(Group(f"{name}#{copies + 1}" if copies else name, units, members))
 

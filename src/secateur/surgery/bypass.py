@@ -72,6 +72,11 @@ class Bypass(nn.Module):
         nn.init.constant_(self.side_norm.weight, start)
         self.register_buffer("index", torch.arange(width, device=weight.device) if form == "full" else None)
 
+    @property
+    def channels(self) -> int:
+        """Of the output of a full bypass."""
+        return self.side.out_channels
+
     def forward(self, x: Tensor) -> Tensor:
         """(n, c, h, w) to what the convolution and its norm would return, with the side added."""
         main, side = self.norm(self.conv(x)), self.side_norm(self.side(x))

@@ -33,6 +33,7 @@ from secateur.surgery.absent import Absent, replace_
 from secateur.surgery.bypass import SIDES, Bypass, add_bypass_, remove_bypass_
 from secateur.surgery.cut import renew_
 from secateur.surgery.edit import Edit
+from secateur.surgery.part import Part, add_parts_, remove_parts_
 
 FORMAT = "1"
 MOST_OTHERS = 8
@@ -76,6 +77,9 @@ def save(model: nn.Module, path: str | Path) -> None:
             name: {"norm": module.norm_name, "side": module.kind}
             for name, module in model.named_modules()
             if isinstance(module, Bypass) and module.form == "full"
+        },
+        "parts": {
+            name: {"side": module.side} for name, module in model.named_modules() if isinstance(module, Part)
         },
     }
     stored: dict[str, Tensor] = {}
@@ -130,6 +134,12 @@ def load(model: nn.Module, path: str | Path) -> nn.Module:
         add_bypass_(model, layers, "full", kinds.pop())  # type: ignore[arg-type]  # it knows which there are
     except ModelError as error:
         raise _misfit(path, model, [str(error)]) from None
+    sides = {name: str(entry.get("side")) for name, entry in recipe["parts"].items()}
+    try:
+        add_parts_(model, sides)
+    except ModelError as error:
+        remove_bypass_(model, layers)
+        raise _misfit(path, model, [str(error)]) from None
     blocks = Edit(model)
     try:
         _leave_out(blocks, model, path, recipe["absent"])
@@ -137,6 +147,7 @@ def load(model: nn.Module, path: str | Path) -> nn.Module:
         return _load(model, path, tensors, recipe)
     except FileError:
         blocks.undo()
+        remove_parts_(model, sides)
         remove_bypass_(model, layers)
         raise
 
@@ -172,10 +183,10 @@ def _load(
         elif here.dtype != there.dtype:
             problems.append(f"{name} is {there.dtype}, the model's is {here.dtype}")
     for name, module in model.named_modules():
-        if isinstance(module, Bypass) and f"{name}.index" in tensors:
+        if isinstance(module, Bypass | Part) and f"{name}.index" in tensors:
             index = tensors[f"{name}.index"].tolist()
-            if index != sorted(set(index)) or not all(0 <= i < module.side.out_channels for i in index):
-                problems.append(f"{name}.index must hold distinct, ascending channels of the bypass")
+            if index != sorted(set(index)) or not all(0 <= i < module.channels for i in index):
+                problems.append(f"{name}.index must hold distinct, ascending channels of the layer")
     allowed = shape_attributes(model)
     for module, values in recipe["attributes"].items():
         for attribute, value in values.items():
@@ -290,7 +301,7 @@ def shape_attributes(model: nn.Module) -> dict[str, dict[str, int | tuple[int, .
 
 
 def _recipe(path: str | Path, metadata: dict[str, str]) -> dict[str, dict[str, Any]]:
-    """Attributes, programs and bypasses by module, and shapes of tensors that are stored without their zeros."""
+    """Attributes, programs, bypasses and parts by module, and shapes of tensors that are stored without their zeros."""
     if metadata.get("format") != FORMAT or "recipe" not in metadata:
         raise FileError(
             f"{path}: not a model saved by Secateur (format {metadata.get('format')!r}, expected {FORMAT!r}). "
@@ -298,7 +309,7 @@ def _recipe(path: str | Path, metadata: dict[str, str]) -> dict[str, dict[str, A
         )
     try:
         read = json.loads(metadata["recipe"])
-        optional = {key: read.get(key, {}) for key in ("rewritten", "absent", "bypasses", "sparse")}
+        optional = {key: read.get(key, {}) for key in ("rewritten", "absent", "bypasses", "parts", "sparse")}
         recipe = {"attributes": read["attributes"], **optional}
         for key, part in recipe.items():
             if not isinstance(part, dict):

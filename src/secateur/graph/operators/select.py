@@ -159,7 +159,8 @@ def index(site: Site) -> Result:
         return gather(site, keep)
     factors = site.restrict(x, keep, PICKED)
     if site.op == "aten.index_select":
-        return site.value(factors)
+        entries = labels.axis(site["index"], 0, unit=True)
+        return site.value([*factors, along(entries, indexed[0], rank)])
     new = [None] * (len(site.shape) - len(keep))
     together = indexed == list(range(indexed[0], indexed[-1] + 1))
     front = indexed[0] if together else 0

@@ -1,6 +1,6 @@
 """PreCropping and PreConfig: widths before training, from densities; then one training of a dense, smaller network."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any, ClassVar, TypeAlias
 
@@ -11,8 +11,8 @@ from secateur.cost import Budget, Cost
 from secateur.engine.describe import layer_facts
 from secateur.engine.method import Context
 from secateur.engine.pruned import Pruned, cut_and_prove
-from secateur.errors import CutError
-from secateur.graph import Inputs
+from secateur.errors import BudgetError, CutError
+from secateur.graph import Inputs, analyze
 from secateur.graph.duplicate import duplicate
 from secateur.imports import imported
 from secateur.methods.precrop.design import Design, WidthMethod, design, limits_of
@@ -20,6 +20,7 @@ from secateur.methods.precrop.reset import reset_
 from secateur.methods.precrop.widen import widen_
 from secateur.plan import Plan
 from secateur.settings import option, settings
+from secateur.surgery.part import add_parts_, can_part, find_parts
 
 Initialise: TypeAlias = str | Callable[[nn.Module], Any]
 
@@ -36,7 +37,7 @@ class PreCrop(WidthMethod):
         CutError: the model's forward cannot run at other widths, or the result is not equal.
     Source: Cai et al. 2022, arXiv:2203.02549 (PreCropping) and its later versions (PreCrop).
     Differs: a reconstruction, see docs/precrop.md. Units that stay are spread evenly over a group rather than the
-    first; fresh weights make this the same network.
+        first, but for streams="part"; fresh weights make this the same network.
     """
 
     name: ClassVar[str] = "precrop"
@@ -47,10 +48,31 @@ class PreCrop(WidthMethod):
     )
 
     def prune(self, model: nn.Module, inputs: Inputs, budget: Budget | None, context: Context) -> Pruned:
-        graph = context.graph or self.analyze(model, inputs)
-        found = design(model, inputs, graph, limits_of(graph, budget, self), self, context)
+        how = self
+        if self.streams == "part":
+            model, how = self._in_parts(model, inputs)
+            context = replace(context, graph=None)
+        graph = context.graph or how.analyze(model, inputs)
+        found = design(model, inputs, graph, limits_of(graph, budget, how), how, context)
         origin = self.record() | found.multiples.record(graph) | {"budget": budget.given if budget else {}}
-        return build(model, found, self, self.initialise, origin)
+        return build(model, found, how, self.initialise, origin)
+
+    def _in_parts(self, model: nn.Module, inputs: Inputs) -> tuple[nn.Module, "PreCrop"]:
+        """A copy whose layers can read and write parts of streams, and options that name them as it does."""
+        found = find_parts(analyze(model, inputs, freeze=self.freeze, scope=self.scope, granularity="both"))
+        layers = dict(model.named_modules())
+        sides = {name: side for name, side in found.items() if can_part(layers[name], side)}
+        if not sides:
+            raise BudgetError("streams='part': no layer reads or writes a residual stream; choose 'keep'")
+        copy = duplicate(model)
+        add_parts_(copy, sides)
+
+        def named(values: Mapping[str, float]) -> dict[str, float]:
+            return {f"{name}.layer" if name in sides else name: value for name, value in values.items()}
+
+        densities = self.densities if isinstance(self.densities, str) else named(self.densities)
+        latency = self.latency and (named(self.latency[0]), self.latency[1])
+        return copy, replace(self, densities=densities, latency=latency)
 
 
 @settings
@@ -76,6 +98,13 @@ class PreConfig(WidthMethod):
         "draws the weights of the network in place", default=None, custom=True
     )
 
+    def check(self) -> None:
+        super().check()
+        if self.streams == "part":
+            raise BudgetError(
+                "preconfig: streams is 'part', which knows no growth; choose 'keep' or 'shared'"
+            )
+
     def prune(self, model: nn.Module, inputs: Inputs, budget: Budget, context: Context) -> Pruned:
         graph = context.graph or self.analyze(model, inputs)
         cost = Cost(graph)
@@ -100,7 +129,8 @@ def build(
             raise CutError(
                 f"{type(model).__name__}: channels are tied otherwise once it is wider. Allow no growth (cap=1)."
             )
-    masks = [spread(group.units, widths[group.name]) for group in graph.groups]
+    choose = first if how.streams == "part" else spread
+    masks = [choose(group.units, widths[group.name]) for group in graph.groups]
     plan = Plan.of(graph, masks, origin | {"widths": widths, "densities": found.densities})
     pruned = cut_and_prove(whole, graph, plan, [mask.float() for mask in masks], seed=how.seed)
     if {m: pruned.after[m] for m in found.after} != found.after:
@@ -116,6 +146,15 @@ def build(
         initialise(pruned.model)
     facts = {**pruned.facts, **layer_facts(found.graph, model, pruned.model)}
     return replace(pruned, before=found.before, after=found.after, facts=facts)
+
+
+def first(units: int, kept: int) -> Tensor:
+    """Mask of the first `kept` of `units` units: what layers read and write of a stream, they share.
+
+    >>> first(6, 3).tolist()
+    [True, True, True, False, False, False]
+    """
+    return torch.arange(units) < kept
 
 
 def spread(units: int, kept: int) -> Tensor:

@@ -43,6 +43,7 @@ DENSITIES = (
 STREAMS = {
     "keep": "residual streams keep their width",
     "shared": "each stream shrinks by one factor, the mean of what its layers ask for",
+    "part": "streams keep their width, and layers read and write the first channels of them (precrop only)",
 }
 """What happens to residual streams -> one line for lists of choices."""
 
