@@ -669,6 +669,8 @@ def test_a_second_run_is_refused_before_any_work(pruned: Path, run: Run) -> None
 def test_overwrite_replaces_a_run_and_nothing_else(tmp_path: Path, run: Run) -> None:
     out = tmp_path / "run"
     assert run(*PRUNE, "--epochs", 1, "--train-images", 100, "--out", out).code == 0
+    assert report_of(out)["method"] == "precrop"  # what auto takes for fresh weights that are to be trained
+    assert json.loads((out / "config.json").read_text())["settings"]["finetune"]["lr"] == 0.1
     first = snapshot(out)
     (out / "notes.txt").write_text("mine")
     (out / "tensorboard" / "mine").mkdir()

@@ -8,7 +8,7 @@ import pytest
 
 from secateur import save
 from secateur.errors import SecateurError
-from secateur.methods import RD, Auto, OneShot, choose, method_named
+from secateur.methods import RD, Auto, OneShot, PreCrop, choose, method_named
 from secateur.runs.config import PruneConfig, Task
 from secateur.runs.pipeline import prune_run
 from secateur.runs.task import fresh_model
@@ -37,6 +37,15 @@ def test_otherwise_scores_of_weights_do(change: dict[str, Any], reason: str):
     choice = choose(**{"auto": Auto()} | ENOUGH | change)
     assert isinstance(choice.method, OneShot)
     assert reason in choice.why
+
+
+def test_before_a_training_fresh_weights_are_given_other_widths():
+    fresh = ENOUGH | {"trained": False, "training": True}
+    assert choose(Auto(), **fresh).method == PreCrop()
+    assert choose(Auto(options={"streams": "shared"}), **fresh).method == PreCrop(streams="shared")
+    assert choose(Auto(), **fresh | {"bounds": ["macs", "params"]}).method == PreCrop()
+    assert isinstance(choose(Auto(), **fresh | {"bounds": ["activations"]}).method, OneShot)
+    assert isinstance(choose(Auto(options={"score": "l1"}), **fresh).method, OneShot)
 
 
 def test_options_and_frozen_modules_reach_the_chosen_method():

@@ -107,7 +107,7 @@ def config_of(given: Given) -> tuple[PruneConfig, RunSettings]:
 
     given.setdefault("method", Auto.name)
     when = method_named(given["method"], options).when
-    training = _training(given, scratch=when != "after" and task.weights is None, seed=task.seed)
+    training = _training(given, scratch=task.weights is None, seed=task.seed)
     config: PruneConfig = given.make(
         PruneConfig,
         task=task,

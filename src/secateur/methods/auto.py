@@ -8,8 +8,13 @@ from secateur.engine.method import Method
 from secateur.errors import SecateurError
 from secateur.measures import MEASURES
 from secateur.methods.oneshot import OneShot
+from secateur.methods.precrop import PreCrop
 from secateur.methods.rd import RD
 from secateur.settings import option, options_of, settings
+
+
+CROPPED = {"macs", "params", "latency_ms"}
+"""What precrop takes as bounds of a budget; milliseconds become MACs."""
 
 
 @settings
@@ -22,7 +27,7 @@ class Auto(Method):
     options: Mapping[str, Any] = option("options that the method must take", default={})
 
     def check(self) -> None:
-        able = [method for method in (OneShot, RD) if set(self.options) <= set(options_of(method))]
+        able = [method for method in (OneShot, RD, PreCrop) if set(self.options) <= set(options_of(method))]
         if not able:
             strange = next(name for name in self.options if name not in options_of(OneShot))
             raise SecateurError(
@@ -41,7 +46,7 @@ class Selection:
 
 
 def choose(auto: Auto, *, bounds: Collection[str], trained: bool, data: bool, training: bool) -> Selection:
-    """Choose a method for a budget: rd for trained weights and one bound, else oneshot.
+    """Choose a method for a budget: rd for trained weights and one bound, precrop before a training, else oneshot.
 
     rd also needs data, and takes not every option that oneshot has. Where there are trained weights and data, oneshot
     solves the remaining weights again. Right after the cut it is ahead of every score at
@@ -49,15 +54,25 @@ def choose(auto: Auto, *, bounds: Collection[str], trained: bool, data: bool, tr
     on ShuffleNetV2; Gate Decorator is level on ShuffleNetV2 down to half the MACs, far behind at less, and behind on
     ResNet-20 (docs/results/compare.md). So `training` only decides when rd protects residual streams.
 
+    Fresh weights say nothing about filters. What trains the dense network for half of the time and then cuts it is
+    behind narrower networks that train all of it, and LAPP is level with these at a higher price
+    (docs/results/lapp.md); of such networks precrop's are level with uniform ones or ahead (docs/results/precrop.md).
+
     Args:
         auto: with options that the method must take.
         bounds: measures that the budget bounds.
-        trained: whether the weights are.
+        trained: whether the weights are; if not, and they are trained afterwards, they may be drawn again.
         data: whether there are images to measure on.
         training: whether the cut model is trained afterwards.
     Raises:
         SecateurError: neither of them takes the options.
     """
+    given = {"freeze": auto.freeze, "scope": auto.scope, **auto.options}
+    if training and not trained and set(bounds) <= CROPPED and set(auto.options) <= set(options_of(PreCrop)):
+        return Selection(
+            PreCrop.of(given),
+            "Method auto chose precrop: the weights are fresh, so the network is made narrower before its training.",
+        )
     strange = sorted(set(auto.options) - set(options_of(RD)))
     against = (
         ("the weights are not trained", not trained),
@@ -66,7 +81,6 @@ def choose(auto: Auto, *, bounds: Collection[str], trained: bool, data: bool, tr
         ("the budget bounds a peak, and rd needs a sum over layers", any(MEASURES[b].peak for b in bounds)),
         (f"rd takes no {', '.join(strange)}", bool(strange)),
     )
-    given = {"freeze": auto.freeze, "scope": auto.scope, **auto.options}
     for reason, holds in against:
         if holds:
             if not (trained and data):

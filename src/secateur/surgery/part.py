@@ -138,7 +138,9 @@ def _channels(layer: nn.Module, side: str) -> tuple[int, int]:
     if side not in SIDES:
         raise ModelError(unknown("side of a stream", side, SIDES))
     reads = side == "reads"
-    if isinstance(layer, nn.Linear) and not isinstance(layer, NonDynamicallyQuantizableLinear):  # never called
+    if isinstance(layer, nn.Linear) and not isinstance(
+        layer, NonDynamicallyQuantizableLinear
+    ):  # never called
         return -1, layer.in_features if reads else layer.out_features
     if isinstance(layer, _ConvNd) and layer.groups == 1:
         return 1, layer.in_channels if reads else layer.out_channels
