@@ -12,7 +12,6 @@ from secateur.methods.precrop import PreCrop
 from secateur.methods.rd import RD
 from secateur.settings import option, options_of, settings
 
-
 CROPPED = {"macs", "params", "latency_ms"}
 """What precrop takes as bounds of a budget; milliseconds become MACs."""
 
