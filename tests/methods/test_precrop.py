@@ -324,8 +324,9 @@ def test_mistakes_say_what_to_do(resnet8: nn.Module) -> None:
         prune(resnet8, X, budget=Budget(macs=0.5), method="precrop", densities="best")
     with pytest.raises(SecateurError, match="keep, shared"):
         prune(resnet8, X, budget=Budget(macs=0.5), method="precrop", streams="crop")
-    with pytest.raises(BudgetError, match="knows no growth; choose 'keep'"):
-        prune(resnet8, X, budget=Budget(macs=0.5), method="preconfig", streams="part")
+    for method in ("preconfig", "random-weights", "random-filters"):
+        with pytest.raises(BudgetError, match="which only precrop takes"):
+            prune(resnet8, X, budget=Budget(macs=0.5), method=method, streams="part")
     with pytest.raises(BudgetError, match="no layer reads or writes a residual stream"):
         prune(
             FAMILIES["vgg"](),

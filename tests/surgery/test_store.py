@@ -189,13 +189,18 @@ def test_a_bypass_is_rebuilt(kind: Side, tmp_path: Path) -> None:
     ],
 )
 def test_a_hostile_bypass_is_refused(recipe: dict[str, object], message: str, tmp_path: Path) -> None:
-    tensors, metadata = read_tensors(bypassed(tmp_path))
-    changed = json.loads(metadata["recipe"]) | {"bypasses": recipe}
-    write_tensors(tmp_path / "h.safetensors", tensors, metadata | {"recipe": json.dumps(changed)})
+    is_refused(bypassed(tmp_path), {"bypasses": recipe}, message)
+
+
+def is_refused(file: Path, change: dict[str, object], message: str) -> None:
+    """A file of a ResNet-8 with another recipe is not loaded, and the model stays as it is."""
+    tensors, metadata = read_tensors(file)
+    changed = metadata | {"recipe": json.dumps(json.loads(metadata["recipe"]) | change)}
+    write_tensors(file.with_name("h.safetensors"), tensors, changed)
     model = build_model("resnet8", in_channels=1)
     names = [name for name, _ in model.named_modules()]
     with pytest.raises(FileError, match=message):
-        sc.load(model, tmp_path / "h.safetensors")
+        sc.load(model, file.with_name("h.safetensors"))
     assert [name for name, _ in model.named_modules()] == names
 
 
@@ -224,14 +229,7 @@ def test_a_hostile_index_is_refused(tmp_path: Path) -> None:
 )
 def test_hostile_parts_are_refused(parts: dict[str, object], message: str, tmp_path: Path) -> None:
     sc.save(build_model("resnet8", in_channels=1), tmp_path / "m.safetensors")
-    tensors, metadata = read_tensors(tmp_path / "m.safetensors")
-    changed = json.loads(metadata["recipe"]) | {"parts": parts}
-    write_tensors(tmp_path / "h.safetensors", tensors, metadata | {"recipe": json.dumps(changed)})
-    model = build_model("resnet8", in_channels=1)
-    names = [name for name, _ in model.named_modules()]
-    with pytest.raises(FileError, match=message):
-        sc.load(model, tmp_path / "h.safetensors")
-    assert [name for name, _ in model.named_modules()] == names
+    is_refused(tmp_path / "m.safetensors", {"parts": parts}, message)
 
 
 def test_numbers_below_zero_that_are_named_like_widths_are_left_alone(tmp_path: Path) -> None:

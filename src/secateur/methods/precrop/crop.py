@@ -42,6 +42,7 @@ class PreCrop(WidthMethod):
 
     name: ClassVar[str] = "precrop"
     summary: ClassVar[str] = "choose narrower widths before training, and draw fresh weights"
+    takes_parts: ClassVar[bool] = True
 
     initialise: Initialise | None = option(
         "draws the weights of the narrow model in place", default=None, custom=True
@@ -97,13 +98,6 @@ class PreConfig(WidthMethod):
     initialise: Initialise | None = option(
         "draws the weights of the network in place", default=None, custom=True
     )
-
-    def check(self) -> None:
-        super().check()
-        if self.streams == "part":
-            raise BudgetError(
-                "preconfig: streams is 'part', which knows no growth; choose 'keep' or 'shared'"
-            )
 
     def prune(self, model: nn.Module, inputs: Inputs, budget: Budget, context: Context) -> Pruned:
         graph = context.graph or self.analyze(model, inputs)

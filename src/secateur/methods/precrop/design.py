@@ -57,6 +57,8 @@ class WidthMethod(Method):
     """Base class for methods that choose how dense layers are before training."""
 
     when: ClassVar[When] = "before"
+    takes_parts: ClassVar[bool] = False
+    """Whether `streams="part"` is for it."""
 
     densities: str | Mapping[str, float] = option(
         "where densities come from; or a density per layer, where layers left out have no say",
@@ -76,6 +78,8 @@ class WidthMethod(Method):
     seed: int = option("of what is drawn at random", default=0, least=0)
 
     def check(self) -> None:
+        if self.streams == "part" and not self.takes_parts:
+            raise BudgetError(f"{self.name}: streams is 'part', which only precrop takes; choose another")
         if isinstance(self.densities, str) and self.densities != "optimal" and (self.cap > 1 or self.latency):
             raise BudgetError(
                 f"densities={self.densities!r} knows no growth and no latency; choose densities='optimal'"
