@@ -1,4 +1,4 @@
-"""A picture of a comparison for a page or a paper: accuracy over the MACs or parameters that are kept.
+"""A picture of a comparison for a page or a paper: accuracy over latency, or the MACs or parameters that are kept.
 
     pip install '.[benchmark]'
     python benchmarks/front.py runs/compare/table.csv --out front.svg --arms l2 rd
@@ -19,32 +19,40 @@ matplotlib.use("svg")
 from matplotlib import pyplot
 
 COLORS = ("#159a9c", "#e2703a", "#7a6fd0", "#c94f7c", "#5b9a3c", "#b58a1b")
-TITLES = {"macs": "MACs kept, %", "params": "parameters kept, %"}
+TITLES = {"macs": "MACs kept, %", "params": "parameters kept, %", "latency": "latency, ms"}
 
 Line = list[tuple[float, float, float]]
 
 
 def lines_of(path: Path, cost: str) -> tuple[dict[str, Line], float | None]:
-    """Accuracies: arm -> (cost, mean, standard deviation) per budget, in per cent; and the dense network's.
+    """Accuracies in per cent: arm -> (cost, mean, standard deviation) per budget; and the dense network's.
 
-    That is the one trained beside the others, or the one they started from.
+    That is the one trained beside the others, or the one they started from. A latency is a share of the dense network's
+    beside it, times the median of that; other costs are in per cent.
     """
     costs, accuracies, start, dense = defaultdict(list), defaultdict(list), [], []
     with path.open(newline="", encoding="utf-8") as file:
-        for row in csv.DictReader(file):
-            if row["accuracy_dense"]:
-                start.append(100 * float(row["accuracy_dense"]))
-            if not row["accuracy"]:
-                continue
-            if not row["budget"]:
-                dense.append(100 * float(row["accuracy"]))
-                continue
-            bounds = (bound.split() for bound in row["budget"].split(", "))
-            if any(float(row[measure]) > float(share) + 1e-6 for measure, share in bounds):
-                continue
-            key = (row["arm"], row["budget"])
+        rows = list(csv.DictReader(file))
+    if cost == "latency":
+        rows = [row for row in rows if row["latency_ms"] or not row["budget"]]
+        clock = statistics.median(float(row["latency_dense_ms"]) for row in rows if row["latency_dense_ms"])
+    for row in rows:
+        if row["accuracy_dense"]:
+            start.append(100 * float(row["accuracy_dense"]))
+        if not row["accuracy"]:
+            continue
+        if not row["budget"]:
+            dense.append(100 * float(row["accuracy"]))
+            continue
+        bounds = (bound.split() for bound in row["budget"].split(", "))
+        if any(float(row[measure]) > float(share) + 1e-6 for measure, share in bounds):
+            continue
+        key = (row["arm"], row["budget"])
+        if cost == "latency":
+            costs[key].append(clock * float(row["latency_ms"]) / float(row["latency_dense_ms"]))
+        else:
             costs[key].append(100 * float(row[cost]))
-            accuracies[key].append(100 * float(row["accuracy"]))
+        accuracies[key].append(100 * float(row["accuracy"]))
     lines: dict[str, Line] = defaultdict(list)
     for (arm, budget), found in accuracies.items():
         spread = statistics.stdev(found) if len(found) > 1 else 0.0

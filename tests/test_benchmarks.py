@@ -152,6 +152,8 @@ def test_arms_are_compared_in_pairs(run_script: Callable[[str, str], str], tmp_p
 def test_the_picture_shows_the_arms(run_script: Callable[[str, str], str], tmp_path: Path) -> None:
     pytest.importorskip("matplotlib", reason="install secateur[benchmark]")
     out = tmp_path / "front.svg"
+    run_script("front", f"{FOLDER.parent}/docs/results/compare.csv --out {out} --arms l2 rd --cost latency")
+    assert "latency, ms" in out.read_text()
     run_script("front", f"{FOLDER.parent}/docs/results/compare.csv --out {out} --arms l2 rd")
     assert {"l2", "rd", "dense"} <= set(re.findall(r">([^<>]+)</text>", out.read_text()))
 
