@@ -400,8 +400,13 @@ def build(
             arrays.append(atoms)
         return axis
 
+    def is_weighed(axes: Iterable[int]) -> bool:
+        """Whether a weight makes or reads the units, so that zeros in it can take them away; an index cannot."""
+        roles = {labels.roles[keys[axis]] for axis in axes if axis < len(keys)}
+        return not roles.isdisjoint(("out", "in"))
+
     mac_axes = [[axis_number(atoms) for atoms in item.axes] for item in labels.contractions]
-    able = collect(arrays, solution)
+    able = [unit_set for unit_set in collect(arrays, solution) if is_weighed(unit_set)]
     unit_sets = able if channels else []
     groups: list[Group] = []
     axes = [Axis(len(atoms)) for atoms in arrays]
@@ -415,7 +420,7 @@ def build(
             units, each = index.shape
             axes[axis] = Axis(axes[axis].base - units * each, (*axes[axis].parts, (len(groups), each)))
         producers = [member.module for member in members if member.role == "out"]
-        name = next((module for module in (*producers, *(m.module for m in members)) if module), "")
+        name = producers[0] if producers else members[0].module
         copies = sum(group.name.partition("#")[0] == name for group in groups)
         groups.append(Group(f"{name}#{copies + 1}" if copies else name, units, members))
 
