@@ -31,6 +31,29 @@ from tests.recipes.toy import (
 )
 
 
+def test_few_channels_are_planar_for_strided_1x1_convolutions_on_avx2(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In n h w c, PyTorch's backward pass of such a layer writes outside of its memory there."""
+    monkeypatch.setattr("torch.backends.cpu.get_cpu_capability", lambda: "AVX2")
+    model = nn.Sequential(
+        nn.Conv2d(3, 5, 1),
+        nn.Conv2d(5, 12, 1, stride=2),
+        nn.Conv2d(12, 3, 1, stride=2),
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+    )
+    seen: list[bool] = []
+    for layer in model[1:3]:
+        layer.register_forward_hook(
+            lambda _, args, __: seen.append(args[0].is_contiguous()) if args[0].shape[1] < 8 else None
+        )
+    fit(model, toy_data(), replace(CONFIG, epochs=1), tmp_path)
+    assert seen
+    assert all(seen)
+    assert not model[1]._forward_pre_hooks
+
+
 def test_it_learns_and_leaves_its_traces(tmp_path: Path) -> None:
     model = toy_model()
     result = fit(model, toy_data(), replace(CONFIG, epochs=8), tmp_path)
