@@ -6,7 +6,7 @@ from contextlib import contextmanager
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 
@@ -74,3 +74,24 @@ def forget_kept(model: nn.Module) -> None:
 def device_of(model: nn.Module) -> torch.device:
     """The device of the first tensor; the CPU, if there is none."""
     return next((tensor.device for tensor in model.state_dict().values()), torch.device("cpu"))
+
+
+@contextmanager
+def few_channels_planar(model: nn.Module) -> Iterator[None]:
+    """Inside the block, strided 1 × 1 convolutions of fewer than 8 channels read n c h w on a processor with AVX2.
+
+    In n h w c their backward pass writes outside of its memory there (PyTorch 2.14), and the process crashes.
+    """
+    strided = [m for m in model.modules() if isinstance(m, nn.Conv2d) and max(m.stride) > 1]
+    able = torch.backends.cpu.get_cpu_capability() == "AVX2"
+    handles = [layer.register_forward_pre_hook(_planar) for layer in strided] if able else []
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _planar(layer: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
+    few = isinstance(layer, nn.Conv2d) and layer.in_channels < 8 and max(layer.kernel_size) == 1
+    return (args[0].contiguous(), *args[1:]) if few and args and args[0].device.type == "cpu" else None

@@ -22,7 +22,7 @@ from secateur.engine.session import Session
 from secateur.errors import ModelError, TrainingError, first_line
 from secateur.files import remove_unfinished
 from secateur.graph.duplicate import duplicate
-from secateur.graph.modes import device_of, evaluating, modes_kept
+from secateur.graph.modes import device_of, evaluating, few_channels_planar, modes_kept
 from secateur.recipes.checkpoint import Epoch, State
 from secateur.recipes.data import Batches, Dataset, Split
 from secateur.recipes.parallel import WholeBatchNorm, add_gradients, end_group_at_exit, share_weights
@@ -500,22 +500,9 @@ def _measure(model: nn.Module, batches: Batches, classes: int) -> Tensor:
 def _lent(model: nn.Module, device: torch.device, channels_last: bool) -> Iterator[nn.Module]:
     """The model on another device; at the end back, in its modes and without gradients."""
     home = device_of(model)
-    small = channels_last and device.type == "cpu" and torch.backends.cpu.get_cpu_capability() == "AVX2"
-    strided = [m for m in model.modules() if isinstance(m, nn.Conv2d) and max(m.stride) > 1] if small else []
-    handles = [layer.register_forward_pre_hook(_planar) for layer in strided]
-    with modes_kept(model):
+    with modes_kept(model), few_channels_planar(model):
         try:
             model.to(device)
             yield model.to(memory_format=torch.channels_last) if channels_last else model
         finally:
-            for handle in handles:
-                handle.remove()
             model.to(home).zero_grad()
-
-
-def _planar(layer: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
-    """Few channels as n c h w for a strided 1 × 1 convolution, whose backward pass in n h w c writes outside of its
-    memory on AVX2 where there are fewer than 8 (PyTorch 2.14).
-    """
-    few = isinstance(layer, nn.Conv2d) and layer.in_channels < 8 and max(layer.kernel_size) == 1
-    return (args[0].contiguous(), *args[1:]) if few and args else None
