@@ -93,5 +93,11 @@ def few_channels_planar(model: nn.Module) -> Iterator[None]:
 
 
 def _planar(layer: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
-    few = isinstance(layer, nn.Conv2d) and layer.in_channels < 8 and max(layer.kernel_size) == 1
-    return (args[0].contiguous(), *args[1:]) if few and args and args[0].device.type == "cpu" else None
+    if not isinstance(layer, nn.Conv2d) or layer.in_channels >= 8 or max(layer.kernel_size) > 1:
+        return None
+    if not args or args[0].device.type != "cpu":
+        return None
+    weight = layer.weight
+    if weight.stride(-1) != 1:  # either of the two decides the layout
+        weight.data = weight.data.clone(memory_format=torch.contiguous_format)
+    return (args[0].contiguous(), *args[1:])
