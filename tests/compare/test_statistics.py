@@ -64,6 +64,16 @@ def test_within_a_latency_an_arm_is_on_the_line_between_its_budgets():
     assert arms["b"] == [pytest.approx(0.78), pytest.approx(0.68), None]
 
 
+def test_within_a_latency_a_network_that_is_slower_and_worse_is_not_taken():
+    found = [
+        outcome("a", 0, accuracy, budget={"macs": share}, macs=share, latency=timed(ms))
+        for share, ms, accuracy in ((0.7, 2.0, 0.9), (0.5, 1.0, 0.8), (0.3, 1.5, 0.5))
+    ]
+    times, arms = list_within_latencies(found)
+    assert times == pytest.approx([2.0, 1.0, 1.5])
+    assert arms["a"] == pytest.approx([0.9, 0.8, 0.8])
+
+
 def test_the_largest_budget_comes_first_whichever_cells_there_are():
     found = [outcome("dense", 0, 0.9, budget={}, macs=1.0)]
     for arm, share in (("a", 0.3), ("a", 0.7), ("b", 0.5), ("b", 0.3)):

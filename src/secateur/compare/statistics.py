@@ -152,7 +152,8 @@ def list_within_latencies(
 
 def _within(points: Sequence[tuple[float, float]], latency: float) -> float | None:
     times, accuracies = zip(*points, strict=True)
-    return float(np.interp(latency, times, accuracies)) if times[0] <= latency else None
+    best = np.maximum.accumulate(accuracies)  # a network that is slower and worse than another is not taken
+    return float(np.interp(latency, times, best)) if times[0] <= latency else None
 
 
 def describe_disturbed(outcomes: Sequence[Outcome]) -> str:
