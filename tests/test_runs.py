@@ -598,7 +598,7 @@ def test_fine_tuning_that_harms_is_undone(tmp_path: Path) -> None:
         task=replace(TASK, train_images=400),
         budget={"macs": 0.9},
         train=TrainConfig(epochs=4, batch_size=32, lr=0.1, schedule="one-cycle"),
-        finetune=TrainConfig.finetune(1, batch_size=32, lr=20.0, warmup_epochs=0.0),
+        finetune=TrainConfig.finetune(1, batch_size=32, lr=2.0, warmup_epochs=0.0),
     )
     out = tmp_path / "better"
     report = prune_run(config, out)
