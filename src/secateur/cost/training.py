@@ -18,6 +18,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from secateur.cost.latency import device_name
 from secateur.errors import SecateurError
 from secateur.graph.duplicate import duplicate
+from secateur.graph.modes import few_channels_planar
 
 Holding = Callable[[nn.Module], AbstractContextManager[Any]]
 """model -> what its training runs in, such as `WeightPlan.holding`."""
@@ -77,7 +78,7 @@ def compare_training(
     for name, model in models.items():
         present = torch.cuda.memory_allocated(device) if device.type == "cuda" else 0
         step = _Step(duplicate(model).train(), batch, loss)
-        with held[name](step.model):
+        with held[name](step.model), few_channels_planar(step.model):
             for _ in range(warmup):
                 step()
             with FlopCounterMode(display=False, custom_mapping=RULES) as counter:
@@ -86,7 +87,8 @@ def compare_training(
         runs[name] = step
     for _ in range(steps):
         for name, step in runs.items():
-            with held[name](step.model):  # only while it is its turn: what holds masks may see all optimizers
+            # masks are held only while it is its turn: what holds them may see all optimizers
+            with held[name](step.model), few_channels_planar(step.model):
                 _wait(device)
                 start = time.perf_counter()
                 step()

@@ -14,7 +14,6 @@ from secateur.cost.training import Holding, TrainingCost, compare_training
 from secateur.errors import ExportError
 from secateur.export import export_onnx, export_program, onnx_runner
 from secateur.graph.duplicate import duplicate
-from secateur.graph.modes import few_channels_planar
 from secateur.methods.latency import Clock, here
 from secateur.recipes.data import Batches, Dataset
 from secateur.recipes.train_config import TrainConfig
@@ -151,10 +150,9 @@ def measure_training(
             name: duplicate(model).to(device=home, memory_format=layout)  # type: ignore[call-overload]
             for name, model in (("dense", dense), ("small", small))
         }
-        with few_channels_planar(models["dense"]), few_channels_planar(models["small"]):
-            found = compare_training(
-                models, next(iter(batches)), holding={"small": holding} if holding else {}, steps=3
-            )
+        found = compare_training(
+            models, next(iter(batches)), holding={"small": holding} if holding else {}, steps=3
+        )
         return [asdict(found[name]) for name in ("dense", "small")]
 
     if "training cost" not in folder.known:

@@ -138,9 +138,10 @@ def _channels(layer: nn.Module, side: str) -> tuple[int, int]:
     if side not in SIDES:
         raise ModelError(unknown("side of a stream", side, SIDES))
     reads = side == "reads"
-    if isinstance(layer, nn.Linear) and not isinstance(
+    called = not isinstance(
         layer, NonDynamicallyQuantizableLinear
-    ):  # never called
+    )  # torch's attention only reads its weights
+    if isinstance(layer, nn.Linear) and called:
         return -1, layer.in_features if reads else layer.out_features
     if isinstance(layer, _ConvNd) and layer.groups == 1:
         return 1, layer.in_channels if reads else layer.out_channels
