@@ -14,7 +14,7 @@ from secateur.runs.config import Task
 
 RECIPES = "the recipe's"
 OF_TASK = ["model", "weights", "data", "data_dir", "train_images", "test_images"]
-OF_COMPARISON = ["schedule", "tune_lr", "lr_shape", "precision", "compile", "latency_runtime"]
+OF_COMPARISON = ["schedule", "epochs", "tune_lr", "lr_shape", "precision", "compile", "latency_runtime"]
 
 
 @command(
@@ -39,6 +39,7 @@ OF_COMPARISON = ["schedule", "tune_lr", "lr_shape", "precision", "compile", "lat
         only=OF_COMPARISON,
         shown={
             "schedule": f"{RECIPES}, else short",
+            "epochs": f"{RECIPES}, else the schedule's",
             "tune_lr": f"{RECIPES}, else the schedule's",
             "lr_shape": f"{RECIPES}, else the schedule's",
             "precision": f"{RECIPES}, else no",

@@ -67,6 +67,13 @@ class Comparison:
         choices=SCHEDULES,
         panel=DATA,
     )
+    epochs: int | None = option(
+        "epochs of every training",
+        default=None,
+        least=1,
+        panel=DATA,
+        shown="the schedule's",
+    )
     tune_lr: float | None = option(
         "peak learning rate of training on from weights",
         default=None,
@@ -118,7 +125,12 @@ class Comparison:
     @property
     def plan(self) -> Schedule:
         """How all arms train."""
-        given: dict[str, Any] = {"tune_lr": self.tune_lr, "schedule": self.lr_shape}
+        given: dict[str, Any] = {
+            "epochs": self.epochs,
+            "tune_epochs": self.epochs,
+            "tune_lr": self.tune_lr,
+            "schedule": self.lr_shape,
+        }
         return replace(SCHEDULES[self.schedule], **{name: v for name, v in given.items() if v is not None})
 
     @classmethod
