@@ -28,10 +28,10 @@ CHANGES: dict[str, dict[str, Any]] = {
     "flips by chance": {"alternate_flips": False},
     "no moving average": {"ema": None},
     "label smoothing 0.1": {"label_smoothing": 0.1},
-    "half the peak rate": {"lr": 0.2},
-    "twice the peak rate": {"lr": 0.8},
-    "128 images per step, half the rate": {"batch_size": 128, "lr": 0.2},
-    "512 images per step": {"batch_size": 512},
+    "half the peak rate": {"lr": 0.1},
+    "twice the peak rate": {"lr": 0.4},
+    "64 images per step, half the rate": {"batch_size": 64, "lr": 0.1},
+    "256 images per step, twice the rate": {"batch_size": 256, "lr": 0.4},
     "half the weight decay": {"weight_decay": 2.5e-4},
 }
 

@@ -5,6 +5,7 @@ A tensor with many zeros is stored as its other values and one bit per place.
 
 import json
 from collections.abc import Mapping
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -130,26 +131,22 @@ def load(model: nn.Module, path: str | Path) -> nn.Module:
     kinds = {str(entry.get("side", SIDES[0])) for entry in recipe["bypasses"].values()} or {SIDES[0]}
     if len(kinds) > 1:
         raise _misfit(path, model, ["its bypasses are of several kinds"])
-    try:
-        add_bypass_(model, layers, "full", kinds.pop())  # type: ignore[arg-type]  # it knows which there are
-    except ModelError as error:
-        raise _misfit(path, model, [str(error)]) from None
     sides = {name: str(entry.get("side")) for name, entry in recipe["parts"].items()}
-    try:
-        add_parts_(model, sides)
-    except ModelError as error:
-        remove_bypass_(model, layers)
-        raise _misfit(path, model, [str(error)]) from None
     blocks = Edit(model)
-    try:
+    with ExitStack() as undo:
+        try:
+            add_bypass_(model, layers, "full", kinds.pop())  # type: ignore[arg-type]  # it knows which there are
+            undo.callback(remove_bypass_, model, layers)
+            add_parts_(model, sides)
+            undo.callback(remove_parts_, model, sides)
+        except ModelError as error:
+            raise _misfit(path, model, [str(error)]) from None
+        undo.callback(blocks.undo)
         _leave_out(blocks, model, path, recipe["absent"])
         blocks.apply()
-        return _load(model, path, tensors, recipe)
-    except FileError:
-        blocks.undo()
-        remove_parts_(model, sides)
-        remove_bypass_(model, layers)
-        raise
+        _load(model, path, tensors, recipe)
+        undo.pop_all()
+    return model
 
 
 def _leave_out(edit: Edit, model: nn.Module, path: str | Path, absent: dict[str, Any]) -> None:
@@ -165,7 +162,7 @@ def _leave_out(edit: Edit, model: nn.Module, path: str | Path, absent: dict[str,
 
 def _load(
     model: nn.Module, path: str | Path, tensors: dict[str, Tensor], recipe: dict[str, dict[str, Any]]
-) -> nn.Module:
+) -> None:
     own = dict(named_tensors(model))
     tensors = _densified(path, tensors, recipe["sparse"], own)
     problems, programs = _programs(model, recipe["rewritten"], tensors)
@@ -227,7 +224,6 @@ def _load(
     if wrong:
         edit.undo()
         raise _misfit(path, model, [f"attributes of {name} contradict its tensors" for name in wrong])
-    return model
 
 
 def _programs(
