@@ -8,7 +8,7 @@ Everything else is our choice, and an option.
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -18,7 +18,6 @@ from torch.optim import Optimizer
 
 from secateur.engine.decay import Decay
 from secateur.engine.gates import Gates, norms_after, own_groups, producers
-from secateur.engine.rescale import norms_kept
 from secateur.engine.session import Session
 from secateur.engine.state import PER_TARGET, UNSAVED
 from secateur.engine.training_method import TrainingMethod
@@ -127,7 +126,6 @@ class LAPP(TrainingMethod):
         least=1,
     )
     min_share: float = option("share of its units that every group keeps", default=0.05, least=0, below=1)
-    rescale: bool = option("after the cut, layers before batch norms get the norm of weights they had", default=False)
     removal: Decay = option("how units go", default=Decay())
 
     # --- the equations -------------------------------------------------------------------------------------
@@ -233,9 +231,7 @@ class LAPP(TrainingMethod):
             self.move_gates(session)
         if session.step == state.last and self.bypass != "shared":
             assert state.decided is not None
-            scaled = norms_kept(session.model, state.norms, session.optimizer, session.followers)
-            with scaled if self.rescale else nullcontext():
-                session.cut(state.decided)
+            session.cut(state.decided)
         self.refresh(session)
         if session.step % max(1, state.prune_steps // 100) == 0 or session.step == state.last:
             self._note(session)
