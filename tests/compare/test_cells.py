@@ -83,6 +83,9 @@ def test_methods_that_choose_widths_before_training_take_no_trained_weights(
     assert {
         (c.config.train.lr, c.config.train.schedule) for c in slower if isinstance(c.config, TrainRunConfig)
     } == {(0.001, "cosine")}
+    longer = list_cells(Comparison.read(path, weights=str(weights), epochs=7))
+    phases = [[c.config.train, getattr(c.config, "finetune", None)] for c in longer]
+    assert {sum(phase.epochs for phase in both if phase) for both in phases} == {7}
     assert {cell.arm for cell in cells} == {
         "dense", "precrop", "random weights", "uniform width", "l2, fine-tuned", "gradual"
     }  # fmt: skip
