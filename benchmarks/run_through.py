@@ -37,7 +37,7 @@ BATCHES = {32: 128, 224: 8}
 """Side of the images -> images per step."""
 
 OPTIONS: dict[str, dict[str, Any]] = {
-    "lapp": {"prune_share": 0.5},
+    "lapp": {"prune_share": 0.5, "bypass": "full"},
     "gate-decorator": {"ticks": 2, "ticks_per_tock": 2},
 }
 """Where the defaults need more than a few steps."""

@@ -18,7 +18,7 @@ ANY: dict[str, Any] = {"round_to": 1}
 """Widths as they fall."""
 
 WITH_LAYERS: dict[str, TrainingMethod] = {
-    "lapp, full bypass": LAPP(prune_share=0.6, **ANY),
+    "lapp, full bypass": LAPP(bypass="full", prune_share=0.6, **ANY),
     "lapp, shared bypass, decay": LAPP(bypass="shared", prune_share=0.6, removal=Decay(steps=3), **ANY),
 }
 """Forms that add layers to the model."""

@@ -130,6 +130,6 @@ def test_what_cannot_be(folder: Path) -> None:
     from tests.integrations.ultralytics_run import run
 
     with pytest.raises(TrainingError, match="adds layers, which Ultralytics cannot fuse; use bypass='none'"):
-        run(LAPP(prune_share=0.6), folder, "bypass")
+        run(LAPP(bypass="full", prune_share=0.6), folder, "bypass")
     with pytest.raises(TrainingError, match="limited by time"):
         run(METHODS["lapp, no bypass"], folder, "time", time=0.1)

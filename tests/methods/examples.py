@@ -88,7 +88,7 @@ def analyze_once(model: nn.Module, inputs: Inputs, *, freeze: Sequence[str] = ()
 
 
 def lapp(**options: Any) -> Make:
-    return start(LAPP, {"prune_share": 0.6, **options})
+    return start(LAPP, {"prune_share": 0.6, "bypass": "full", **options})
 
 
 def paam(**options: Any) -> Make:

@@ -1,6 +1,6 @@
 """Prune while a Hugging Face Trainer trains.
 
-trainer = Trainer(model, arguments, train_dataset=data, callbacks=[Prune("lapp", budget=0.5, bypass="none")])
+trainer = Trainer(model, arguments, train_dataset=data, callbacks=[Prune("lapp", budget=0.5)])
 trainer.train()
 """
 

@@ -1,6 +1,6 @@
 """Prune while a Lightning Trainer trains.
 
-trainer = Trainer(max_epochs=10, callbacks=[Prune("lapp", budget=0.5, bypass="none")])
+trainer = Trainer(max_epochs=10, callbacks=[Prune("lapp", budget=0.5)])
 trainer.fit(module, loader)
 """
 

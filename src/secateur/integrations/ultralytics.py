@@ -1,7 +1,7 @@
 """Prune while Ultralytics trains.
 
 model = YOLO("yolo11n.yaml")
-prune = Prune("lapp", budget=0.5, bypass="none").add_to(model)
+prune = Prune("lapp", budget=0.5).add_to(model)
 model.train(data="coco8.yaml", epochs=100)
 model.model = prune.pruned.model
 """

@@ -1,7 +1,7 @@
 """Papers and classics, one file or folder each: which units go, and when. `METHODS` is the table of them.
 
 A method is a frozen dataclass of options: `secateur.prune(model, inputs, budget=…, method=RD(levels=5), data=…)`, or,
-beside your own training loop, `LAPP(bypass="none").start(model, inputs, budget=…, steps=…)`.
+beside your own training loop, `LAPP().start(model, inputs, budget=…, steps=…)`.
 """
 
 import tempfile

@@ -79,8 +79,9 @@ class LAPP(TrainingMethod):
     The budget bounds MACs, parameters or both. Shares refer to the model without bypass, and the costs of a bypass that
     stays count.
 
-    `bypass`: "full" keeps each layer's output width, so that a layer may become narrow and residual sums need no
-    alignment; "shared" loses the channels its layer loses, and folds away at the end. Its `side` is "depthwise", one
+    `bypass`: "full", the paper's, keeps each layer's output width, so that a layer may become narrow and residual sums
+    need no alignment; it stays, and costs time. "shared" loses the channels its layer loses, and folds away at the end.
+    "none" is as accurate as either (docs/results/lapp.md). The bypass's `side` is "depthwise", one
     filter of the layer's size per output channel; or "pointwise", 1 × 1 in four groups, beside the layers whose
     padding keeps the image's size.
     `score`: "l2" norm of a unit's filter, "gamma", the size of its batch-norm scale, or "taylor", a moving average of
@@ -104,11 +105,11 @@ class LAPP(TrainingMethod):
 
     name, summary = "lapp", "learn a threshold per layer under a cost constraint, with a light bypass"
 
-    prune_share: float = option("share of the steps in which thresholds move", default=0.05, above=0, most=1)
+    prune_share: float = option("share of the steps in which thresholds move", default=0.1, above=0, most=1)
     wait_share: float = option(
         "share of the steps before, in which all units train", default=0.0, least=0, below=1
     )
-    bypass: Literal["full", "shared", "none"] = option("form of the bypass", default="full")
+    bypass: Literal["full", "shared", "none"] = option("form of the bypass", default="none")
     side: Side = option("what the bypass computes", default="depthwise")
     side_start: float = option("scale of its norm at the start; 0 disturbs nothing", default=0.0, least=0)
     score: Literal["l2", "gamma", "taylor"] = option("importance of a unit", default="l2")
