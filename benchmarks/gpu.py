@@ -98,7 +98,7 @@ PAPERS = (
         "lapp",
         "resnet20",
         {"macs": 0.403},
-        ("dense", "LAPP, no bypass, later", "uniform width", "LAPP, shared bypass", "LAPP, full bypass"),
+        ("dense", "LAPP, no bypass, at once", "uniform width", "LAPP, shared bypass", "LAPP, full bypass"),
     ),
     Paper(
         "PAAM",

@@ -54,7 +54,7 @@ def choose(auto: Auto, *, bounds: Collection[str], trained: bool, data: bool, tr
     ResNet-20 (docs/results/compare.md). So `training` only decides when rd protects residual streams.
 
     Fresh weights say nothing about filters. What trains the dense network for half of the time and then cuts it is
-    behind narrower networks that train all of it, and LAPP is level with these at a higher price
+    behind narrower networks that train all of it, and LAPP is not significantly ahead of these
     (docs/results/lapp.md); of such networks precrop's are level with uniform ones or ahead (docs/results/precrop.md).
 
     Args:
