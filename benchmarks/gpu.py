@@ -98,7 +98,14 @@ PAPERS = (
         "lapp",
         "resnet20",
         {"macs": 0.403},
-        ("dense", "LAPP, no bypass, at once", "uniform width", "LAPP, shared bypass", "LAPP, full bypass"),
+        (
+            "dense",
+            "LAPP, no bypass, at once",
+            "uniform width",
+            "LAPP, no bypass, later",
+            "LAPP, shared bypass",
+            "LAPP, full bypass",
+        ),
     ),
     Paper(
         "PAAM",
