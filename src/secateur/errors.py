@@ -72,10 +72,17 @@ def unknown(kind: str, name: str, choices: Iterable[str]) -> str:
     "unknown score 'l3'; choose one of: l1, taylor. Did you mean 'l1'?"
     >>> unknown("score", "norm", ["l1", "l2"])
     "unknown score 'norm'; choose one of: l1, l2"
+    >>> unknown("model", "resnet2O", ["resnet20", "resnet32"])
+    "unknown model 'resnet2O'; choose one of: resnet20, resnet32. Did you mean 'resnet20'?"
     """
-    choices = sorted(choices)
-    near = difflib.get_close_matches(name.lower(), choices, n=1, cutoff=0.5)
-    hint = f". Did you mean {near[0]!r}?" if near else ""
+    choices, said = sorted(choices), name.lower()
+
+    def likeness(choice: str) -> tuple[float, int]:
+        matcher = difflib.SequenceMatcher(None, choice, said)
+        return matcher.ratio(), matcher.find_longest_match().size
+
+    near = max(difflib.get_close_matches(said, choices, n=5, cutoff=0.5), key=likeness, default=None)
+    hint = f". Did you mean {near!r}?" if near else ""
     return f"unknown {kind} {name!r}; choose one of: {', '.join(choices)}{hint}"
 
 

@@ -281,8 +281,7 @@ def checked(
             try:
                 given_to = signature.bind(*args, **kwargs).arguments
             except TypeError as wrong:
-                names = ", ".join(name for name in signature.parameters if name != "self")
-                raise error(f"{function.__name__}: {wrong}; its arguments are: {names}") from None
+                raise error(f"{function.__name__}: {wrong}; {_arguments(signature)}") from None
             for name, value in given_to.items():
                 kind = signature.parameters[name].kind
                 several = kind in (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
@@ -295,6 +294,15 @@ def checked(
         return call
 
     return check
+
+
+def _arguments(signature: inspect.Signature) -> str:
+    """The arguments of a function in words."""
+    by_name_only = (inspect.Parameter.KEYWORD_ONLY, inspect.Parameter.VAR_KEYWORD)
+    named = [name for name, p in signature.parameters.items() if p.kind in by_name_only]
+    others = [name for name in signature.parameters if name not in ("self", *named)]
+    by_name = f"; by name (argument=value): {', '.join(named)}" if named else ""
+    return f"its arguments are: {', '.join(others)}{by_name}"
 
 
 PLAIN = (bool, int, float, str, types.NoneType, Path)

@@ -17,7 +17,7 @@ from secateur.graph.capture import Inputs, as_call, batch_of, capture
 from secateur.graph.duplicate import cloned, converted, duplicate
 from secateur.graph.groups import check_model
 from secateur.graph.guard import uncompiled, untouched, written_out
-from secateur.graph.modes import chance_kept, default_precision, evaluating
+from secateur.graph.modes import chance_kept, default_precision, evaluating, few_channels_planar
 from secateur.graph.parts import rest_fails
 from secateur.graph.positions import kept_positions
 from secateur.graph.probe import aliases, difference, fit_norms_, floats, random_inputs, randomise_
@@ -613,7 +613,7 @@ def step_fails(model: nn.Module, call: Call, seed: int) -> str:
         parameter.requires_grad_(True)
         parameter.grad = None
     args, kwargs = call
-    with chance_kept(), torch.enable_grad():
+    with chance_kept(), torch.enable_grad(), few_channels_planar(trained):
         torch.manual_seed(seed)
         try:
             found = floats(trained(*args, **kwargs))

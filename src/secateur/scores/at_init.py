@@ -12,6 +12,7 @@ from secateur.errors import ScoreError
 from secateur.graph import Inputs
 from secateur.graph.capture import as_call, batch_of, with_images
 from secateur.graph.duplicate import duplicate
+from secateur.graph.modes import few_channels_planar
 from secateur.graph.replay import some_of
 from secateur.imports import look_up
 from secateur.scores.table import loss_of, on_device
@@ -115,9 +116,10 @@ def snip(
     """
     copied, own = _trained_copy(model, names)
     total = {name: torch.zeros_like(p) for name, p in own.items()}
-    for x, y in _batches("snip", data, own):
-        for name, g in zip(own, _grads(_loss(loss, copied, x, y), own), strict=True):
-            total[name] += g
+    with few_channels_planar(copied):
+        for x, y in _batches("snip", data, own):
+            for name, g in zip(own, _grads(_loss(loss, copied, x, y), own), strict=True):
+                total[name] += g
     return checked("snip", {name: (total[name] * p.detach()).abs() for name, p in own.items()})
 
 
@@ -145,15 +147,16 @@ def grasp(
     copied, own = _trained_copy(model, names)
     halves = [half for x, y in _batches("grasp", data, own) for half in _halves(x, y)]
     mean = {name: torch.zeros_like(p) for name, p in own.items()}
-    for x, y in halves:
-        for name, g in zip(own, _grads(_loss(loss, copied, x, y, temperature), own), strict=True):
-            mean[name] += g
     total = {name: torch.zeros_like(p) for name, p in own.items()}
-    for x, y in halves:
-        found = _grads(_loss(loss, copied, x, y, temperature), own, create_graph=True)
-        z = torch.stack([(mean[name] * g).sum() for name, g in zip(own, found, strict=True)]).sum()
-        for name, h in zip(own, _grads(z, own), strict=True):
-            total[name] += h
+    with few_channels_planar(copied):
+        for x, y in halves:
+            for name, g in zip(own, _grads(_loss(loss, copied, x, y, temperature), own), strict=True):
+                mean[name] += g
+        for x, y in halves:
+            found = _grads(_loss(loss, copied, x, y, temperature), own, create_graph=True)
+            z = torch.stack([(mean[name] * g).sum() for name, g in zip(own, found, strict=True)]).sum()
+            for name, h in zip(own, _grads(z, own), strict=True):
+                total[name] += h
     return checked("grasp", {name: p.detach() * total[name] for name, p in own.items()})
 
 

@@ -12,7 +12,7 @@ from torch.utils import _pytree as pytree
 from secateur.errors import ScoreError, first_line
 from secateur.graph import Graph, Group
 from secateur.graph.capture import as_call
-from secateur.graph.modes import evaluating
+from secateur.graph.modes import evaluating, few_channels_planar
 from secateur.graph.parts import Parts, train_rest_
 from secateur.imports import look_up
 from secateur.settings import checked
@@ -284,7 +284,7 @@ def gradients(
     required = {p: p.requires_grad for p in named.values()}
     device = next(iter(named.values())).device
     for x, y in data:
-        with evaluating(model):
+        with evaluating(model), few_channels_planar(model):
             try:
                 for p in required:
                     p.requires_grad_(True)
