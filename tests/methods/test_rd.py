@@ -63,6 +63,17 @@ def test_the_budget_is_met_to_the_weight(allocation: str, settings: RDWeights) -
             assert torch.equal(pruned.model.get_parameter(name)[mask], model.get_parameter(name)[mask])
 
 
+def test_a_budget_of_parameters_counts_those_that_are_no_weights() -> None:
+    model, x = residual_net()
+    params = sum(p.numel() for p in model.parameters())
+    for method in (SMALL, by_formula(SMALL, "lamp")):
+        pruned = method.prune(model, x[:2], Budget(params=0.4), Context([x]))
+        zeros = sum(int((~mask).sum()) for mask in pruned.plan.masks.values())
+        assert params - zeros == int(0.4 * params) == pruned.after["params"]
+    with pytest.raises(BudgetError, match="are no weights that may go"):
+        SMALL.prune(model, x[:2], Budget(params=0.001), Context([x]))
+
+
 def test_one_layer_takes_the_whole_budget() -> None:
     model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(12, 10))
     pruned = prune_weights(model, [torch.randn(40, 3, 2, 2)], sparsity=0.65, settings=SMALL)

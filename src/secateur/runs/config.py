@@ -189,9 +189,10 @@ class PruneConfig:
                 )
         if method.removes != "channels":
             trained = method.when == "after"
-            if trained and set(self.budget) != {"units"}:
+            if trained and set(self.budget) not in ({"units"}, {"params"}):
                 raise BudgetError(
-                    f"method {self.method}: the budget is sparsity, the share of weights that go, such as 0.8"
+                    f"method {self.method}: the budget is sparsity, the share of weights that go, such as 0.8; or "
+                    f"keep-params, the share of all parameters that stay"
                 )
             if not trained and not set(self.budget) <= {"macs", "params"}:
                 raise BudgetError(

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from secateur.allocate.knapsack import SOLVERS, Problem, Solution, solve
 from secateur.allocate.sparsity import WEIGHT_ALLOCATIONS, Counts, allocate_weights, meet_total
-from secateur.cost import Budget
+from secateur.cost import Budget, Cost
 from secateur.engine.method import Context, Meter, Method, Progress, Removes, images_of
 from secateur.engine.pruned import Pruned, costs_left
 from secateur.errors import BudgetError, PlanError, ScoreError, SecateurError
@@ -47,8 +47,8 @@ SELECTIONS = {
 class _WeightMethod(Method):
     """Base class for methods that set single weights of a trained model to zero.
 
-    The budget is `units`: the weights of convolutions and linear layers that stay, as a share or a number. Noise will
-    do as data where there are no images.
+    The budget is `units`: the weights of convolutions and linear layers that stay, as a share or a number; or `params`:
+    all parameters that are not zero. Noise will do as data where there are no images.
     """
 
     removes: ClassVar[Removes] = "weights"
@@ -72,10 +72,10 @@ class _WeightMethod(Method):
         """What is to be pruned to what, on a copy of the model that `Task.finish` writes to."""
         if context.data is None:
             raise ScoreError(f"method {self.name!r} measures on data: pass data=, batches of images")
-        if set(budget.bounds) != {"units"}:
+        if set(budget.bounds) not in ({"units"}, {"params"}):
             raise BudgetError(
-                f"method {self.name!r}: the budget is units, the weights that stay, such as units=0.2; got "
-                f"{', '.join(budget.bounds)}"
+                f"method {self.name!r}: the budget is units, the weights that stay, such as units=0.2, or params, all "
+                f"parameters that do; got {', '.join(budget.bounds)}"
             )
         given = images_of(context.data)
         graph = context.graph or self.analyze(model, inputs)
@@ -92,7 +92,14 @@ class _WeightMethod(Method):
             raise BudgetError(
                 "nothing can be pruned: the model has no convolution or linear layer with weights that may go"
             )
-        total = budget.limits({"units": sum(w.numel() for w in weights.values())})["units"]
+        able, params = sum(w.numel() for w in weights.values()), Cost(graph).params()
+        limits = budget.limits({name: able if name == "units" else params for name in budget.bounds})
+        total = limits["units"] if "units" in limits else limits["params"] - (params - able)
+        if total <= 0:
+            raise BudgetError(
+                f"method {self.name!r}: {params - able:,} of {params:,} parameters are no weights that may go, more "
+                f"than the {limits['params']:,} that the budget lets stay"
+            )
         alive = _alive(weights, context.previous)
         return Task(
             graph, program, tuple(chunks(program, given)), weights, alive, total, self, context.progress
