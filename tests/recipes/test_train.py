@@ -93,6 +93,23 @@ def test_images_grow_to_their_side_by_the_middle(tmp_path: Path, monkeypatch: py
     assert sides[10:] == [(side, side)] * 10
 
 
+@pytest.mark.parametrize(("pools", "least"), [(2, 4), (3, 8)])
+def test_images_are_never_too_small_for_the_model(pools: int, least: int, tmp_path: Path) -> None:
+    model = toy_model()
+    for _ in range(pools):
+        model.insert(3, nn.MaxPool2d(2))
+    sides: list[int] = []
+    model[0].register_forward_pre_hook(
+        lambda _, args: sides.append(args[0].shape[-1]) if model.training else None
+    )
+    data = toy_data()
+    state = torch.get_rng_state()
+    fit(model, data, replace(CONFIG, epochs=4, initial_size=0.5), tmp_path)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert min(sides) == sides[0] == least
+    assert sides[-1] == data.train.images.shape[-1]
+
+
 def test_training_needs_no_tensorboard(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("secateur.recipes.train_log.find_spec", lambda name: None)
     fit(toy_model(), toy_data(), replace(CONFIG, epochs=1), tmp_path)

@@ -22,7 +22,7 @@ from secateur.engine.session import Session
 from secateur.errors import ModelError, TrainingError, first_line
 from secateur.files import remove_unfinished
 from secateur.graph.duplicate import duplicate
-from secateur.graph.modes import device_of, evaluating, few_channels_planar, modes_kept
+from secateur.graph.modes import chance_kept, device_of, evaluating, few_channels_planar, modes_kept
 from secateur.recipes.checkpoint import Epoch, State
 from secateur.recipes.data import Batches, Dataset, Split
 from secateur.recipes.parallel import WholeBatchNorm, add_gradients, end_group_at_exit, share_weights
@@ -199,6 +199,7 @@ def fit(
             stack.enter_context(WholeBatchNorm())
             share_weights(model)
 
+        least_side = 1 if config.initial_size == 1 else _least_side(model, config, steps, batches)
         compiled = config.compile and session is None
         forward = _compiled(model) if compiled else model
         teacher_forward = _compiled(teacher) if compiled and teacher is not None else teacher
@@ -232,7 +233,7 @@ def fit(
                 for group in optimizer.param_groups:
                     group["lr"] = learning_rate(config, step, steps)
 
-                x = _resized(x, image_side(config, step, steps, x.shape[-1]))
+                x = _resized(x, max(least_side, image_side(config, step, steps, x.shape[-1])))
                 with torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bf16"):
                     logits = _logits(model, x, forward(x), classes)
                     target = None
@@ -386,6 +387,18 @@ def _compiled(model: nn.Module) -> Callable[[Tensor], Tensor]:
         return y
 
     return forward
+
+
+def _least_side(model: nn.Module, config: TrainConfig, steps: int, batches: Batches) -> int:
+    """The smallest side, of those that the images have in this run, that the model takes."""
+    x, _ = next(iter(batches))
+    sides = sorted({image_side(config, step, steps, x.shape[-1]) for step in range(steps)})
+    with evaluating(model), chance_kept(), torch.no_grad():
+        for side in sides[:-1]:
+            with contextlib.suppress(Exception):  # whatever its own code raises
+                model(_resized(x[:1], side))
+                return side
+    return sides[-1]
 
 
 def _resized(images: Tensor, side: int) -> Tensor:

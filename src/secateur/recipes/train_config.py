@@ -67,7 +67,8 @@ class TrainConfig:
     )
     clip_norm: float | None = option("largest norm of the gradient", default=None, above=0)
     initial_size: float = option(
-        "progressive resizing: side of the images at first, as a share; it is whole from half of the steps on",
+        "progressive resizing: side of the images at first, as a share, or the least that the model takes; it is whole "
+        "from half of the steps on",
         default=1.0,
         above=0,
         most=1,
