@@ -16,9 +16,13 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
+from benchmarks import half_size
 from benchmarks.additivity import Additivity, check_additivity, draw_levels
+from benchmarks.given_widths import train_again
+from secateur import Budget, Plan, prune
 from secateur.methods.rd.curves import geometric
 from secateur.methods.rd.single_weights import FAITHFUL, RDWeights
+from tests.recipes.toy import toy_data
 from tests.small import ResidualNet, residual_net
 
 FOLDER = Path(__file__).parents[1] / "benchmarks"
@@ -74,6 +78,35 @@ def test_draws_are_within_the_budget_and_close_to_it(seed: int) -> None:
     levels = draw_levels(kept, total, rng)
     found = sum(int(k[level]) for k, level in zip(kept, levels, strict=True))
     assert 0.4 * total < found <= total
+
+
+def test_fresh_weights_at_given_widths(tmp_path: Path) -> None:
+    model, x = residual_net()
+    budget = Budget(macs=0.5)
+    pruned = prune(model, x[:2], budget=budget, method="oneshot", round_to=1)
+    assert isinstance(pruned.plan, Plan)
+    pruned.plan.save(tmp_path / "plan.json")
+
+    def again(seed: int) -> dict[str, torch.Tensor]:
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            return train_again(model, x[:2], budget, plan=str(tmp_path / "plan.json")).state_dict()
+
+    first, repeated, other, trained = again(1), again(1), again(2), pruned.model.state_dict()
+    weights = [name for name, t in trained.items() if t.ndim == 4]
+    assert {n: t.shape for n, t in first.items()} == {n: t.shape for n, t in trained.items()}
+    assert all(torch.equal(first[name], repeated[name]) for name in weights)
+    assert not any(torch.equal(first[name], t[name]) for name in weights for t in (other, trained))
+
+
+def test_images_of_half_the_size(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("benchmarks.half_size.load_data", lambda name, folder: toy_data())
+    whole, half = toy_data(), half_size.cifar10("anywhere")
+    assert half.train.images.shape == (71, 3, 4, 4)
+    assert half.test.images.dtype == torch.uint8
+    corner = whole.train.images[5, :, :2, :2].float().mean((1, 2))
+    assert torch.equal(half.train.images[5, :, 0, 0], corner.round().to(torch.uint8))
+    assert torch.equal(half.train.labels, whole.train.labels)
 
 
 SCRIPTS = sorted(path.stem for path in FOLDER.glob("*.py"))
