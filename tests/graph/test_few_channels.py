@@ -60,3 +60,11 @@ def test_weights_lie_as_before_afterwards(model: nn.Module) -> None:
         assert p.stride() == stride
         assert torch.equal(p, values)
     assert not model[1]._forward_pre_hooks
+
+
+def test_a_layer_may_be_cut_in_between(model: nn.Module) -> None:
+    with few_channels_planar(model):
+        model(X)
+        model[1].weight.data = model[1].weight.data[:4].clone()
+    whole = torch.empty(4, 5, 1, 1).clone(memory_format=torch.channels_last)
+    assert model[1].weight.stride() == whole.stride()

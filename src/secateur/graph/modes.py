@@ -81,23 +81,20 @@ def few_channels_planar(model: nn.Module) -> Iterator[None]:
     """Inside the block, strided 1 × 1 convolutions of fewer than 8 channels read n c h w on a processor with AVX2.
 
     In n h w c the gradient of their weights is written outside of its memory there (PyTorch 2.14), and the process
-    crashes. So whoever takes gradients of weights does it in here. Afterwards weights lie in memory as before.
+    crashes. So whoever takes gradients of weights does it in here. Afterwards weights have the layout that they had.
     """
     able = torch.backends.cpu.get_cpu_capability() == "AVX2"
     strided = [m for m in model.modules() if able and isinstance(m, nn.Conv2d) and max(m.stride) > 1]
-    before = [(layer, layer.weight.stride()) for layer in strided]
+    others = [layer for layer in strided if layer.weight.stride(-1) != 1]
     handles = [layer.register_forward_pre_hook(_planar) for layer in strided]
     try:
         yield
     finally:
         for handle in handles:
             handle.remove()
-        for layer, stride in before:
-            weight = layer.weight
-            if weight.stride() != stride:
-                weight.data = torch.empty_strided(
-                    weight.shape, stride, dtype=weight.dtype, device=weight.device
-                ).copy_(weight.data)
+        for layer in others:
+            if layer.weight.stride(-1) == 1:
+                layer.weight.data = layer.weight.data.clone(memory_format=torch.channels_last)
 
 
 def _planar(layer: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
