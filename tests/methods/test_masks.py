@@ -252,7 +252,7 @@ def test_a_narrower_network_is_cheaper_to_train(tmp_path: Path) -> None:
         ({"options": {"score": "snip"}}, "score is 'snip'; expected one of synflow"),
         ({"options": {"streams": "shared"}}, "unknown option 'streams'; choose one of: .*rounds"),
         ({"options": {"min_keep": 4}}, "unknown option 'min_keep'"),
-        ({"method": "weights", "options": {}}, "the budget is sparsity"),
+        ({"method": "weights", "options": {}, "budget": {"macs": 0.5}}, "the budget is sparsity"),
     ],
 )
 def test_mistakes_are_named(options: dict[str, object], message: str) -> None:
