@@ -1,4 +1,4 @@
-"""CIFAR-10 at 16 × 16 pixels: a fifth of the training time, for what needs many trainings.
+"""CIFAR-10 at 16 × 16 pixels: a third of the training time, for what needs many trainings.
 
 Use it as a data set: data = "benchmarks/half_size.py:cifar10".
 """

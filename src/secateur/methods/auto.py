@@ -54,8 +54,9 @@ def choose(auto: Auto, *, bounds: Collection[str], trained: bool, data: bool, tr
     ResNet-20 (docs/results/compare.md). So `training` only decides when rd protects residual streams.
 
     Fresh weights say nothing about filters. What trains the dense network for half of the time and then cuts it is
-    behind narrower networks that train all of it, and LAPP is not significantly ahead of these
-    (docs/results/lapp.md); of such networks precrop's are level with uniform ones or ahead (docs/results/precrop.md).
+    behind narrower networks that train all of it, and LAPP by its default is not significantly
+    ahead of these (docs/results/lapp.md; if it prunes later it is, at 1.3 times the training); of such networks
+    precrop's are level with uniform ones or ahead (docs/results/precrop.md).
 
     Args:
         auto: with options that the method must take.
